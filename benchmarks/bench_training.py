@@ -1,0 +1,123 @@
+"""Step time, memory and bytes of masked training against plain LoRA of the same rank.
+
+    python benchmarks/bench_training.py [--device cuda] [--steps 20] [--batch-size 16]
+
+BERT-base shape, LoRA r=16 on query/key/value, batches of 64 tokens, AdamW as the Trainer makes it (fused), clipping. The
+arms take turns step by step in one process; a ratio is the median over steps of the ratio within the turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import (
+    RANK,
+    TOKENS,
+    batches,
+    bert_base,
+    machine,
+    median,
+    peak_of_own_process,
+    print_rise,
+    print_table,
+    synchronize,
+    verdict,
+)
+
+from fish_tuning import apply_mask, count_trainable_parameters, create_mask_from_fisher
+from fish_tuning.experiments.measure import optimizer_state_bytes
+
+ARMS: dict[str, float | None] = {"plain LoRA": None, "keep 50 %": 0.5, "keep 5 %": 0.05, "keep 0.5 %": 0.005}
+
+
+class Arm:
+    """A model, its optimizer and one training step."""
+
+    def __init__(self, keep_ratio: float | None, device: str, batch_size: int) -> None:
+        self.model = bert_base(device)
+        if keep_ratio is not None:
+            # Which entries are kept changes no cost, so a random mask of the same size will do.
+            scores = {n: torch.zeros(p.shape) for n, p in self.model.named_parameters() if p.requires_grad}
+            mask = create_mask_from_fisher(scores, keep_ratio, ["modules_to_save"], method="rand")
+            apply_mask(self.model, mask)
+        self.model.train()
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.trained, self.optimizer = trained, torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.01, fused=True)
+        self.batch = batches(batch_size, device)[0]
+
+    def step(self) -> None:
+        self.model(**self.batch).loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def adapter_bytes(self) -> int:
+        with tempfile.TemporaryDirectory() as folder:
+            self.model.save_pretrained(folder)
+            return Path(folder, "adapter_model.safetensors").stat().st_size
+
+
+def several(step: Callable[[], None], times: int = 3) -> Callable[[], None]:
+    def run() -> None:
+        for _ in range(times):
+            step()
+
+    return run
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--peak", choices=ARMS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.peak:
+        print_rise(several(Arm(ARMS[args.peak], args.device, args.batch_size).step), args.device)
+        return 0
+
+    print(f"BERT-base shape, LoRA r={RANK} on query/key/value, {args.batch_size} x {TOKENS} tokens a step; "
+          f"{machine(args.device)}\n")  # fmt: skip
+    arms: dict[str, Any] = {name: Arm(ratio, args.device, args.batch_size) for name, ratio in ARMS.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in arms}
+    for turn in range(args.steps + 2):
+        for name, arm in arms.items():
+            synchronize(args.device)
+            start = time.perf_counter()
+            arm.step()
+            synchronize(args.device)
+            if turn >= 2:  # the first turns warm up
+                seconds[name].append(time.perf_counter() - start)
+    plain = seconds["plain LoRA"]
+    ratios = {name: median([s / p for s, p in zip(values, plain, strict=True)]) for name, values in seconds.items()}
+    common = ["--device", args.device, "--batch-size", str(args.batch_size)]
+    print_table(
+        ["", "trained parameters", "ms a step (min / median)", "to plain", "optimizer state", "peak above start",
+         "adapter file"],
+        [
+            [
+                name,
+                f"{count_trainable_parameters(arm.model):,}",
+                f"{min(seconds[name]) * 1e3:.0f} / {median(seconds[name]) * 1e3:.0f}",
+                f"{ratios[name]:.3f}",
+                f"{optimizer_state_bytes(arm.optimizer) / 1e3:.0f} kB",
+                f"{peak_of_own_process(__file__, name, *common) / 2**20:.0f} MiB",
+                f"{arm.adapter_bytes() / 1e3:.0f} kB",
+            ]
+            for name, arm in arms.items()
+        ],
+    )  # fmt: skip
+    print()
+    kept = [verdict(f"step time, {n}, to plain LoRA", r, 1.03, at_most=True) for n, r in ratios.items() if ARMS[n]]
+    return 0 if all(kept) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

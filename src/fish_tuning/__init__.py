@@ -1,0 +1,86 @@
+"""fish-tuning: fine-tune with few, well-chosen parameters.
+
+Score the trainable parameters of a model by Fisher information, keep the k that matter, freeze the rest.
+Names are imported on first use, so that the command line answers at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fish_tuning.errors import (
+        ConfigurationError,
+        FisherError,
+        FishTuningError,
+        FishTuningWarning,
+        MaskError,
+        ZeroScoresError,
+    )
+    from fish_tuning.fisher import calculate_fisher_information
+    from fish_tuning.per_example import register_rule
+    from fish_tuning.selection import create_mask_from_fisher, register_method
+    from fish_tuning.sparse import apply_mask, count_trainable_parameters, get_mask, is_masked, remove_mask
+    from fish_tuning.storage import load_mask, save_mask
+    from fish_tuning.trainer import FishMaskCallback, FishTuningTrainer
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    # score
+    "calculate_fisher_information": "fisher",
+    "register_rule": "per_example",
+    # select
+    "create_mask_from_fisher": "selection",
+    "register_method": "selection",
+    "save_mask": "storage",
+    "load_mask": "storage",
+    # train
+    "FishTuningTrainer": "trainer",
+    "FishMaskCallback": "trainer",
+    "apply_mask": "sparse",
+    "remove_mask": "sparse",
+    "get_mask": "sparse",
+    "is_masked": "sparse",
+    "count_trainable_parameters": "sparse",
+    # what can go wrong
+    "FishTuningError": "errors",
+    "ConfigurationError": "errors",
+    "FisherError": "errors",
+    "MaskError": "errors",
+    "ZeroScoresError": "errors",
+    "FishTuningWarning": "errors",
+}
+
+__all__ = [
+    "ConfigurationError",
+    "FishMaskCallback",
+    "FishTuningError",
+    "FishTuningTrainer",
+    "FishTuningWarning",
+    "FisherError",
+    "MaskError",
+    "ZeroScoresError",
+    "apply_mask",
+    "calculate_fisher_information",
+    "count_trainable_parameters",
+    "create_mask_from_fisher",
+    "get_mask",
+    "is_masked",
+    "load_mask",
+    "register_method",
+    "register_rule",
+    "remove_mask",
+    "save_mask",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_PUBLIC[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

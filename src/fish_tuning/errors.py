@@ -1,0 +1,36 @@
+"""The errors that fish-tuning raises on purpose. All of them derive from `FishTuningError`."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class FishTuningError(Exception):
+    """Root of every error that fish-tuning raises on purpose; its text is meant for the user."""
+
+
+class ConfigurationError(FishTuningError):
+    """A configuration, argument or combination of the two that cannot work (exit code 2)."""
+
+
+class FisherError(FishTuningError):
+    """The Fisher information cannot be computed as asked for."""
+
+
+class MaskError(FishTuningError):
+    """A mask cannot be made, stored or applied as asked for."""
+
+
+class ZeroScoresError(MaskError):
+    """More entries are asked for than have a non-zero score, and the caller made that an error."""
+
+
+class FishTuningWarning(UserWarning):
+    """Something that still works, but hardly as the user expects."""
+
+
+def did_you_mean(wrong: str, allowed: Iterable[str]) -> str:
+    """` Did you mean 'x'?` with the nearest of `allowed`, or nothing when none is near."""
+    near = difflib.get_close_matches(wrong, list(allowed), n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""

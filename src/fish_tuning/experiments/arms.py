@@ -1,0 +1,214 @@
+"""One arm with one seed: build the model, score it, mask it, train it, measure it."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import (
+    DataCollatorWithPadding,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
+
+from fish_tuning.errors import FishTuningError
+from fish_tuning.experiments.config import ExperimentConfig
+from fish_tuning.experiments.measure import PeakMemory, optimizer_state_bytes
+from fish_tuning.experiments.metrics import metric_function
+from fish_tuning.experiments.models import build_model, state_digest
+from fish_tuning.experiments.plan import Plan
+from fish_tuning.experiments.records import ArmPlan, KeptShare, RunRecord
+from fish_tuning.fisher import calculate_fisher_information
+from fish_tuning.selection import create_mask_from_fisher, matching_names
+from fish_tuning.sparse import Mask, count_trainable_parameters
+from fish_tuning.storage import MASK_FILE_NAME, save_mask
+from fish_tuning.trainer import FishMaskCallback
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Scores of one starting point, and what they cost."""
+
+    scores: dict[str, Tensor]
+    seconds: float
+    initial_state: str
+
+
+@dataclass
+class ArmRun:
+    """`run` does it; `calibration` is given by an earlier arm of the same seed, or made when one is needed."""
+
+    config: ExperimentConfig
+    plan: Plan
+    arm: ArmPlan
+    seed: int
+    train: Dataset
+    validation: Dataset
+    progress: TrainerCallback
+    calibration: Calibration | None = None
+
+    def run(self, folder: Path, config_hash: str) -> RunRecord:
+        model = build_model(self.config, self.plan.model_config, self.plan.task, self.arm.rank, seed=self.seed)
+        initial_state = state_digest(model)
+        mask = self._mask(model, initial_state)
+        trainer = self._trainer(model, folder, mask)
+        trainable = count_trainable_parameters(model)
+        if trainable != self.arm.trainable_parameters:
+            raise FishTuningError(
+                f"{self.arm.arm} trains {trainable:,} parameters where {self.arm.trainable_parameters:,} were planned."
+            )
+        set_seed(self.seed)  # the same data order and dropout in every arm, whatever scoring drew
+        peak = PeakMemory()
+        started = time.perf_counter()
+        trainer.train()
+        train_seconds = time.perf_counter() - started
+        peak_memory = peak.bytes()
+        metrics = self._evaluate(trainer)
+        return RunRecord(
+            arm=self.arm.arm,
+            seed=self.seed,
+            status="ok",
+            metric=self.plan.metric,
+            value=metrics[self.plan.metric],
+            metrics=metrics,
+            trainable_parameters=trainable,
+            train_seconds=train_seconds,
+            fisher_seconds=self.calibration.seconds if self.calibration and self._needs_scores else 0.0,
+            peak_memory_bytes=peak_memory,
+            peak_memory_of=peak.of,
+            optimizer_state_bytes=optimizer_state_bytes(trainer.optimizer),
+            adapter_bytes=self._save(model, mask, folder),
+            kept=kept_shares(mask, self.config.lora.names_to_exclude) if mask else [],
+            config_hash=config_hash,
+            initial_state=initial_state,
+        )
+
+    @property
+    def _needs_scores(self) -> bool:
+        return self.arm.method not in (None, "rand")
+
+    def _mask(self, model: Any, initial_state: str) -> Mask | None:
+        if self.arm.method is None:
+            return None
+        if self._needs_scores:
+            if self.calibration is None:
+                self.calibration = self._calibrate(model, initial_state)
+            if self.calibration.initial_state != initial_state:
+                raise FishTuningError("The scores belong to another starting point than the one to be trained.")
+            scores: Mapping[str, Tensor] = self.calibration.scores
+        else:
+            scores = {n: torch.zeros(()).expand(p.shape) for n, p in model.named_parameters() if p.requires_grad}
+        return create_mask_from_fisher(
+            scores,
+            names_to_exclude=self.config.lora.names_to_exclude,
+            num_trainable=self.arm.trainable_parameters,
+            method=self.arm.method,
+            seed=self.seed,
+        )
+
+    def _calibrate(self, model: Any, initial_state: str) -> Calibration:
+        started = time.perf_counter()
+        start = copy.deepcopy(model.state_dict()) if self.config.fish_tuning.warmup_steps else None
+        if start is not None:
+            self._warm_up(model)
+        scores = calculate_fisher_information(
+            model, self._calibration_loader(), device=self._arguments(Path()).device, progress=False
+        )
+        if start is not None:
+            model.load_state_dict(start)
+        return Calibration(scores, time.perf_counter() - started, initial_state)
+
+    def _warm_up(self, model: Any) -> None:
+        """Some dense steps, so that no factor is zero when it is scored; undone afterwards."""
+        steps = {"max_steps": self.config.fish_tuning.warmup_steps, "eval_strategy": "no", "save_strategy": "no"}
+        set_seed(self.seed)
+        self._make_trainer(model, self._arguments(Path(), steps), [self.progress]).train()
+
+    def _calibration_loader(self) -> DataLoader[Any]:
+        """The seed's calibration examples; scores are exact whatever their order, so equal lengths go together."""
+        examples = self.train.shuffle(seed=self.seed).select(range(self.config.fish_tuning.num_samples))
+        if "input_ids" in examples.column_names:
+            lengths = [len(ids) for ids in examples["input_ids"]]
+            examples = examples.select(sorted(range(len(examples)), key=lengths.__getitem__))
+        size = self._arguments(Path()).per_device_train_batch_size
+        return DataLoader(examples, batch_size=size, collate_fn=self._collator)  # type: ignore[arg-type]
+
+    @property
+    def _collator(self) -> Any:
+        return DataCollatorWithPadding(self.plan.tokenizer) if self.plan.tokenizer else default_data_collator
+
+    def _trainer(self, model: Any, folder: Path, mask: Mask | None) -> Trainer:
+        callbacks: list[TrainerCallback] = [self.progress]
+        if mask is not None:
+            callbacks.append(FishMaskCallback(mask))
+        name = f"{self.arm.arm}-seed{self.seed}"
+        return self._make_trainer(model, self._arguments(folder / "checkpoints" / name), callbacks)
+
+    def _make_trainer(self, model: Any, args: TrainingArguments, callbacks: list[TrainerCallback]) -> Trainer:
+        return Trainer(
+            model=model,
+            args=args,
+            train_dataset=self.train,
+            eval_dataset=self.validation,
+            data_collator=self._collator,
+            processing_class=self.plan.tokenizer,
+            compute_metrics=metric_function(self.plan.task.num_labels),
+            callbacks=callbacks,
+        )
+
+    def _arguments(self, folder: Path, extra: Mapping[str, Any] | None = None) -> TrainingArguments:
+        return training_arguments(self.config, self.seed, folder, extra)
+
+    def _evaluate(self, trainer: Trainer) -> dict[str, float]:
+        metrics = trainer.evaluate(metric_key_prefix="eval")
+        names = (self.plan.metric, "loss", "accuracy", "f1", "matthews_correlation", "pearson", "spearman")
+        return {name: float(metrics[f"eval_{name}"]) for name in names if f"eval_{name}" in metrics}
+
+    def _save(self, model: Any, mask: Mask | None, folder: Path) -> int:
+        target = folder / "adapters" / f"{self.arm.arm}-seed{self.seed}"
+        model.save_pretrained(target)
+        if mask is not None:
+            save_mask(mask, target / MASK_FILE_NAME)
+        return (target / "adapter_model.safetensors").stat().st_size
+
+
+def training_arguments(
+    config: ExperimentConfig, seed: int, folder: Path, extra: Mapping[str, Any] | None = None
+) -> TrainingArguments:
+    """The experiment's TrainingArguments for one seed."""
+    return TrainingArguments(
+        output_dir=str(folder), seed=seed, disable_tqdm=True, **{**config.training.args_override, **(extra or {})}
+    )
+
+
+def kept_shares(mask: Mask, names_to_exclude: Sequence[str]) -> list[KeptShare]:
+    """Kept and total entries for each tensor of the pool, by layer number and module type (`query.lora_A`)."""
+    shares = []
+    for name in mask.keys() - matching_names(mask, names_to_exclude):
+        selected = mask[name]
+        layer = re.search(r"\.(\d+)\.", name)
+        parts = [part for part in name.split(".") if part not in ("weight", "bias", "default")]
+        shares.append(
+            KeptShare(
+                layer=int(layer.group(1)) if layer else None,
+                module=".".join(parts[-2:]),
+                kept=int(selected.sum()),
+                total=selected.numel(),
+            )
+        )
+    return sorted(shares, key=lambda share: (-1 if share.layer is None else share.layer, share.module))

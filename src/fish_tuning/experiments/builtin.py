@@ -1,0 +1,121 @@
+"""The embedded default: real handwritten digits that come with scikit-learn, and a small ViT that knows half of them.
+
+`builtin:digits` is the digits 5-9 as a folder of parquet files, `builtin:digits-vit` a ViT pretrained on 0-4 as a folder
+that `from_pretrained` loads. Both are made on first use and cached, so everything after that sees ordinary folders.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fish_tuning.errors import ConfigurationError, did_you_mean
+
+logger = logging.getLogger(__name__)
+
+PREFIX = "builtin:"
+PRETRAIN_EPOCHS = 40
+TRAIN_EXAMPLES = 300
+SEED = 0
+
+
+def resolve_builtin(name: str) -> str:
+    """The folder of a `builtin:` name, made if it is not there yet; any other name as it is."""
+    if not name.startswith(PREFIX):
+        return name
+    if name not in _MAKERS:
+        raise ConfigurationError(
+            f"{name!r} is not built in; built in are {', '.join(_MAKERS)}.{did_you_mean(name, _MAKERS)}"
+        )
+    folder = cache_directory() / name.removeprefix(PREFIX)
+    if not folder.is_dir():
+        _make(folder, _MAKERS[name])
+    return str(folder)
+
+
+def cache_directory() -> Path:
+    """`FISH_TUNING_CACHE`, else `fish-tuning` in the user's cache folder."""
+    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "fish-tuning")
+    return Path(os.environ.get("FISH_TUNING_CACHE", default))
+
+
+def _make(folder: Path, maker: Callable[[Path], None]) -> None:
+    """Complete or not at all, also when two processes make it at once."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    try:
+        maker(unfinished)
+        unfinished.chmod(0o755)
+        if not folder.is_dir():
+            unfinished.rename(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _digits(classes: range) -> tuple[Any, Any]:
+    """Images (n, 1, 8, 8) in [-1, 1] and labels from 0, in an order that mixes the classes."""
+    import numpy as np
+    from sklearn.datasets import load_digits
+
+    images, labels = load_digits(return_X_y=True)
+    wanted = np.isin(labels, list(classes))
+    order = np.random.default_rng(SEED).permutation(int(wanted.sum()))
+    pixels = images[wanted][order].reshape(-1, 1, 8, 8).astype("float32") / 8 - 1
+    return pixels, labels[wanted][order] - classes.start
+
+
+def _make_digits(folder: Path) -> None:
+    from datasets import ClassLabel, Dataset, Features, List, Value
+
+    pixels, labels = _digits(range(5, 10))
+    features = Features(
+        {"pixel_values": List(List(List(Value("float32")))), "label": ClassLabel(names=["5", "6", "7", "8", "9"])}
+    )
+    for split, part in (("train", slice(TRAIN_EXAMPLES)), ("validation", slice(TRAIN_EXAMPLES, None))):
+        data = {"pixel_values": pixels[part].tolist(), "label": labels[part].tolist()}
+        Dataset.from_dict(data, features=features).to_parquet(folder / f"{split}.parquet")
+
+
+def _make_digits_vit(folder: Path) -> None:
+    """A ViT trained on the digits 0-4 with AdamW; ten seconds or so on one core."""
+    import torch
+    from transformers import ViTConfig, ViTForImageClassification
+
+    logger.warning("Pretraining a small ViT on the digits 0-4, once; it is kept in %s.", folder.parent)
+    pixels, labels = (torch.as_tensor(array) for array in _digits(range(5)))
+    config = ViTConfig(
+        hidden_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=128,
+        image_size=8,
+        patch_size=2,
+        num_channels=1,
+        num_labels=5,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        model = ViTForImageClassification(config)
+        steps = PRETRAIN_EPOCHS * (len(labels) // 32)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
+        for _ in range(PRETRAIN_EPOCHS):
+            for batch in torch.randperm(len(labels))[: len(labels) // 32 * 32].split(32):
+                model(pixel_values=pixels[batch], labels=labels[batch]).loss.backward()
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
+    model.save_pretrained(folder)
+
+
+_MAKERS: dict[str, Callable[[Path], None]] = {
+    f"{PREFIX}digits": _make_digits,
+    f"{PREFIX}digits-vit": _make_digits_vit,
+}

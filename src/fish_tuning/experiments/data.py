@@ -1,0 +1,176 @@
+"""From a data set's name or folder to tokenised splits: columns, labels and the task are found from the data."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, load_dataset
+from datasets.exceptions import DatasetNotFoundError
+
+from fish_tuning.errors import ConfigurationError, did_you_mean
+from fish_tuning.experiments.builtin import resolve_builtin
+from fish_tuning.experiments.config import DatasetConfig
+
+TRAIN_SPLITS = ("train",)
+VALIDATION_SPLITS = ("validation", "validation_matched", "dev", "val", "test")
+LABEL_COLUMNS = ("label", "labels", "target", "class", "score")
+# A data set that carries a model's main input is used as it is.
+READY_INPUTS: dict[str, Literal["text", "image"]] = {"input_ids": "text", "pixel_values": "image"}
+
+
+@dataclass(frozen=True)
+class Task:
+    """A data set ready to be tokenised. `labels` is the class names, or None for regression."""
+
+    name: str
+    kind: Literal["text", "image"]
+    train: Dataset
+    validation: Dataset
+    train_split: str
+    validation_split: str
+    text_columns: tuple[str, ...]  # empty: the data carries the model's inputs
+    labels: tuple[str, ...] | None
+
+    @property
+    def num_labels(self) -> int:
+        return len(self.labels) if self.labels else 1
+
+
+def load_task(config: DatasetConfig) -> Task:
+    """Load the data set and find out what it is. Raises ConfigurationError with the key to set when that fails."""
+    splits = _load(config.load_args)
+    train_split = _find("dataset.train_split", config.train_split, TRAIN_SPLITS, list(splits), "split")
+    validation_split = _find(
+        "dataset.validation_split", config.validation_split, VALIDATION_SPLITS, list(splits), "split"
+    )
+    train, validation = splits[train_split], splits[validation_split]
+    for split, data in ((train_split, train), (validation_split, validation)):
+        if not len(data):
+            raise ConfigurationError(f"The split {split!r} of {' '.join(config.load_args)} is empty.")
+    columns = train.column_names
+    label_column = _find("dataset.label_column", config.label_column, LABEL_COLUMNS, columns, "column")
+    text_columns, kind = _inputs(config.text_column, label_column, train.features)
+    train, validation, labels = _labelled(train, validation, label_column)
+    if config.max_train_samples is not None and config.max_train_samples < len(train):
+        # The same part whatever the training seed, so that seeds differ in the training alone.
+        train = train.shuffle(seed=0).select(range(config.max_train_samples))
+    return Task(
+        name=Path(config.load_args[-1]).name,
+        kind=kind,
+        train=train,
+        validation=validation,
+        train_split=train_split,
+        validation_split=validation_split,
+        text_columns=text_columns,
+        labels=labels,
+    )
+
+
+def tokenize(task: Task, tokenizer: Any, max_length: int) -> tuple[Dataset, Dataset]:
+    """The task's splits with the columns that a model takes, and nothing else."""
+    if not task.text_columns:
+        kept = {*READY_INPUTS, "attention_mask", "token_type_ids", "labels"}
+        splits = [split.remove_columns(sorted(set(split.column_names) - kept)) for split in (task.train, task.validation)]
+        return splits[0], splits[1]
+
+    def encode(rows: dict[str, list[Any]]) -> Any:
+        return tokenizer(*(rows[column] for column in task.text_columns), truncation=True, max_length=max_length)
+
+    def apply(split: Dataset) -> Dataset:
+        return split.map(encode, batched=True, remove_columns=[c for c in split.column_names if c != "labels"])
+
+    return apply(task.train), apply(task.validation)
+
+
+def _load(load_args: Sequence[str]) -> DatasetDict:
+    args = [resolve_builtin(argument) for argument in load_args]
+    named = " ".join(load_args)
+    if args[0].startswith((".", "/", "~")):
+        args[0] = os.path.expanduser(args[0])
+        if not Path(args[0]).exists():
+            raise ConfigurationError(f"dataset.load_args: there is no folder {load_args[0]!r} (from {os.curdir!r}).")
+    try:
+        splits = load_dataset(*args)
+    except (DatasetNotFoundError, ConnectionError, FileNotFoundError) as error:
+        raise ConfigurationError(
+            f"dataset.load_args: {named!r} is neither a folder here nor a data set that the hub gave: {error}"
+        ) from error
+    except ValueError as error:
+        raise ConfigurationError(f"dataset.load_args: {named!r} cannot be loaded: {error}") from error
+    if not isinstance(splits, DatasetDict):
+        raise ConfigurationError(f"dataset.load_args: {named!r} names one split; name the data set, splits are found.")
+    return splits
+
+
+def _find(key: str, asked: str | None, usual: Sequence[str], found: Sequence[str], what: str) -> str:
+    if asked is not None:
+        if asked in found:
+            return asked
+        raise ConfigurationError(
+            f"{key}: there is no {what} {asked!r}; found: {', '.join(found)}.{did_you_mean(asked, found)}"
+        )
+    for name in usual:
+        if name in found:
+            return name
+    raise ConfigurationError(
+        f"{key}: none of the usual names ({', '.join(usual)}) is among the {what}s found: {', '.join(found)}. Set {key}."
+    )
+
+
+def _inputs(
+    asked: str | list[str] | None, label_column: str, features: Features
+) -> tuple[tuple[str, ...], Literal["text", "image"]]:
+    if asked is None:
+        for column, kind in READY_INPUTS.items():
+            if column in features:
+                return (), kind
+        texts = [
+            name
+            for name, feature in features.items()
+            if name != label_column and isinstance(feature, Value) and feature.dtype in ("string", "large_string")
+        ]
+        if len(texts) not in (1, 2):
+            raise ConfigurationError(
+                f"dataset.text_column: one or two text columns are needed, found {len(texts)} "
+                f"({', '.join(texts) or 'none'}) among {', '.join(features)}. Set dataset.text_column."
+            )
+        return tuple(texts), "text"
+    columns = (asked,) if isinstance(asked, str) else tuple(asked)
+    for column in columns:
+        _find("dataset.text_column", column, (), list(features), "column")
+    return columns, "text"
+
+
+def _labelled(train: Dataset, validation: Dataset, column: str) -> tuple[Dataset, Dataset, tuple[str, ...] | None]:
+    """Both splits with a `labels` column of class ids or floats, and the class names (None: regression)."""
+    feature = train.features[column]
+    if isinstance(feature, Value) and feature.dtype in ("string", "large_string"):
+        names = sorted(set(train[column]))
+        cast = ClassLabel(names=names)
+        unknown = set(validation[column]) - set(names)
+        if unknown:
+            raise ConfigurationError(
+                f"dataset.label_column: the validation split has labels the training split lacks: {sorted(unknown)}."
+            )
+        train, validation = train.cast_column(column, cast), validation.cast_column(column, cast)
+    if column != "labels":
+        train, validation = train.rename_column(column, "labels"), validation.rename_column(column, "labels")
+    feature = train.features["labels"]
+    if isinstance(feature, Value) and feature.dtype.startswith("float"):
+        return train, validation, None
+    if not isinstance(feature, ClassLabel) and not (isinstance(feature, Value) and "int" in feature.dtype):
+        raise ConfigurationError(f"dataset.label_column: {column!r} is {feature}; classes or numbers are needed.")
+    found = set(train["labels"]) | set(validation["labels"])
+    names = tuple(feature.names) if isinstance(feature, ClassLabel) else tuple(map(str, range(max(found) + 1)))
+    if min(found) < 0 or max(found) >= len(names):
+        raise ConfigurationError(
+            f"dataset.label_column: labels run from {min(found)} to {max(found)}; 0 to {len(names) - 1} are allowed. "
+            "A split whose labels are all -1 is a test split with hidden labels: set dataset.validation_split."
+        )
+    if len(set(train["labels"])) < 2:
+        raise ConfigurationError(f"dataset.label_column: {column!r} has one class only; there is nothing to learn.")
+    return train, validation, names

@@ -1,0 +1,124 @@
+"""What an experiment will train, counted from the model without its weights, before anything is trained."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from fish_tuning.errors import ConfigurationError, MaskError
+from fish_tuning.experiments.config import ARMS, ExperimentConfig
+from fish_tuning.experiments.data import Task, load_task
+from fish_tuning.experiments.metrics import main_metric
+from fish_tuning.experiments.models import build_meta_model, load_config, load_tokenizer
+from fish_tuning.experiments.records import ArmPlan
+from fish_tuning.selection import matching_names, resolve_budget
+
+RECORDED_PACKAGES = ("fish-tuning", "torch", "transformers", "peft", "datasets")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked experiment: its arms with their counts, its data, and facts for the reader."""
+
+    arms: list[ArmPlan]
+    facts: dict[str, Any]
+    notes: list[str]
+    task: Task
+    tokenizer: Any
+    model_config: Any
+
+    @property
+    def metric(self) -> str:
+        return main_metric(self.task.name, self.task.num_labels)
+
+
+def plan_experiment(config: ExperimentConfig) -> Plan:
+    """Load the data and the model's configuration, and count every arm on a model without weights.
+
+    Raises ConfigurationError for whatever cannot work: missing data, columns or targets, a budget below the head's size.
+    """
+    task = load_task(config.dataset)
+    tokenizer = load_tokenizer(config.model) if task.text_columns else None
+    model_config = load_config(config.model, task, getattr(tokenizer, "pad_token_id", None))
+    baseline = build_meta_model(config, model_config, task, config.lora.baseline_rank)
+    pooled = build_meta_model(config, model_config, task, config.lora.fish_rank)
+    arms = [_plan_arm(config, arm, baseline, pooled) for arm in config.fish_tuning.methods_to_run]
+    if config.fish_tuning.num_samples > len(task.train):
+        raise ConfigurationError(
+            f"fish_tuning.num_samples={config.fish_tuning.num_samples} is more than the {len(task.train)} training "
+            "examples."
+        )
+    return Plan(arms, _facts(config, task, baseline), _notes(config), task, tokenizer, model_config)
+
+
+def _plan_arm(config: ExperimentConfig, arm: str, baseline: Any, pooled: Any) -> ArmPlan:
+    method = ARMS[arm]
+    model = baseline if method is None else pooled
+    rank = config.lora.baseline_rank if method is None else config.lora.fish_rank
+    sizes = _trainable_sizes(model)
+    outside = matching_names(sizes, config.lora.names_to_exclude)
+    dense = sum(sizes[name] for name in outside)
+    pool = sum(sizes.values()) - dense
+    kept = pool if method is None else _budget(config, _total(baseline), pool, dense)
+    return ArmPlan(arm, method, rank, trainable_parameters=kept + dense, pool=pool, kept=kept, dense=dense)
+
+
+def _budget(config: ExperimentConfig, baseline_total: int, pool: int, dense: int) -> int:
+    ratio = config.fish_tuning.prune_to_ratio_of_baseline
+    try:
+        return resolve_budget(pool, dense, num_trainable=round(ratio * baseline_total))
+    except MaskError as error:
+        raise ConfigurationError(
+            f"fish_tuning.prune_to_ratio_of_baseline={ratio} of the baseline's {baseline_total:,} trainable parameters "
+            f"(rank {config.lora.baseline_rank}, head included) cannot be met at lora.fish_rank="
+            f"{config.lora.fish_rank}: {error}"
+        ) from error
+
+
+def _trainable_sizes(model: Any) -> dict[str, int]:
+    return {name: parameter.numel() for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def _total(model: Any) -> int:
+    return sum(_trainable_sizes(model).values())
+
+
+def _facts(config: ExperimentConfig, task: Task, model: Any) -> dict[str, Any]:
+    targets = model.peft_config["default"].target_modules
+    return {
+        "task": task.name,
+        "metric": main_metric(task.name, task.num_labels),
+        "train_examples": len(task.train),
+        "validation_examples": len(task.validation),
+        "validation_split": task.validation_split,
+        "text_columns": list(task.text_columns),
+        "num_labels": task.num_labels,
+        "model_type": model.config.model_type,
+        "target_modules": sorted(targets) if isinstance(targets, set | list) else targets,
+        "init_lora_weights": config.lora.init_lora_weights,
+        "num_samples": config.fish_tuning.num_samples,
+        "warmup_steps_before_scoring": config.fish_tuning.warmup_steps,
+        "device": _device(),
+        "versions": {name: version(name) for name in RECORDED_PACKAGES} | {"python": platform.python_version()},
+    }
+
+
+def _device() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"cpu ({torch.get_num_threads()} threads)"
+
+
+def _notes(config: ExperimentConfig) -> list[str]:
+    notes = []
+    init = config.lora.init_lora_weights
+    if init in (True, "gaussian") and not config.fish_tuning.warmup_steps:
+        notes.append(
+            f"init_lora_weights: {init} starts from B = 0, where every A scores exactly zero: FISH can only choose "
+            "among B. 'pissa' has no such blind spot."
+        )
+    return notes

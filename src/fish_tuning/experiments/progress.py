@@ -1,0 +1,44 @@
+"""One progress bar for a whole experiment, told of every training step."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from tqdm.auto import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+
+class RunProgress(TrainerCallback):
+    """A bar over all runs, whose steps are fractions of a run. Silent when stderr is no terminal."""
+
+    def __init__(self, runs: int) -> None:
+        self.bar = tqdm(
+            total=runs,
+            unit="run",
+            disable=not sys.stderr.isatty(),
+            leave=False,
+            bar_format="{desc} |{bar:20}| {percentage:3.0f}% [{elapsed}<{remaining}]",
+        )
+        self.begun = 0.0
+
+    def __enter__(self) -> RunProgress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+    def start(self, arm: str, seed: int) -> None:
+        self.bar.set_description_str(f"{arm}, seed {seed}")
+
+    def finish(self) -> None:
+        self.begun += 1
+        self._show(self.begun)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.max_steps > 0:
+            self._show(self.begun + min(1.0, state.global_step / state.max_steps))
+
+    def _show(self, amount: float) -> None:
+        self.bar.n = max(self.bar.n, round(amount, 3))
+        self.bar.refresh()

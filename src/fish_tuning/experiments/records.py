@@ -1,0 +1,62 @@
+"""What is known of one run, and of an arm before it runs: plain data between planning, running and reporting."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+
+@dataclass(frozen=True)
+class KeptShare:
+    """How many entries of one masked tensor kind are trained, e.g. `query.lora_A` of layer 3."""
+
+    layer: int | None
+    module: str
+    kept: int
+    total: int
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """One arm with one seed. Times in seconds, sizes in bytes; `None` where a failed run never got to it."""
+
+    arm: str
+    seed: int
+    status: str  # "ok" or "failed"
+    metric: str
+    value: float | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    trainable_parameters: int | None = None
+    train_seconds: float | None = None
+    fisher_seconds: float | None = None
+    peak_memory_bytes: int | None = None
+    peak_memory_of: str = "process"  # "gpu" or "process"
+    optimizer_state_bytes: int | None = None
+    adapter_bytes: int | None = None
+    kept: list[KeptShare] = field(default_factory=list)
+    error: str | None = None
+    config_hash: str = ""
+    initial_state: str = ""  # digest of the trainable tensors before training
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> RunRecord:
+        known = {f.name for f in fields(cls)}
+        values = {key: value for key, value in data.items() if key in known}
+        values["kept"] = [KeptShare(**share) for share in values.get("kept", [])]
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class ArmPlan:
+    """What an arm will train, counted from the model. `pool` and `kept` are entries; dense arms keep their whole pool."""
+
+    arm: str
+    method: str | None  # selection method, or None for a dense arm
+    rank: int
+    trainable_parameters: int
+    pool: int
+    kept: int
+    dense: int  # entries outside the pool that always train (the head)

@@ -1,0 +1,131 @@
+"""Run an experiment: every arm with every seed, each written down as soon as it is finished."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import logging
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fish_tuning.errors import FishTuningError
+from fish_tuning.experiments.arms import ArmRun, Calibration
+from fish_tuning.experiments.config import ExperimentConfig
+from fish_tuning.experiments.data import tokenize
+from fish_tuning.experiments.plan import Plan
+from fish_tuning.experiments.progress import RunProgress
+from fish_tuning.experiments.records import ArmPlan, RunRecord
+from fish_tuning.experiments.report import write_report
+
+logger = logging.getLogger(__name__)
+
+OnRun = Callable[[RunRecord, bool], None]
+
+
+def run_experiment(config: ExperimentConfig, plan: Plan, on_run: OnRun | None = None) -> list[RunRecord]:
+    """Run what is not finished yet and write the report after every run.
+
+    Seeds are the outer loop, so that an interrupted experiment has whole comparisons. Within a seed every arm of a rank
+    starts from the same adapter, all from the same head, and all see the data in the same order; arms of a seed share
+    their scores.
+
+    Args:
+        config: the experiment.
+        plan: from `plan_experiment(config)`.
+        on_run: called after each run with its record and whether it was there already.
+
+    Returns:
+        One record for each arm and seed, in the order of the arms; failed runs have status "failed" and their error.
+    """
+    folder = Path(config.training.output_dir)
+    (folder / "runs").mkdir(parents=True, exist_ok=True)
+    train, validation = tokenize(plan.task, plan.tokenizer, config.training.max_seq_length)
+    records: dict[tuple[str, int], RunRecord] = {}
+    with RunProgress(len(plan.arms) * len(config.seeds)) as progress:
+        for seed in config.seeds:
+            calibration: Calibration | None = None
+            for arm in plan.arms:
+                key = _config_hash(config, arm, seed)
+                record = _finished(folder, arm.arm, seed, key)
+                known = record is not None
+                progress.start(arm.arm, seed)
+                if record is None:
+                    run = ArmRun(config, plan, arm, seed, train, validation, progress, calibration)
+                    record = _attempt(run, folder, key)
+                    calibration = run.calibration or calibration
+                    _write_json(_run_file(folder, arm.arm, seed), record.to_dict())
+                records[arm.arm, seed] = record
+                progress.finish()
+                if on_run is not None:
+                    on_run(record, known)
+                write_report(config, plan.facts, _in_order(records, plan), folder)
+    return _in_order(records, plan)
+
+
+def _attempt(run: ArmRun, folder: Path, key: str) -> RunRecord:
+    """The finished run's record, or that of its failure, whose traceback goes into a file beside it."""
+    log = _run_file(folder, run.arm.arm, run.seed).with_suffix(".log")
+    try:
+        record = run.run(folder, key)
+        log.unlink(missing_ok=True)
+        return record
+    except Exception as error:  # whatever stops one arm must not stop the others; nothing is hidden: it is in the table
+        log.write_text(traceback.format_exc())
+        logger.debug("%s with seed %d failed", run.arm.arm, run.seed, exc_info=True)
+        reason = str(error).strip() or "no message"
+        kind = "" if isinstance(error, FishTuningError) else f"{type(error).__name__}: "
+        return RunRecord(
+            arm=run.arm.arm,
+            seed=run.seed,
+            status="failed",
+            metric=run.plan.metric,
+            error=f"{kind}{reason} (traceback in {log})",
+            config_hash=key,
+        )
+    finally:
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _config_hash(config: ExperimentConfig, arm: ArmPlan, seed: int) -> str:
+    """What a run depends on; a finished run is not repeated while this stays the same."""
+    parts = config.model_dump(mode="json", include={"model", "dataset", "lora", "training"})
+    del parts["training"]["output_dir"]
+    parts |= {"arm": arm.arm, "seed": seed, "rank": arm.rank, "trainable_parameters": arm.trainable_parameters}
+    for rank in ("baseline_rank", "fish_rank"):
+        del parts["lora"][rank]  # the arm's own rank counts
+    if arm.method is None:
+        del parts["lora"]["names_to_exclude"]
+    else:
+        parts["fish_tuning"] = config.fish_tuning.model_dump(mode="json", include={"num_samples", "warmup_steps"})
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _finished(folder: Path, arm: str, seed: int, key: str) -> RunRecord | None:
+    try:
+        data = json.loads(_run_file(folder, arm, seed).read_text())
+    except (OSError, json.JSONDecodeError):
+        return None
+    record = RunRecord.from_dict(data)
+    return record if record.status == "ok" and record.config_hash == key else None
+
+
+def _run_file(folder: Path, arm: str, seed: int) -> Path:
+    return folder / "runs" / f"{arm}-seed{seed}.json"
+
+
+def _write_json(path: Path, data: dict[str, Any]) -> None:
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text(json.dumps(data, indent=2))
+    unfinished.replace(path)
+
+
+def _in_order(records: dict[tuple[str, int], RunRecord], plan: Plan) -> list[RunRecord]:
+    order = [arm.arm for arm in plan.arms]
+    return [records[key] for key in sorted(records, key=lambda key: (order.index(key[0]), key[1]))]

@@ -1,0 +1,201 @@
+"""Per-example losses: one number an example, formed from that example alone.
+
+A mean loss over a batch is not a mean of per-example losses (in a causal LM the tokens of the whole batch share one
+denominator), so the Fisher information needs its own. The task is read off the model as transformers does for its
+training loss; every loss here is a negative log-likelihood, so labels can also be drawn from the model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fish_tuning.errors import FisherError
+
+FisherType = Literal["empirical", "sampled", "expected"]
+TokenReduction = Literal["mean", "sum"]
+IGNORED = -100  # the label value that transformers leaves out of every loss
+
+CLASSIFICATION = ("ForSequenceClassification", "ForImageClassification", "ForAudioClassification",
+                  "ForVideoClassification")  # fmt: skip
+TOKENWISE = ("ForCausalLM", "ForConditionalGeneration", "ForTokenClassification", "ForMaskedLM")
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """p(y | x) as the model's head defines it, with labels already aligned to the logits.
+
+    `nll(logits, labels)` gives one value an example, (n,). `sample(logits, labels, generators)` draws labels with
+    `generators[i]` for example i; `labels` only tells which positions count. `expected(logits)` gives vectors whose
+    squared gradients add up to the exact expectation over labels.
+    """
+
+    nll: Callable[[Tensor, Tensor], Tensor]
+    sample: Callable[[Tensor, Tensor, list[torch.Generator]], Tensor]
+    expected: Callable[[Tensor], list[Tensor]] | None
+
+
+def example_losses(
+    logits: Tensor,
+    labels: Tensor,
+    likelihood: Likelihood,
+    fisher_type: FisherType,
+    generators: list[torch.Generator],
+) -> list[Tensor]:
+    """The (n,) loss vectors whose squared per-example gradients, summed over vectors, are the Fisher information.
+
+    One vector for the empirical Fisher (given labels) and the sampled one (labels drawn from the model); one a class
+    for the exact expectation, weighted so that no further factor is needed: sum_c p_c (grad nll_c)^2.
+    """
+    logits = logits.float()
+    if fisher_type == "expected":
+        if likelihood.expected is None:
+            raise FisherError(
+                "fisher_type='expected' sums over all labels, which only sequence classification and regression allow;"
+                " use fisher_type='sampled' for token-wise and multi-label tasks."
+            )
+        return likelihood.expected(logits)
+    if fisher_type == "sampled":
+        with torch.no_grad():
+            labels = likelihood.sample(logits, labels, generators)
+    return [likelihood.nll(logits, labels)]
+
+
+def resolve_likelihood(
+    model: nn.Module, logits: Tensor, labels: Tensor, token_reduction: TokenReduction
+) -> Likelihood:
+    """The likelihood of the model's task, from its transformers loss type, configuration and labels.
+
+    Raises FisherError when the task is none of sequence classification (single label, multi-label, regression), causal
+    language modelling, token classification, masked language modelling and sequence to sequence.
+    """
+    loss_type = getattr(model, "loss_type", None)
+    if loss_type in CLASSIFICATION:
+        return _classification_likelihood(model, logits, labels)
+    if loss_type in TOKENWISE:
+        return _token_likelihood(token_reduction)
+    raise FisherError(
+        f"No per-example loss is known for {type(model).__name__} (transformers loss type: {loss_type!r}); known are "
+        f"{', '.join((*CLASSIFICATION, *TOKENWISE))}. Pass loss_fn=f, where f(outputs, batch) returns one loss an "
+        "example."
+    )
+
+
+def align_labels(model: nn.Module, logits: Tensor, labels: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Labels in the shape and order of the logits: shifted for causal models, padding set to -100.
+
+    Logits that are longer than the labels (virtual prompt tokens in front) get ignored labels there. What a causal
+    model says at a padding position counts as little: in a left-padded row it is no prediction of the first token.
+    """
+    if getattr(model, "loss_type", None) not in TOKENWISE:
+        return labels
+    encoder_decoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+    virtual = logits.shape[1] - labels.shape[1]
+    padding = torch.zeros_like(labels, dtype=torch.bool)
+    if attention_mask is not None and attention_mask.shape == labels.shape and not encoder_decoder:
+        padding = attention_mask == 0
+    labels = F.pad(labels.masked_fill(padding, IGNORED), (virtual, 0), value=IGNORED)
+    if model.loss_type in ("ForCausalLM", "ForConditionalGeneration") and not encoder_decoder:
+        labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED).masked_fill(F.pad(padding, (virtual, 0)), IGNORED)
+    return labels
+
+
+def labels_of(batch: Mapping[str, Any]) -> Tensor:
+    """The batch's labels, under either of the two names in use; FisherError when there are none."""
+    for key in ("labels", "label"):
+        if isinstance(batch.get(key), Tensor):
+            return batch[key]  # type: ignore[no-any-return]
+    raise FisherError(
+        f"The calibration batch has no 'labels' tensor (found: {', '.join(map(str, batch)) or 'nothing'}). The Fisher "
+        "information needs a label an example, also where it draws them itself, to know which tokens count."
+    )
+
+
+def _classification_likelihood(model: nn.Module, logits: Tensor, labels: Tensor) -> Likelihood:
+    config = getattr(model, "config", None)
+    problem_type = getattr(config, "problem_type", None)
+    if problem_type is None:
+        if logits.shape[-1] == 1:
+            problem_type = "regression"
+        elif labels.dtype.is_floating_point:
+            problem_type = "multi_label_classification"
+        else:
+            problem_type = "single_label_classification"
+    return {
+        "regression": Likelihood(_regression_nll, _sample_regression, _expected_regression),
+        "multi_label_classification": Likelihood(_multi_label_nll, _sample_multi_label, None),
+        "single_label_classification": Likelihood(_class_nll, _sample_classes, _expected_classes),
+    }[problem_type]
+
+
+def _class_nll(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits, labels.view(-1), reduction="none")
+
+
+def _sample_classes(logits: Tensor, labels: Tensor, generators: list[torch.Generator]) -> Tensor:
+    return torch.cat([_draw(row[None], generator) for row, generator in zip(logits, generators, strict=True)])
+
+
+def _expected_classes(logits: Tensor) -> list[Tensor]:
+    # The square root of p_c goes into the loss, so that squaring the gradient weighs it with p_c.
+    log_p = F.log_softmax(logits, dim=-1)
+    weights = (log_p.detach() / 2).exp()
+    return list((-log_p * weights).unbind(dim=-1))
+
+
+def _regression_nll(logits: Tensor, labels: Tensor) -> Tensor:
+    # Squared error, averaged over outputs as transformers does: up to a constant the negative log-likelihood of a
+    # Gaussian whose variance is half the number of outputs.
+    return (logits - labels.float().view_as(logits)).square().flatten(1).mean(dim=1)
+
+
+def _sample_regression(logits: Tensor, labels: Tensor, generators: list[torch.Generator]) -> Tensor:
+    deviation = math.sqrt(logits[0].numel() / 2)
+    noise = torch.stack([torch.randn(logits.shape[1:], generator=generator) for generator in generators])
+    return logits + deviation * noise.to(logits.device)
+
+
+def _expected_regression(logits: Tensor) -> list[Tensor]:
+    # E[(grad (f - y)^2 / d)^2] over y ~ N(f, d/2), summed over the d independent outputs: (2 / d) (grad f)^2 each.
+    outputs = logits.flatten(1)
+    return list((outputs * math.sqrt(2 / outputs.shape[1])).unbind(dim=1))
+
+
+def _multi_label_nll(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.binary_cross_entropy_with_logits(logits, labels.float(), reduction="none").mean(dim=-1)
+
+
+def _sample_multi_label(logits: Tensor, labels: Tensor, generators: list[torch.Generator]) -> Tensor:
+    uniform = torch.stack([torch.rand(logits.shape[1:], generator=generator) for generator in generators])
+    return (uniform.to(logits.device) < logits.sigmoid()).float()
+
+
+def _token_likelihood(reduction: TokenReduction) -> Likelihood:
+    def nll(logits: Tensor, labels: Tensor) -> Tensor:
+        losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=IGNORED)
+        totals = losses.view_as(labels).sum(dim=1)
+        if reduction == "sum":
+            return totals
+        return totals / (labels != IGNORED).sum(dim=1).clamp(min=1)
+
+    def sample(logits: Tensor, labels: Tensor, generators: list[torch.Generator]) -> Tensor:
+        drawn = labels.clone()
+        for row, scores, generator in zip(drawn, logits, generators, strict=True):
+            counted = row != IGNORED
+            row[counted] = _draw(scores[counted], generator)
+        return drawn
+
+    return Likelihood(nll, sample, None)
+
+
+def _draw(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """One class for each row of `logits` (m, C). The draw depends on the generator alone, not on batch or padding."""
+    uniform = torch.rand(logits.shape[0], 1, generator=generator).to(logits.device)
+    cumulative = logits.softmax(dim=-1).cumsum(dim=-1)
+    return torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)[:, 0].clamp_(max=logits.shape[-1] - 1)

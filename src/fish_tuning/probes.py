@@ -1,0 +1,174 @@
+"""Watch layers during a batched pass and square their per-example gradients as the backward pass meets them.
+
+An identity is put behind each watched layer. It saves the layer's input as autograd saves tensors (so activation
+checkpointing drops and recomputes it) and hands it, with the gradient at the output, to the layer's rule. The backward
+pass is asked for the gradient of one dummy scalar that every identity depends on: autograd then walks the whole graph
+but computes no weight gradient and touches no `.grad`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from fish_tuning.per_example import Rule, rule_for
+
+Scores = dict[str, Tensor]
+
+
+class Probes:
+    """Identities behind the layers that own `names`, as far as there is a rule for them; `names` tells which.
+
+    Use as a context manager, which removes the hooks. Between `forward` passes, `backward(losses, into)` adds the sums
+    of squared per-example gradients into `into` and, when `first` is given, those of example 0 alone into `first`.
+    `broken` maps tensors whose layer was called in a way that no rule covers to the reason.
+    """
+
+    def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
+        self.anchor: Tensor | None = None
+        self.batch_size = 0
+        self.into: Scores | None = None  # set during the backward pass
+        self.first: Scores | None = None
+        self.broken: dict[str, str] = {}
+        self._layers = _watched_layers(model, set(names), self)
+        self.names = [name for layer in self._layers for name in layer.names.values()]
+        self._handles: list[RemovableHandle] = []
+
+    def __enter__(self) -> Probes:
+        self._handles = [
+            layer.module.register_forward_hook(layer.after_forward, with_kwargs=True) for layer in self._layers
+        ]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def release(self, names: Iterable[str]) -> None:
+        """Watch these tensors no longer."""
+        gone = set(names)
+        for layer in self._layers:
+            layer.names = {local: name for local, name in layer.names.items() if name not in gone}
+        self.names = [name for name in self.names if name not in gone]
+
+    def start(self, batch_size: int, device: torch.device) -> None:
+        """Call before each forward pass."""
+        self.batch_size = batch_size
+        self.anchor = torch.zeros((), device=device, requires_grad=True)
+        for layer in self._layers:
+            layer.calls, layer.arrived = 0, []
+
+    def backward(self, losses: list[Tensor], into: Scores, first: Scores | None = None) -> None:
+        """One backward pass for each (n,) loss vector of the last forward pass."""
+        self.into, self.first = into, first
+        for number, loss in enumerate(losses, start=1):
+            torch.autograd.grad(loss.sum(), self.anchor, allow_unused=True, retain_graph=number < len(losses))
+            for layer in self._layers:
+                layer.square()  # calls that got no gradient never arrive
+        self.into = self.first = self.anchor = None
+
+
+class _Layer:
+    """One watched layer: collects what the backward pass brings and applies the rule once all its calls are there."""
+
+    def __init__(self, module: nn.Module, rule: Rule, names: dict[str, str], probes: Probes) -> None:
+        self.module, self.rule, self.names, self.probes = module, rule, names, probes
+        self.calls = 0
+        self.checked = False
+        self.arrived: list[tuple[Tensor, Tensor]] = []
+
+    def after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        probes = self.probes
+        if not self.names or probes.anchor is None:
+            return None
+        x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+        if x is None or not isinstance(output, Tensor):
+            self._break("its input or output is no tensor")
+            return None
+        if probes.into is None:  # not a recomputation, which checkpointing does in the backward pass
+            self.calls += 1
+        return _Probe.apply(output, probes.anchor, x, self)
+
+    def receive(self, x: Tensor, g: Tensor) -> None:
+        size = self.probes.batch_size
+        if x.shape[0] != size or g.shape[0] != size:
+            self._break(f"it was called with first dimension {x.shape[0]}, not with the {size} examples of the batch")
+            return
+        if self.probes.first is not None:
+            self.checked = True
+        elif not self.checked:
+            self._break("it was not called in the first batch, where rules are checked")
+            return
+        self.arrived.append((x, g))
+        if len(self.arrived) == self.calls:
+            self.square()
+
+    def square(self) -> None:
+        if not self.arrived:
+            return
+        event = 0 if isinstance(self.module, nn.Embedding) else self._event_dims()
+        x = torch.cat([_positions(x, event) for x, _ in self.arrived], dim=1)
+        g = torch.cat([_positions(g, max(event, 1)) for _, g in self.arrived], dim=1)
+        self.arrived = []
+        with torch.autocast(x.device.type, enabled=False):
+            self._add(x, g, self.probes.into)
+            self._add(x[:1], g[:1], self.probes.first)
+
+    def _event_dims(self) -> int:
+        return len(self.module.normalized_shape) if isinstance(self.module, nn.LayerNorm) else 1
+
+    def _add(self, x: Tensor, g: Tensor, into: Scores | None) -> None:
+        if into is None:
+            return
+        for local, squares in self.rule(self.module, x, g).items():
+            if local in self.names:
+                into[self.names[local]] += squares
+
+    def _break(self, reason: str) -> None:
+        self.probes.broken.update(dict.fromkeys(self.names.values(), reason))
+
+
+class _Probe(torch.autograd.Function):
+    """Identity on `output` whose backward pass hands the layer's input and output gradient to its `_Layer`."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, anchor: Tensor, x: Tensor, layer: _Layer) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.layer = layer
+        return output.detach()  # not a view, which in-place layers behind it (ReLU) could not change
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        ctx.layer.receive(ctx.saved_tensors[0], grads[0])
+        return grads[0], None, None, None
+
+
+def _positions(tensor: Tensor, event_dims: int) -> Tensor:
+    """(n, any number of positions, event) as (n, P, event), floats in fp32 for exact sums of squares."""
+    event = tensor.shape[tensor.dim() - event_dims :]
+    tensor = tensor.reshape(tensor.shape[0], -1, *event)
+    return tensor.float() if tensor.is_floating_point() else tensor
+
+
+def _watched_layers(model: nn.Module, names: set[str], probes: Probes) -> list[_Layer]:
+    owners: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    layers = []
+    for prefix, module in model.named_modules():
+        rule = rule_for(module)
+        own = {
+            local: f"{prefix}.{local}" if prefix else local
+            for local, parameter in module._parameters.items()
+            # A tensor shared by two layers needs the sum of both before squaring, which no single layer sees.
+            if parameter is not None and owners[id(parameter)] == 1
+        }
+        own = {local: name for local, name in own.items() if name in names}
+        if rule is not None and own:
+            layers.append(_Layer(module, rule, own, probes))
+    return layers

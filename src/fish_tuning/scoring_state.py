@@ -1,0 +1,63 @@
+"""Put a model into the state it is scored in, and everything back as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+
+@contextmanager
+def scoring_state(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode (no dropout), no key-value cache, gradients on, the random state of every device kept.
+
+    Activation checkpointing stays in force, since a model may not fit without it. transformers ties it to training
+    mode, so the checkpointed layers alone keep that flag, their own functional dropout and layer drop set to 0.
+    """
+    modes = {module: module.training for module in model.modules()}
+    with ExitStack() as stack:
+        stack.enter_context(_random_state_kept(model))
+        stack.enter_context(torch.enable_grad())
+        try:
+            model.eval()
+            for module in modes:
+                if getattr(module, "gradient_checkpointing", False) and hasattr(module, "_gradient_checkpointing_func"):
+                    _keep_checkpointing(module, stack)
+            config = getattr(model, "config", None)
+            if getattr(config, "use_cache", None):
+                _set(config, "use_cache", False, stack)
+            yield
+        finally:
+            for module, training in modes.items():
+                module.training = training
+
+
+def _keep_checkpointing(module: nn.Module, stack: ExitStack) -> None:
+    module.training = True
+    # Reentrant checkpointing cannot serve torch.autograd.grad.
+    _set(module, "_gradient_checkpointing_func", partial(checkpoint, use_reentrant=False), stack)
+    for name, value in list(vars(module).items()):
+        if "drop" in name and isinstance(value, float):
+            _set(module, name, 0.0, stack)
+
+
+def _set(owner: Any, name: str, value: Any, stack: ExitStack) -> None:
+    stack.callback(setattr, owner, name, getattr(owner, name))
+    setattr(owner, name, value)
+
+
+@contextmanager
+def _random_state_kept(model: nn.Module) -> Iterator[None]:
+    devices = {parameter.device for parameter in model.parameters() if parameter.device.type not in ("cpu", "meta")}
+    kinds = {device.type for device in devices} or {"cuda"}
+    with ExitStack() as stack:
+        for kind in sorted(kinds):
+            stack.enter_context(
+                torch.random.fork_rng([device.index for device in devices if device.type == kind], device_type=kind)
+            )
+        yield

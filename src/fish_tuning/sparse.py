@@ -1,0 +1,229 @@
+"""Sparse training: a masked tensor becomes a frozen tensor plus a trainable vector of its selected entries.
+
+Optimizer, gradient clipping, DDP and every count by `requires_grad` then see k numbers and nothing else; nothing about
+the frozen entries has to be masked at every step. In the state dict the tensor keeps its own name and shape.
+
+The frozen tensor is a buffer, not a parameter without gradient: code that switches the gradients of a whole adapter on
+(PEFT's `set_adapter`) cannot thaw it, and FSDP does not shard it away from the values that are written into it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from fish_tuning.errors import MaskError, did_you_mean
+
+Mask = dict[str, Tensor]
+
+
+def apply_mask(model: nn.Module, mask: Mapping[str, Tensor]) -> None:
+    """Freeze every entry of `model` that `mask` leaves out; train the selected ones as one vector a tensor.
+
+    Call it before the optimizer is made. A tensor whose mask is all true stays an ordinary dense parameter, and so does
+    one that the mask does not name. `remove_mask` undoes it and keeps what was trained.
+
+    Args:
+        model: the model, changed in place. For DDP pass the very module that is wrapped.
+        mask: {name as in `model.named_parameters()`: bool tensor of the tensor's shape}, true where it trains.
+
+    Raises:
+        MaskError: unknown names, wrong shapes or dtypes, tensors that are not trainable, or a mask already applied.
+            The model is then unchanged.
+
+    Example:
+        >>> import torch
+        >>> from fish_tuning import apply_mask, count_trainable_parameters
+        >>> model = torch.nn.Linear(4, 3)
+        >>> apply_mask(model, {"weight": torch.eye(3, 4, dtype=torch.bool), "bias": torch.zeros(3, dtype=torch.bool)})
+        >>> count_trainable_parameters(model)
+        3
+    """
+    _check(model, mask)
+    for name, selected in mask.items():
+        if not selected.all():
+            module, local = _owner(model, name)
+            _mask_tensor(module, local, selected)
+    # DDP would send every buffer at each step.
+    ignored = set(getattr(model, "_ddp_params_and_buffers_to_ignore", ()))
+    for name, module in model.named_modules():
+        if isinstance(module, MaskedTensor):
+            ignored |= {f"{name.rpartition('.')[0]}.original", f"{name}.index"}
+    model._ddp_params_and_buffers_to_ignore = sorted(ignored)  # type: ignore[assignment]
+
+
+def remove_mask(model: nn.Module) -> None:
+    """Make every masked tensor of `model` an ordinary, wholly trainable parameter again, with its trained values."""
+    for tensor in list(_masked_tensors(model)):
+        _unmask_tensor(tensor)
+    ignored = [name for name in getattr(model, "_ddp_params_and_buffers_to_ignore", ()) if ".parametrizations." not in name]
+    model._ddp_params_and_buffers_to_ignore = ignored  # type: ignore[assignment]
+
+
+def get_mask(model: nn.Module) -> Mask:
+    """The mask that is applied to `model`, dense trainable tensors included as all true; bool tensors by name."""
+    mask = {tensor.name: tensor.masked.selected() for tensor in _masked_tensors(model)}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and ".parametrizations." not in f".{name}":
+            mask[name] = torch.ones_like(parameter, dtype=torch.bool, requires_grad=False)
+    return mask
+
+
+def is_masked(model: nn.Module) -> bool:
+    """Whether a mask is applied to any tensor of `model`."""
+    return any(isinstance(module, MaskedTensor) for module in model.modules())
+
+
+def count_trainable_parameters(model: nn.Module) -> int:
+    """Number of entries that an optimizer would change."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+class MaskedTensor(nn.Module):
+    """Parametrization of one tensor: writes the trainable `values` into the frozen tensor whenever it is read."""
+
+    index: Tensor
+
+    def __init__(self, dense: nn.Parameter, selected: Tensor) -> None:
+        super().__init__()
+        index = selected.flatten().nonzero()[:, 0].to(dense.device)
+        self.register_buffer("index", index, persistent=False)
+        self.shape = dense.shape
+        # Kept outside the module's registries: the object that an unmasked model gets back.
+        object.__setattr__(self, "dense", dense)
+        self.values = nn.Parameter(dense.detach().flatten()[index]) if len(index) else None
+
+    def forward(self, frozen: Tensor) -> Tensor:
+        if self.values is None:
+            return frozen
+        return _WriteValues.apply(self.values, frozen, self.index)  # type: ignore[no-any-return]
+
+    def selected(self) -> Tensor:
+        selected = torch.zeros(self.shape, dtype=torch.bool, device=self.index.device)
+        selected.view(-1)[self.index] = True
+        return selected
+
+
+class _WriteValues(torch.autograd.Function):
+    """The frozen tensor with `values` written into it; the gradient at the selected entries goes to `values`."""
+
+    @staticmethod
+    def forward(values: Tensor, frozen: Tensor, index: Tensor) -> Tensor:
+        # Through .data: the same numbers are written at every read between two optimizer steps, so autograd need not
+        # see a change of what it saved. Reads are not cached: fused optimizers change values without a trace.
+        frozen.data.view(-1).index_copy_(0, index, values.to(frozen.dtype))
+        return frozen.detach()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[2])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return grads[0].reshape(-1).index_select(0, ctx.saved_tensors[0]), None, None
+
+
+class _Masked(NamedTuple):
+    name: str
+    module: nn.Module
+    local: str
+    masked: MaskedTensor
+
+
+def _mask_tensor(module: nn.Module, local: str, selected: Tensor) -> None:
+    dense = module._parameters.pop(local)
+    masked = MaskedTensor(dense, selected)  # type: ignore[arg-type]
+    module.register_buffer(local, dense.detach().contiguous())  # type: ignore[union-attr]
+    dense.data = dense.data.new_empty(0)  # type: ignore[union-attr]  # the buffer holds it now
+    parametrize.register_parametrization(module, local, masked, unsafe=True)
+    masked.hooks = (  # type: ignore[assignment]
+        module.register_state_dict_post_hook(_DenseStateDict(local)),
+        module.register_load_state_dict_pre_hook(_SplitStateDict(local)),
+    )
+
+
+def _unmask_tensor(tensor: _Masked) -> None:
+    module, local, masked = tensor.module, tensor.local, tensor.masked
+    trained = getattr(module, local).detach()
+    parametrize.remove_parametrizations(module, local, leave_parametrized=False)
+    for hook in masked.hooks:  # type: ignore[union-attr]
+        hook.remove()
+    del module._buffers[local]
+    masked.dense.data = trained  # type: ignore[union-attr]
+    module.register_parameter(local, masked.dense)  # type: ignore[arg-type]
+
+
+class _DenseStateDict:
+    """State-dict hook of the owning module: gives the tensor under its own name, in its own shape."""
+
+    def __init__(self, local: str) -> None:
+        self.local = local
+
+    def __call__(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
+        own = f"{prefix}parametrizations.{self.local}."
+        for key in [key for key in state_dict if key.startswith(own)]:
+            del state_dict[key]
+        state_dict[prefix + self.local] = getattr(module, self.local).detach()
+
+
+class _SplitStateDict:
+    """Load hook of the owning module: takes the dense tensor apart into the frozen one and the values."""
+
+    def __init__(self, local: str) -> None:
+        self.local = local
+
+    def __call__(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+        dense = state_dict.pop(prefix + self.local, None)
+        if dense is None:
+            return
+        masked = module.parametrizations[self.local][0]  # type: ignore[index, union-attr]
+        own = f"{prefix}parametrizations.{self.local}."
+        state_dict[f"{own}original"] = dense
+        if masked.values is not None:
+            state_dict[f"{own}0.values"] = dense.detach().flatten()[masked.index.to(dense.device)]
+
+
+def _masked_tensors(model: nn.Module) -> Iterator[_Masked]:
+    for prefix, module in model.named_modules():
+        for local, parametrizations in getattr(module, "parametrizations", {}).items():
+            if isinstance(parametrizations[0], MaskedTensor):
+                yield _Masked(f"{prefix}.{local}" if prefix else local, module, local, parametrizations[0])
+
+
+def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, local = name.rpartition(".")
+    return model.get_submodule(path), local
+
+
+def _check(model: nn.Module, mask: Mapping[str, Tensor]) -> None:
+    if is_masked(model):
+        raise MaskError("The model has a mask already. Call remove_mask(model) before applying another.")
+    parameters = dict(model.named_parameters())
+    shared = _shared_names(model)
+    for name, selected in mask.items():
+        if name not in parameters:
+            raise MaskError(
+                f"The mask names {name!r}, which the model does not have.{did_you_mean(name, parameters)} A mask fits "
+                "the model whose scores it was made from."
+            )
+        parameter = parameters[name]
+        if selected.dtype != torch.bool or selected.shape != parameter.shape:
+            raise MaskError(
+                f"The mask of {name!r} is {selected.dtype} of shape {tuple(selected.shape)}; the tensor needs "
+                f"torch.bool of shape {tuple(parameter.shape)}."
+            )
+        if not parameter.requires_grad:
+            raise MaskError(f"{name!r} is in the mask but not trainable (requires_grad=False).")
+        if name in shared and not selected.all():
+            raise MaskError(f"{name!r} is shared by several layers (tied weights), which a mask cannot split.")
+
+
+def _shared_names(model: nn.Module) -> set[str]:
+    seen: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        seen.setdefault(id(parameter), []).append(name)
+    return {name for names in seen.values() if len(names) > 1 for name in names}
