@@ -78,6 +78,11 @@ def is_masked(model: nn.Module) -> bool:
     return any(isinstance(module, MaskedTensor) for module in model.modules())
 
 
+def replaced_parameters(model: nn.Module) -> set[int]:
+    """The ids of the dense parameters that masked tensors stand in for; no optimizer should hold them."""
+    return {id(tensor.masked.dense) for tensor in _masked_tensors(model)}
+
+
 def count_trainable_parameters(model: nn.Module) -> int:
     """Number of entries that an optimizer would change."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -139,6 +144,7 @@ def _mask_tensor(module: nn.Module, local: str, selected: Tensor) -> None:
     masked = MaskedTensor(dense, selected)  # type: ignore[arg-type]
     module.register_buffer(local, dense.detach().contiguous())  # type: ignore[union-attr]
     dense.data = dense.data.new_empty(0)  # type: ignore[union-attr]  # the buffer holds it now
+    dense.grad = None  # type: ignore[union-attr]
     parametrize.register_parametrization(module, local, masked, unsafe=True)
     masked.hooks = (  # type: ignore[assignment]
         module.register_state_dict_post_hook(_DenseStateDict(local)),
@@ -149,12 +155,20 @@ def _mask_tensor(module: nn.Module, local: str, selected: Tensor) -> None:
 def _unmask_tensor(tensor: _Masked) -> None:
     module, local, masked = tensor.module, tensor.local, tensor.masked
     trained = getattr(module, local).detach()
+    _give_own_class(module)
     parametrize.remove_parametrizations(module, local, leave_parametrized=False)
     for hook in masked.hooks:  # type: ignore[union-attr]
         hook.remove()
     del module._buffers[local]
     masked.dense.data = trained  # type: ignore[union-attr]
     module.register_parameter(local, masked.dense)  # type: ignore[arg-type]
+
+
+def _give_own_class(module: nn.Module) -> None:
+    """A deep copy shares the class that holds the properties of its masked tensors; taking one off must not reach it."""
+    cls = type(module)
+    own = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
+    module.__class__ = type(cls.__name__, cls.__bases__, own)
 
 
 class _DenseStateDict:
@@ -189,7 +203,8 @@ class _SplitStateDict:
 
 def _masked_tensors(model: nn.Module) -> Iterator[_Masked]:
     for prefix, module in model.named_modules():
-        for local, parametrizations in getattr(module, "parametrizations", {}).items():
+        # Not getattr: PEFT's ModulesToSaveWrapper hands out the attributes of what it wraps.
+        for local, parametrizations in (module._modules.get("parametrizations") or nn.ModuleDict()).items():
             if isinstance(parametrizations[0], MaskedTensor):
                 yield _Masked(f"{prefix}.{local}" if prefix else local, module, local, parametrizations[0])
 

@@ -12,7 +12,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from fish_tuning.errors import MaskError
-from fish_tuning.sparse import apply_mask, get_mask, is_masked
+from fish_tuning.sparse import apply_mask, get_mask, is_masked, replaced_parameters
 from fish_tuning.storage import MASK_FILE_NAME, load_mask, save_mask
 
 
@@ -41,8 +41,13 @@ class FishMaskCallback(TrainerCallback):
     ) -> None:
         if not is_masked(model):
             apply_mask(model, self.mask)
-        elif not same_mask(get_mask(model), self.mask):
+        elif not self._is_applied_to(model):
             raise MaskError("The model has another mask already. Call remove_mask(model) before training with this one.")
+
+    def _is_applied_to(self, model: Any) -> bool:
+        applied = get_mask(model)
+        dense = {name: selected for name, selected in applied.items() if name not in self.mask and selected.all()}
+        return same_mask(applied, {**dense, **self.mask})
 
     def on_train_begin(
         self,
@@ -60,9 +65,9 @@ class FishMaskCallback(TrainerCallback):
                 "The model that is trained has no mask: it was replaced after the Trainer was made (model_init?), or "
                 "the mask was removed. Make the model first and pass it as `model`."
             )
-        if optimizer is not None and held.isdisjoint(trained):
+        if optimizer is not None and (held.isdisjoint(trained) or held & replaced_parameters(model)):
             raise MaskError(
-                "The optimizer holds none of the trained parameters: it was made before the mask was applied. Call "
+                "The optimizer holds parameters that a mask has replaced: it was made before the mask was applied. Call "
                 "apply_mask(model, mask) first, then make the optimizer."
             )
 

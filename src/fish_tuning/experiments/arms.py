@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import (
     DataCollatorWithPadding,
+    PrinterCallback,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -160,7 +161,7 @@ class ArmRun:
         return self._make_trainer(model, self._arguments(folder / "checkpoints" / name), callbacks)
 
     def _make_trainer(self, model: Any, args: TrainingArguments, callbacks: list[TrainerCallback]) -> Trainer:
-        return Trainer(
+        trainer = Trainer(
             model=model,
             args=args,
             train_dataset=self.train,
@@ -170,6 +171,8 @@ class ArmRun:
             compute_metrics=metric_function(self.plan.task.num_labels),
             callbacks=callbacks,
         )
+        trainer.remove_callback(PrinterCallback)  # it prints every log to standard output
+        return trainer
 
     def _arguments(self, folder: Path, extra: Mapping[str, Any] | None = None) -> TrainingArguments:
         return training_arguments(self.config, self.seed, folder, extra)
@@ -191,9 +194,8 @@ def training_arguments(
     config: ExperimentConfig, seed: int, folder: Path, extra: Mapping[str, Any] | None = None
 ) -> TrainingArguments:
     """The experiment's TrainingArguments for one seed."""
-    return TrainingArguments(
-        output_dir=str(folder), seed=seed, disable_tqdm=True, **{**config.training.args_override, **(extra or {})}
-    )
+    chosen = {"dataloader_pin_memory": torch.cuda.is_available(), **config.training.args_override, **(extra or {})}
+    return TrainingArguments(output_dir=str(folder), seed=seed, disable_tqdm=True, **chosen)
 
 
 def kept_shares(mask: Mask, names_to_exclude: Sequence[str]) -> list[KeptShare]:

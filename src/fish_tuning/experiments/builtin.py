@@ -112,7 +112,7 @@ def _make_digits_vit(folder: Path) -> None:
                 optimizer.step()
                 schedule.step()
                 optimizer.zero_grad()
-    model.save_pretrained(folder)
+    model.base_model.save_pretrained(folder)  # without the head: the new digits get a new one
 
 
 _MAKERS: dict[str, Callable[[Path], None]] = {

@@ -7,6 +7,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import logging as transformers_logging
 
 
 class RunProgress(TrainerCallback):
@@ -23,6 +24,7 @@ class RunProgress(TrainerCallback):
         self.begun = 0.0
 
     def __enter__(self) -> RunProgress:
+        transformers_logging.disable_progress_bar()  # one bar is enough
         return self
 
     def __exit__(self, *_: object) -> None:

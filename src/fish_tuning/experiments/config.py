@@ -1,0 +1,191 @@
+"""What an experiment file may hold: the sections, their defaults and what is allowed in each key.
+
+A field's description says what is allowed there; error messages are made from it.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from fish_tuning.errors import did_you_mean
+from fish_tuning.experiments.training_keys import training_argument_problems
+
+# Arms by name, with the selection method of each; None trains all of the adapter.
+ARMS: dict[str, str | None] = {"lora": None, "lora-fish": "fish", "lora-fish-rand": "rand", "lora-fish-rev": "rev"}
+
+INITIALISATIONS = ("gaussian", "pissa", "pissa_niter_[number]", "olora", "orthogonal")
+_PISSA_NITER = re.compile(r"pissa_niter_[1-9]\d*")
+
+
+class Section(BaseModel):
+    """Unknown keys are errors, values are not converted (`"16"` is no number), and nothing changes once it is read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class ModelConfig(Section):
+    """The pretrained model: a hub name, a local folder, or a built-in one."""
+
+    name: str = Field(min_length=1, description="a model's name on the hub or its folder")
+    config_overrides: dict[str, Any] = Field({}, description="names and values of the model's own configuration")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="float32, bfloat16 or float16")
+
+
+class DatasetConfig(Section):
+    """The data set. What is left out is found from the data: text columns, label column, splits."""
+
+    load_args: list[str] = Field(
+        min_length=1, description="the arguments of datasets.load_dataset: a name or a folder, and maybe a configuration"
+    )
+    text_column: str | list[str] | None = Field(None, description="the name of a text column, or a list of two")
+    label_column: str | None = Field(None, description="the name of a column")
+    train_split: str | None = Field(None, description="the name of a split")
+    validation_split: str | None = Field(None, description="the name of a split")
+    max_train_samples: int | None = Field(None, ge=1, description="a whole number from 1, or null for all")
+
+    @field_validator("load_args", mode="before")
+    @classmethod
+    def _wrap(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    @field_validator("load_args")
+    @classmethod
+    def _filled(cls, value: list[str]) -> list[str]:
+        if not all(value):
+            raise ValueError("must not hold an empty name")
+        return value
+
+    @field_validator("text_column")
+    @classmethod
+    def _one_or_two(cls, value: str | list[str] | None) -> str | list[str] | None:
+        if isinstance(value, list) and len(value) not in (1, 2):
+            raise ValueError("must be the name of a text column, or a list of two")
+        return value
+
+
+class LoraSection(Section):
+    """The adapter. Its alpha is always 2 x rank, as in the paper."""
+
+    baseline_rank: int = Field(8, ge=1, description="a whole number from 1")
+    fish_rank: int = Field(16, ge=1, description="a whole number from 1")
+    dropout: float = Field(0.0, ge=0, lt=1, description="a number from 0 to below 1")
+    target_modules: list[str] | str | None = Field(
+        None, description="a list of module names, a regular expression, or null to find them from the model"
+    )
+    names_to_exclude: list[str] = Field(
+        ["modules_to_save"], description="a list of regular expressions for tensors that train densely"
+    )
+    init_lora_weights: bool | str = Field(
+        "pissa", description=f"true, false, {', '.join(INITIALISATIONS)} (PEFT's initialisations that need no data)"
+    )
+
+    @field_validator("target_modules")
+    @classmethod
+    def _named(cls, value: list[str] | str | None) -> list[str] | str | None:
+        if value is not None and not value:
+            raise ValueError("must name at least one module; leave it out to find them from the model")
+        return value
+
+    @field_validator("names_to_exclude")
+    @classmethod
+    def _compiles(cls, value: list[str]) -> list[str]:
+        for pattern in value:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
+        return value
+
+    @field_validator("init_lora_weights")
+    @classmethod
+    def _known_initialisation(cls, value: bool | str) -> bool | str:
+        if isinstance(value, str) and value not in INITIALISATIONS[:2] + INITIALISATIONS[3:]:
+            if not _PISSA_NITER.fullmatch(value):
+                allowed = ", ".join(("true", "false", *INITIALISATIONS))
+                raise ValueError(f"must be one of {allowed}.{did_you_mean(value, INITIALISATIONS)}")
+        return value
+
+    @model_validator(mode="after")
+    def _even_for_orthogonal(self) -> LoraSection:
+        odd = [key for key in ("baseline_rank", "fish_rank") if getattr(self, key) % 2]
+        if self.init_lora_weights == "orthogonal" and odd:
+            raise ValueError(
+                f"init_lora_weights 'orthogonal' needs even ranks, but {odd[0]} is {getattr(self, odd[0])}"
+            )
+        return self
+
+
+class FishTuningSection(Section):
+    """Which arms run, and how their masks are chosen."""
+
+    methods_to_run: list[str] = Field(list(ARMS), min_length=1, description=f"a list of arms: {', '.join(ARMS)}")
+    prune_to_ratio_of_baseline: float = Field(0.5, gt=0, le=1, description="a number above 0, up to 1")
+    num_samples: int = Field(128, ge=1, description="a whole number from 1: training examples to score with")
+    warmup_steps: int = Field(0, ge=0, description="a whole number from 0: dense steps before scoring, rewound after it")
+
+    @field_validator("methods_to_run")
+    @classmethod
+    def _known_arms(cls, value: list[str]) -> list[str]:
+        for arm in value:
+            if arm not in ARMS:
+                raise ValueError(f"{arm!r} is no arm; allowed are {', '.join(ARMS)}.{did_you_mean(arm, ARMS)}")
+        return _unique(value)
+
+
+class TrainingSection(Section):
+    """How every arm is trained. `args_override` holds names and values of transformers' `TrainingArguments`."""
+
+    max_seq_length: int = Field(128, ge=1, description="a whole number from 1: tokens an example is cut to")
+    output_dir: str = Field("results", min_length=1, description="a folder's name")
+    args_override: dict[str, Any] = Field({}, description="names and values of transformers' TrainingArguments")
+
+    @field_validator("args_override")
+    @classmethod
+    def _known_arguments(cls, value: dict[str, Any]) -> dict[str, Any]:
+        problems = training_argument_problems(value)
+        if problems:
+            raise ValueError("\n".join(problems))
+        return value
+
+
+class ExperimentConfig(Section):
+    """A whole experiment: one model, one data set, the arms, and the seeds each of them runs with."""
+
+    name: str = Field("experiment", pattern=r"^[^/\\]+$", description="a name without slashes")
+    model: ModelConfig = Field(description="a section with the key name")
+    dataset: DatasetConfig = Field(description="a section with the key load_args")
+    lora: LoraSection = LoraSection()
+    fish_tuning: FishTuningSection = FishTuningSection()
+    training: TrainingSection = TrainingSection()
+    seeds: list[int] = Field([42, 43, 44], min_length=1, description="a list of different whole numbers from 0")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _folder_from_name(cls, data: Any) -> Any:
+        """`training.output_dir` is `results/<name>` unless it is given."""
+        if not isinstance(data, dict) or not isinstance(data.get("training", {}), dict):
+            return data
+        folder = f"results/{data.get('name', 'experiment')}"
+        return {**data, "training": {"output_dir": folder, **data.get("training", {})}}
+
+    @field_validator("seeds", mode="before")
+    @classmethod
+    def _wrap(cls, value: Any) -> Any:
+        return [value] if type(value) is int else value
+
+    @field_validator("seeds")
+    @classmethod
+    def _usable_seeds(cls, value: list[int]) -> list[int]:
+        if not all(0 <= seed < 2**32 for seed in value):
+            raise ValueError("must be whole numbers from 0 to 4294967295")
+        return _unique(value)
+
+
+def _unique(values: list[Any]) -> list[Any]:
+    repeated = [value for number, value in enumerate(values) if value in values[:number]]
+    if repeated:
+        raise ValueError(f"holds {repeated[0]!r} twice")
+    return values

@@ -1,0 +1,283 @@
+"""Masks in transformers' Trainer, through the callback and through FishTuningTrainer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from tiny import (
+    Rows,
+    assert_only_selected_moved,
+    assert_same_tensors,
+    bert,
+    classification_batch,
+    lora,
+    random_mask,
+    tensors,
+)
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
+
+from fish_tuning import (
+    FishMaskCallback,
+    FishTuningTrainer,
+    MaskError,
+    apply_mask,
+    count_trainable_parameters,
+    get_mask,
+    is_masked,
+    load_mask,
+    remove_mask,
+)
+
+DATA = Rows(classification_batch((5, 9, 3, 7, 6, 8, 4, 5)))
+
+
+def arguments(folder: Path, **settings: Any) -> TrainingArguments:
+    defaults: dict[str, Any] = dict(
+        output_dir=str(folder),
+        max_steps=4,
+        per_device_train_batch_size=2,
+        learning_rate=0.02,
+        weight_decay=0.1,
+        lr_scheduler_type="constant",
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+        logging_strategy="no",
+        use_cpu=True,
+    )
+    return TrainingArguments(**(defaults | settings))
+
+
+def masked_lora(**config: Any) -> tuple[PeftModel, dict[str, Tensor]]:
+    model = lora(bert(), **config)
+    return model, random_mask(model, dense=["classifier"])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"gradient_accumulation_steps": 2},
+        {"max_grad_norm": 0.01},
+        {"optim": "adamw_torch"},
+        {"optim": "sgd", "optim_args": "momentum=0.9"},
+        {"bf16": True},
+        {"activation_checkpointing": True},
+    ],
+    ids=lambda settings: next(iter(settings), "plain"),
+)
+@pytest.mark.parametrize("how", ["callback", "trainer", "applied before"])
+def test_only_selected_entries_move(how: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    model, mask = masked_lora()
+    before = tensors(model)
+    shared: dict[str, Any] = dict(model=model, args=arguments(tmp_path, **settings), train_dataset=DATA)
+    if how == "callback":
+        trainer = Trainer(**shared, callbacks=[FishMaskCallback(mask)])
+    elif how == "trainer":
+        trainer = FishTuningTrainer(mask=mask, **shared)
+    else:
+        apply_mask(model, mask)
+        trainer = Trainer(**shared)
+    trainer.train()
+    assert trainer.state.global_step == 4
+    assert_only_selected_moved(before, tensors(model), mask)
+
+
+def test_optimizer_state_is_two_numbers_a_trainable_entry(tmp_path: Path) -> None:
+    model, mask = masked_lora()
+    k = sum(int(selected.sum()) for selected in mask.values())
+    trainer = FishTuningTrainer(model=model, args=arguments(tmp_path), mask=mask, train_dataset=DATA)
+    trainer.train()
+    assert trainer.optimizer is not None
+    state = [value for entry in trainer.optimizer.state.values() for value in entry.values() if value.dim()]
+    assert sum(value.numel() for value in state) == 2 * k
+    assert count_trainable_parameters(model) == trainer.get_num_trainable_parameters() == k
+
+
+def test_callback_and_trainer_give_the_same_weights(tmp_path: Path) -> None:
+    results = []
+    for kind in (Trainer, FishTuningTrainer):
+        model, mask = masked_lora()
+        extra: dict[str, Any] = {"mask": mask} if kind is FishTuningTrainer else {"callbacks": [FishMaskCallback(mask)]}
+        kind(model=model, args=arguments(tmp_path), train_dataset=DATA, **extra).train()
+        results.append(tensors(model))
+    assert_same_tensors(*results)
+
+
+def test_all_arguments_of_trainer_pass(tmp_path: Path) -> None:
+    model, mask = masked_lora()
+    seen: list[str] = []
+
+    class Witness(TrainerCallback):
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            seen.append("step")
+
+    optimizer_kwargs = (torch.optim.SGD, {"lr": 0.5})
+    trainer = FishTuningTrainer(
+        model,
+        arguments(tmp_path, eval_strategy="steps", eval_steps=4),
+        mask=mask,
+        data_collator=default_data_collator,
+        train_dataset=DATA,
+        eval_dataset=DATA,
+        processing_class=None,
+        compute_loss_func=lambda outputs, labels, **_: nn.functional.cross_entropy(outputs.logits, labels),
+        compute_metrics=lambda prediction: {"hits": float((prediction.predictions.argmax(-1) == 1).sum())},
+        callbacks=[Witness()],
+        optimizer_cls_and_kwargs=optimizer_kwargs,
+        preprocess_logits_for_metrics=lambda logits, labels: logits,
+    )
+    trainer.train()
+    assert seen == ["step"] * 4
+    assert "eval_hits" in trainer.state.log_history[-1] | trainer.evaluate()
+    assert trainer.optimizer is not None and isinstance(trainer.optimizer.optimizer, torch.optim.SGD)  # type: ignore[attr-defined]
+
+
+# Checkpoints
+
+
+def test_checkpoints_hold_the_ordinary_adapter_and_the_mask(tmp_path: Path) -> None:
+    model, mask = masked_lora()
+    args = arguments(tmp_path, save_strategy="steps", save_steps=2)
+    trainer = FishTuningTrainer(model=model, args=args, mask=mask, train_dataset=DATA)
+    trainer.train()
+    batch = classification_batch()
+    loaded = PeftModel.from_pretrained(bert(), tmp_path / "checkpoint-4").eval()
+    assert torch.equal(loaded(**batch).logits, model.eval()(**batch).logits)
+    for step in (2, 4):
+        assert_same_tensors(load_mask(tmp_path / f"checkpoint-{step}" / "fish_mask.safetensors"), mask)
+    trainer.save_model(str(tmp_path / "final"))
+    loaded = PeftModel.from_pretrained(bert(), tmp_path / "final").eval()
+    assert torch.equal(loaded(**batch).logits, model(**batch).logits)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("through", ["callback", "trainer"])
+def test_resumed_run_equals_one_that_never_stopped(through: str, dropout: float, tmp_path: Path) -> None:
+    def trainer_in(folder: Path, seed: int) -> Trainer:
+        model, mask = masked_lora(lora_dropout=dropout)
+        if seed:  # other start values: they must all come from the checkpoint
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    if name in mask:
+                        parameter.add_(1.0)
+        args = arguments(folder, max_steps=6, save_strategy="steps", save_steps=3)
+        if through == "trainer":
+            return FishTuningTrainer(model=model, args=args, mask=mask, train_dataset=DATA)
+        return Trainer(model=model, args=args, train_dataset=DATA, callbacks=[FishMaskCallback(mask)])
+
+    whole = trainer_in(tmp_path, 0)
+    whole.train()
+    resumed = trainer_in(tmp_path, 1)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert resumed.state.global_step == 6
+    assert_same_tensors(tensors(resumed.model), tensors(whole.model))  # type: ignore[arg-type]
+
+
+def test_resuming_with_another_mask_is_an_error(tmp_path: Path) -> None:
+    model, mask = masked_lora()
+    args = arguments(tmp_path, save_strategy="steps", save_steps=2)
+    FishTuningTrainer(model=model, args=args, mask=mask, train_dataset=DATA).train()
+    again = lora(bert())
+    trainer = FishTuningTrainer(
+        model=again, args=args, mask=random_mask(again, seed=1, dense=["classifier"]), train_dataset=DATA
+    )
+    for checkpoint in (True, str(tmp_path / "checkpoint-2")):
+        with pytest.raises(MaskError, match=r"another mask.*load_mask\('.*fish_mask.safetensors'\)"):
+            trainer.train(resume_from_checkpoint=checkpoint)
+
+
+# Errors
+
+
+def test_model_init_is_refused(tmp_path: Path) -> None:
+    model, mask = masked_lora()
+    with pytest.raises(MaskError, match="model_init"):
+        FishTuningTrainer(args=arguments(tmp_path), mask=mask, model_init=lambda: model, train_dataset=DATA)
+
+
+def test_model_made_after_the_trainer_is_an_error(tmp_path: Path) -> None:
+    _, mask = masked_lora()
+    trainer = Trainer(
+        args=arguments(tmp_path),
+        model_init=lambda: lora(bert()),
+        train_dataset=DATA,
+        callbacks=[FishMaskCallback(mask)],
+    )
+    with pytest.raises(MaskError, match="model_init"):
+        trainer.train()
+
+
+def test_mask_taken_off_before_training_is_an_error(tmp_path: Path) -> None:
+    model, mask = masked_lora()
+    trainer = FishTuningTrainer(model=model, args=arguments(tmp_path), mask=mask, train_dataset=DATA)
+    remove_mask(model)
+    with pytest.raises(MaskError, match="the mask was removed"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("head", ["dense", "masked"])
+def test_optimizer_made_before_masking_is_an_error(head: str, tmp_path: Path) -> None:
+    # With a dense head the optimizer still holds something that trains, while the adapter would stand still.
+    model = lora(bert())
+    mask = random_mask(model, dense=["classifier"] if head == "dense" else [])
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    trainer = FishTuningTrainer(
+        model=model, args=arguments(tmp_path), mask=mask, train_dataset=DATA, optimizers=(optimizer, None)
+    )
+    with pytest.raises(MaskError, match="made before the mask was applied"):
+        trainer.train()
+
+
+def test_optimizer_made_after_masking_is_fine(tmp_path: Path) -> None:
+    model, mask = masked_lora()
+    before = tensors(model)
+    apply_mask(model, mask)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
+    trainer = FishTuningTrainer(
+        model=model, args=arguments(tmp_path), mask=mask, train_dataset=DATA, optimizers=(optimizer, None)
+    )
+    trainer.train()
+    assert_only_selected_moved(before, tensors(model), mask)
+
+
+def test_model_with_another_mask_is_an_error(tmp_path: Path) -> None:
+    model, mask = masked_lora()
+    other = random_mask(model, seed=1)
+    apply_mask(model, mask)
+    FishTuningTrainer(model=model, args=arguments(tmp_path), mask=mask, train_dataset=DATA)
+    with pytest.raises(MaskError, match="another mask already"):
+        FishTuningTrainer(model=model, args=arguments(tmp_path), mask=other, train_dataset=DATA)
+
+
+def test_mask_of_some_tensors_may_be_applied_before(tmp_path: Path) -> None:
+    model, mask = masked_lora()
+    some = {name: selected for name, selected in mask.items() if "lora_A" in name}
+    apply_mask(model, some)
+    FishTuningTrainer(model=model, args=arguments(tmp_path), mask=some, train_dataset=DATA)
+    with pytest.raises(MaskError, match="another mask already"):
+        FishTuningTrainer(model=model, args=arguments(tmp_path), mask=mask, train_dataset=DATA)
+
+
+def test_mask_that_does_not_fit_leaves_the_model_alone(tmp_path: Path) -> None:
+    model, mask = masked_lora()
+    with pytest.raises(MaskError, match="does not have"):
+        FishTuningTrainer(
+            model=model, args=arguments(tmp_path), mask=mask | {"nothing": torch.ones(1).bool()}, train_dataset=DATA
+        )
+    assert not is_masked(model)
+
+
+def test_dense_mask_trains_like_no_mask(tmp_path: Path) -> None:
+    results = []
+    for kind in (Trainer, FishTuningTrainer):
+        model = lora(bert())
+        extra: dict[str, Any] = {"mask": get_mask(model)} if kind is FishTuningTrainer else {}
+        kind(model=model, args=arguments(tmp_path), train_dataset=DATA, **extra).train()
+        results.append(tensors(model))
+    assert_same_tensors(*results)
