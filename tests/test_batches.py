@@ -49,7 +49,8 @@ def test_batch_size_is_that_of_the_labels() -> None:
 
 def test_rows_share_scalars() -> None:
     part = rows({"labels": torch.arange(4), "scale": torch.tensor(2.0)}, 1, 3)
-    assert part["labels"].tolist() == [1, 2] and part["scale"] == 2
+    assert part["labels"].tolist() == [1, 2]
+    assert part["scale"] == 2
 
 
 def test_rows_refuse_tensors_that_do_not_run_along_the_batch() -> None:
@@ -66,14 +67,20 @@ def test_trailing_padding_goes_from_everything_along_the_tokens() -> None:
     assert torch.equal(trimmed["input_ids"], batch["input_ids"][:, :4])
 
 
-def test_leading_padding_stays() -> None:
+def test_leading_padding_goes_too() -> None:
+    batch = {key: torch.nn.functional.pad(value, (3, 0)) for key, value in text_batch((2, 4), side="left").items()}
+    assert torch.equal(trim_padding(batch)["input_ids"], batch["input_ids"][:, 3:])
+
+
+def test_padding_of_some_rows_stays() -> None:
     batch = text_batch((2, 4), side="left")
     assert trim_padding(batch)["input_ids"].shape == (2, 4)
 
 
 def test_labels_of_examples_stay() -> None:
     trimmed = trim_padding(padded() | {"labels": torch.arange(2)})
-    assert trimmed["labels"].tolist() == [0, 1] and trimmed["input_ids"].shape == (2, 4)
+    assert trimmed["labels"].tolist() == [0, 1]
+    assert trimmed["input_ids"].shape == (2, 4)
 
 
 def test_as_many_classes_as_columns_are_no_tokens() -> None:

@@ -23,7 +23,9 @@ from fish_tuning import FisherError, calculate_fisher_information
 from fish_tuning.losses import IGNORED, align_labels, example_losses, labels_of, resolve_likelihood
 
 
-def losses_of(model: nn.Module, batch: dict[str, Tensor], fisher_type: str = "empirical", seed: int = 0) -> list[Tensor]:
+def losses_of(
+    model: nn.Module, batch: dict[str, Tensor], fisher_type: str = "empirical", seed: int = 0
+) -> list[Tensor]:
     with torch.no_grad():
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     labels = align_labels(model, logits, labels_of(batch), batch["attention_mask"])
@@ -44,7 +46,7 @@ def losses_of(model: nn.Module, batch: dict[str, Tensor], fisher_type: str = "em
         (llama(), causal_batch(ignore_padding=False, prompt=2)),
         (llama_classifier(), classification_batch(side="left")),
     ],
-    ids="bert regression two-outputs multi-label llama llama-left llama-prompt llama-classifier".split(),
+    ids=["bert", "regression", "two-outputs", "multi-label", "llama", "llama-left", "llama-prompt", "llama-classifier"],
 )
 def test_losses_are_transformers_losses_of_the_unpadded_example(model: nn.Module, batch: dict[str, Tensor]) -> None:
     (losses,) = losses_of(model, batch)
@@ -71,7 +73,8 @@ def test_example_without_a_counted_token_has_no_loss() -> None:
     batch = causal_batch((3, 4))
     batch["labels"][0] = IGNORED
     (losses,) = losses_of(llama(), batch)
-    assert losses[0] == 0 and losses[1] > 0
+    assert losses[0] == 0
+    assert losses[1] > 0
 
 
 def test_drawn_labels_follow_the_model() -> None:
@@ -95,7 +98,8 @@ def test_drawn_labels_leave_ignored_positions() -> None:
     labels = torch.tensor([[IGNORED, 3, IGNORED]])
     likelihood = resolve_likelihood(llama(), torch.zeros(1, 3, 9), labels, "mean")
     drawn = likelihood.sample(torch.zeros(1, 3, 9), labels, [torch.Generator().manual_seed(0)])
-    assert drawn[0, 0] == drawn[0, 2] == IGNORED and 0 <= drawn[0, 1] < 9
+    assert drawn[0, 0] == drawn[0, 2] == IGNORED
+    assert 0 <= drawn[0, 1] < 9
     assert labels[0, 1] == 3
 
 
@@ -131,5 +135,5 @@ def test_labels_under_both_names() -> None:
 
 def test_unknown_task_is_named() -> None:
     model = SimpleNamespace(loss_type="ForQuestionAnswering")
-    with pytest.raises(FisherError, match="'ForQuestionAnswering'.*ForCausalLM.*loss_fn=f"):
+    with pytest.raises(FisherError, match=r"'ForQuestionAnswering'.*ForCausalLM.*loss_fn=f"):
         resolve_likelihood(model, torch.zeros(1, 2), torch.zeros(1), "mean")  # type: ignore[arg-type]

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
+import pytest
 import torch
 from tiny import bert, classification_batch, llama, lora
 from torch import nn
 
-from fish_tuning.probes import Probes
+from fish_tuning.probes import Probes, checksum
 
 
 def test_names_are_those_that_a_rule_covers() -> None:
@@ -31,13 +32,20 @@ def test_hooks_are_there_only_within() -> None:
 def test_squares_and_those_of_the_first_example() -> None:
     model, batch = nn.Linear(3, 2), torch.randn(4, 3)
     probes = Probes(model, ["weight"])
-    into, first = ({"weight": torch.zeros(2, 3)} for _ in range(2))
+    into: dict[str, torch.Tensor] = {"weight": torch.zeros(2, 3)}
+    first: dict[str, torch.Tensor] = {}
     with probes:
         probes.start(4, torch.device("cpu"))
         losses = model(batch).sum(1)
         probes.backward([losses, 2 * losses], into, first)  # two loss vectors: squares add up
     torch.testing.assert_close(into["weight"], 5 * (batch**2).sum(0).expand(2, 3))
-    torch.testing.assert_close(first["weight"], 5 * (batch[0] ** 2).expand(2, 3))
+    torch.testing.assert_close(first["weight"], checksum(5 * (batch[0] ** 2).expand(2, 3)))
+
+
+def test_checksums_tell_apart_what_is_only_moved() -> None:
+    one, other = checksum(torch.tensor([[1.0, 2.0], [3.0, 4.0]])), checksum(torch.tensor([[1.0, 3.0], [2.0, 4.0]]))
+    assert one[0] == other[0] == 10
+    assert one[1] != other[1]
 
 
 def test_released_names_are_not_watched() -> None:
@@ -47,8 +55,9 @@ def test_released_names_are_not_watched() -> None:
     into = {"bias": torch.zeros(2)}
     with probes:
         probes.start(4, torch.device("cpu"))
-        probes.backward([model(torch.randn(4, 3)).sum(1)], into, {"bias": torch.zeros(2)})
-    assert probes.names == ["bias"] and into["bias"].tolist() == [4, 4]
+        probes.backward([model(torch.randn(4, 3)).sum(1)], into, {})
+    assert probes.names == ["bias"]
+    assert into["bias"].tolist() == [4, 4]
 
 
 def test_calls_in_the_wrong_shape_are_reported() -> None:
@@ -65,9 +74,16 @@ def test_backward_leaves_no_gradient() -> None:
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     probes = Probes(model, names)
     into = {name: torch.zeros_like(model.get_parameter(name), requires_grad=False) for name in names}
-    first = {name: tensor.clone() for name, tensor in into.items()}
     with probes:
         probes.start(4, torch.device("cpu"))
-        probes.backward([model(**batch).logits.sum(1)], into, first)
+        probes.backward([model(**batch).logits.sum(1)], into, {})
     assert all(parameter.grad is None for parameter in model.parameters())
     assert all(tensor.any() for tensor in into.values())
+
+
+def test_checksum_tells_the_place_of_the_entries() -> None:
+    squares = torch.rand(3, 4)
+    turned = squares.flip(1)
+    assert checksum(squares)[0] == pytest.approx(float(checksum(turned)[0]))
+    assert checksum(squares)[1] != pytest.approx(float(checksum(turned)[1]), rel=1e-3)
+    assert checksum(torch.zeros(0)).tolist() == [0, 0]

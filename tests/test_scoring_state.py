@@ -38,9 +38,7 @@ def traces(model: nn.Module) -> dict[str, Any]:
             {key: value for key, value in vars(module).items() if isinstance(value, (bool, int, float, str))}
             for module in model.modules()
         ],
-        "checkpointing": [
-            id(getattr(module, "_gradient_checkpointing_func", None)) for module in model.modules()
-        ],
+        "checkpointing": [id(getattr(module, "_gradient_checkpointing_func", None)) for module in model.modules()],
         "use_cache": model.config.use_cache if hasattr(model.config, "use_cache") else None,
         "random": (torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate()),
         "grad mode": torch.is_grad_enabled(),
@@ -137,5 +135,6 @@ def test_key_value_cache_is_off_within() -> None:
     model = lora(llama())
     assert model.config.use_cache
     with scoring_state(model):
-        assert not model.config.use_cache and not model.training
+        assert not model.config.use_cache
+        assert not model.training
     assert model.config.use_cache

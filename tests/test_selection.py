@@ -96,7 +96,8 @@ def test_order_of_the_mapping_does_not_matter() -> None:
     turned = dict(reversed(scores.items()))
     assert list(turned) != list(scores)
     one, other = select_top_k(scores, 9), select_top_k(turned, 9)
-    assert list(one) == list(scores) and list(other) == list(turned)
+    assert list(one) == list(scores)
+    assert list(other) == list(turned)
     assert same(one, {name: other[name] for name in one})
 
 
@@ -112,7 +113,8 @@ def test_equal_random_keys_fall_by_position(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(torch, "randint", lambda high, size, **_: torch.zeros(size, dtype=torch.int32))
     monkeypatch.setattr(selection, "_CHUNK", 2)
     mask = select_top_k({"b": torch.zeros(5), "a": torch.zeros(4)}, 6)
-    assert mask["a"].tolist() == [True] * 4 and mask["b"].tolist() == [True, True, False, False, False]
+    assert mask["a"].tolist() == [True] * 4
+    assert mask["b"].tolist() == [True, True, False, False, False]
 
 
 def test_ties_are_drawn_evenly_and_by_seed() -> None:
@@ -126,14 +128,16 @@ def test_ties_are_drawn_evenly_and_by_seed() -> None:
 
 def test_parameters_as_scores() -> None:
     mask = create_mask_from_fisher({"a": torch.nn.Parameter(torch.arange(4.0))}, 0.5)
-    assert mask["a"].tolist() == [False, False, True, True] and not mask["a"].requires_grad
+    assert mask["a"].tolist() == [False, False, True, True]
+    assert not mask["a"].requires_grad
 
 
 def test_shapes_with_no_entries_and_no_dimensions() -> None:
     scores = {"none": torch.zeros(0, 3), "one": torch.tensor(2.0), "many": torch.ones(3)}
     mask = create_mask_from_fisher(scores, num_trainable=1)
     assert {name: tuple(kept.shape) for name, kept in mask.items()} == {"none": (0, 3), "one": (), "many": (3,)}
-    assert mask["one"] and not mask["many"].any()
+    assert mask["one"]
+    assert not mask["many"].any()
 
 
 def test_scores_that_are_not_contiguous() -> None:
@@ -171,14 +175,14 @@ def test_register_method(monkeypatch: pytest.MonkeyPatch) -> None:
     scores = {"a": torch.tensor([0.0, 2.1, 4.0, 1.5])}
     assert create_mask_from_fisher(scores, 0.5, method="middle")["a"].tolist() == [False, True, False, True]
     assert "middle" in method_names()
-    with pytest.raises(MaskError, match="allowed are 'fish', 'rand', 'rev', 'middle'. Did you mean 'middle'?"):
+    with pytest.raises(MaskError, match=r"allowed are 'fish', 'rand', 'rev', 'middle'. Did you mean 'middle'?"):
         create_mask_from_fisher(scores, 0.5, method="midle")
 
 
 def test_method_without_an_order_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(selection, "_METHODS", dict(selection._METHODS))
     register_method("log")(lambda scores: (scores - 1.0).log())
-    with pytest.raises(MaskError, match="not .*(finite|numbers|a number)"):
+    with pytest.raises(MaskError, match=r"not .*(finite|numbers|a number)"):
         create_mask_from_fisher({"a": torch.tensor([0.0, 2.0, 4.0])}, num_trainable=1, method="log")
 
 
@@ -197,7 +201,9 @@ def test_num_trainable_includes_excluded_tensors() -> None:
     scores = {"lora": torch.rand(3, 4) + 1, "head.weight": torch.zeros(2, 3), "head.bias": torch.zeros(2)}
     for number in range(9, 21):
         mask = create_mask_from_fisher(scores, names_to_exclude=["head"], num_trainable=number)
-        assert count(mask) == number and mask["head.weight"].all() and mask["head.bias"].all()
+        assert count(mask) == number
+        assert mask["head.weight"].all()
+        assert mask["head.bias"].all()
 
 
 @pytest.mark.parametrize("number", [-1, 0, 8, 21])
@@ -209,7 +215,7 @@ def test_num_trainable_that_cannot_be_met_tells_what_can(number: int) -> None:
 
 def test_exactly_one_budget() -> None:
     for budgets in ({}, {"keep_ratio": 0.5, "num_trainable": 3}):
-        with pytest.raises(MaskError, match="exactly one of keep_ratio .* and num_trainable"):
+        with pytest.raises(MaskError, match=r"exactly one of keep_ratio .* and num_trainable"):
             create_mask_from_fisher({"a": torch.ones(4)}, **budgets)  # type: ignore[arg-type]
     assert resolve_budget(10, 5, keep_ratio=0.5) == 5
     assert resolve_budget(10, 5, num_trainable=7) == 2
@@ -225,7 +231,7 @@ def test_names_to_exclude_are_searched_for() -> None:
 
 def test_names_to_exclude_that_match_nothing_or_everything() -> None:
     scores = {"lora": torch.ones(3)}
-    with pytest.raises(MaskError, match="'head' matches none of the 1 tensors, e.g. 'lora'"):
+    with pytest.raises(MaskError, match=r"'head' matches none of the 1 tensors, e.g. 'lora'"):
         create_mask_from_fisher(scores, 0.5, ["head"])
     with pytest.raises(MaskError, match="matches all of them"):
         create_mask_from_fisher(scores, 0.5, ["lora"])
@@ -252,13 +258,23 @@ def test_unknown_zero_scores_option() -> None:
 # Entries that scored zero
 
 HALF_DEAD = {"x.lora_A": torch.zeros(4, 5), "x.lora_B": torch.cat([torch.rand(15) + 1, torch.tensor([-0.0] * 5)])}
-FACTS = ["20 entries", "only 15 of the pool's 40", "so 5 are", "1 of 2 tensors", "'x.lora_A'", "B = 0", "pissa", "warm-up"]
+FACTS = [
+    "20 entries",
+    "only 15 of the pool's 40",
+    "so 5 are",
+    "1 of 2 tensors",
+    "'x.lora_A'",
+    "B = 0",
+    "pissa",
+    "warm-up",
+]
 
 
 def test_zero_scores_warn_with_the_facts_where_they_happen() -> None:
     with pytest.warns(FishTuningWarning) as caught:
         mask = create_mask_from_fisher(HALF_DEAD, 0.5)
-    assert count(mask) == 20 and mask["x.lora_B"][:15].all()
+    assert count(mask) == 20
+    assert mask["x.lora_B"][:15].all()
     assert all(fact in str(caught[0].message) for fact in FACTS)
     assert caught[0].filename == __file__
 
@@ -272,11 +288,11 @@ def test_zero_scores_can_be_an_error() -> None:
 @pytest.mark.parametrize(
     "arguments",
     [
-        dict(keep_ratio=0.5, zero_scores="ignore"),
-        dict(num_trainable=15),
-        dict(keep_ratio=0.5, method="rand"),
-        dict(keep_ratio=0.5, method="rev"),
-        dict(num_trainable=35, names_to_exclude=["lora_A"]),
+        {"keep_ratio": 0.5, "zero_scores": "ignore"},
+        {"num_trainable": 15},
+        {"keep_ratio": 0.5, "method": "rand"},
+        {"keep_ratio": 0.5, "method": "rev"},
+        {"num_trainable": 35, "names_to_exclude": ["lora_A"]},
     ],
 )
 def test_zero_scores_are_fine(arguments: dict[str, object]) -> None:

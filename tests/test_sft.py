@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny import VOCABULARY, assert_only_selected_moved, llama, lora, tensors
+from tiny import VOCABULARY, assert_only_selected_moved, llama, lora, random_mask, tensors
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -22,7 +22,28 @@ from fish_tuning import (
 trl = pytest.importorskip("trl", reason="needs trl: pip install 'fish-tuning[trl]'")
 datasets = pytest.importorskip("datasets")
 
-WORDS = "once upon a time there was little fish who liked to swim in the big blue sea all day long".split()
+WORDS = [
+    "once",
+    "upon",
+    "a",
+    "time",
+    "there",
+    "was",
+    "little",
+    "fish",
+    "who",
+    "liked",
+    "to",
+    "swim",
+    "in",
+    "the",
+    "big",
+    "blue",
+    "sea",
+    "all",
+    "day",
+    "long",
+]
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -90,10 +111,8 @@ def test_sft(tmp_path: Path) -> None:
     score_train_and_reload(lora(llama()), llama(), tokenizer(), tmp_path)
 
 
-def test_sft_with_accumulation_checkpointing_and_packing(tmp_path: Path) -> None:
+def test_sft_with_accumulation_and_checkpointing(tmp_path: Path) -> None:
     model = lora(llama())
-    from tiny import random_mask
-
     mask, before = random_mask(model), tensors(model)
     trainer = trl.SFTTrainer(
         model=model,

@@ -52,7 +52,12 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
 
 
 def train(
-    model: nn.Module, batch: Batch, optimizer: torch.optim.Optimizer, steps: int = 4, accumulate: int = 1, clip: float = 0
+    model: nn.Module,
+    batch: Batch,
+    optimizer: torch.optim.Optimizer,
+    steps: int = 4,
+    accumulate: int = 1,
+    clip: float = 0,
 ) -> None:
     for _ in range(steps):
         for _ in range(accumulate):
@@ -282,7 +287,8 @@ def test_loading_leaves_the_given_state_dict_alone() -> None:
     model.load_state_dict(state)
     assert state.keys() == {"weight", "bias"}
     missing, unexpected = model.load_state_dict({"bias": state["bias"]}, strict=False)
-    assert missing and not unexpected
+    assert missing
+    assert not unexpected
 
 
 @pytest.mark.parametrize("init", [True, False, "gaussian", "pissa", "olora"])
@@ -354,7 +360,8 @@ def test_two_adapters() -> None:
     model.set_adapter("other")
     first = tensors(model)
     names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert names and all("other" in name for name in names)
+    assert names
+    assert all("other" in name for name in names)
     train(model, batch, OPTIMIZERS["adamw"](trainable(model)))
     second = tensors(model)
     assert all(torch.equal(first[name], second[name]) for name in first if "other" not in name)
@@ -391,7 +398,8 @@ def test_remove_mask_gives_back_the_same_parameters(head: str) -> None:
     remove_mask(model)
     assert not is_masked(model)
     after = dict(model.named_parameters())
-    assert after.keys() == parameters.keys() and all(after[name] is parameters[name] for name in after)
+    assert after.keys() == parameters.keys()
+    assert all(after[name] is parameters[name] for name in after)
     assert all(after[name].requires_grad and after[name].grad is None for name in mask)
     assert {name: type(module) for name, module in model.named_modules()} == classes
     assert not any(module._state_dict_hooks or module._load_state_dict_pre_hooks for module in model.modules()
@@ -442,7 +450,8 @@ def test_deepcopy_is_a_masked_model_of_its_own() -> None:
     trained = tensors(twin)
     remove_mask(twin)
     assert_same_tensors(twin.state_dict(), trained)
-    assert is_masked(model) and not is_masked(twin)
+    assert is_masked(model)
+    assert not is_masked(twin)
     assert_same_tensors(model.state_dict(), before)
 
 

@@ -22,7 +22,8 @@ def test_masks_come_back_as_they_were(tmp_path: Path) -> None:
     loaded = load_mask(str(tmp_path / "mask.safetensors"))
     assert loaded.keys() == masks.keys()
     for name, mask in masks.items():
-        assert loaded[name].dtype == torch.bool and torch.equal(loaded[name], mask), name
+        assert loaded[name].dtype == torch.bool
+        assert torch.equal(loaded[name], mask), name
 
 
 def test_eight_entries_a_byte(tmp_path: Path) -> None:
@@ -31,7 +32,7 @@ def test_eight_entries_a_byte(tmp_path: Path) -> None:
 
 
 def test_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(MaskError, match="no mask file at '.*nothing.safetensors'"):
+    with pytest.raises(MaskError, match=r"no mask file at '.*nothing.safetensors'"):
         load_mask(tmp_path / "nothing.safetensors")
     with pytest.raises(MaskError, match="no mask file"):
         load_mask(tmp_path)

@@ -37,19 +37,19 @@ DATA = Rows(classification_batch((5, 9, 3, 7, 6, 8, 4, 5)))
 
 
 def arguments(folder: Path, **settings: Any) -> TrainingArguments:
-    defaults: dict[str, Any] = dict(
-        output_dir=str(folder),
-        max_steps=4,
-        per_device_train_batch_size=2,
-        learning_rate=0.02,
-        weight_decay=0.1,
-        lr_scheduler_type="constant",
-        report_to=[],
-        save_strategy="no",
-        disable_tqdm=True,
-        logging_strategy="no",
-        use_cpu=True,
-    )
+    defaults: dict[str, Any] = {
+        "output_dir": str(folder),
+        "max_steps": 4,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 0.02,
+        "weight_decay": 0.1,
+        "lr_scheduler_type": "constant",
+        "report_to": [],
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "logging_strategy": "no",
+        "use_cpu": True,
+    }
     return TrainingArguments(**(defaults | settings))
 
 
@@ -75,7 +75,7 @@ def masked_lora(**config: Any) -> tuple[PeftModel, dict[str, Tensor]]:
 def test_only_selected_entries_move(how: str, settings: dict[str, Any], tmp_path: Path) -> None:
     model, mask = masked_lora()
     before = tensors(model)
-    shared: dict[str, Any] = dict(model=model, args=arguments(tmp_path, **settings), train_dataset=DATA)
+    shared: dict[str, Any] = {"model": model, "args": arguments(tmp_path, **settings), "train_dataset": DATA}
     if how == "callback":
         trainer = Trainer(**shared, callbacks=[FishMaskCallback(mask)])
     elif how == "trainer":
@@ -135,7 +135,8 @@ def test_all_arguments_of_trainer_pass(tmp_path: Path) -> None:
     trainer.train()
     assert seen == ["step"] * 4
     assert "eval_hits" in trainer.state.log_history[-1] | trainer.evaluate()
-    assert trainer.optimizer is not None and isinstance(trainer.optimizer.optimizer, torch.optim.SGD)  # type: ignore[attr-defined]
+    assert trainer.optimizer is not None
+    assert isinstance(trainer.optimizer.optimizer, torch.optim.SGD)
 
 
 # Checkpoints
@@ -177,6 +178,45 @@ def test_resumed_run_equals_one_that_never_stopped(through: str, dropout: float,
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert resumed.state.global_step == 6
     assert_same_tensors(tensors(resumed.model), tensors(whole.model))  # type: ignore[arg-type]
+
+
+def test_resumed_full_fine_tuning_equals_one_that_never_stopped(tmp_path: Path) -> None:
+    def trainer(seed: int) -> Trainer:
+        model = bert(seed=seed)
+        args = arguments(tmp_path, max_steps=4, save_strategy="steps", save_steps=2)
+        return FishTuningTrainer(model=model, args=args, mask=random_mask(model), train_dataset=DATA)
+
+    whole = trainer(0)
+    whole.train()
+    resumed = trainer(1)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert_same_tensors(tensors(resumed.model), tensors(whole.model))  # type: ignore[arg-type]
+
+
+def test_best_checkpoint_is_loaded_at_the_end(tmp_path: Path) -> None:
+    model, mask = masked_lora()
+    evaluations = iter([{"score": 2.0}, {"score": 1.0}])
+    args = arguments(
+        tmp_path,
+        save_strategy="steps",
+        save_steps=2,
+        eval_strategy="steps",
+        eval_steps=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="score",
+    )
+    trainer = FishTuningTrainer(
+        model=model,
+        args=args,
+        mask=mask,
+        train_dataset=DATA,
+        eval_dataset=DATA,
+        compute_metrics=lambda _: next(evaluations),
+    )
+    trainer.train()
+    best = PeftModel.from_pretrained(bert(), tmp_path / "checkpoint-2")
+    assert_same_tensors(model.state_dict(), best.state_dict())
+    assert is_masked(model)
 
 
 def test_resuming_with_another_mask_is_an_error(tmp_path: Path) -> None:

@@ -25,34 +25,34 @@ Batch = dict[str, Tensor]
 
 def bert(num_labels: int = 3, seed: int = 0, layers: int = 2, **config: Any) -> BertForSequenceClassification:
     torch.manual_seed(seed)
-    settings = dict(
-        vocab_size=VOCABULARY,
-        hidden_size=16,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-        intermediate_size=24,
-        max_position_embeddings=32,
-        num_labels=num_labels,
-        pad_token_id=PAD,
-        initializer_range=0.3,  # far from the flat start of a real model: gradients of every tensor count
-    )
+    settings = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 16,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 2,
+        "intermediate_size": 24,
+        "max_position_embeddings": 32,
+        "num_labels": num_labels,
+        "pad_token_id": PAD,
+        "initializer_range": 0.3,  # far from the flat start of a real model: gradients of every tensor count
+    }
     return BertForSequenceClassification(BertConfig(**(settings | config))).eval()
 
 
 def llama_config(**config: Any) -> LlamaConfig:
-    settings = dict(
-        vocab_size=VOCABULARY,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=24,
-        max_position_embeddings=64,
-        pad_token_id=PAD,
-        bos_token_id=1,
-        eos_token_id=2,
-        initializer_range=0.3,
-    )
+    settings = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 24,
+        "max_position_embeddings": 64,
+        "pad_token_id": PAD,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "initializer_range": 0.3,
+    }
     return LlamaConfig(**(settings | config))
 
 
@@ -68,17 +68,17 @@ def llama_classifier(seed: int = 0, **config: Any) -> LlamaForSequenceClassifica
 
 def vit(seed: int = 0, **config: Any) -> ViTForImageClassification:
     torch.manual_seed(seed)
-    settings = dict(
-        image_size=8,
-        patch_size=4,
-        num_channels=1,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=24,
-        num_labels=3,
-        initializer_range=0.3,
-    )
+    settings = {
+        "image_size": 8,
+        "patch_size": 4,
+        "num_channels": 1,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 24,
+        "num_labels": 3,
+        "initializer_range": 0.3,
+    }
     return ViTForImageClassification(ViTConfig(**(settings | config))).eval()
 
 
@@ -86,7 +86,7 @@ def lora(model: nn.Module, rank: int = 4, seed: int = 0, **config: Any) -> PeftM
     """LoRA on the attention's projections. Both factors are random unless `init_lora_weights` is given."""
     torch.manual_seed(seed)
     kind = type(model).__name__
-    settings: dict[str, Any] = dict(r=rank, lora_alpha=2 * rank, lora_dropout=0.1, init_lora_weights=False)
+    settings: dict[str, Any] = {"r": rank, "lora_alpha": 2 * rank, "lora_dropout": 0.1, "init_lora_weights": False}
     if kind.startswith("Llama"):
         settings["target_modules"] = ["q_proj", "k_proj", "v_proj", "down_proj"]
         settings["task_type"] = "CAUSAL_LM" if kind.endswith("CausalLM") else "SEQ_CLS"
@@ -195,9 +195,7 @@ def relative_differences(scores: Mapping[str, Tensor], reference: Mapping[str, T
     }
 
 
-def assert_scores_close(
-    scores: Mapping[str, Tensor], reference: Mapping[str, Tensor], tolerance: float = 1e-5
-) -> None:
+def assert_scores_close(scores: Mapping[str, Tensor], reference: Mapping[str, Tensor], tolerance: float = 1e-5) -> None:
     different = {n: d for n, d in relative_differences(scores, reference).items() if not d <= tolerance}
     assert not different, different
 
@@ -229,7 +227,9 @@ def assert_same_tensors(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) 
     assert not different, different
 
 
-def assert_only_selected_moved(before: Mapping[str, Tensor], after: Mapping[str, Tensor], mask: Mapping[str, Tensor]) -> None:
+def assert_only_selected_moved(
+    before: Mapping[str, Tensor], after: Mapping[str, Tensor], mask: Mapping[str, Tensor]
+) -> None:
     """Every entry that the mask leaves out, and every tensor that it does not name, has the bits it had."""
     assert before.keys() == after.keys()
     for name, tensor in before.items():

@@ -12,8 +12,10 @@ from fish_tuning.errors import FisherError
 
 Batch = dict[str, Tensor]
 
-# Entries that run along the tokens of a text; only these are cut when trailing padding is trimmed.
-SEQUENCE_KEYS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds", "special_tokens_mask")
+# Entries that run along the tokens of a text; only these are cut when padding is trimmed.
+SEQUENCE_KEYS = (
+    "input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds", "special_tokens_mask",
+)  # fmt: skip
 
 
 def calibration_batches(
@@ -56,7 +58,7 @@ def rows(batch: Mapping[str, Tensor], start: int, stop: int) -> Batch:
 
 
 def trim_padding(batch: Batch) -> Batch:
-    """Cut the columns at the end that are padding in every row: they cost time and change no loss.
+    """Cut the columns at either end that are padding in every row: they cost time, and no loss should depend on them.
 
     A batch with a tensor that is as wide as the tokens, but not known to run along them, is left as it is.
     """
@@ -67,8 +69,9 @@ def trim_padding(batch: Batch) -> Batch:
     known = {*SEQUENCE_KEYS, *(() if "labels" in wide and batch["labels"].is_floating_point() else ("labels",))}
     if not wide <= known:
         return batch
-    used = int(mask.any(dim=0).nonzero().max()) + 1
-    return {key: value[:, :used] if key in wide else value for key, value in batch.items()}
+    used = mask.any(dim=0).nonzero()
+    columns = slice(int(used.min()), int(used.max()) + 1)
+    return {key: value[:, columns] if key in wide else value for key, value in batch.items()}
 
 
 def _mapping(raw: object) -> Mapping[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, get_args
 
 import torch
@@ -23,7 +23,7 @@ from fish_tuning.losses import (
     labels_of,
     resolve_likelihood,
 )
-from fish_tuning.probes import Probes, Scores
+from fish_tuning.probes import Checksums, Probes, Scores, checksum
 from fish_tuning.scoring_state import scoring_state
 from fish_tuning.sparse import is_masked
 
@@ -33,7 +33,7 @@ LossFunction = Callable[[Any, Mapping[str, Tensor]], Tensor]
 
 # A layer rule is trusted for a tensor when it agrees with the plain gradient of one example this well. Wrong rules are
 # wrong by the order of the gradient itself; rounding is far below, except where a gradient is all rounding.
-RULE_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
+RULE_TOLERANCE = 1e-3
 LOW_PRECISION_TOLERANCE = 0.1
 NEGLIGIBLE_GRADIENT = 1e-4  # of the norm over all tensors
 
@@ -154,7 +154,7 @@ class _LossVectors:
         return losses
 
     def trimmed(self, batch: Batch) -> Batch:
-        """Without trailing padding, where the task is known well enough to tell what runs along the tokens."""
+        """Without common padding, where the task is known well enough to tell what runs along the tokens."""
         return batch if self.encoder_decoder or self.loss_fn else trim_padding(batch)
 
     def _losses(self, outputs: Any, batch: Batch, first_example: int) -> list[Tensor]:
@@ -229,50 +229,58 @@ class _Scorer:
 
     def _add_checked(self, batch: Batch, first_example: int) -> None:
         """As `_add_batched`, but only with the tensors whose rule agrees with the loop on example 0."""
-        names = self.probes.names
-        totals, by_rule, by_loop = (_zeros({name: self.trainable[name] for name in names}) for _ in range(3))
-        self._batched(batch, first_example, totals, by_rule)
-        self._loop(rows(batch, 0, 1), first_example, names, by_loop)
-        wrong = dict(self.probes.broken) | self._disagreements(by_rule, by_loop)
+        before = {name: self.scores[name].clone() for name in self.probes.names} if self.checked_size else {}
+        by_rule: Checksums = {}
+        self._batched(batch, first_example, self.scores, by_rule)
+        wrong = dict(self.probes.broken) | self._disagreements(by_rule, rows(batch, 0, 1), first_example)
+        for name in wrong:
+            self.scores[name].copy_(before.get(name, 0))
         self.probes.release(wrong)
         self.probes.broken = {}
         self.reasons |= wrong
-        for name in self.probes.names:
-            self.scores[name] += totals[name]
 
-    def _disagreements(self, by_rule: Scores, by_loop: Scores) -> dict[str, str]:
-        rule, loop = ({name: s.sqrt() for name, s in scores.items()} for scores in (by_rule, by_loop))
-        norms = torch.stack([score.norm().cpu() for score in loop.values()])
-        errors = torch.stack([(rule[name] - loop[name]).norm().cpu() for name in loop])
-        floor = NEGLIGIBLE_GRADIENT * norms.norm()
-        lowest = torch.is_autocast_enabled(self._device().type) or any(
-            parameter.dtype not in RULE_TOLERANCE for parameter in self.losses.model.parameters()
-        )
-        tolerance = LOW_PRECISION_TOLERANCE if lowest else RULE_TOLERANCE[torch.float32]
-        agrees = errors <= tolerance * norms.clamp(min=floor)
+    def _disagreements(self, by_rule: Checksums, example: Batch, number: int) -> dict[str, str]:
+        """The watched tensors whose rule does not give what the loop gives on one example."""
+        names = self.probes.names
+        none = torch.zeros(2, dtype=torch.float64)
+        by_loop = dict.fromkeys(names, none)
+        for name, squares in self._squared_gradients(example, number, names):
+            by_loop[name] = by_loop[name] + checksum(squares)
+        rule, loop = (torch.stack([sums.get(name, none) for name in names]) for sums in (by_rule, by_loop))
+        floor = NEGLIGIBLE_GRADIENT**2 * loop[:, 0].sum()
+        agrees = ((rule - loop).abs() <= 2 * self._tolerance() * loop[:, :1].clamp(min=floor)).all(dim=1)
         return {
             name: "its rule does not agree with the plain gradient"
-            for name, ok in zip(loop, agrees.tolist(), strict=True)
+            for name, ok in zip(names, agrees.tolist(), strict=True)
             if not ok
         }
 
-    def _batched(self, batch: Batch, first_example: int, into: Scores, first: Scores | None = None) -> None:
+    def _tolerance(self) -> float:
+        low = torch.is_autocast_enabled(self._device().type) or any(
+            parameter.dtype not in (torch.float32, torch.float64) for parameter in self.losses.model.parameters()
+        )
+        return LOW_PRECISION_TOLERANCE if low else RULE_TOLERANCE
+
+    def _batched(self, batch: Batch, first_example: int, into: Scores, first: Checksums | None = None) -> None:
         self.probes.start(batch_size(batch), self._device())
         losses = self.losses(batch, first_example)
         self.probes.backward(losses, into, first)
 
     def _loop(self, batch: Batch, first_example: int, names: list[str], into: Scores) -> None:
-        """The definition: one example at a time, its gradient squared."""
-        parameters = [self.trainable[name] for name in names]
+        """The definition: one example at a time, without its padding, its gradient squared."""
         for row in range(batch_size(batch)):
-            losses = self.losses(rows(batch, row, row + 1), first_example + row)
-            for number, loss in enumerate(losses, start=1):
-                gradients = torch.autograd.grad(
-                    loss.sum(), parameters, allow_unused=True, retain_graph=number < len(losses)
-                )
-                for name, gradient in zip(names, gradients, strict=True):
-                    if gradient is not None:
-                        into[name] += gradient.float().square()
+            for name, squares in self._squared_gradients(rows(batch, row, row + 1), first_example + row, names):
+                into[name] += squares
+
+    def _squared_gradients(self, example: Batch, number: int, names: list[str]) -> Iterator[tuple[str, Tensor]]:
+        """The squared gradients of one example, fp32, once for each of its loss vectors."""
+        parameters = [self.trainable[name] for name in names]
+        losses = self.losses(self.losses.trimmed(example), number)
+        for vector, loss in enumerate(losses, start=1):
+            gradients = torch.autograd.grad(loss.sum(), parameters, allow_unused=True, retain_graph=vector < len(losses))
+            for name, gradient in zip(names, gradients, strict=True):
+                if gradient is not None:
+                    yield name, gradient.float().square()
 
     def _device(self) -> torch.device:
         return next(iter(self.scores.values())).device

@@ -8,7 +8,7 @@ but computes no weight gradient and touches no `.grad`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -18,13 +18,15 @@ from torch.utils.hooks import RemovableHandle
 from fish_tuning.per_example import Rule, rule_for
 
 Scores = dict[str, Tensor]
+Checksums = dict[str, Tensor]
 
 
 class Probes:
     """Identities behind the layers that own `names`, as far as there is a rule for them; `names` tells which.
 
     Use as a context manager, which removes the hooks. Between `forward` passes, `backward(losses, into)` adds the sums
-    of squared per-example gradients into `into` and, when `first` is given, those of example 0 alone into `first`.
+    of squared per-example gradients into `into` and, when `first` is given, the `checksum` of those of example 0 alone
+    into `first`.
     `broken` maps tensors whose layer was called in a way that no rule covers to the reason.
     """
 
@@ -32,7 +34,7 @@ class Probes:
         self.anchor: Tensor | None = None
         self.batch_size = 0
         self.into: Scores | None = None  # set during the backward pass
-        self.first: Scores | None = None
+        self.first: Checksums | None = None
         self.broken: dict[str, str] = {}
         self._layers = _watched_layers(model, set(names), self)
         self.names = [name for layer in self._layers for name in layer.names.values()]
@@ -62,7 +64,7 @@ class Probes:
         for layer in self._layers:
             layer.calls, layer.arrived = 0, []
 
-    def backward(self, losses: list[Tensor], into: Scores, first: Scores | None = None) -> None:
+    def backward(self, losses: list[Tensor], into: Scores, first: Checksums | None = None) -> None:
         """One backward pass for each (n,) loss vector of the last forward pass."""
         self.into, self.first = into, first
         for number, loss in enumerate(losses, start=1):
@@ -111,22 +113,24 @@ class _Layer:
         if not self.arrived:
             return
         event = 0 if isinstance(self.module, nn.Embedding) else self._event_dims()
-        x = torch.cat([_positions(x, event) for x, _ in self.arrived], dim=1)
-        g = torch.cat([_positions(g, max(event, 1)) for _, g in self.arrived], dim=1)
+        x = _joined([_positions(x, event) for x, _ in self.arrived])
+        g = _joined([_positions(g, max(event, 1)) for _, g in self.arrived])
         self.arrived = []
+        into, first = self.probes.into, self.probes.first
         with torch.autocast(x.device.type, enabled=False):
-            self._add(x, g, self.probes.into)
-            self._add(x[:1], g[:1], self.probes.first)
+            for name, squares in self._squares(x, g):
+                into[name] += squares  # type: ignore[index]
+            if first is not None:
+                for name, squares in self._squares(x[:1], g[:1]):
+                    first[name] = first.get(name, 0) + checksum(squares)
 
     def _event_dims(self) -> int:
         return len(self.module.normalized_shape) if isinstance(self.module, nn.LayerNorm) else 1
 
-    def _add(self, x: Tensor, g: Tensor, into: Scores | None) -> None:
-        if into is None:
-            return
+    def _squares(self, x: Tensor, g: Tensor) -> Iterator[tuple[str, Tensor]]:
         for local, squares in self.rule(self.module, x, g).items():
             if local in self.names:
-                into[self.names[local]] += squares
+                yield self.names[local], squares
 
     def _break(self, reason: str) -> None:
         self.probes.broken.update(dict.fromkeys(self.names.values(), reason))
@@ -145,6 +149,17 @@ class _Probe(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         ctx.layer.receive(ctx.saved_tensors[0], grads[0])
         return grads[0], None, None, None
+
+
+def checksum(squares: Tensor) -> Tensor:
+    """Two sums that tell apart tensors of squares, fp64 on the CPU: plain, and weighted by position."""
+    flat = squares.flatten()
+    ramp = torch.linspace(0, 1, flat.numel(), device=flat.device)
+    return torch.stack([flat.sum(), flat @ ramp]).double().cpu()
+
+
+def _joined(calls: list[Tensor]) -> Tensor:
+    return calls[0] if len(calls) == 1 else torch.cat(calls, dim=1)
 
 
 def _positions(tensor: Tensor, event_dims: int) -> Tensor:

@@ -165,7 +165,7 @@ def _unmask_tensor(tensor: _Masked) -> None:
 
 
 def _give_own_class(module: nn.Module) -> None:
-    """A deep copy shares the class that holds the properties of its masked tensors; taking one off must not reach it."""
+    """A deep copy shares the class that holds the properties of masked tensors; taking a mask off must not reach it."""
     cls = type(module)
     own = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
     module.__class__ = type(cls.__name__, cls.__bases__, own)

@@ -67,8 +67,8 @@ class FishMaskCallback(TrainerCallback):
             )
         if optimizer is not None and (held.isdisjoint(trained) or held & replaced_parameters(model)):
             raise MaskError(
-                "The optimizer holds parameters that a mask has replaced: it was made before the mask was applied. Call "
-                "apply_mask(model, mask) first, then make the optimizer."
+                "The optimizer holds parameters that a mask has replaced: it was made before the mask was applied. "
+                "Call apply_mask(model, mask) first, then make the optimizer."
             )
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:

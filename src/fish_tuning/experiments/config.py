@@ -16,7 +16,8 @@ from fish_tuning.experiments.training_keys import training_argument_problems
 # Arms by name, with the selection method of each; None trains all of the adapter.
 ARMS: dict[str, str | None] = {"lora": None, "lora-fish": "fish", "lora-fish-rand": "rand", "lora-fish-rev": "rev"}
 
-INITIALISATIONS = ("gaussian", "pissa", "pissa_niter_[number]", "olora", "orthogonal")
+# PEFT's initialisations by name that need neither data nor settings of their own.
+INITIALISATIONS = ("gaussian", "pissa", "olora", "orthogonal")
 _PISSA_NITER = re.compile(r"pissa_niter_[1-9]\d*")
 
 
@@ -30,21 +31,26 @@ class ModelConfig(Section):
     """The pretrained model: a hub name, a local folder, or a built-in one."""
 
     name: str = Field(min_length=1, description="a model's name on the hub or its folder")
-    config_overrides: dict[str, Any] = Field({}, description="names and values of the model's own configuration")
-    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="float32, bfloat16 or float16")
+    config_overrides: dict[str, Any] = Field(
+        default={}, description="names and values of the model's own configuration"
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        default="float32", description="float32, bfloat16 or float16"
+    )
 
 
 class DatasetConfig(Section):
     """The data set. What is left out is found from the data: text columns, label column, splits."""
 
     load_args: list[str] = Field(
-        min_length=1, description="the arguments of datasets.load_dataset: a name or a folder, and maybe a configuration"
+        min_length=1,
+        description="the arguments of datasets.load_dataset: a name or a folder, and maybe a configuration",
     )
-    text_column: str | list[str] | None = Field(None, description="the name of a text column, or a list of two")
-    label_column: str | None = Field(None, description="the name of a column")
-    train_split: str | None = Field(None, description="the name of a split")
-    validation_split: str | None = Field(None, description="the name of a split")
-    max_train_samples: int | None = Field(None, ge=1, description="a whole number from 1, or null for all")
+    text_column: str | list[str] | None = Field(default=None, description="the name of a text column, or a list of two")
+    label_column: str | None = Field(default=None, description="the name of a column")
+    train_split: str | None = Field(default=None, description="the name of a split")
+    validation_split: str | None = Field(default=None, description="the name of a split")
+    max_train_samples: int | None = Field(default=None, ge=1, description="a whole number from 1, or null for all")
 
     @field_validator("load_args", mode="before")
     @classmethod
@@ -66,20 +72,20 @@ class DatasetConfig(Section):
         return value
 
 
-class LoraSection(Section):
+class AdapterConfig(Section):
     """The adapter. Its alpha is always 2 x rank, as in the paper."""
 
-    baseline_rank: int = Field(8, ge=1, description="a whole number from 1")
-    fish_rank: int = Field(16, ge=1, description="a whole number from 1")
-    dropout: float = Field(0.0, ge=0, lt=1, description="a number from 0 to below 1")
+    baseline_rank: int = Field(default=8, ge=1, description="a whole number from 1")
+    fish_rank: int = Field(default=16, ge=1, description="a whole number from 1")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="a number from 0 to below 1")
     target_modules: list[str] | str | None = Field(
-        None, description="a list of module names, a regular expression, or null to find them from the model"
+        default=None, description="a list of module names, a regular expression, or null to find them from the model"
     )
     names_to_exclude: list[str] = Field(
-        ["modules_to_save"], description="a list of regular expressions for tensors that train densely"
+        default=["modules_to_save"], description="a list of regular expressions for tensors that train densely"
     )
     init_lora_weights: bool | str = Field(
-        "pissa", description=f"true, false, {', '.join(INITIALISATIONS)} (PEFT's initialisations that need no data)"
+        default="pissa", description=f"true, false, {', '.join(INITIALISATIONS)} or pissa_niter_[number]"
     )
 
     @field_validator("target_modules")
@@ -102,14 +108,13 @@ class LoraSection(Section):
     @field_validator("init_lora_weights")
     @classmethod
     def _known_initialisation(cls, value: bool | str) -> bool | str:
-        if isinstance(value, str) and value not in INITIALISATIONS[:2] + INITIALISATIONS[3:]:
-            if not _PISSA_NITER.fullmatch(value):
-                allowed = ", ".join(("true", "false", *INITIALISATIONS))
-                raise ValueError(f"must be one of {allowed}.{did_you_mean(value, INITIALISATIONS)}")
-        return value
+        if isinstance(value, bool) or value in INITIALISATIONS or _PISSA_NITER.fullmatch(value):
+            return value
+        names = ("true", "false", *INITIALISATIONS, "pissa_niter_[number]")
+        raise ValueError(f"must be one of {', '.join(names)}.{did_you_mean(value, INITIALISATIONS)}")
 
     @model_validator(mode="after")
-    def _even_for_orthogonal(self) -> LoraSection:
+    def _even_for_orthogonal(self) -> AdapterConfig:
         odd = [key for key in ("baseline_rank", "fish_rank") if getattr(self, key) % 2]
         if self.init_lora_weights == "orthogonal" and odd:
             raise ValueError(
@@ -118,13 +123,17 @@ class LoraSection(Section):
         return self
 
 
-class FishTuningSection(Section):
+class FishTuningConfig(Section):
     """Which arms run, and how their masks are chosen."""
 
-    methods_to_run: list[str] = Field(list(ARMS), min_length=1, description=f"a list of arms: {', '.join(ARMS)}")
-    prune_to_ratio_of_baseline: float = Field(0.5, gt=0, le=1, description="a number above 0, up to 1")
-    num_samples: int = Field(128, ge=1, description="a whole number from 1: training examples to score with")
-    warmup_steps: int = Field(0, ge=0, description="a whole number from 0: dense steps before scoring, rewound after it")
+    methods_to_run: list[str] = Field(
+        default=list(ARMS), min_length=1, description=f"a list of arms: {', '.join(ARMS)}"
+    )
+    prune_to_ratio_of_baseline: float = Field(default=0.5, gt=0, le=1, description="a number above 0, up to 1")
+    num_samples: int = Field(default=128, ge=1, description="a whole number from 1: training examples to score with")
+    warmup_steps: int = Field(
+        default=0, ge=0, description="a whole number from 0: dense steps before scoring, rewound after it"
+    )
 
     @field_validator("methods_to_run")
     @classmethod
@@ -135,12 +144,12 @@ class FishTuningSection(Section):
         return _unique(value)
 
 
-class TrainingSection(Section):
+class TrainingConfig(Section):
     """How every arm is trained. `args_override` holds names and values of transformers' `TrainingArguments`."""
 
-    max_seq_length: int = Field(128, ge=1, description="a whole number from 1: tokens an example is cut to")
-    output_dir: str = Field("results", min_length=1, description="a folder's name")
-    args_override: dict[str, Any] = Field({}, description="names and values of transformers' TrainingArguments")
+    max_seq_length: int = Field(default=128, ge=1, description="a whole number from 1: tokens an example is cut to")
+    output_dir: str = Field(default="results", min_length=1, description="a folder's name")
+    args_override: dict[str, Any] = Field(default={}, description="names and values of transformers' TrainingArguments")
 
     @field_validator("args_override")
     @classmethod
@@ -154,13 +163,13 @@ class TrainingSection(Section):
 class ExperimentConfig(Section):
     """A whole experiment: one model, one data set, the arms, and the seeds each of them runs with."""
 
-    name: str = Field("experiment", pattern=r"^[^/\\]+$", description="a name without slashes")
+    name: str = Field(default="experiment", pattern=r"^[^/\\]+$", description="a name without slashes")
     model: ModelConfig = Field(description="a section with the key name")
     dataset: DatasetConfig = Field(description="a section with the key load_args")
-    lora: LoraSection = LoraSection()
-    fish_tuning: FishTuningSection = FishTuningSection()
-    training: TrainingSection = TrainingSection()
-    seeds: list[int] = Field([42, 43, 44], min_length=1, description="a list of different whole numbers from 0")
+    lora: AdapterConfig = AdapterConfig()
+    fish_tuning: FishTuningConfig = FishTuningConfig()
+    training: TrainingConfig = TrainingConfig()
+    seeds: list[int] = Field(default=[42, 43, 44], min_length=1, description="a list of different whole numbers from 0")
 
     @model_validator(mode="before")
     @classmethod

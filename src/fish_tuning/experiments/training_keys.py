@@ -51,7 +51,7 @@ _WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false",
 def training_argument_types() -> Mapping[str, str]:
     """Fields of the installed `TrainingArguments` with their annotations; empty when its source cannot be found.
 
-    Read from the source, because importing transformers' Trainer takes seconds and a mistyped key should be told at once.
+    Read from the source, because importing the class takes seconds and a mistyped key should be told at once.
     """
     spec = importlib.util.find_spec("transformers")
     if spec is None or spec.origin is None:

@@ -1,0 +1,197 @@
+"""The command line. Everything heavy is imported inside the command that needs it, so that --help answers at once."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from fish_tuning.experiments.config import ExperimentConfig
+    from fish_tuning.experiments.plan import Plan
+    from fish_tuning.experiments.records import RunRecord
+
+OK, FAILED, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
+
+# Set before the libraries are imported; what the user has set stays.
+_QUIET = {
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+}
+
+app = typer.Typer(
+    name="fish-tuning",
+    help="Compare LoRA with LoRA whose parameters are chosen by Fisher information.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from fish_tuning import __version__
+
+        typer.echo(f"fish-tuning {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def run(
+    config: Annotated[str, typer.Argument(help="An experiment file, or the name of a shipped one.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Changes to the file, e.g. seeds=[1,2,3] lora.fish_rank=8."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what each arm would train, and train nothing.")
+    ] = False,
+) -> None:
+    """Run an experiment: every arm with every seed.
+
+    It ends with a table, pictures and a conclusion.
+
+    Exit code: 0 all runs finished, 1 a run failed, 2 the configuration cannot work, 130 interrupted.
+    """
+    raise typer.Exit(run_command(config, overrides or [], dry_run=dry_run))
+
+
+@app.command()
+def configs() -> None:
+    """List the shipped experiments."""
+    from fish_tuning.experiments.loading import describe, shipped_experiments
+
+    shipped = shipped_experiments()
+    width = max(map(len, shipped), default=0)
+    for name, path in shipped.items():
+        typer.echo(f"{name:<{width}}  {describe(path)}")
+
+
+def main() -> None:
+    """The `fish-tuning` command."""
+    app()
+
+
+def run_command(config: str, overrides: list[str], *, dry_run: bool = False) -> int:
+    """What `fish-tuning run` and `scripts/run_experiment.py` both do. Returns the exit code."""
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    from fish_tuning.errors import FishTuningError
+
+    try:
+        with warnings.catch_warnings():
+            if not sys.warnoptions:
+                # What libraries will rename one day is nothing that a user of the command can act on.
+                warnings.simplefilter("ignore", FutureWarning)
+            return _run(config, overrides, dry_run)
+    except FishTuningError as error:
+        typer.echo(f"error: {error}", err=True)
+        return WRONG_USE
+    except KeyboardInterrupt:
+        typer.echo("interrupted before the first run", err=True)
+        return INTERRUPTED
+
+
+def _run(config_name: str, overrides: list[str], dry_run: bool) -> int:
+    from fish_tuning.experiments.loading import load_experiment
+
+    config = load_experiment(config_name, overrides)  # before torch is imported: a wrong key is told at once
+
+    from fish_tuning.experiments.plan import plan_experiment
+
+    plan = plan_experiment(config)
+    if dry_run:
+        _show_plan(_console(), config, plan)
+        return OK
+    output_dir = _writable(Path(config.training.output_dir))
+
+    from fish_tuning.experiments.runner import run_experiment
+
+    try:
+        runs = run_experiment(config, plan, _show_run)
+    except KeyboardInterrupt:
+        typer.echo(
+            f"interrupted; finished runs are kept in {output_dir}, the same command goes on from there", err=True
+        )
+        return INTERRUPTED
+    _show_results(_console(), config, plan, runs, output_dir)
+    return FAILED if any(run.status == "failed" for run in runs) else OK
+
+
+def _writable(folder: Path) -> Path:
+    from fish_tuning.errors import ConfigurationError
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigurationError(f"training.output_dir: cannot make the folder {folder}: {error.strerror}") from error
+    return folder
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    console = Console(markup=False, highlight=False, emoji=False)
+    if not console.is_terminal:
+        console.width = 100  # in a file or a pipe, whose width is unknown, nothing is cut
+    return console
+
+
+def _show_plan(console: Console, config: ExperimentConfig, plan: Plan) -> None:
+    from fish_tuning.experiments.tables import fact_text, plain_table, plan_rows
+
+    console.print(plain_table(*plan_rows(plan.arms), title=f"{config.name}: what each arm would train"))
+    console.print()
+    for key, value in plan.facts.items():
+        console.print(f"{key.replace('_', ' ')}: {fact_text(value)}")
+    console.print(f"seeds: {', '.join(map(str, config.seeds))}")
+    for note in plan.notes:
+        console.print(f"note: {note}")
+
+
+def _show_run(run: RunRecord, already_there: bool) -> None:
+    """One line for a finished run, written around the progress bar."""
+    from tqdm import tqdm
+
+    if run.status == "failed":
+        text = f"failed: {run.error}"
+    else:
+        text = f"{run.metric} {'-' if run.value is None else format(run.value, '.4f')}"
+        text += " (finished before)" if already_there else f" ({run.train_seconds or 0:.1f} s)"
+    tqdm.write(f"{run.arm}, seed {run.seed}: {text}")
+
+
+def _show_results(
+    console: Console, config: ExperimentConfig, plan: Plan, runs: list[RunRecord], output_dir: Path
+) -> None:
+    from fish_tuning.experiments.report import FILES, report_notes
+    from fish_tuning.experiments.statistics import summarize
+    from fish_tuning.experiments.tables import conclusion, console_table
+
+    summary = summarize(runs)
+    console.print()
+    console.print(console_table(summary, title=f"{config.name} (init_lora_weights: {config.lora.init_lora_weights})"))
+    console.print()
+    for note in report_notes(config, {**plan.facts, "notes": plan.notes}, summary):
+        console.print(f"note: {note}")
+    written = [str(output_dir / name) for name in FILES if (output_dir / name).exists()]
+    console.print(f"written: {', '.join(written)}", soft_wrap=True)
+    console.print()
+    console.print(conclusion(summary))

@@ -1,0 +1,146 @@
+"""The files of an experiment: results.json, results.csv, results.md and the pictures."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from fish_tuning.experiments.config import ExperimentConfig
+from fish_tuning.experiments.records import RunRecord
+from fish_tuning.experiments.statistics import FEWEST_FOR_INTERVAL, ArmSummary, summarize
+from fish_tuning.experiments.tables import conclusion, fact_text, markdown_table, table_rows
+
+FILES = ("results.json", "results.csv", "results.md", "metric.png", "kept.png")
+_NOT_IN_CSV = ("kept", "metrics")  # tables of their own; they are in results.json
+
+
+def write_report(
+    config: ExperimentConfig, plan_facts: Mapping[str, Any], runs: Sequence[RunRecord], output_dir: Path
+) -> list[Path]:
+    """Write what is known so far; each file is replaced as a whole, so a reader never sees half of one.
+
+    Pictures are drawn once all runs are there (drawing takes longer than writing). Returns the paths written.
+    """
+    output_dir.mkdir(parents=True, exist_ok=True)
+    summary = summarize(runs)
+    pictures: list[Path] = []
+    if len(runs) >= len(config.fish_tuning.methods_to_run) * len(config.seeds):
+        from fish_tuning.experiments.figures import draw_figures
+
+        pictures = draw_figures(config.fish_tuning.methods_to_run, runs, output_dir)
+    texts = {
+        "results.json": _json(config, plan_facts, runs, summary),
+        "results.csv": _csv(config.name, runs),
+        "results.md": _markdown(config, plan_facts, summary, pictures),
+    }
+    for name, text in texts.items():
+        _replace(output_dir / name, text)
+    return [*(output_dir / name for name in texts), *pictures]
+
+
+def report_notes(config: ExperimentConfig, facts: Mapping[str, Any], summary: Sequence[ArmSummary]) -> list[str]:
+    """What a reader must know beside the numbers: the plan's notes (`facts["notes"]`), failures, the intervals."""
+    notes = list(facts.get("notes", []))
+    if any(0 < arm.n_ok < FEWEST_FOR_INTERVAL for arm in summary):
+        notes.append(
+            f"No interval is given where fewer than {FEWEST_FOR_INTERVAL} seeds finished: it would say nothing."
+        )
+    if any(arm.low is not None for arm in summary):
+        notes.append(
+            "Intervals are Student's t over seeds: they cover what a seed changes (head, data order, masks), not the "
+            "choice of examples or of the data set."
+        )
+    planned = len(config.fish_tuning.methods_to_run) * len(config.seeds)
+    finished = sum(arm.n_ok + arm.n_failed for arm in summary)
+    if finished < planned:
+        notes.append(f"{finished} of {planned} runs are in; the rest has not run yet.")
+    if any(arm.peak_memory_of == "process" and arm.peak_memory_bytes for arm in summary):
+        notes.append("Peak memory is that of the whole process, with Python, its libraries and the data in it.")
+    notes += [f"{arm.arm}, {error}" for arm in summary for error in arm.errors]
+    return notes
+
+
+def _json(
+    config: ExperimentConfig, facts: Mapping[str, Any], runs: Sequence[RunRecord], summary: Sequence[ArmSummary]
+) -> str:
+    data = {
+        "experiment": config.name,
+        "config": config.model_dump(mode="json"),
+        "facts": dict(facts),
+        "runs": [run.to_dict() for run in runs],
+        "summary": [asdict(arm) for arm in summary],
+    }
+    return json.dumps(_finite(data), indent=2) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they become null."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _csv(name: str, runs: Sequence[RunRecord]) -> str:
+    columns = [field.name for field in fields(RunRecord) if field.name not in _NOT_IN_CSV]
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["experiment", *columns])
+    for run in runs:
+        writer.writerow([name, *(getattr(run, column) for column in columns)])
+    return text.getvalue()
+
+
+def _markdown(
+    config: ExperimentConfig, facts: Mapping[str, Any], summary: Sequence[ArmSummary], pictures: Sequence[Path]
+) -> str:
+    headers, rows = table_rows(summary)
+    captions = {
+        "metric.png": "The metric of every arm: a dot for each seed, the mean with its 95 % interval.",
+        "kept.png": "Share of entries kept, by layer and module, as a mean over seeds.",
+    }
+    parts = [
+        f"# {config.name}",
+        _list(f"{key}: {fact_text(value)}" for key, value in _settings(config, facts).items()),
+        markdown_table(headers, rows),
+        conclusion(summary),
+    ]
+    notes = report_notes(config, facts, summary)
+    if notes:
+        parts += ["## Notes", _list(notes)]
+    parts += [f"![{captions.get(path.name, path.stem)}]({path.name})" for path in pictures]
+    return "\n\n".join(parts) + "\n"
+
+
+def _settings(config: ExperimentConfig, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What was run, the main choices first; facts of the plan follow under their own names."""
+    training = config.training.args_override
+    settings: dict[str, Any] = {
+        "model": f"{config.model.name} ({config.model.dtype})",
+        "data set": " ".join(config.dataset.load_args),
+        "LoRA ranks": f"{config.lora.baseline_rank} (dense), {config.lora.fish_rank} (pool of the masked arms)",
+        "budget": f"{config.fish_tuning.prune_to_ratio_of_baseline:g} x the trainable parameters of the dense arm",
+        "init_lora_weights": config.lora.init_lora_weights,
+        "seeds": [str(seed) for seed in config.seeds],
+    }
+    chosen = ("learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "weight_decay")
+    settings |= {key: str(training[key]) for key in chosen if key in training}
+    return settings | {key.replace("_", " "): value for key, value in facts.items() if key not in (*settings, "notes")}
+
+
+def _list(lines: Any) -> str:
+    return "\n".join("- " + str(line).replace("\n", "\n  ") for line in lines)
+
+
+def _replace(path: Path, text: str) -> None:
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(path)

@@ -1,0 +1,182 @@
+"""The one results table, for Markdown and for the terminal, and what it says in a sentence."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from fish_tuning.experiments.statistics import BASELINE, FEWEST_FOR_INTERVAL, ArmSummary, Interval
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def table_rows(summary: Sequence[ArmSummary]) -> tuple[list[str], list[list[str]]]:
+    """The headers and one row of cells for each arm."""
+    metric = summary[0].metric if summary else "metric"
+    memory = " or ".join(dict.fromkeys({"gpu": "GPU"}.get(arm.peak_memory_of, "process") for arm in summary))
+    headers = [
+        "arm",
+        "trainable parameters",
+        f"{metric}, mean [95 % interval]",
+        "train s",
+        "Fisher s",
+        f"peak memory ({memory or 'process'})",
+        "optimizer state",
+        "adapter",
+    ]
+    return headers, [_row(arm) for arm in summary]
+
+
+def _row(arm: ArmSummary) -> list[str]:
+    return [
+        arm.arm,
+        "-" if arm.trainable_parameters is None else f"{arm.trainable_parameters:,}",
+        score_text(arm),
+        _seconds(arm.train_seconds),
+        _seconds(arm.fisher_seconds),
+        human_bytes(arm.peak_memory_bytes),
+        human_bytes(arm.optimizer_state_bytes),
+        human_bytes(arm.adapter_bytes),
+    ]
+
+
+def score_text(arm: ArmSummary) -> str:
+    """`0.812 [0.801, 0.823] (1 of 4 failed)`: interval and remark where there are any."""
+    failed = f"{arm.n_failed} of {arm.n_ok + arm.n_failed} failed" if arm.n_failed else ""
+    if arm.mean is None:
+        return failed or "-"
+    interval = "" if arm.low is None or arm.high is None else f" [{arm.low:.3f}, {arm.high:.3f}]"
+    return f"{arm.mean:.3f}{interval}" + (f" ({failed})" if failed else "")
+
+
+def _seconds(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{seconds:,.1f}"
+
+
+def human_bytes(size: int | None) -> str:
+    """`512 B`, `12.3 kB`, `1.9 GB`: powers of a thousand; `-` for None."""
+    if size is None:
+        return "-"
+    value, unit = float(size), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if value < 999.95:
+            break
+        value, unit = value / 1000, larger
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+
+
+def markdown_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """The first column to the left, the others, which are numbers, to the right."""
+    lines = [headers, ["---"] + ["---:"] * (len(headers) - 1), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)
+
+
+def plain_table(headers: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> Table:
+    """A table for the terminal in plain ASCII, which any terminal and any log shows as it is."""
+    from rich.box import Box
+    from rich.table import Table
+    from rich.text import Text
+
+    rule = Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
+    table = Table(
+        title=Text(title, style="bold") if title else None,
+        title_justify="left",
+        box=rule,
+        show_edge=False,
+        pad_edge=False,
+    )
+    table.padding = (0, 1, 0, 0)  # with the space of the rule: two between columns
+    for number, header in enumerate(headers):
+        # Headers wrap at words. A score and its interval stay on one line; a remark in parentheses may go below.
+        cells = [row[number].partition(" (")[0] for row in rows]
+        width = max(map(len, [*header.split(), *cells]))
+        table.add_column(Text(header), justify="right" if number else "left", width=width, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    return table
+
+
+def console_table(summary: Sequence[ArmSummary], title: str | None = None) -> Table:
+    """The results for the terminal, at most 100 columns wide."""
+    return plain_table(*table_rows(summary), title=title)
+
+
+def plan_rows(arms: Sequence[Any]) -> tuple[list[str], list[list[str]]]:
+    """The table of a dry run, from `ArmPlan`s."""
+    headers = ["arm", "rank", "LoRA pool", "kept", "share kept", "head, dense", "trainable parameters"]
+    rows = [
+        [
+            plan.arm,
+            str(plan.rank),
+            f"{plan.pool:,}",
+            f"{plan.kept:,}",
+            f"{plan.kept / plan.pool:.1%}" if plan.pool else "-",
+            f"{plan.dense:,}",
+            f"{plan.trainable_parameters:,}",
+        ]
+        for plan in arms
+    ]
+    return headers, rows
+
+
+def fact_text(value: Any) -> str:
+    """A fact as a reader wants it: `query, key` for a list, `torch 2.13, peft 0.21` for a mapping."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {fact_text(item)}" for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(map(fact_text, value)) or "none"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if value is None:
+        return "none"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def conclusion(summary: Sequence[ArmSummary], baseline: str = BASELINE) -> str:
+    """One or two plain sentences: the FISH arm against the baseline, then the means of the other arms.
+
+    A difference is called one only where its 95 % interval leaves out zero.
+    """
+    arms = {arm.arm: arm for arm in summary}
+    reference = arms.get(baseline)
+    finished = [arm for arm in summary if arm.arm != baseline and arm.mean is not None]
+    if reference is None or reference.mean is None or not finished:
+        return f"There is no finished pair of {baseline} and another arm, so there is nothing to compare."
+    main = next((arm for arm in finished if arm.arm == "lora-fish"), finished[0])
+    others = [f"{arm.arm} {arm.mean:.3f}" for arm in finished if arm is not main]
+    first = f"{_comparison(main, reference)} {_verdict(main.difference)}"
+    return f"{first} The other arms: {', '.join(others)}." if others else first
+
+
+def _comparison(arm: ArmSummary, reference: ArmSummary) -> str:
+    ours, theirs = arm.trainable_parameters, reference.trainable_parameters
+    reached = f"{arm.arm} reaches {arm.metric} {arm.mean:.3f}"
+    if not ours or not theirs or ours == theirs:
+        size = f", each with {ours:,} trainable parameters" if ours else ""
+        return f"{reached} and {reference.arm} {reference.mean:.3f}{size}."
+    size = f"with {_share(ours / theirs)} the trainable parameters of {reference.arm} ({ours:,} against {theirs:,})"
+    return f"{reached} {size}, which reaches {reference.mean:.3f}."
+
+
+def _share(ratio: float) -> str:
+    if abs(ratio - 0.5) < 0.005:
+        return "half"
+    if abs(ratio - 0.25) < 0.0025:
+        return "a quarter of"
+    return f"{ratio:.0%} of" if ratio < 1 else f"{ratio:.2f} times"
+
+
+def _verdict(difference: Interval | None) -> str:
+    if difference is None or difference.mean is None or not math.isfinite(difference.mean):
+        return "They have no finished seed in common, so there is no paired difference."
+    text = f"The mean difference over {difference.n} paired {'seed' if difference.n == 1 else 'seeds'} is "
+    text += f"{difference.mean:+.3f}"
+    if difference.low is None or difference.high is None:
+        return f"{text}; fewer than {FEWEST_FOR_INTERVAL} seeds give no interval, so this run does not tell them apart."
+    text += f", 95 % interval [{difference.low:+.3f}, {difference.high:+.3f}]"
+    if difference.includes_zero:
+        return f"{text}: the interval includes zero, so this run does not tell them apart."
+    better = "above" if difference.mean > 0 else "below"
+    return f"{text}: {better} the baseline on this data set, by more than seeds explain."

@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from datasets import ClassLabel, Dataset, Features, Value
+from folders import write_bert, write_pairs, write_sentences
+from transformers import AutoTokenizer
+
+from fish_tuning.errors import ConfigurationError
+from fish_tuning.experiments.config import DatasetConfig
+from fish_tuning.experiments.data import Task, load_task, tokenize
+
+
+def task_of(folder: Path, **settings: object) -> Task:
+    return load_task(DatasetConfig(load_args=[str(folder)], **settings))  # type: ignore[arg-type]
+
+
+def write_split(folder: Path, split: str, columns: dict[str, list[object]], features: Features | None = None) -> None:
+    folder.mkdir(exist_ok=True)
+    Dataset.from_dict(columns, features=features).to_parquet(folder / f"{split}.parquet")
+
+
+def test_a_single_text_column_is_found(sentences_folder: Path) -> None:
+    task = task_of(sentences_folder)
+    assert (task.name, task.kind, task.text_columns) == ("reviews", "text", ("text",))
+    assert (task.train_split, task.validation_split) == ("train", "validation")
+    assert (task.labels, task.num_labels) == (("0", "1"), 2)
+    assert "labels" in task.train.column_names
+
+
+def test_a_pair_and_a_float_label_are_a_pair_regression(tmp_path: Path) -> None:
+    task = task_of(write_pairs(tmp_path / "pairs"))
+    assert task.text_columns == ("sentence1", "sentence2")
+    assert (task.labels, task.num_labels) == (None, 1)
+
+
+def test_text_labels_become_classes_in_alphabetical_order(tmp_path: Path) -> None:
+    for split in ("train", "dev"):
+        write_split(tmp_path / "d", split, {"text": ["a", "b", "c"], "label": ["yes", "no", "yes"]})
+    task = task_of(tmp_path / "d")
+    assert task.labels == ("no", "yes")
+    assert list(task.train["labels"]) == [1, 0, 1]
+
+
+def test_class_names_of_the_data_set_are_kept(tmp_path: Path) -> None:
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["neg", "pos", "unclear"])})
+    for split in ("train", "validation"):
+        write_split(tmp_path / "d", split, {"text": ["a", "b"], "label": [0, 1]}, features)
+    assert task_of(tmp_path / "d").labels == ("neg", "pos", "unclear")
+
+
+def test_the_training_part_is_the_same_every_time(sentences_folder: Path) -> None:
+    one, two = (task_of(sentences_folder, max_train_samples=10).train["text"] for _ in range(2))
+    assert list(one) == list(two)
+    assert len(one) == 10
+
+
+def test_ready_inputs_are_used_as_they_are(tmp_path: Path) -> None:
+    for split in ("train", "validation"):
+        columns = {"input_ids": [[1, 2], [3, 4]], "label": [0, 1], "idx": [0, 1]}
+        write_split(tmp_path / "d", split, columns)  # type: ignore[arg-type]
+    task = task_of(tmp_path / "d")
+    assert (task.kind, task.text_columns) == ("text", ())
+    train, _ = tokenize(task, None, 8)
+    assert sorted(train.column_names) == ["input_ids", "labels"]
+
+
+def test_tokenized_splits_hold_model_inputs_alone_and_are_cut(tmp_path: Path) -> None:
+    task = task_of(write_pairs(tmp_path / "pairs"))
+    tokenizer = AutoTokenizer.from_pretrained(write_bert(tmp_path / "bert", weights=False))
+    train, validation = tokenize(task, tokenizer, 6)
+    assert set(train.column_names) == {"input_ids", "token_type_ids", "attention_mask", "labels"}
+    assert max(map(len, [*train["input_ids"], *validation["input_ids"]])) == 6
+    assert {1} < set(train["token_type_ids"][0])  # the second sentence is there
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"text_column": "txt"}, r"there is no column 'txt'; found: text, label\. Did you mean 'text'\?"),
+        ({"label_column": "labels"}, "there is no column 'labels'.*Did you mean 'label'"),
+        ({"validation_split": "validate"}, "there is no split 'validate'; found: train, validation.*'validation'"),
+    ],
+)
+def test_what_is_not_there_is_told_with_the_nearest(
+    sentences_folder: Path, settings: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        task_of(sentences_folder, **settings)
+
+
+def test_a_missing_folder_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="there is no folder"):
+        task_of(tmp_path / "nowhere")
+
+
+def test_an_unknown_hub_name_is_told() -> None:
+    with pytest.raises(ConfigurationError, match="no-such-data"):
+        load_task(DatasetConfig(load_args=["no-such-data"]))
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"a": ["x", "y"], "b": ["x", "y"], "c": ["x", "y"], "label": [0, 1]}, "found 3 .a, b, c."),
+        ({"text": ["x", "y"], "label": [-1, -1]}, "labels run from -1 to -1"),
+        ({"text": ["x", "y"], "label": [1, 1]}, "one class only"),
+        ({"text": ["x", "y"], "other": [1, 1]}, "none of the usual names"),
+        ({"text": [], "label": []}, "is empty|no data"),
+    ],
+)
+def test_data_that_cannot_be_learned_from_is_refused(
+    tmp_path: Path, columns: dict[str, list[object]], message: str
+) -> None:
+    for split in ("train", "validation"):
+        write_split(tmp_path / "d", split, columns)
+    with pytest.raises(ConfigurationError, match=message):
+        task_of(tmp_path / "d")
+
+
+def test_a_validation_label_that_training_lacks_is_refused(tmp_path: Path) -> None:
+    write_split(tmp_path / "d", "train", {"text": ["x", "y"], "label": ["a", "b"]})
+    write_split(tmp_path / "d", "validation", {"text": ["x", "y"], "label": ["a", "c"]})
+    with pytest.raises(ConfigurationError, match=r"labels the training split lacks: \['c'\]"):
+        task_of(tmp_path / "d")
+
+
+def test_one_split_alone_is_refused(tmp_path: Path) -> None:
+    folder = write_sentences(tmp_path / "d")
+    (folder / "validation.parquet").unlink()
+    with pytest.raises(ConfigurationError, match="dataset.validation_split: none of the usual names"):
+        task_of(folder)
