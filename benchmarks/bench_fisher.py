@@ -2,8 +2,8 @@
 
     python benchmarks/bench_fisher.py [--device cuda] [--rounds 5] [--batch-size 16]
 
-BERT-base shape, LoRA r=16 on query/key/value, 64 examples x 64 tokens. The three ways take turns in one process, so that
-a change of the machine's speed meets all of them; a ratio is the median over rounds of the ratio within the round.
+BERT-base shape, LoRA r=16 on query/key/value, 64 examples x 64 tokens. The three ways take turns in one process, so
+that a change of the machine's speed meets all of them; a ratio is the median over rounds of the ratio within the round.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python benchmarks/bench_training.py [--device cuda] [--steps 20] [--batch-size 16]
 
-BERT-base shape, LoRA r=16 on query/key/value, batches of 64 tokens, AdamW as the Trainer makes it (fused), clipping. The
-arms take turns step by step in one process; a ratio is the median over steps of the ratio within the turn.
+BERT-base shape, LoRA r=16 on query/key/value, batches of 64 tokens, AdamW as the Trainer makes it (fused), clipping.
+The arms take turns step by step in one process; a ratio is the median over steps of the ratio within the turn.
 """
 
 from __future__ import annotations

@@ -87,5 +87,7 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 def verdict(name: str, value: float, limit: float, *, at_most: bool) -> bool:
     """Print a figure beside its limit; whether it is kept."""
     kept = value <= limit if at_most else value >= limit
-    print(f"{name}: {value:.3f} (limit: {'at most' if at_most else 'at least'} {limit:g}): {'kept' if kept else 'MISSED'}")
+    print(
+        f"{name}: {value:.3f} (limit: {'at most' if at_most else 'at least'} {limit:g}): {'kept' if kept else 'MISSED'}"
+    )
     return kept

@@ -52,7 +52,10 @@ def sentences(number: int, seed: int = 0) -> tuple[list[str], list[int]]:
     chooser = random.Random(seed)
     labels = [index % 2 for index in range(number)]
     texts = [
-        " ".join(chooser.choice(WORDS[4 * (1 - label) : 4 * (1 - label) + 4] + WORDS[8:]) for _ in range(chooser.randint(3, 9)))
+        " ".join(
+            chooser.choice(WORDS[4 * (1 - label) : 4 * (1 - label) + 4] + WORDS[8:])
+            for _ in range(chooser.randint(3, 9))
+        )
         for label in labels
     ]
     return texts, labels

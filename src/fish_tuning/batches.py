@@ -57,6 +57,12 @@ def rows(batch: Mapping[str, Tensor], start: int, stop: int) -> Batch:
     return {key: value[start:stop] if value.dim() else value for key, value in batch.items()}
 
 
+def most_padded_row(batch: Mapping[str, Tensor]) -> int:
+    """The row with the fewest real tokens; 0 where nothing is padded."""
+    mask = batch.get("attention_mask")
+    return int(mask.sum(dim=1).argmin()) if mask is not None and mask.dim() == 2 else 0
+
+
 def trim_padding(batch: Batch) -> Batch:
     """Cut the columns at either end that are padding in every row: they cost time, and no loss should depend on them.
 

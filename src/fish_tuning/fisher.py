@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from fish_tuning.batches import Batch, batch_size, calibration_batches, rows, trim_padding
+from fish_tuning.batches import Batch, batch_size, calibration_batches, most_padded_row, rows, trim_padding
 from fish_tuning.errors import FisherError
 from fish_tuning.losses import (
     FisherType,
@@ -190,9 +190,7 @@ class _LossVectors:
 class _Scorer:
     """Adds batches up into `scores`, tensor by tensor by rule or by loop."""
 
-    def __init__(
-        self, model: nn.Module, trainable: dict[str, nn.Parameter], losses: _LossVectors, method: str
-    ) -> None:
+    def __init__(self, model: nn.Module, trainable: dict[str, nn.Parameter], losses: _LossVectors, method: str) -> None:
         self.trainable, self.losses = trainable, losses
         self.scores = _zeros(trainable)
         self.probes = Probes(model, trainable if method == "auto" else ())
@@ -228,13 +226,16 @@ class _Scorer:
             )
 
     def _add_checked(self, batch: Batch, first_example: int) -> None:
-        """As `_add_batched`, but only with the tensors whose rule agrees with the loop on example 0."""
-        before = {name: self.scores[name].clone() for name in self.probes.names} if self.checked_size else {}
+        """As `_add_batched`, but only with the tensors whose rule agrees with the loop on one example."""
+        row = most_padded_row(batch)  # if anything spills between examples, it shows there
+        before = {name: self.scores[name].clone() if self.checked_size else None for name in self.probes.names}
         by_rule: Checksums = {}
-        self._batched(batch, first_example, self.scores, by_rule)
-        wrong = dict(self.probes.broken) | self._disagreements(by_rule, rows(batch, 0, 1), first_example)
+        self._batched(batch, first_example, self.scores, by_rule, row)
+        example = rows(batch, row, row + 1)
+        wrong = dict(self.probes.broken) | self._disagreements(by_rule, example, first_example + row)
         for name in wrong:
-            self.scores[name].copy_(before.get(name, 0))
+            earlier = before[name]
+            self.scores[name].zero_() if earlier is None else self.scores[name].copy_(earlier)
         self.probes.release(wrong)
         self.probes.broken = {}
         self.reasons |= wrong
@@ -261,10 +262,12 @@ class _Scorer:
         )
         return LOW_PRECISION_TOLERANCE if low else RULE_TOLERANCE
 
-    def _batched(self, batch: Batch, first_example: int, into: Scores, first: Checksums | None = None) -> None:
+    def _batched(
+        self, batch: Batch, first_example: int, into: Scores, checksums: Checksums | None = None, row: int = 0
+    ) -> None:
         self.probes.start(batch_size(batch), self._device())
         losses = self.losses(batch, first_example)
-        self.probes.backward(losses, into, first)
+        self.probes.backward(losses, into, checksums, row)
 
     def _loop(self, batch: Batch, first_example: int, names: list[str], into: Scores) -> None:
         """The definition: one example at a time, without its padding, its gradient squared."""
@@ -277,7 +280,9 @@ class _Scorer:
         parameters = [self.trainable[name] for name in names]
         losses = self.losses(self.losses.trimmed(example), number)
         for vector, loss in enumerate(losses, start=1):
-            gradients = torch.autograd.grad(loss.sum(), parameters, allow_unused=True, retain_graph=vector < len(losses))
+            gradients = torch.autograd.grad(
+                loss.sum(), parameters, allow_unused=True, retain_graph=vector < len(losses)
+            )
             for name, gradient in zip(names, gradients, strict=True):
                 if gradient is not None:
                     yield name, gradient.float().square()
@@ -293,14 +298,16 @@ class _Scorer:
 
 
 def _zeros(tensors: Mapping[str, Tensor]) -> Scores:
-    return {name: torch.zeros_like(tensor, dtype=torch.float32, requires_grad=False) for name, tensor in tensors.items()}
+    return {
+        name: torch.zeros_like(tensor, dtype=torch.float32, requires_grad=False) for name, tensor in tensors.items()
+    }
 
 
 def _without_labels(batch: Batch) -> Batch:
     return {key: value for key, value in batch.items() if key not in ("labels", "label")}
 
 
-def _forward_parameters(model: nn.Module) -> set[str]:
+def _forward_parameters(model: Any) -> set[str]:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     return set(inspect.signature(base.forward).parameters)
 

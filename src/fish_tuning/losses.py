@@ -67,9 +67,7 @@ def example_losses(
     return [likelihood.nll(logits, labels)]
 
 
-def resolve_likelihood(
-    model: nn.Module, logits: Tensor, labels: Tensor, token_reduction: TokenReduction
-) -> Likelihood:
+def resolve_likelihood(model: nn.Module, logits: Tensor, labels: Tensor, token_reduction: TokenReduction) -> Likelihood:
     """The likelihood of the model's task, from its transformers loss type, configuration and labels.
 
     Raises FisherError when the task is none of sequence classification (single label, multi-label, regression), causal
@@ -198,4 +196,6 @@ def _draw(logits: Tensor, generator: torch.Generator) -> Tensor:
     """One class for each row of `logits` (m, C). The draw depends on the generator alone, not on batch or padding."""
     uniform = torch.rand(logits.shape[0], 1, generator=generator).to(logits.device)
     cumulative = logits.softmax(dim=-1).cumsum(dim=-1)
-    return torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)[:, 0].clamp_(max=logits.shape[-1] - 1)
+    return torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)[:, 0].clamp_(
+        max=logits.shape[-1] - 1
+    )

@@ -25,16 +25,16 @@ class Probes:
     """Identities behind the layers that own `names`, as far as there is a rule for them; `names` tells which.
 
     Use as a context manager, which removes the hooks. Between `forward` passes, `backward(losses, into)` adds the sums
-    of squared per-example gradients into `into` and, when `first` is given, the `checksum` of those of example 0 alone
-    into `first`.
-    `broken` maps tensors whose layer was called in a way that no rule covers to the reason.
+    of squared per-example gradients into `into` and, when `checksums` is given, the `checksum` of those of one `row`
+    alone into it. `broken` maps tensors whose layer was called in a way that no rule covers to the reason.
     """
 
     def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
         self.anchor: Tensor | None = None
         self.batch_size = 0
         self.into: Scores | None = None  # set during the backward pass
-        self.first: Checksums | None = None
+        self.checksums: Checksums | None = None
+        self.row = 0
         self.broken: dict[str, str] = {}
         self._layers = _watched_layers(model, set(names), self)
         self.names = [name for layer in self._layers for name in layer.names.values()]
@@ -64,14 +64,16 @@ class Probes:
         for layer in self._layers:
             layer.calls, layer.arrived = 0, []
 
-    def backward(self, losses: list[Tensor], into: Scores, first: Checksums | None = None) -> None:
+    def backward(self, losses: list[Tensor], into: Scores, checksums: Checksums | None = None, row: int = 0) -> None:
         """One backward pass for each (n,) loss vector of the last forward pass."""
-        self.into, self.first = into, first
+        if self.anchor is None:
+            raise RuntimeError("start() comes before backward()")
+        self.into, self.checksums, self.row = into, checksums, row
         for number, loss in enumerate(losses, start=1):
             torch.autograd.grad(loss.sum(), self.anchor, allow_unused=True, retain_graph=number < len(losses))
             for layer in self._layers:
                 layer.square()  # calls that got no gradient never arrive
-        self.into = self.first = self.anchor = None
+        self.into = self.checksums = self.anchor = None
 
 
 class _Layer:
@@ -93,14 +95,14 @@ class _Layer:
             return None
         if probes.into is None:  # not a recomputation, which checkpointing does in the backward pass
             self.calls += 1
-        return _Probe.apply(output, probes.anchor, x, self)
+        return _Probe.apply(output, probes.anchor, x, self)  # type: ignore[no-untyped-call]
 
     def receive(self, x: Tensor, g: Tensor) -> None:
         size = self.probes.batch_size
         if x.shape[0] != size or g.shape[0] != size:
             self._break(f"it was called with first dimension {x.shape[0]}, not with the {size} examples of the batch")
             return
-        if self.probes.first is not None:
+        if self.probes.checksums is not None:
             self.checked = True
         elif not self.checked:
             self._break("it was not called in the first batch, where rules are checked")
@@ -116,13 +118,13 @@ class _Layer:
         x = _joined([_positions(x, event) for x, _ in self.arrived])
         g = _joined([_positions(g, max(event, 1)) for _, g in self.arrived])
         self.arrived = []
-        into, first = self.probes.into, self.probes.first
+        into, checksums = self.probes.into, self.probes.checksums
         with torch.autocast(x.device.type, enabled=False):
             for name, squares in self._squares(x, g):
                 into[name] += squares  # type: ignore[index]
-            if first is not None:
-                for name, squares in self._squares(x[:1], g[:1]):
-                    first[name] = first.get(name, 0) + checksum(squares)
+            if checksums is not None:
+                for name, squares in self._squares(x[self.probes.row, None], g[self.probes.row, None]):
+                    checksums[name] = checksums.get(name, 0) + checksum(squares)
 
     def _event_dims(self) -> int:
         return len(self.module.normalized_shape) if isinstance(self.module, nn.LayerNorm) else 1

@@ -70,8 +70,8 @@ def create_mask_from_fisher(
     """Boolean mask with exactly the asked number of entries, taken from one global pool of all scored tensors.
 
     FISH-Tuning, arXiv 2504.04050, eq. 4 and 5. The pool is every entry whose tensor's name matches none of
-    `names_to_exclude`; excluded tensors train densely and are all true in the mask, so that the mask's sum is the number
-    of trainable parameters.
+    `names_to_exclude`; excluded tensors train densely and are all true in the mask, so that the mask's sum is the
+    number of trainable parameters.
 
     Args:
         fisher_scores: {name: scores}, non-negative, from `calculate_fisher_information`.
@@ -143,9 +143,7 @@ def matching_names(names: Iterable[str], names_to_exclude: Sequence[str]) -> set
     return matching
 
 
-def resolve_budget(
-    pool: int, dense: int, *, keep_ratio: float | None = None, num_trainable: int | None = None
-) -> int:
+def resolve_budget(pool: int, dense: int, *, keep_ratio: float | None = None, num_trainable: int | None = None) -> int:
     """Entries to keep of a pool of `pool` entries, beside `dense` entries that always train.
 
     Raises MaskError when not exactly one of `keep_ratio` and `num_trainable` is given or it cannot be met.
@@ -166,9 +164,7 @@ def resolve_budget(
     return num_trainable - dense  # type: ignore[operator]
 
 
-def select_top_k(
-    scores: Mapping[str, Tensor], k: int, *, priority: Method = _fish, seed: int = 0
-) -> Mask:
+def select_top_k(scores: Mapping[str, Tensor], k: int, *, priority: Method = _fish, seed: int = 0) -> Mask:
     """Masks with the k entries of largest priority over all tensors; ties fall in an order drawn from `seed`.
 
     Needs, beside scores and masks, a fixed amount of memory. The result depends neither on the order of the mapping nor
@@ -267,8 +263,6 @@ def _check_scores(fisher_scores: Mapping[str, Tensor]) -> None:
         for chunk in scores.detach().reshape(-1).split(_CHUNK):
             if not chunk.isfinite().all():
                 raise MaskError(f"The scores of {name!r} are not all finite, so they have no order.")
-
-
 
 
 def _report_zero_scores(pool: Mapping[str, Tensor], budget: int, zero_scores: str) -> None:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils.hooks import RemovableHandle
 
 from fish_tuning.errors import MaskError, did_you_mean
 
@@ -60,7 +61,9 @@ def remove_mask(model: nn.Module) -> None:
     """Make every masked tensor of `model` an ordinary, wholly trainable parameter again, with its trained values."""
     for tensor in list(_masked_tensors(model)):
         _unmask_tensor(tensor)
-    ignored = [name for name in getattr(model, "_ddp_params_and_buffers_to_ignore", ()) if ".parametrizations." not in name]
+    ignored = [
+        name for name in getattr(model, "_ddp_params_and_buffers_to_ignore", ()) if ".parametrizations." not in name
+    ]
     model._ddp_params_and_buffers_to_ignore = ignored  # type: ignore[assignment]
 
 
@@ -92,6 +95,8 @@ class MaskedTensor(nn.Module):
     """Parametrization of one tensor: writes the trainable `values` into the frozen tensor whenever it is read."""
 
     index: Tensor
+    dense: nn.Parameter
+    hooks: tuple[RemovableHandle, ...]
 
     def __init__(self, dense: nn.Parameter, selected: Tensor) -> None:
         super().__init__()
@@ -105,7 +110,8 @@ class MaskedTensor(nn.Module):
     def forward(self, frozen: Tensor) -> Tensor:
         if self.values is None:
             return frozen
-        return _WriteValues.apply(self.values, frozen, self.index)  # type: ignore[no-any-return]
+        written: Tensor = _WriteValues.apply(self.values, frozen, self.index)  # type: ignore[no-untyped-call]
+        return written
 
     def selected(self) -> Tensor:
         selected = torch.zeros(self.shape, dtype=torch.bool, device=self.index.device)
@@ -140,13 +146,14 @@ class _Masked(NamedTuple):
 
 
 def _mask_tensor(module: nn.Module, local: str, selected: Tensor) -> None:
-    dense = module._parameters.pop(local)
-    masked = MaskedTensor(dense, selected)  # type: ignore[arg-type]
-    module.register_buffer(local, dense.detach().contiguous())  # type: ignore[union-attr]
-    dense.data = dense.data.new_empty(0)  # type: ignore[union-attr]  # the buffer holds it now
-    dense.grad = None  # type: ignore[union-attr]
+    dense = module.get_parameter(local)
+    masked = MaskedTensor(dense, selected)
+    del module._parameters[local]
+    module.register_buffer(local, dense.detach().contiguous())
+    dense.data = dense.data.new_empty(0)  # the buffer holds it now
+    dense.grad = None
     parametrize.register_parametrization(module, local, masked, unsafe=True)
-    masked.hooks = (  # type: ignore[assignment]
+    masked.hooks = (
         module.register_state_dict_post_hook(_DenseStateDict(local)),
         module.register_load_state_dict_pre_hook(_SplitStateDict(local)),
     )
@@ -157,11 +164,11 @@ def _unmask_tensor(tensor: _Masked) -> None:
     trained = getattr(module, local).detach()
     _give_own_class(module)
     parametrize.remove_parametrizations(module, local, leave_parametrized=False)
-    for hook in masked.hooks:  # type: ignore[union-attr]
+    for hook in masked.hooks:
         hook.remove()
     del module._buffers[local]
-    masked.dense.data = trained  # type: ignore[union-attr]
-    module.register_parameter(local, masked.dense)  # type: ignore[arg-type]
+    masked.dense.data = trained
+    module.register_parameter(local, masked.dense)
 
 
 def _give_own_class(module: nn.Module) -> None:
@@ -194,7 +201,7 @@ class _SplitStateDict:
         dense = state_dict.pop(prefix + self.local, None)
         if dense is None:
             return
-        masked = module.parametrizations[self.local][0]  # type: ignore[index, union-attr]
+        masked: MaskedTensor = module.get_submodule(f"parametrizations.{self.local}.0")  # type: ignore[assignment]
         own = f"{prefix}parametrizations.{self.local}."
         state_dict[f"{own}original"] = dense
         if masked.values is not None:
@@ -202,11 +209,11 @@ class _SplitStateDict:
 
 
 def _masked_tensors(model: nn.Module) -> Iterator[_Masked]:
-    for prefix, module in model.named_modules():
-        # Not getattr: PEFT's ModulesToSaveWrapper hands out the attributes of what it wraps.
-        for local, parametrizations in (module._modules.get("parametrizations") or nn.ModuleDict()).items():
-            if isinstance(parametrizations[0], MaskedTensor):
-                yield _Masked(f"{prefix}.{local}" if prefix else local, module, local, parametrizations[0])
+    for path, masked in model.named_modules():
+        if isinstance(masked, MaskedTensor):
+            owner, _, rest = path.rpartition("parametrizations.")
+            local = rest.removesuffix(".0")
+            yield _Masked(owner + local, model.get_submodule(owner.removesuffix(".")), local, masked)
 
 
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:

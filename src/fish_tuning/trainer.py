@@ -42,7 +42,9 @@ class FishMaskCallback(TrainerCallback):
         if not is_masked(model):
             apply_mask(model, self.mask)
         elif not self._is_applied_to(model):
-            raise MaskError("The model has another mask already. Call remove_mask(model) before training with this one.")
+            raise MaskError(
+                "The model has another mask already. Call remove_mask(model) before training with this one."
+            )
 
     def _is_applied_to(self, model: Any) -> bool:
         applied = get_mask(model)
@@ -59,7 +61,9 @@ class FishMaskCallback(TrainerCallback):
         **_: Any,
     ) -> None:
         trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
-        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]} if optimizer else set()
+        held = (
+            {id(parameter) for group in optimizer.param_groups for parameter in group["params"]} if optimizer else set()
+        )
         if not is_masked(model) and not all(selected.all() for selected in self.mask.values()):
             raise MaskError(
                 "The model that is trained has no mask: it was replaced after the Trainer was made (model_init?), or "
@@ -72,7 +76,7 @@ class FishMaskCallback(TrainerCallback):
             )
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        folder = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+        folder = Path(args.output_dir or "", f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
         if state.is_world_process_zero and folder.is_dir():
             save_mask(self.mask, folder / MASK_FILE_NAME)
 

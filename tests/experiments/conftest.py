@@ -24,9 +24,7 @@ def sentences_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def experiment(
-    tmp_path: Path, bert_folder: Path, sentences_folder: Path
-) -> Callable[..., ExperimentConfig]:
+def experiment(tmp_path: Path, bert_folder: Path, sentences_folder: Path) -> Callable[..., ExperimentConfig]:
     """`experiment("key=value", ...)`: a small experiment on a tiny BERT, with overrides."""
     file = tmp_path / "small.yaml"
     file.write_text(

@@ -38,7 +38,9 @@ def test_digits_are_the_upper_half_of_the_real_ones() -> None:
     assert pixels.max() <= 1
 
 
-def test_the_vit_is_made_once_and_has_no_head(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_vit_is_made_once_and_has_no_head(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(builtin, "PRETRAIN_EPOCHS", 1)
     folder = resolve_builtin("builtin:digits-vit")
     one, two = (ViTForImageClassification.from_pretrained(folder, num_labels=5) for _ in range(2))

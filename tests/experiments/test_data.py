@@ -129,5 +129,5 @@ def test_a_validation_label_that_training_lacks_is_refused(tmp_path: Path) -> No
 def test_one_split_alone_is_refused(tmp_path: Path) -> None:
     folder = write_sentences(tmp_path / "d")
     (folder / "validation.parquet").unlink()
-    with pytest.raises(ConfigurationError, match="dataset.validation_split: none of the usual names"):
+    with pytest.raises(ConfigurationError, match=r"dataset\.validation_split: none of the usual names"):
         task_of(folder)

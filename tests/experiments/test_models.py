@@ -70,7 +70,7 @@ def test_a_target_the_model_lacks_is_told_with_what_there_is(experiment: MakeExp
 
 
 def test_an_unknown_override_is_told_with_the_nearest(experiment: MakeExperiment) -> None:
-    with pytest.raises(ConfigurationError, match="no 'hiden_size'. Did you mean 'hidden_size'"):
+    with pytest.raises(ConfigurationError, match=r"no 'hiden_size'\. Did you mean 'hidden_size'"):
         built(experiment("model.config_overrides.hiden_size=3"))
 
 

@@ -22,7 +22,9 @@ RUN_KEYS = {"arm", "seed", "metric", "value", "trainable_parameters", "train_sec
 def run(config: ExperimentConfig) -> tuple[list[RunRecord], Seen]:
     seen: Seen = []
     records = run_experiment(
-        config, plan_experiment(config), lambda record, known: seen.append((record.arm, record.seed, record.status, known))
+        config,
+        plan_experiment(config),
+        lambda record, known: seen.append((record.arm, record.seed, record.status, known)),
     )
     return records, seen
 

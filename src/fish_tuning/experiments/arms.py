@@ -92,7 +92,7 @@ class ArmRun:
             fisher_seconds=self.calibration.seconds if self.calibration and self._needs_scores else 0.0,
             peak_memory_bytes=peak_memory,
             peak_memory_of=peak.of,
-            optimizer_state_bytes=optimizer_state_bytes(trainer.optimizer),
+            optimizer_state_bytes=optimizer_state_bytes(trainer.optimizer) if trainer.optimizer else 0,
             adapter_bytes=self._save(model, mask, folder),
             kept=kept_shares(mask, self.config.lora.names_to_exclude) if mask else [],
             config_hash=config_hash,
@@ -147,7 +147,7 @@ class ArmRun:
             lengths = [len(ids) for ids in examples["input_ids"]]
             examples = examples.select(sorted(range(len(examples)), key=lengths.__getitem__))
         size = self._arguments(Path()).per_device_train_batch_size
-        return DataLoader(examples, batch_size=size, collate_fn=self._collator)  # type: ignore[arg-type]
+        return DataLoader(examples, batch_size=size, collate_fn=self._collator)
 
     @property
     def _collator(self) -> Any:

@@ -1,7 +1,7 @@
 """The embedded default: real handwritten digits that come with scikit-learn, and a small ViT that knows half of them.
 
-`builtin:digits` is the digits 5-9 as a folder of parquet files, `builtin:digits-vit` a ViT pretrained on 0-4 as a folder
-that `from_pretrained` loads. Both are made on first use and cached, so everything after that sees ordinary folders.
+`builtin:digits` is the digits 5-9 as a folder of parquet files, `builtin:digits-vit` a ViT pretrained on 0-4 as a
+folder that `from_pretrained` loads. Both are made on first use and cached; after that everything sees ordinary folders.
 """
 
 from __future__ import annotations
@@ -88,21 +88,21 @@ def _make_digits_vit(folder: Path) -> None:
 
     logger.warning("Pretraining a small ViT on the digits 0-4, once; it is kept in %s.", folder.parent)
     pixels, labels = (torch.as_tensor(array) for array in _digits(range(5)))
-    config = ViTConfig(
-        hidden_size=64,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        intermediate_size=128,
-        image_size=8,
-        patch_size=2,
-        num_channels=1,
-        num_labels=5,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
+    settings: dict[str, Any] = {
+        "hidden_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "intermediate_size": 128,
+        "image_size": 8,
+        "patch_size": 2,
+        "num_channels": 1,
+        "num_labels": 5,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+    }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        model = ViTForImageClassification(config)
+        model: Any = ViTForImageClassification(ViTConfig(**settings))
         steps = PRETRAIN_EPOCHS * (len(labels) // 32)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)

@@ -74,7 +74,9 @@ def tokenize(task: Task, tokenizer: Any, max_length: int) -> tuple[Dataset, Data
     """The task's splits with the columns that a model takes, and nothing else."""
     if not task.text_columns:
         kept = {*READY_INPUTS, "attention_mask", "token_type_ids", "labels"}
-        splits = [split.remove_columns(sorted(set(split.column_names) - kept)) for split in (task.train, task.validation)]
+        splits = [
+            split.remove_columns(sorted(set(split.column_names) - kept)) for split in (task.train, task.validation)
+        ]
         return splits[0], splits[1]
 
     def encode(rows: dict[str, list[Any]]) -> Any:
@@ -117,7 +119,8 @@ def _find(key: str, asked: str | None, usual: Sequence[str], found: Sequence[str
         if name in found:
             return name
     raise ConfigurationError(
-        f"{key}: none of the usual names ({', '.join(usual)}) is among the {what}s found: {', '.join(found)}. Set {key}."
+        f"{key}: none of the usual names ({', '.join(usual)}) is among the {what}s found: {', '.join(found)}."
+        f" Set {key}."
     )
 
 
@@ -149,9 +152,9 @@ def _labelled(train: Dataset, validation: Dataset, column: str) -> tuple[Dataset
     """Both splits with a `labels` column of class ids or floats, and the class names (None: regression)."""
     feature = train.features[column]
     if isinstance(feature, Value) and feature.dtype in ("string", "large_string"):
-        names = sorted(set(train[column]))
-        cast = ClassLabel(names=names)
-        unknown = set(validation[column]) - set(names)
+        texts = sorted(set(train[column]))
+        cast = ClassLabel(names=texts)
+        unknown = set(validation[column]) - set(texts)
         if unknown:
             raise ConfigurationError(
                 f"dataset.label_column: the validation split has labels the training split lacks: {sorted(unknown)}."

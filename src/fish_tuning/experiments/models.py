@@ -109,9 +109,9 @@ def target_modules(config: ExperimentConfig, model: nn.Module) -> list[str] | st
                         f"{', '.join(names)}.{did_you_mean(target, names)}"
                     )
         return asked
-    names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    present = {name.rpartition(".")[2] for name, _ in model.named_modules()}
     for projections in ATTENTION_PROJECTIONS:
-        if names.issuperset(projections):
+        if present.issuperset(projections):
             return list(projections)
     model_type = getattr(model.config, "model_type", "")
     if model_type in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING:
@@ -132,7 +132,7 @@ def state_digest(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def _lora_config(config: ExperimentConfig, base: nn.Module, rank: int, init_lora_weights: bool | str) -> LoraConfig:
+def _lora_config(config: ExperimentConfig, base: nn.Module, rank: int, init_lora_weights: Any) -> LoraConfig:
     return LoraConfig(
         r=rank,
         lora_alpha=2 * rank,

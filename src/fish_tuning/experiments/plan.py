@@ -39,7 +39,7 @@ class Plan:
 def plan_experiment(config: ExperimentConfig) -> Plan:
     """Load the data and the model's configuration, and count every arm on a model without weights.
 
-    Raises ConfigurationError for whatever cannot work: missing data, columns or targets, a budget below the head's size.
+    Raises ConfigurationError for whatever cannot work: missing data, columns or targets, a budget below the head.
     """
     task = load_task(config.dataset)
     tokenizer = load_tokenizer(config.model) if task.text_columns else None

@@ -51,7 +51,7 @@ class RunRecord:
 
 @dataclass(frozen=True)
 class ArmPlan:
-    """What an arm will train, counted from the model. `pool` and `kept` are entries; dense arms keep their whole pool."""
+    """What an arm will train, counted from the model; `pool` and `kept` are entries, a dense arm keeps them all."""
 
     arm: str
     method: str | None  # selection method, or None for a dense arm

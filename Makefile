@@ -1,0 +1,44 @@
+# make          shows what there is
+# PYTHON=...    the interpreter the virtual environment is made with
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Installed without extras for `demo` and `bench`; `test` and `dev` are extras of pyproject.toml.
+extras = $(if $(filter demo,$1),,[$1])
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check bench clean
+.SECONDARY:
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.stamp-demo  ## install, then compare the four arms on handwritten digits: minutes on a CPU
+	$(BIN)/fish-tuning run configs/experiments/digits.yaml
+
+test: $(VENV)/.stamp-test  ## install with the test tools and run every test; ARGS="-k name" picks some
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(VENV)/.stamp-dev  ## formatting, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.stamp-demo  ## speed and memory against plain training; prints tables
+	@set -e; for script in benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python $$script; done
+
+clean:  ## remove the virtual environment, caches and builds; results stay
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.stamp-%: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".$(call extras,$*)"
+	@touch $@
+
+$(BIN)/python:
+	@command -v $(PYTHON) >/dev/null || \
+		{ echo "$(PYTHON) is not here: set PYTHON to a Python 3.11 or newer" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "fish-tuning needs Python 3.11 or newer, $(PYTHON) is older: set PYTHON" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
