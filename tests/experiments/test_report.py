@@ -91,7 +91,7 @@ def test_table_has_the_columns_in_order() -> None:
         "adapter",
     ]
     assert rows[0] == ["lora", "1,000", "0.600 [0.352, 0.848]", "10.0", "0.0", "1.5 GB", "8.0 kB", "4.3 kB"]
-    on_gpu = table_rows(summarize([ok("lora", 1, 0.5, peak_memory_of="gpu")]))
+    on_gpu = table_rows(summarize([ok("lora", 1, 0.5, peak_memory_of="gpu"), failed("lora-fish", 1)]))
     assert on_gpu[0][5] == "peak memory (GPU)"
     assert on_gpu[1][0][2] == "0.500"
 

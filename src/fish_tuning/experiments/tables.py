@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 def table_rows(summary: Sequence[ArmSummary]) -> tuple[list[str], list[list[str]]]:
     """The headers and one row of cells for each arm."""
     metric = summary[0].metric if summary else "metric"
-    memory = " or ".join(dict.fromkeys({"gpu": "GPU"}.get(arm.peak_memory_of, "process") for arm in summary))
+    measured = dict.fromkeys(arm.peak_memory_of for arm in summary if arm.peak_memory_bytes is not None)
+    memory = " or ".join("GPU" if of == "gpu" else of for of in measured)
     headers = [
         "arm",
         "trainable parameters",
