@@ -1,9 +1,10 @@
 """Time and peak memory of exact Fisher scores against a plain forward and backward pass and the batch-1 loop.
 
-    python benchmarks/bench_fisher.py [--device cuda] [--rounds 5] [--batch-size 16]
+    python benchmarks/bench_fisher.py [--shape minilm] [--device cuda] [--rounds 5] [--batch-size 16]
 
-BERT-base shape, LoRA r=16 on query/key/value, 64 examples x 64 tokens. The three ways take turns in one process, so
-that a change of the machine's speed meets all of them; a ratio is the median over rounds of the ratio within the round.
+A BERT of BERT-base or MiniLM shape, LoRA r=16 on query/key/value, 64 examples x 64 tokens. The three ways take turns in
+one process, so that a change of the machine's speed meets all of them; a ratio is the median over rounds of the ratio
+within the round.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from typing import Any
 from common import (
     EXAMPLES,
     RANK,
+    SHAPES,
     TOKENS,
     batches,
-    bert_base,
+    bert,
     machine,
     median,
     peak_of_own_process,
@@ -53,17 +55,18 @@ def work(way: str, model: Any, device: str, batch_size: int) -> Callable[[], obj
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--shape", choices=SHAPES, default="bert-base")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--peak", choices=WAYS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.peak:
-        print_rise(work(args.peak, bert_base(args.device), args.device, args.batch_size), args.device)
+        print_rise(work(args.peak, bert(args.device, shape=args.shape), args.device, args.batch_size), args.device)
         return 0
 
-    print(f"BERT-base shape, LoRA r={RANK} on query/key/value, {EXAMPLES} examples x {TOKENS} tokens, batches of "
+    print(f"{args.shape} shape, LoRA r={RANK} on query/key/value, {EXAMPLES} examples x {TOKENS} tokens, batches of "
           f"{args.batch_size}; {machine(args.device)}\n")  # fmt: skip
-    model = bert_base(args.device)
+    model = bert(args.device, shape=args.shape)
     runs = {way: work(way, model, args.device, args.batch_size) for way in WAYS}
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}
     for round_number in range(args.rounds + 1):
@@ -74,7 +77,7 @@ def main() -> int:
             synchronize(args.device)
             if round_number:  # the first round warms up
                 seconds[way].append(time.perf_counter() - start)
-    common = ["--device", args.device, "--batch-size", str(args.batch_size)]
+    common = ["--device", args.device, "--batch-size", str(args.batch_size), "--shape", args.shape]
     peaks = {way: peak_of_own_process(__file__, way, *common) for way in WAYS}
     to_plain = {way: median([s / p for s, p in zip(seconds[way], seconds["plain"], strict=True)]) for way in WAYS}
     print_table(
@@ -91,7 +94,7 @@ def main() -> int:
     )
     print()
     faster = median([loop / b for loop, b in zip(seconds["loop"], seconds["batched"], strict=True)])
-    one_layer = args.batch_size * RANK * 768 * 4 / 2**20
+    one_layer = args.batch_size * RANK * model.config.hidden_size * 4 / 2**20
     more = (peaks["batched"] - peaks["plain"]) / 2**20
     kept = [
         verdict("batched / plain pass", to_plain["batched"], 1.10, at_most=True),

@@ -21,7 +21,7 @@ from common import (
     RANK,
     TOKENS,
     batches,
-    bert_base,
+    bert,
     machine,
     median,
     peak_of_own_process,
@@ -41,7 +41,7 @@ class Arm:
     """A model, its optimizer and one training step."""
 
     def __init__(self, keep_ratio: float | None, device: str, batch_size: int) -> None:
-        self.model = bert_base(device)
+        self.model = bert(device)
         if keep_ratio is not None:
             # Which entries are kept changes no cost, so a random mask of the same size will do.
             scores = {n: torch.zeros(p.shape) for n, p in self.model.named_parameters() if p.requires_grad}

@@ -23,10 +23,17 @@ from fish_tuning.experiments.measure import PeakMemory
 EXAMPLES, TOKENS, RANK = 64, 64, 16
 
 
-def bert_base(device: str = "cpu", rank: int = RANK) -> Any:
-    """BERT-base shape with random weights, LoRA on query/key/value, both factors non-zero."""
+SHAPES: dict[str, dict[str, int]] = {
+    "bert-base": {},
+    "minilm": {"hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536},
+}
+
+
+def bert(device: str = "cpu", rank: int = RANK, shape: str = "bert-base") -> Any:
+    """A BERT of that shape with random weights, LoRA on query/key/value, both factors non-zero."""
     torch.manual_seed(0)
-    model = BertForSequenceClassification(BertConfig(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
+    config = BertConfig(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **SHAPES[shape])
+    model = BertForSequenceClassification(config)
     lora = LoraConfig(
         r=rank,
         lora_alpha=2 * rank,

@@ -73,6 +73,7 @@ def test_a_start_that_leaves_half_unscored_is_noted(experiment: MakeExperiment) 
         ("fish_tuning.num_samples=49", "more than the 48 training examples"),
         ("lora.names_to_exclude=[clasifier]", "'clasifier' matches none"),
         ("lora.target_modules=[q_proj]", "no module 'q_proj'"),
+        ("training.args_override.eval_strategy=epochs", "training.args_override: .*epochs"),
     ],
 )
 def test_what_cannot_work_is_told_before_anything_is_trained(

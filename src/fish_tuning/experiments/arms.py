@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from fish_tuning.errors import FishTuningError
+from fish_tuning.experiments.arguments import training_arguments
 from fish_tuning.experiments.config import ExperimentConfig
 from fish_tuning.experiments.measure import PeakMemory, optimizer_state_bytes
 from fish_tuning.experiments.metrics import metric_function
@@ -188,14 +189,6 @@ class ArmRun:
         if mask is not None:
             save_mask(mask, target / MASK_FILE_NAME)
         return (target / "adapter_model.safetensors").stat().st_size
-
-
-def training_arguments(
-    config: ExperimentConfig, seed: int, folder: Path, extra: Mapping[str, Any] | None = None
-) -> TrainingArguments:
-    """The experiment's TrainingArguments for one seed."""
-    chosen = {"dataloader_pin_memory": torch.cuda.is_available(), **config.training.args_override, **(extra or {})}
-    return TrainingArguments(output_dir=str(folder), seed=seed, disable_tqdm=True, **chosen)
 
 
 def kept_shares(mask: Mask, names_to_exclude: Sequence[str]) -> list[KeptShare]:

@@ -12,7 +12,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, load_dat
 from datasets.exceptions import DatasetNotFoundError
 
 from fish_tuning.errors import ConfigurationError, did_you_mean
-from fish_tuning.experiments.builtin import resolve_builtin
+from fish_tuning.experiments.builtin import PREFIX, resolve_builtin
 from fish_tuning.experiments.config import DatasetConfig
 
 TRAIN_SPLITS = ("train",)
@@ -59,7 +59,7 @@ def load_task(config: DatasetConfig) -> Task:
         # The same part whatever the training seed, so that seeds differ in the training alone.
         train = train.shuffle(seed=0).select(range(config.max_train_samples))
     return Task(
-        name=Path(config.load_args[-1]).name,
+        name=Path(config.load_args[-1]).name.removeprefix(PREFIX),
         kind=kind,
         train=train,
         validation=validation,

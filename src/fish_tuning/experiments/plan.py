@@ -5,11 +5,13 @@ from __future__ import annotations
 import platform
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from fish_tuning.errors import ConfigurationError, MaskError
+from fish_tuning.experiments.arguments import training_arguments
 from fish_tuning.experiments.config import ARMS, ExperimentConfig
 from fish_tuning.experiments.data import Task, load_task
 from fish_tuning.experiments.metrics import main_metric
@@ -41,6 +43,7 @@ def plan_experiment(config: ExperimentConfig) -> Plan:
 
     Raises ConfigurationError for whatever cannot work: missing data, columns or targets, a budget below the head.
     """
+    training_arguments(config, config.seeds[0], Path(config.training.output_dir))  # refuses what would fail later
     task = load_task(config.dataset)
     tokenizer = load_tokenizer(config.model) if task.text_columns else None
     model_config = load_config(config.model, task, getattr(tokenizer, "pad_token_id", None))
