@@ -23,6 +23,7 @@ Method = Callable[[Tensor], Tensor]
 _METHODS: dict[str, Method] = {}
 _CHUNK = 2**20  # entries looked at a time: bounds the extra memory at some 100 MB
 _DIGIT = 16
+_SIGN = 2 ** (_DIGIT - 1)  # added to the top digit, which is signed
 
 
 def register_method(name: str) -> Callable[[Method], Method]:
@@ -189,9 +190,9 @@ def select_top_k(scores: Mapping[str, Tensor], k: int, *, priority: Method = _fi
     flat = {name: torch.zeros(scores[name].numel(), dtype=torch.bool, device=scores[name].device) for name in names}
     masks = [chunk for name in names for chunk in flat[name].split(_CHUNK)]
     if k:
-        cut, above = _kth_largest(priorities, k)
+        cut, above = _kth_largest(priorities, k, bits=torch.finfo(dtype).bits)
         keys = _TieKeys(priorities, cut, seed)
-        key_cut, keys_above = _kth_largest(keys, k - above)
+        key_cut, keys_above = _kth_largest(keys, k - above, bits=32)
         left = k - above - keys_above  # of the entries that tie in priority and key, the first in order
         for mask, chunk, (tied, key) in zip(masks, priorities(), keys.with_positions(), strict=True):
             mask.copy_(chunk > cut)
@@ -224,28 +225,23 @@ class _Cut(NamedTuple):
     above: int  # number of entries larger than it
 
 
-def _kth_largest(chunks: Callable[[], Iterable[Tensor]], k: int) -> _Cut:
-    """The k-th largest of all integers in `chunks()`, digit by digit from the top."""
-    prefix: int | None = None
-    above = 0
-    shift = None
-    while shift != 0:
+def _kth_largest(chunks: Callable[[], Iterable[Tensor]], k: int, bits: int) -> _Cut:
+    """The k-th largest of all `bits`-wide integers in `chunks()`, digit by digit from the top."""
+    prefix, above = 0, 0
+    top = bits - _DIGIT
+    for shift in range(top, -1, -_DIGIT):
         counts = torch.zeros(2**_DIGIT, dtype=torch.int64)
         for chunk in chunks():
-            if shift is None or prefix is None:
-                top = torch.iinfo(chunk.dtype).bits - _DIGIT
-                digits = (chunk >> top) + 2 ** (_DIGIT - 1)  # signed, so offset
+            if shift == top:
+                digits = (chunk >> shift) + _SIGN
             else:
-                top = shift - _DIGIT
-                digits = (chunk[(chunk >> shift) == prefix] >> top) & (2**_DIGIT - 1)
+                digits = (chunk[(chunk >> (shift + _DIGIT)) == prefix] >> shift) & (2**_DIGIT - 1)
             counts += torch.bincount(digits, minlength=2**_DIGIT).cpu()
         down = counts.flip(0).cumsum(0)
         position = int(torch.searchsorted(down, k - above))
         digit = 2**_DIGIT - 1 - position
         above += int(down[position] - counts[digit])
-        prefix = digit - 2 ** (_DIGIT - 1) if prefix is None else (prefix << _DIGIT) + digit
-        shift = top
-    assert prefix is not None
+        prefix = digit - _SIGN if shift == top else (prefix << _DIGIT) + digit
     return _Cut(prefix, above)
 
 
