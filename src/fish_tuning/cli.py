@@ -121,6 +121,10 @@ def _run(config_name: str, overrides: list[str], dry_run: bool) -> int:
         _show_plan(_console(), config, plan)
         return OK
     output_dir = _writable(Path(config.training.output_dir))
+    typer.echo(
+        f"{config.name}: {config.model.name} on {' '.join(config.dataset.load_args)}, {len(plan.arms)} arms x "
+        f"{len(config.seeds)} seeds"
+    )
 
     from fish_tuning.experiments.runner import run_experiment
 

@@ -85,7 +85,9 @@ def _make_digits_vit(folder: Path) -> None:
     """A ViT trained on the digits 0-4 with AdamW; ten seconds or so on one core."""
     import torch
     from transformers import ViTConfig, ViTForImageClassification
+    from transformers.utils import logging as transformers_logging
 
+    transformers_logging.disable_progress_bar()
     logger.warning("Pretraining a small ViT on the digits 0-4, once; it is kept in %s.", folder.parent)
     pixels, labels = (torch.as_tensor(array) for array in _digits(range(5)))
     settings: dict[str, Any] = {

@@ -1,0 +1,5 @@
+"""`python -m fish_tuning` is `fish-tuning`."""
+
+from fish_tuning.cli import main
+
+main()
