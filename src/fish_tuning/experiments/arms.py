@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import re
@@ -81,6 +82,10 @@ class ArmRun:
         train_seconds = time.perf_counter() - started
         peak_memory = peak.bytes()
         metrics = self._evaluate(trainer)
+        with contextlib.suppress(OSError):  # the Trainer makes its folder even when it saves no checkpoint
+            checkpoints = Path(str(trainer.args.output_dir))
+            checkpoints.rmdir()
+            checkpoints.parent.rmdir()
         return RunRecord(
             arm=self.arm.arm,
             seed=self.seed,
