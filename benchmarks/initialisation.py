@@ -23,7 +23,7 @@ STARTS = {
     "OLoRA": ["lora.init_lora_weights=olora"],
     "orthogonal": ["lora.init_lora_weights=orthogonal"],
 }
-LEARNING_RATES = ("4.0e-3", "1.2e-2")
+LEARNING_RATES = ("1.5e-3", "4.0e-3", "1.2e-2")
 SETTINGS = [
     "dataset.max_train_samples=1000",
     "training.args_override.num_train_epochs=2",
