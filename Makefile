@@ -26,7 +26,8 @@ check: $(VENV)/.stamp-dev  ## formatting, lint and types
 	$(BIN)/mypy
 
 bench: $(VENV)/.stamp-demo  ## speed and memory against plain training; prints tables
-	@set -e; for script in benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python $$script; done
+	@status=0; for script in benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python $$script || status=1; done; \
+		exit $$status
 
 clean:  ## remove the virtual environment, caches and builds; results stay
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache

@@ -30,7 +30,7 @@ def write_bert(folder: Path, weights: bool = True, **config: int) -> Path:
         "num_hidden_layers": 2,
         "num_attention_heads": 2,
         "intermediate_size": 24,
-        "max_position_embeddings": 64,
+        "max_position_embeddings": 128,
     } | config
     if weights:
         torch.manual_seed(0)

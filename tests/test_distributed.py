@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
 
-from fish_tuning import FishMaskCallback, apply_mask, get_mask
+from fish_tuning import FishMaskCallback, MaskError, apply_mask, get_mask, synchronize_mask
 
 BATCH = classification_batch((5, 9, 3, 9, 6, 8, 9, 9))
 STEPS = 4
@@ -75,6 +75,25 @@ def train_by_trainer(folder: Path, processes: int) -> dict[str, Tensor]:
     return tensors(model)
 
 
+def synchronised_after_drawing(rank: int) -> dict[str, Tensor]:
+    """Each process draws an adapter of its own, as an unseeded script does; DDP then makes them one."""
+    model = lora(bert(), seed=rank)
+    apply_mask(model, random_mask(model, 0.2, dense=["classifier"]))
+    synchronize_mask(model)
+    DistributedDataParallel(model)
+    return tensors(model)
+
+
+def refusal_of_different_masks(rank: int) -> str:
+    model = lora(bert())
+    apply_mask(model, random_mask(model, 0.2, seed=rank, dense=["classifier"]))
+    try:
+        synchronize_mask(model)
+    except MaskError as error:
+        return str(error)
+    return "accepted"
+
+
 def worker(rank: int, port: int, folder: Path) -> None:
     os.environ.update(
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE="2", RANK=str(rank), LOCAL_RANK=str(rank)
@@ -105,6 +124,8 @@ def worker(rank: int, port: int, folder: Path) -> None:
         "frozen synchronised": len(synchronised & frozen),
         "frozen": len(frozen),
         "trainer": train_by_trainer(folder, processes=2),
+        "drawn apart": synchronised_after_drawing(rank),
+        "different masks": refusal_of_different_masks(rank),
     }
     torch.save(results, folder / f"{rank}.pt")
     dist.barrier()
@@ -146,3 +167,14 @@ def test_traffic_is_k_numbers_a_step(results: list[dict[str, Any]]) -> None:
         assert result["sent a step"] == k
         assert result["frozen"] > 0
         assert result["frozen synchronised"] == 0
+
+
+@pytest.mark.slow
+def test_adapters_that_were_drawn_apart_become_rank_0s(results: list[dict[str, Any]]) -> None:
+    assert_same_tensors(results[0]["drawn apart"], results[1]["drawn apart"])
+    assert_same_tensors(results[0]["drawn apart"], tensors(lora(bert(), seed=0)))
+
+
+@pytest.mark.slow
+def test_different_masks_are_refused_on_every_rank(results: list[dict[str, Any]]) -> None:
+    assert all("different masks" in result["different masks"] for result in results)

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 import fish_tuning.fisher as fisher_module
 from fish_tuning import FisherError, apply_mask, calculate_fisher_information
+from fish_tuning.fisher import CHECKED_BATCHES
 
 
 def scored(model: nn.Module, loader: Batch | list[Batch], **kwargs: object) -> dict[str, Tensor]:
@@ -290,6 +291,35 @@ def vectors(number: int = 5, positions: int = 4) -> Batch:
     return {"x": x, "labels": torch.arange(number) % 3}
 
 
+class OnTokens(nn.Module):
+    """A tiny causal model with a weight that is also used beside its layer."""
+
+    loss_type = "ForCausalLM"
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.middle, self.head = nn.Embedding(9, 6), UsedOutside(), nn.Linear(6, 9)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None) -> object:
+        return type("Output", (), {"logits": self.head(self.middle(self.embed(input_ids)))})()
+
+
+@pytest.mark.parametrize("silent", [1, 2], ids=["shortest row", "whole first batch"])
+def test_an_example_without_gradient_proves_no_rule(silent: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(9, (6, 5), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[0, 2:] = 0
+    labels = ids.clone()
+    labels[:silent] = -100
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    loader = rebatch(batch, 2)
+    model = OnTokens()
+    by_loop = calculate_fisher_information(model, loader, method="loop", progress=False)
+    assert_scores_close(calculate_fisher_information(model, loader, progress=False), by_loop)
+
+
 @pytest.mark.parametrize("size", [1, 3, 5])
 @pytest.mark.parametrize(
     ("middle", "by_loop"),
@@ -370,9 +400,12 @@ def test_layer_first_called_in_a_later_batch_is_never_silently_wrong() -> None:
     awake["x"][..., 0] = -1.0
     awake["x"][0, :2, 0] = 1.0  # as many tokens as the batch has examples, all of one example
     both = {key: torch.cat([sleeping[key], awake[key]]) for key in sleeping}
-    with pytest.raises(FisherError, match=r"not called in the first batch.* Use method='loop'"):
-        scored(model, [sleeping, awake])
-    assert_scores_close(scored(model, [sleeping, awake], method="loop"), reference_fisher(model, both))
+    assert_scores_close(scored(model, [sleeping, awake]), reference_fisher(model, both))
+    late = [*[sleeping] * CHECKED_BATCHES, awake]
+    with pytest.raises(FisherError, match=r"not called in the first batches.* Use method='loop'"):
+        scored(model, late)
+    everything = {key: torch.cat([batch[key] for batch in late]) for key in sleeping}
+    assert_scores_close(scored(model, late, method="loop"), reference_fisher(model, everything))
 
 
 def test_layer_called_differently_later_is_an_error() -> None:

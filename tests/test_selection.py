@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Mapping
+from typing import Any
 
 import pytest
 import torch
@@ -177,6 +178,19 @@ def test_register_method(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "middle" in method_names()
     with pytest.raises(MaskError, match=r"allowed are 'fish', 'rand', 'rev', 'middle'. Did you mean 'middle'?"):
         create_mask_from_fisher(scores, 0.5, method="midle")
+
+
+def test_method_that_draws_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selection, "_METHODS", dict(selection._METHODS))
+    register_method("draws")(torch.rand_like)
+    with pytest.raises(MaskError, match="must not draw"):
+        create_mask_from_fisher({"a": torch.rand(1000) + 1}, num_trainable=500, method="draws")
+
+
+@pytest.mark.parametrize("budget", [{"num_trainable": 1.5}, {"keep_ratio": "0.5"}])
+def test_budgets_of_the_wrong_type_are_errors(budget: dict[str, Any]) -> None:
+    with pytest.raises(MaskError, match="must be a"):
+        create_mask_from_fisher({"a": torch.rand(10)}, **budget)
 
 
 def test_method_without_an_order_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

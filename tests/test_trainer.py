@@ -232,6 +232,16 @@ def test_resuming_with_another_mask_is_an_error(tmp_path: Path) -> None:
             trainer.train(resume_from_checkpoint=checkpoint)
 
 
+def test_resuming_through_the_callback_with_another_mask_is_an_error(tmp_path: Path) -> None:
+    model, mask = masked_lora()
+    args = arguments(tmp_path, save_strategy="steps", save_steps=2)
+    Trainer(model=model, args=args, train_dataset=DATA, callbacks=[FishMaskCallback(mask)]).train()
+    again = lora(bert())
+    other = FishMaskCallback(random_mask(again, seed=1, dense=["classifier"]))
+    with pytest.raises(MaskError, match="another mask"):
+        Trainer(model=again, args=args, train_dataset=DATA, callbacks=[other]).train(resume_from_checkpoint=True)
+
+
 # Errors
 
 

@@ -21,7 +21,14 @@ if TYPE_CHECKING:
     from fish_tuning.fisher import calculate_fisher_information
     from fish_tuning.per_example import register_rule
     from fish_tuning.selection import create_mask_from_fisher, register_method
-    from fish_tuning.sparse import apply_mask, count_trainable_parameters, get_mask, is_masked, remove_mask
+    from fish_tuning.sparse import (
+        apply_mask,
+        count_trainable_parameters,
+        get_mask,
+        is_masked,
+        remove_mask,
+        synchronize_mask,
+    )
     from fish_tuning.storage import load_mask, save_mask
     from fish_tuning.trainer import FishMaskCallback, FishTuningTrainer
 
@@ -41,6 +48,7 @@ _PUBLIC = {
     "FishMaskCallback": "trainer",
     "apply_mask": "sparse",
     "remove_mask": "sparse",
+    "synchronize_mask": "sparse",
     "get_mask": "sparse",
     "is_masked": "sparse",
     "count_trainable_parameters": "sparse",
@@ -73,6 +81,7 @@ __all__ = [
     "register_rule",
     "remove_mask",
     "save_mask",
+    "synchronize_mask",
 ]
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fish_tuning.errors import FisherError
+from fish_tuning.losses import IGNORED
 
 Batch = dict[str, Tensor]
 
@@ -58,9 +59,14 @@ def rows(batch: Mapping[str, Tensor], start: int, stop: int) -> Batch:
 
 
 def most_padded_row(batch: Mapping[str, Tensor]) -> int:
-    """The row with the fewest real tokens; 0 where nothing is padded."""
-    mask = batch.get("attention_mask")
-    return int(mask.sum(dim=1).argmin()) if mask is not None and mask.dim() == 2 else 0
+    """The row with the fewest real tokens among those with a label that counts; 0 where nothing is padded."""
+    mask, labels = batch.get("attention_mask"), batch.get("labels")
+    if mask is None or mask.dim() != 2:
+        return 0
+    lengths = mask.sum(dim=1)
+    if labels is not None and labels.dim() == 2:
+        lengths = lengths.masked_fill((labels[:, 1:] == IGNORED).all(dim=1), mask.shape[1] + 1)
+    return int(lengths.argmin())
 
 
 def trim_padding(batch: Batch) -> Batch:

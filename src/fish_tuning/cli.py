@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -95,6 +96,7 @@ def run_command(config: str, overrides: list[str], *, dry_run: bool = False) -> 
         os.environ.setdefault(name, value)
     from fish_tuning.errors import FishTuningError
 
+    signal.signal(signal.SIGTERM, _interrupt)  # batch systems stop a job with it
     try:
         with warnings.catch_warnings():
             if not sys.warnoptions:
@@ -107,6 +109,10 @@ def run_command(config: str, overrides: list[str], *, dry_run: bool = False) -> 
     except KeyboardInterrupt:
         typer.echo("interrupted before the first run", err=True)
         return INTERRUPTED
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def _run(config_name: str, overrides: list[str], dry_run: bool) -> int:

@@ -36,6 +36,8 @@ LossFunction = Callable[[Any, Mapping[str, Tensor]], Tensor]
 RULE_TOLERANCE = 1e-3
 LOW_PRECISION_TOLERANCE = 0.1
 NEGLIGIBLE_GRADIENT = 1e-4  # of the norm over all tensors
+CHECKED_BATCHES = 4  # in which a tensor may wait for an example that gives it a gradient
+_NO_GRADIENT = torch.zeros(2, dtype=torch.float64)
 
 
 def calculate_fisher_information(
@@ -197,62 +199,64 @@ class _Scorer:
         self.reasons = dict.fromkeys(
             trainable.keys() - set(self.probes.names), "no rule" if method == "auto" else "method='loop'"
         )
-        # Rules are checked on the first batch, and again on the first with several examples, where a layer that does
-        # not keep examples apart shows.
-        self.checked_size = 0
+        # How far each rule is proven: 1 with single examples, 2 with several, where a layer that does not keep examples
+        # apart shows. An example that gives a tensor no gradient proves nothing, so others are tried.
+        self.proven = dict.fromkeys(self.probes.names, 0)
+        self.checks = Counter[int]()
+        self.begun = False
+        self.gradient_scale = 0.0  # squared norm of an example's gradient, the largest seen
 
     def add(self, batch: Batch, first_example: int) -> None:
-        size = batch_size(batch)
-        if self.probes.names:
-            if self.checked_size < min(size, 2):
-                self._add_checked(batch, first_example)
-                self.checked_size = min(size, 2)
-                self._log_choice()
-            else:
-                self._add_batched(batch, first_example)
-        elif not self.checked_size:
-            self.checked_size = size
-            self._log_choice()
-        looped = [name for name in self.trainable if name in self.reasons]
-        if looped:
-            self._loop(batch, first_example, looped, self.scores)
-
-    def _add_batched(self, batch: Batch, first_example: int) -> None:
-        self._batched(batch, first_example, self.scores)
+        level = min(batch_size(batch), 2)
+        unproven = [name for name in self.probes.names if self.proven[name] < level]
+        if unproven and self.checks[level] < CHECKED_BATCHES:
+            self.checks[level] += 1
+            self._add_checked(batch, first_example, unproven, level)
+        elif self.probes.names:
+            self._batched(batch, first_example, self.scores)
         if self.probes.broken:
             name, reason = next(iter(self.probes.broken.items()))
             raise FisherError(
                 f"The layer of {name!r} is called differently from batch to batch: {reason}. Use method='loop'."
             )
+        if not self.begun:
+            self._log_choice()
+        looped = [name for name in self.trainable if name in self.reasons]
+        if looped:
+            self._loop(batch, first_example, looped, self.scores)
+        self.begun = True
 
-    def _add_checked(self, batch: Batch, first_example: int) -> None:
-        """As `_add_batched`, but only with the tensors whose rule agrees with the loop on one example."""
+    def _add_checked(self, batch: Batch, first_example: int, names: list[str], level: int) -> None:
+        """Adds the batch by rule, but keeps of `names` only those whose rule agrees with the loop on one example."""
         row = most_padded_row(batch)  # if anything spills between examples, it shows there
-        before = {name: self.scores[name].clone() if self.checked_size else None for name in self.probes.names}
+        before = {name: self.scores[name].clone() if self.begun else None for name in names}
         by_rule: Checksums = {}
         self._batched(batch, first_example, self.scores, by_rule, row)
-        example = rows(batch, row, row + 1)
-        wrong = dict(self.probes.broken) | self._disagreements(by_rule, example, first_example + row)
+        by_loop = dict.fromkeys(names, _NO_GRADIENT)
+        for name, squares in self._squared_gradients(rows(batch, row, row + 1), first_example + row, names):
+            by_loop[name] = by_loop[name] + checksum(squares)
+        wrong = self._disagreements(by_rule, by_loop, level)
+        wrong |= {name: self.probes.broken.pop(name) for name in names if name in self.probes.broken}
         for name in wrong:
             earlier = before[name]
             self.scores[name].zero_() if earlier is None else self.scores[name].copy_(earlier)
         self.probes.release(wrong)
-        self.probes.broken = {}
         self.reasons |= wrong
+        if wrong and self.begun:
+            self._log_choice()
 
-    def _disagreements(self, by_rule: Checksums, example: Batch, number: int) -> dict[str, str]:
-        """The watched tensors whose rule does not give what the loop gives on one example."""
-        names = self.probes.names
-        none = torch.zeros(2, dtype=torch.float64)
-        by_loop = dict.fromkeys(names, none)
-        for name, squares in self._squared_gradients(example, number, names):
-            by_loop[name] = by_loop[name] + checksum(squares)
-        rule, loop = (torch.stack([sums.get(name, none) for name in names]) for sums in (by_rule, by_loop))
-        floor = NEGLIGIBLE_GRADIENT**2 * loop[:, 0].sum()
-        agrees = ((rule - loop).abs() <= 2 * self._tolerance() * loop[:, :1].clamp(min=floor)).all(dim=1)
+    def _disagreements(self, by_rule: Checksums, by_loop: Checksums, level: int) -> dict[str, str]:
+        """Tensors whose rule does not give what the loop gives on one example; those that do are proven."""
+        rule = torch.stack([by_rule.get(name, _NO_GRADIENT) for name in by_loop])
+        loop = torch.stack(list(by_loop.values()))
+        self.gradient_scale = max(self.gradient_scale, float(loop[:, 0].sum()))
+        floor = NEGLIGIBLE_GRADIENT**2 * self.gradient_scale
+        agrees = ((rule - loop).abs() <= 2 * self._tolerance() * loop[:, :1].clamp(min=floor)).all(dim=1).tolist()
+        tells = (loop[:, 0] > floor).tolist()
+        self.proven |= {name: level for name, ok, tell in zip(by_loop, agrees, tells, strict=True) if ok and tell}
         return {
             name: "its rule does not agree with the plain gradient"
-            for name, ok in zip(names, agrees.tolist(), strict=True)
+            for name, ok in zip(by_loop, agrees, strict=True)
             if not ok
         }
 

@@ -105,7 +105,7 @@ class _Layer:
         if self.probes.checksums is not None:
             self.checked = True
         elif not self.checked:
-            self._break("it was not called in the first batch, where rules are checked")
+            self._break("it was not called in the first batches, where rules are checked")
             return
         self.arrived.append((x, g))
         if len(self.arrived) == self.calls:

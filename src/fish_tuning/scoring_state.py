@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -53,9 +55,12 @@ def _set(owner: Any, name: str, value: Any, stack: ExitStack) -> None:
 
 @contextmanager
 def _random_state_kept(model: nn.Module) -> Iterator[None]:
+    """Of torch on every device, and of Python and NumPy, which data loaders and collators draw from."""
     devices = {parameter.device for parameter in model.parameters() if parameter.device.type not in ("cpu", "meta")}
     kinds = {device.type for device in devices} or {"cuda"}
     with ExitStack() as stack:
+        stack.callback(random.setstate, random.getstate())
+        stack.callback(np.random.set_state, np.random.get_state())
         for kind in sorted(kinds):
             stack.enter_context(
                 torch.random.fork_rng([device.index for device in devices if device.type == kind], device_type=kind)

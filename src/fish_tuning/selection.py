@@ -1,8 +1,8 @@
 """From scores and a budget to a mask: exactly k entries, whatever the ties.
 
 Entries are compared by (priority, seeded random key, position). The k-th largest priority is found by radix selection:
-two passes over the scores in chunks that count their 16-bit digits, so there is no sort and no copy of the scores. The
-random keys are drawn anew, chunk by chunk, wherever they are needed, and only for tensors that hold ties.
+a few passes over the scores in chunks that count their 16-bit digits, so there is no sort and no copy of the scores.
+The random keys are drawn anew, chunk by chunk, wherever they are needed, and only for ties.
 """
 
 from __future__ import annotations
@@ -27,7 +27,11 @@ _SIGN = 2 ** (_DIGIT - 1)  # added to the top digit, which is signed
 
 
 def register_method(name: str) -> Callable[[Method], Method]:
-    """Decorator: a selection method, from a chunk of scores to priorities of the same shape; the largest are kept."""
+    """Decorator: a selection method, from a chunk of scores to priorities of the same shape; the largest are kept.
+
+    The method is called several times on each chunk and must give the same numbers every time; chance belongs to the
+    seeded order of ties.
+    """
 
     def register(method: Method) -> Method:
         _METHODS[name] = method
@@ -151,6 +155,10 @@ def resolve_budget(pool: int, dense: int, *, keep_ratio: float | None = None, nu
     """
     if (keep_ratio is None) == (num_trainable is None):
         raise MaskError("Give exactly one of keep_ratio (share of the pool) and num_trainable (parameters in all).")
+    if num_trainable is not None and not isinstance(num_trainable, int):
+        raise MaskError(f"num_trainable={num_trainable!r} must be a whole number.")
+    if keep_ratio is not None and not isinstance(keep_ratio, int | float):
+        raise MaskError(f"keep_ratio={keep_ratio!r} must be a number in (0, 1].")
     if not pool:
         raise MaskError("No tensor is left to select from: names_to_exclude matches all of them.")
     if keep_ratio is not None:
@@ -183,6 +191,8 @@ def select_top_k(scores: Mapping[str, Tensor], k: int, *, priority: Method = _fi
         for name in names:
             for chunk in scores[name].detach().reshape(-1).split(_CHUNK):
                 values = priority(chunk).to(dtype)
+                if values.shape != chunk.shape:
+                    raise MaskError("The selection method must give a priority for each score, in the same shape.")
                 if values.isnan().any():
                     raise MaskError(f"The selection method gave priorities for {name!r} that are not numbers (NaN).")
                 yield _ordered(values)
@@ -200,6 +210,8 @@ def select_top_k(scores: Mapping[str, Tensor], k: int, *, priority: Method = _fi
             last = tied[key == key_cut][:left]
             mask[last] = True
             left -= len(last)
+    if sum(int(mask.count_nonzero()) for mask in masks) != k:
+        raise MaskError("The selection method gave other priorities when it was called again; it must not draw.")
     return {name: flat[name].view(scores[name].shape) for name in scores}
 
 
@@ -238,7 +250,7 @@ def _kth_largest(chunks: Callable[[], Iterable[Tensor]], k: int, bits: int) -> _
                 digits = (chunk[(chunk >> (shift + _DIGIT)) == prefix] >> shift) & (2**_DIGIT - 1)
             counts += torch.bincount(digits, minlength=2**_DIGIT).cpu()
         down = counts.flip(0).cumsum(0)
-        position = int(torch.searchsorted(down, k - above))
+        position = min(int(torch.searchsorted(down, k - above)), 2**_DIGIT - 1)
         digit = 2**_DIGIT - 1 - position
         above += int(down[position] - counts[digit])
         prefix = digit - _SIGN if shift == top else (prefix << _DIGIT) + digit

@@ -9,10 +9,12 @@ The frozen tensor is a buffer, not a parameter without gradient: code that switc
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
@@ -29,7 +31,8 @@ def apply_mask(model: nn.Module, mask: Mapping[str, Tensor]) -> None:
     one that the mask does not name. `remove_mask` undoes it and keeps what was trained.
 
     Args:
-        model: the model, changed in place. For DDP pass the very module that is wrapped.
+        model: the model, changed in place. For DDP pass the very module that is wrapped, on every rank, and call
+            `synchronize_mask` after it.
         mask: {name as in `model.named_parameters()`: bool tensor of the tensor's shape}, true where it trains.
 
     Raises:
@@ -55,6 +58,33 @@ def apply_mask(model: nn.Module, mask: Mapping[str, Tensor]) -> None:
         if isinstance(module, MaskedTensor):
             ignored |= {f"{name.rpartition('.')[0]}.original", f"{name}.index"}
     model._ddp_params_and_buffers_to_ignore = sorted(ignored)  # type: ignore[assignment]
+
+
+def synchronize_mask(model: nn.Module) -> None:
+    """Give every process of a distributed run rank 0's frozen entries, and make sure that all train the same ones.
+
+    DDP synchronises what it finds among parameters and buffers when it is made, but it is told to leave the frozen
+    entries alone, or it would send them at every step. Call this on all ranks after `apply_mask`; FishMaskCallback and
+    FishTuningTrainer do. Without a process group of two or more it does nothing.
+
+    Raises:
+        MaskError: on every rank, when the ranks' masks differ.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return
+    tensors = list(_masked_tensors(model))
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.name.encode() + tensor.masked.index.cpu().numpy().tobytes())
+    digests: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(digests, digest.hexdigest())
+    if len(set(digests)) > 1:
+        raise MaskError(
+            "The processes have different masks. Score the same examples on every rank, or make the mask on rank 0, "
+            "save_mask it and load_mask it on the others."
+        )
+    for tensor in tensors:
+        dist.broadcast(tensor.module.get_buffer(f"parametrizations.{tensor.local}.original"), src=0)
 
 
 def remove_mask(model: nn.Module) -> None:

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from fish_tuning.errors import MaskError
-from fish_tuning.sparse import apply_mask, get_mask, is_masked, replaced_parameters
+from fish_tuning.sparse import apply_mask, get_mask, is_masked, replaced_parameters, synchronize_mask
 from fish_tuning.storage import MASK_FILE_NAME, load_mask, save_mask
 
 
@@ -66,8 +66,8 @@ class FishMaskCallback(TrainerCallback):
         )
         if not is_masked(model) and not all(selected.all() for selected in self.mask.values()):
             raise MaskError(
-                "The model that is trained has no mask: it was replaced after the Trainer was made (model_init?), or "
-                "the mask was removed. Make the model first and pass it as `model`."
+                "The model that is trained has no mask: the callback was added after the Trainer was made, the model "
+                "was replaced (model_init?), or the mask was removed. Pass model and callback when making the Trainer."
             )
         if optimizer is not None and (held.isdisjoint(trained) or held & replaced_parameters(model)):
             raise MaskError(
@@ -75,8 +75,12 @@ class FishMaskCallback(TrainerCallback):
                 "Call apply_mask(model, mask) first, then make the optimizer."
             )
 
+        if state.global_step:  # resumed; a checkpoint that lies elsewhere is FishTuningTrainer.train's to check
+            check_checkpoint(_checkpoint_folder(args, state), self.mask)
+        synchronize_mask(model)
+
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        folder = Path(args.output_dir or "", f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+        folder = _checkpoint_folder(args, state)
         if state.is_world_process_zero and folder.is_dir():
             save_mask(self.mask, folder / MASK_FILE_NAME)
 
@@ -111,18 +115,23 @@ class FishTuningTrainer(Trainer):
         super().__init__(model=model, args=args, callbacks=callbacks, **kwargs)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        if resume_from_checkpoint:
-            self._check_checkpoint(resume_from_checkpoint)
+        if isinstance(resume_from_checkpoint, str | Path):
+            check_checkpoint(Path(resume_from_checkpoint), self.mask)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
-    def _check_checkpoint(self, checkpoint: str | bool) -> None:
-        folder = get_last_checkpoint(self.args.output_dir) if checkpoint is True else checkpoint
-        path = Path(str(folder), MASK_FILE_NAME)
-        if path.is_file() and not same_mask(load_mask(path), self.mask):
-            raise MaskError(
-                f"The checkpoint {str(folder)!r} was trained with another mask than the one given. Use "
-                f"load_mask({str(path)!r}) to go on with its own."
-            )
+
+def check_checkpoint(folder: Path, mask: Mapping[str, Tensor]) -> None:
+    """Raise MaskError when the checkpoint in `folder` was trained with another mask than `mask`."""
+    path = folder / MASK_FILE_NAME
+    if path.is_file() and not same_mask(load_mask(path), mask):
+        raise MaskError(
+            f"The checkpoint {str(folder)!r} was trained with another mask than the one given. Use "
+            f"load_mask({str(path)!r}) to go on with its own."
+        )
+
+
+def _checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(args.output_dir or "", f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
 
 
 def same_mask(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:

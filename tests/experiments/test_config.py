@@ -213,3 +213,9 @@ def test_a_configuration_does_not_change() -> None:
     config = load_experiment("digits")
     with pytest.raises(ValueError, match="frozen"):
         config.lora.fish_rank = 3  # type: ignore[misc]
+
+
+def test_target_modules_as_text_is_a_regular_expression(experiment: Path) -> None:
+    assert load_experiment(experiment, ["lora.target_modules=.*query"]).lora.target_modules == ".*query"
+    with pytest.raises(ConfigurationError, match=r"target_modules.*'\[' is no regular expression"):
+        load_experiment(experiment, ["lora.target_modules='['"])

@@ -104,7 +104,14 @@ def test_an_unknown_hub_name_is_told() -> None:
     ("columns", "message"),
     [
         ({"a": ["x", "y"], "b": ["x", "y"], "c": ["x", "y"], "label": [0, 1]}, "found 3 .a, b, c."),
-        ({"text": ["x", "y"], "label": [-1, -1]}, "labels run from -1 to -1"),
+        ({"text": ["x", "y"], "label": [-1, -1]}, "labels run from -1 to -1; a split whose .* hidden labels"),
+        ({"text": ["x", "y"], "label": [-1, 1]}, "labels run from -1 to 1; 0 to 1 are allowed. Number the classes"),
+        (
+            {"text": ["x", None], "label": [0, 1]},
+            r"text_column: the column 'text' is empty \(null\) in 1 of the 2 rows",
+        ),
+        ({"text": ["x", "y"], "label": [0, None]}, r"label_column: the column 'label' is empty \(null\) in 1 of"),
+        ({"text": ["x", "y"], "label": [0.5, float("nan")]}, "not finite"),
         ({"text": ["x", "y"], "label": [1, 1]}, "one class only"),
         ({"text": ["x", "y"], "other": [1, 1]}, "none of the usual names"),
         ({"text": [], "label": []}, "is empty|no data"),
@@ -131,3 +138,47 @@ def test_one_split_alone_is_refused(tmp_path: Path) -> None:
     (folder / "validation.parquet").unlink()
     with pytest.raises(ConfigurationError, match=r"dataset\.validation_split: none of the usual names"):
         task_of(folder)
+
+
+def test_true_and_false_are_classes(tmp_path: Path) -> None:
+    for split in ("train", "validation"):
+        write_split(tmp_path / "d", split, {"text": ["a", "b"], "label": [True, False]})
+    task = task_of(tmp_path / "d")
+    assert (task.labels, list(task.train["labels"])) == (("false", "true"), [1, 0])
+
+
+def test_of_label_and_labels_the_unused_one_is_dropped(tmp_path: Path) -> None:
+    for split in ("train", "validation"):
+        write_split(tmp_path / "d", split, {"text": ["a", "b"], "label": [1, 0], "labels": ["x", "y"]})
+    assert list(task_of(tmp_path / "d").train["labels"]) == [1, 0]
+    assert task_of(tmp_path / "d", label_column="labels").labels == ("x", "y")
+
+
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+def test_a_validation_split_without_labels_is_told(tmp_path: Path, ending: str) -> None:
+    folder = tmp_path / "d"
+    folder.mkdir()
+    for split, columns in (("train", {"text": ["a", "b"], "label": [0, 1]}), ("validation", {"text": ["a", "b"]})):
+        getattr(Dataset.from_dict(columns), f"to_{ending}")(folder / f"{split}.{ending}")
+    with pytest.raises(ConfigurationError, match=r"dataset\.(label_column: .*validation_split|load_args: .*label)"):
+        task_of(folder)
+
+
+def test_a_text_column_must_hold_texts(sentences_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"'label' is the label column; a column of texts.* found: text"):
+        task_of(sentences_folder, text_column="label")
+    for split in ("train", "validation"):
+        write_split(tmp_path / "d", split, {"text": ["a", "b"], "number": [1, 2], "label": [0, 1]})
+    with pytest.raises(ConfigurationError, match=r"'number' is Value\('int64'\); a column of texts"):
+        task_of(tmp_path / "d", text_column=["text", "number"])
+
+
+def test_a_file_an_empty_folder_and_broken_files_are_told(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"no data was found .*; a folder of csv, json or parquet"):
+        task_of(tmp_path)
+    file = tmp_path / "train.json"
+    file.write_text('{"text": "a"')
+    with pytest.raises(ConfigurationError, match="is a file; a folder of csv, json or parquet"):
+        task_of(file)
+    with pytest.raises(ConfigurationError, match="cannot be loaded: JSON parse error"):
+        task_of(tmp_path)

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 from folders import write_bert, write_llama_config
+from transformers import BertConfig, BloomConfig, RobertaConfig
 
 from fish_tuning.errors import FishTuningError
 from fish_tuning.experiments.config import ExperimentConfig
 from fish_tuning.experiments.loading import load_experiment
-from fish_tuning.experiments.plan import plan_experiment
+from fish_tuning.experiments.plan import _positions, plan_experiment
 
 MakeExperiment = Callable[..., ExperimentConfig]
 
@@ -74,6 +75,12 @@ def test_a_start_that_leaves_half_unscored_is_noted(experiment: MakeExperiment) 
         ("lora.names_to_exclude=[clasifier]", "'clasifier' matches none"),
         ("lora.target_modules=[q_proj]", "no module 'q_proj'"),
         ("training.args_override.eval_strategy=epochs", "training.args_override: .*epochs"),
+        ("training.args_override.per_device_train_batch_size=0", "per_device_train_batch_size=0: must be a whole"),
+        ("training.args_override.num_train_epochs=0", "num_train_epochs=0: must be a number above 0, or set max_steps"),
+        ("training.args_override.learning_rate=-0.1", r"learning_rate=-0\.1: must be a number above 0"),
+        ("training.args_override.report_to=neptune", "'neptune': its package is not installed"),
+        ("training.args_override.report_to=[wandbb]", r"no such report\. Did you mean 'wandb'\?"),
+        ("training.args_override.report_to=null", "None: "),
     ],
 )
 def test_what_cannot_work_is_told_before_anything_is_trained(
@@ -82,3 +89,32 @@ def test_what_cannot_work_is_told_before_anything_is_trained(
     ratio = [] if "ratio" in override else ["fish_tuning.prune_to_ratio_of_baseline=1.0"]
     with pytest.raises(FishTuningError, match=message):
         plan_experiment(experiment(*ratio, override))
+
+
+def test_what_needs_no_data_is_told_first(experiment: MakeExperiment, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("fish_tuning.experiments.plan.load_task")
+    with pytest.raises(FishTuningError, match="there is no folder"):
+        plan_experiment(experiment("model.name=./nowhere"))
+    with pytest.raises(FishTuningError, match="no 'hiden_size'"):
+        plan_experiment(experiment("model.config_overrides.hiden_size=3"))
+    with pytest.raises(FishTuningError, match=r"num_samples=8 is more than dataset\.max_train_samples=7"):
+        plan_experiment(experiment("dataset.max_train_samples=7"))
+
+
+def test_steps_in_place_of_epochs_are_fine(experiment: MakeExperiment) -> None:
+    assert plan_experiment(
+        experiment("training.args_override.num_train_epochs=0", "training.args_override.max_steps=2")
+    ).arms
+
+
+def test_texts_longer_than_the_positions_are_told(experiment: MakeExperiment, tmp_path: Path) -> None:
+    model = f"model.name={write_bert(tmp_path / 'short', max_position_embeddings=8)}"
+    with pytest.raises(FishTuningError, match=r"a text of 11 tokens pass, more than the 8 positions .* set it to 8 or"):
+        plan_experiment(experiment(model))
+    assert plan_experiment(experiment(model, "training.max_seq_length=8")).arms
+
+
+def test_roberta_has_two_positions_fewer() -> None:
+    assert _positions(RobertaConfig(max_position_embeddings=66)) == 64
+    assert _positions(BertConfig(max_position_embeddings=66)) == 66
+    assert _positions(BloomConfig()) is None

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from folders import write_sentences
 
 from fish_tuning.experiments import arms
 from fish_tuning.experiments.config import ExperimentConfig
@@ -93,9 +94,33 @@ def test_an_interruption_keeps_what_is_finished(experiment: MakeExperiment, monk
     assert seen[0] == ("lora", 1, "ok", True)
 
 
-def test_a_torn_record_is_run_again(experiment: MakeExperiment, tmp_path: Path) -> None:
+@pytest.mark.parametrize("torn", ['{"arm": "lo', "{}", "[]", "null", '{"arm": "lora", "kept": 3}'])
+def test_a_torn_record_is_run_again(experiment: MakeExperiment, tmp_path: Path, torn: str) -> None:
     only = "fish_tuning.methods_to_run=[lora]"
     run(experiment(only))
-    (tmp_path / "results" / "runs" / "lora-seed1.json").write_text('{"arm": "lo')
+    (tmp_path / "results" / "runs" / "lora-seed1.json").write_text(torn)
     _, seen = run(experiment(only))
     assert seen == [("lora", 1, "ok", False)]
+
+
+def test_changed_data_is_run_again(experiment: MakeExperiment, tmp_path: Path) -> None:
+    data = write_sentences(tmp_path / "own")
+    settings = [f"dataset.load_args=[{data}]", "fish_tuning.methods_to_run=[lora]"]
+    run(experiment(*settings))
+    write_sentences(data, train=64)
+    _, seen = run(experiment(*settings))
+    assert seen == [("lora", 1, "ok", False)]
+
+
+def test_random_masks_do_not_depend_on_the_scoring(experiment: MakeExperiment) -> None:
+    masked = "fish_tuning.methods_to_run=[lora-fish, lora-fish-rand]"
+    run(experiment(masked))
+    _, seen = run(experiment(masked, "fish_tuning.num_samples=4"))
+    assert {arm: known for arm, _, _, known in seen} == {"lora-fish": False, "lora-fish-rand": True}
+
+
+def test_a_diverged_run_has_failed(experiment: MakeExperiment) -> None:
+    wild = "training.args_override.learning_rate=1.0e+30"
+    (record,), _ = run(experiment(wild, "fish_tuning.methods_to_run=[lora]"))
+    assert record.status == "failed"
+    assert "diverged" in (record.error or "")

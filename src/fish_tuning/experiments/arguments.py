@@ -8,8 +8,12 @@ from typing import Any
 
 import torch
 from transformers import TrainingArguments
+from transformers.integrations.integration_utils import (
+    INTEGRATION_TO_CALLBACK,
+    get_available_reporting_integrations,
+)
 
-from fish_tuning.errors import ConfigurationError
+from fish_tuning.errors import ConfigurationError, did_you_mean
 from fish_tuning.experiments.config import ExperimentConfig
 
 
@@ -19,6 +23,42 @@ def training_arguments(
     """The TrainingArguments of one seed. Raises ConfigurationError for values that transformers refuses."""
     chosen = {"dataloader_pin_memory": torch.cuda.is_available(), **config.training.args_override, **(extra or {})}
     try:
-        return TrainingArguments(output_dir=str(folder), seed=seed, disable_tqdm=True, **chosen)
+        arguments = TrainingArguments(output_dir=str(folder), seed=seed, disable_tqdm=True, **chosen)
     except (ValueError, TypeError, ImportError) as error:
         raise ConfigurationError(f"training.args_override: {error}") from error
+    _check_numbers(arguments)
+    _check_reports(arguments)
+    return arguments
+
+
+def _check_numbers(arguments: TrainingArguments) -> None:
+    """TrainingArguments takes these as they come, and training fails on them or does nothing."""
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        if getattr(arguments, name) < 1:
+            raise ConfigurationError(
+                f"training.args_override.{name}={getattr(arguments, name)}: must be a whole number from 1."
+            )
+    if not arguments.learning_rate > 0:
+        raise ConfigurationError(
+            f"training.args_override.learning_rate={arguments.learning_rate}: must be a number above 0."
+        )
+    if arguments.max_steps <= 0 and not arguments.num_train_epochs > 0:
+        raise ConfigurationError(
+            f"training.args_override.num_train_epochs={arguments.num_train_epochs}: must be a number above 0, "
+            "or set max_steps to a whole number from 1."
+        )
+
+
+def _check_reports(arguments: TrainingArguments) -> None:
+    """Refuse a report that the Trainer would refuse: an unknown one, or one whose package is not installed."""
+    available = get_available_reporting_integrations()
+    for name in arguments.report_to or []:
+        if name == "flyte" or name in available:  # transformers does not count flyte among those it finds
+            continue
+        reason = (
+            "its package is not installed" if name in INTEGRATION_TO_CALLBACK else "transformers has no such report"
+        )
+        raise ConfigurationError(
+            f"training.args_override.report_to={name!r}: {reason}.{did_you_mean(str(name), INTEGRATION_TO_CALLBACK)} "
+            f"Installed are {', '.join(available) or 'none'}. Install what it needs, or write 'none'."
+        )

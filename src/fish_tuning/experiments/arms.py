@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+import math
 import re
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -66,10 +68,14 @@ class ArmRun:
     calibration: Calibration | None = None
 
     def run(self, folder: Path, config_hash: str) -> RunRecord:
+        name = f"{self.arm.arm}-seed{self.seed}"
+        adapter = folder / "adapters" / name
+        shutil.rmtree(adapter, ignore_errors=True)  # of an earlier configuration
+        args = training_arguments(self.config, self.seed, folder / "checkpoints" / name)
         model = build_model(self.config, self.plan.model_config, self.plan.task, self.arm.rank, seed=self.seed)
         initial_state = state_digest(model)
-        mask = self._mask(model, initial_state)
-        trainer = self._trainer(model, folder, mask)
+        mask = self._mask(model, initial_state, args)
+        trainer = self._trainer(model, args, mask)
         trainable = count_trainable_parameters(model)
         if trainable != self.arm.trainable_parameters:
             raise FishTuningError(
@@ -82,10 +88,7 @@ class ArmRun:
         train_seconds = time.perf_counter() - started
         peak_memory = peak.bytes()
         metrics = self._evaluate(trainer)
-        with contextlib.suppress(OSError):  # the Trainer makes its folder even when it saves no checkpoint
-            checkpoints = Path(str(trainer.args.output_dir))
-            checkpoints.rmdir()
-            checkpoints.parent.rmdir()
+        _remove_empty(folder / "checkpoints" / name)
         return RunRecord(
             arm=self.arm.arm,
             seed=self.seed,
@@ -99,7 +102,7 @@ class ArmRun:
             peak_memory_bytes=peak_memory,
             peak_memory_of=peak.of,
             optimizer_state_bytes=optimizer_state_bytes(trainer.optimizer) if trainer.optimizer else 0,
-            adapter_bytes=self._save(model, mask, folder),
+            adapter_bytes=_save(model, mask, adapter),
             kept=kept_shares(mask, self.config.lora.names_to_exclude) if mask else [],
             config_hash=config_hash,
             initial_state=initial_state,
@@ -109,12 +112,12 @@ class ArmRun:
     def _needs_scores(self) -> bool:
         return self.arm.method not in (None, "rand")
 
-    def _mask(self, model: Any, initial_state: str) -> Mask | None:
+    def _mask(self, model: Any, initial_state: str, args: TrainingArguments) -> Mask | None:
         if self.arm.method is None:
             return None
         if self._needs_scores:
             if self.calibration is None:
-                self.calibration = self._calibrate(model, initial_state)
+                self.calibration = self._calibrate(model, initial_state, args)
             if self.calibration.initial_state != initial_state:
                 raise FishTuningError("The scores belong to another starting point than the one to be trained.")
             scores: Mapping[str, Tensor] = self.calibration.scores
@@ -128,43 +131,41 @@ class ArmRun:
             seed=self.seed,
         )
 
-    def _calibrate(self, model: Any, initial_state: str) -> Calibration:
+    def _calibrate(self, model: Any, initial_state: str, args: TrainingArguments) -> Calibration:
         started = time.perf_counter()
         start = copy.deepcopy(model.state_dict()) if self.config.fish_tuning.warmup_steps else None
         if start is not None:
-            self._warm_up(model)
+            self._warm_up(model, str(args.output_dir))
         scores = calculate_fisher_information(
-            model, self._calibration_loader(), device=self._arguments(Path()).device, progress=False
+            model, self._calibration_loader(args.per_device_train_batch_size), device=args.device, progress=False
         )
         if start is not None:
             model.load_state_dict(start)
         return Calibration(scores, time.perf_counter() - started, initial_state)
 
-    def _warm_up(self, model: Any) -> None:
+    def _warm_up(self, model: Any, folder: str) -> None:
         """Some dense steps, so that no factor is zero when it is scored; undone afterwards."""
         steps = {"max_steps": self.config.fish_tuning.warmup_steps, "eval_strategy": "no", "save_strategy": "no"}
         set_seed(self.seed)
-        self._make_trainer(model, self._arguments(Path(), steps), [self.progress]).train()
+        self._make_trainer(model, training_arguments(self.config, self.seed, Path(folder), steps), []).train()
 
-    def _calibration_loader(self) -> DataLoader[Any]:
+    def _calibration_loader(self, batch_size: int) -> DataLoader[Any]:
         """The seed's calibration examples; scores are exact whatever their order, so equal lengths go together."""
         examples = self.train.shuffle(seed=self.seed).select(range(self.config.fish_tuning.num_samples))
         if "input_ids" in examples.column_names:
             lengths = [len(ids) for ids in examples["input_ids"]]
             examples = examples.select(sorted(range(len(examples)), key=lengths.__getitem__))
-        size = self._arguments(Path()).per_device_train_batch_size
-        return DataLoader(examples, batch_size=size, collate_fn=self._collator)
+        return DataLoader(examples, batch_size=batch_size, collate_fn=self._collator)
 
     @property
     def _collator(self) -> Any:
         return DataCollatorWithPadding(self.plan.tokenizer) if self.plan.tokenizer else default_data_collator
 
-    def _trainer(self, model: Any, folder: Path, mask: Mask | None) -> Trainer:
+    def _trainer(self, model: Any, args: TrainingArguments, mask: Mask | None) -> Trainer:
         callbacks: list[TrainerCallback] = [self.progress]
         if mask is not None:
             callbacks.append(FishMaskCallback(mask))
-        name = f"{self.arm.arm}-seed{self.seed}"
-        return self._make_trainer(model, self._arguments(folder / "checkpoints" / name), callbacks)
+        return self._make_trainer(model, args, callbacks)
 
     def _make_trainer(self, model: Any, args: TrainingArguments, callbacks: list[TrainerCallback]) -> Trainer:
         trainer = Trainer(
@@ -180,20 +181,32 @@ class ArmRun:
         trainer.remove_callback(PrinterCallback)  # it prints every log to standard output
         return trainer
 
-    def _arguments(self, folder: Path, extra: Mapping[str, Any] | None = None) -> TrainingArguments:
-        return training_arguments(self.config, self.seed, folder, extra)
-
     def _evaluate(self, trainer: Trainer) -> dict[str, float]:
         metrics = trainer.evaluate(metric_key_prefix="eval")
         names = (self.plan.metric, "loss", "accuracy", "f1", "matthews_correlation", "pearson", "spearman")
-        return {name: float(metrics[f"eval_{name}"]) for name in names if f"eval_{name}" in metrics}
+        found = {name: float(metrics[f"eval_{name}"]) for name in names if f"eval_{name}" in metrics}
+        for name in ("loss", self.plan.metric):
+            if not math.isfinite(found[name]):
+                raise FishTuningError(
+                    f"After {trainer.state.global_step} steps the evaluation's {name} is {found[name]}: training "
+                    "diverged or every prediction is the same. Try a lower learning rate."
+                )
+        return found
 
-    def _save(self, model: Any, mask: Mask | None, folder: Path) -> int:
-        target = folder / "adapters" / f"{self.arm.arm}-seed{self.seed}"
-        model.save_pretrained(target)
-        if mask is not None:
-            save_mask(mask, target / MASK_FILE_NAME)
-        return (target / "adapter_model.safetensors").stat().st_size
+
+def _save(model: Any, mask: Mask | None, folder: Path) -> int:
+    """Bytes of the adapter's weights file, as PEFT writes it; the mask goes beside it."""
+    model.save_pretrained(folder)
+    if mask is not None:
+        save_mask(mask, folder / MASK_FILE_NAME)
+    return (folder / "adapter_model.safetensors").stat().st_size
+
+
+def _remove_empty(checkpoints: Path) -> None:
+    """The Trainer makes its folder even when it saves no checkpoint."""
+    with contextlib.suppress(OSError):
+        checkpoints.rmdir()
+        checkpoints.parent.rmdir()
 
 
 def kept_shares(mask: Mask, names_to_exclude: Sequence[str]) -> list[KeptShare]:

@@ -28,7 +28,10 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
-    """The pretrained model: a hub name, a local folder, or a built-in one."""
+    """The pretrained model: a hub name, a local folder, or a built-in one.
+
+    Adapters train in float32 whatever the dtype; the head trains in `dtype`, as its inputs come in it.
+    """
 
     name: str = Field(min_length=1, description="a model's name on the hub or its folder")
     config_overrides: dict[str, Any] = Field(
@@ -93,17 +96,12 @@ class AdapterConfig(Section):
     def _named(cls, value: list[str] | str | None) -> list[str] | str | None:
         if value is not None and not value:
             raise ValueError("must name at least one module; leave it out to find them from the model")
-        return value
+        return value if value is None or isinstance(value, list) else _regular_expression(value)
 
     @field_validator("names_to_exclude")
     @classmethod
     def _compiles(cls, value: list[str]) -> list[str]:
-        for pattern in value:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
-        return value
+        return [_regular_expression(pattern) for pattern in value]
 
     @field_validator("init_lora_weights")
     @classmethod
@@ -191,6 +189,14 @@ class ExperimentConfig(Section):
         if not all(0 <= seed < 2**32 for seed in value):
             raise ValueError("must be whole numbers from 0 to 4294967295")
         return _unique(value)
+
+
+def _regular_expression(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
+    return pattern
 
 
 def _unique(values: list[Any]) -> list[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, load_dataset
-from datasets.exceptions import DatasetNotFoundError
+from datasets.exceptions import DatasetNotFoundError, DatasetsError
 
 from fish_tuning.errors import ConfigurationError, did_you_mean
 from fish_tuning.experiments.builtin import PREFIX, resolve_builtin
@@ -18,6 +19,7 @@ from fish_tuning.experiments.config import DatasetConfig
 TRAIN_SPLITS = ("train",)
 VALIDATION_SPLITS = ("validation", "validation_matched", "dev", "val", "test")
 LABEL_COLUMNS = ("label", "labels", "target", "class", "score")
+TEXT_TYPES = ("string", "large_string")
 # A data set that carries a model's main input is used as it is.
 READY_INPUTS: dict[str, Literal["text", "image"]] = {"input_ids": "text", "pixel_values": "image"}
 
@@ -53,7 +55,14 @@ def load_task(config: DatasetConfig) -> Task:
             raise ConfigurationError(f"The split {split!r} of {' '.join(config.load_args)} is empty.")
     columns = train.column_names
     label_column = _find("dataset.label_column", config.label_column, LABEL_COLUMNS, columns, "column")
+    # Of `label` and `labels` one is the label, and the other would take its place or pass for a text.
+    train, validation = (
+        split.remove_columns(sorted(({"label", "labels"} - {label_column}) & set(split.column_names)))
+        for split in (train, validation)
+    )
     text_columns, kind = _inputs(config.text_column, label_column, train.features)
+    for name, data in ((train_split, train), (validation_split, validation)):
+        _check_filled(name, data, label_column, text_columns)
     train, validation, labels = _labelled(train, validation, label_column)
     if config.max_train_samples is not None and config.max_train_samples < len(train):
         # The same part whatever the training seed, so that seeds differ in the training alone.
@@ -95,14 +104,23 @@ def _load(load_args: Sequence[str]) -> DatasetDict:
         args[0] = os.path.expanduser(args[0])
         if not Path(args[0]).exists():
             raise ConfigurationError(f"dataset.load_args: there is no folder {load_args[0]!r} (from {os.curdir!r}).")
+    needed = "a folder of csv, json or parquet files is needed, named after its splits, such as train.csv and dev.csv."
+    if Path(args[0]).is_file():
+        raise ConfigurationError(f"dataset.load_args: {load_args[0]!r} is a file; {needed}")
     try:
         splits = load_dataset(*args)
     except (DatasetNotFoundError, ConnectionError, FileNotFoundError) as error:
+        if Path(args[0]).is_dir():
+            raise ConfigurationError(
+                f"dataset.load_args: no data was found in the folder {named!r}; {needed}"
+            ) from error
         raise ConfigurationError(
             f"dataset.load_args: {named!r} is neither a folder here nor a data set that the hub gave: {error}"
         ) from error
-    except ValueError as error:
-        raise ConfigurationError(f"dataset.load_args: {named!r} cannot be loaded: {error}") from error
+    except (DatasetsError, ValueError, TypeError, RuntimeError, OSError) as error:
+        # What is wrong in a file is told by the cause; the error itself says only that something is.
+        reason = str(error.__cause__ or error).strip()
+        raise ConfigurationError(f"dataset.load_args: {named!r} cannot be loaded: {reason}") from error
     if not isinstance(splits, DatasetDict):
         raise ConfigurationError(f"dataset.load_args: {named!r} names one split; name the data set, splits are found.")
     return splits
@@ -131,11 +149,7 @@ def _inputs(
         for column, kind in READY_INPUTS.items():
             if column in features:
                 return (), kind
-        texts = [
-            name
-            for name, feature in features.items()
-            if name != label_column and isinstance(feature, Value) and feature.dtype in ("string", "large_string")
-        ]
+        texts = [name for name, feature in features.items() if name != label_column and _is_text(feature)]
         if len(texts) not in (1, 2):
             raise ConfigurationError(
                 f"dataset.text_column: one or two text columns are needed, found {len(texts)} "
@@ -145,13 +159,49 @@ def _inputs(
     columns = (asked,) if isinstance(asked, str) else tuple(asked)
     for column in columns:
         _find("dataset.text_column", column, (), list(features), "column")
+        if column == label_column or not _is_text(features[column]):
+            what = "the label column" if column == label_column else f"{features[column]}"
+            texts = [name for name, feature in features.items() if name != label_column and _is_text(feature)]
+            raise ConfigurationError(
+                f"dataset.text_column: {column!r} is {what}; a column of texts is needed, found: "
+                f"{', '.join(texts) or 'none'}."
+            )
     return columns, "text"
+
+
+def _is_text(feature: Any) -> bool:
+    return isinstance(feature, Value) and feature.dtype in TEXT_TYPES
+
+
+def _check_filled(split: str, data: Dataset, label_column: str, text_columns: Sequence[str]) -> None:
+    """Refuse a split that lacks a column, or a label or text in some row."""
+    for column in (label_column, *text_columns):
+        key = "dataset.label_column" if column == label_column else "dataset.text_column"
+        if column not in data.column_names:
+            raise ConfigurationError(
+                f"{key}: the split {split!r} has no column {column!r}; found: {', '.join(data.column_names)}. "
+                "Set dataset.validation_split to a split that has it."
+            )
+        empty = data.data.column(column).null_count
+        if empty == len(data):
+            raise ConfigurationError(
+                f"{key}: the column {column!r} is empty in the whole split {split!r}. "
+                "Set dataset.validation_split or dataset.train_split to a split that has it."
+            )
+        if empty:
+            raise ConfigurationError(
+                f"{key}: the column {column!r} is empty (null) in {empty} of the {len(data)} rows of the split "
+                f"{split!r}. Fill these rows or take them out."
+            )
 
 
 def _labelled(train: Dataset, validation: Dataset, column: str) -> tuple[Dataset, Dataset, tuple[str, ...] | None]:
     """Both splits with a `labels` column of class ids or floats, and the class names (None: regression)."""
     feature = train.features[column]
-    if isinstance(feature, Value) and feature.dtype in ("string", "large_string"):
+    if isinstance(feature, Value) and feature.dtype == "bool":
+        truth = ClassLabel(names=["false", "true"])
+        train, validation = train.cast_column(column, truth), validation.cast_column(column, truth)
+    elif _is_text(feature):
         texts = sorted(set(train[column]))
         cast = ClassLabel(names=texts)
         unknown = set(validation[column]) - set(texts)
@@ -164,15 +214,22 @@ def _labelled(train: Dataset, validation: Dataset, column: str) -> tuple[Dataset
         train, validation = train.rename_column(column, "labels"), validation.rename_column(column, "labels")
     feature = train.features["labels"]
     if isinstance(feature, Value) and feature.dtype.startswith("float"):
+        if not all(math.isfinite(label) for split in (train, validation) for label in split["labels"]):
+            raise ConfigurationError(f"dataset.label_column: {column!r} holds numbers that are not finite (nan, inf).")
         return train, validation, None
     if not isinstance(feature, ClassLabel) and not (isinstance(feature, Value) and "int" in feature.dtype):
         raise ConfigurationError(f"dataset.label_column: {column!r} is {feature}; classes or numbers are needed.")
     found = set(train["labels"]) | set(validation["labels"])
     names = tuple(feature.names) if isinstance(feature, ClassLabel) else tuple(map(str, range(max(found) + 1)))
     if min(found) < 0 or max(found) >= len(names):
+        hidden = any(set(split["labels"]) == {-1} for split in (train, validation))
         raise ConfigurationError(
-            f"dataset.label_column: labels run from {min(found)} to {max(found)}; 0 to {len(names) - 1} are allowed. "
-            "A split whose labels are all -1 is a test split with hidden labels: set dataset.validation_split."
+            f"dataset.label_column: labels run from {min(found)} to {max(found)}; "
+            + (
+                "a split whose labels are all -1 is a test split with hidden labels: set dataset.validation_split."
+                if hidden
+                else f"0 to {len(names) - 1} are allowed. Number the classes from 0, or write them as text."
+            )
         )
     if len(set(train["labels"])) < 2:
         raise ConfigurationError(f"dataset.label_column: {column!r} has one class only; there is nothing to learn.")

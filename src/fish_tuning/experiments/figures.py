@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
+import io
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from fish_tuning.experiments.files import write_atomically
 from fish_tuning.experiments.records import RunRecord
 from fish_tuning.experiments.statistics import ArmSummary, summarize
 
@@ -148,7 +149,6 @@ def _subplots(columns: int, size: tuple[float, float], **options: Any) -> tuple[
 
 
 def _save(figure: Figure, path: Path) -> Path:
-    unfinished = path.with_name(f".{path.stem}.{os.getpid()}.tmp.png")
-    figure.savefig(unfinished, dpi=DPI)
-    unfinished.replace(path)
-    return path
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=DPI)
+    return write_atomically(path, picture.getvalue())

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.utils import logging as hub_logging
 from peft import LoraConfig, get_peft_model
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -36,6 +43,15 @@ ATTENTION_PROJECTIONS = (
     ("c_attn",),
 )
 
+WEIGHTS_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+# A part of a tensor's name that counts layers.
+_LAYER_NUMBER = re.compile(r"\.\d+\.")
+
 
 def load_tokenizer(config: ModelConfig) -> Any:
     """The model's tokenizer, with a padding token (the end token where the model has none)."""
@@ -45,8 +61,8 @@ def load_tokenizer(config: ModelConfig) -> Any:
     return tokenizer
 
 
-def load_config(config: ModelConfig, task: Task, pad_token_id: int | None) -> Any:
-    """The transformers configuration with the task's labels and the overrides in it."""
+def read_config(config: ModelConfig) -> Any:
+    """The model's configuration as it is stored. Raises ConfigurationError for a wrong name or an unknown override."""
     loaded = _from_hub(AutoConfig, config.name)
     unknown = [key for key in config.config_overrides if not hasattr(loaded, key)]
     if unknown:
@@ -54,6 +70,23 @@ def load_config(config: ModelConfig, task: Task, pad_token_id: int | None) -> An
             f"model.config_overrides: {type(loaded).__name__} has no {unknown[0]!r}."
             f"{did_you_mean(unknown[0], loaded.to_dict())}"
         )
+    return loaded
+
+
+def check_weights(config: ModelConfig) -> None:
+    """Refuse a local folder without weights; counting does not need them, training does."""
+    folder = Path(os.path.expanduser(resolve_builtin(config.name)))
+    if folder.is_dir() and not any((folder / name).is_file() for name in WEIGHTS_FILES):
+        raise ConfigurationError(
+            f"model.name: the folder {config.name!r} holds no weights; one of {', '.join(WEIGHTS_FILES)} is needed. "
+            "Save the model there with save_pretrained, or use --dry-run, which counts without weights."
+        )
+
+
+def load_config(config: ModelConfig, task: Task, pad_token_id: int | None, loaded: Any = None) -> Any:
+    """The transformers configuration (`loaded`, where it was read already) with the task's labels and the overrides."""
+    if loaded is None:
+        loaded = read_config(config)
     if task.labels:
         loaded.id2label = dict(enumerate(task.labels))
         loaded.label2id = {label: number for number, label in enumerate(task.labels)}
@@ -64,20 +97,26 @@ def load_config(config: ModelConfig, task: Task, pad_token_id: int | None) -> An
     if getattr(loaded, "pad_token_id", None) is None and pad_token_id is not None:
         loaded.pad_token_id = pad_token_id
     for key, value in config.config_overrides.items():
-        setattr(loaded, key, value)
+        try:
+            setattr(loaded, key, value)
+        except (StrictDataclassError, ValueError, TypeError, AttributeError) as error:
+            reason = " ".join(str(error).split())
+            raise ConfigurationError(f"model.config_overrides.{key}={value!r} is not allowed: {reason}") from error
     return loaded
 
 
 def build_model(config: ExperimentConfig, model_config: Any, task: Task, rank: int, *, seed: int) -> Any:
     """The PEFT model that an arm starts from. The same seed and rank give the same model, bit for bit."""
     set_seed(seed)
-    base = _from_hub(
+    base, loading = _from_hub(
         _auto_class(task),
         config.model.name,
         config=model_config,
         dtype=getattr(torch, config.model.dtype),
         ignore_mismatched_sizes=True,  # a head of another task's size is replaced by a new one
+        output_loading_info=True,
     )
+    _check_loaded(config.model, base, loading)
     set_seed(seed)
     return get_peft_model(base, _lora_config(config, base, rank, config.lora.init_lora_weights))
 
@@ -85,7 +124,13 @@ def build_model(config: ExperimentConfig, model_config: Any, task: Task, rank: i
 def build_meta_model(config: ExperimentConfig, model_config: Any, task: Task, rank: int) -> Any:
     """The same model without weights, to count on: costs no memory and needs no weights file."""
     with torch.device("meta"):
-        base = _auto_class(task).from_config(model_config, dtype=getattr(torch, config.model.dtype))
+        try:
+            base = _auto_class(task).from_config(model_config, dtype=getattr(torch, config.model.dtype))
+        except (ValueError, TypeError, RuntimeError, KeyError, ZeroDivisionError) as error:
+            raise ConfigurationError(
+                f"model.name: no model can be made from the configuration of {config.model.name!r} with "
+                f"model.config_overrides={config.model.config_overrides}: {_first_line(error)}"
+            ) from error
         lora = _lora_config(config, base, rank, init_lora_weights=True)
         try:
             return get_peft_model(base, lora)
@@ -152,6 +197,36 @@ def _head_names(base: nn.Module) -> list[str]:
     ]
 
 
+def _check_loaded(config: ModelConfig, base: Any, loading: dict[str, Any]) -> None:
+    """Refuse an encoder that was not loaded: transformers fills what does not fit with random numbers.
+
+    Some checkpoints lack a small part such as the pooler, so that alone is fine; a numbered layer must be there.
+    """
+    head = _head_names(base)
+
+    def outside(names: set[str]) -> list[str]:
+        return sorted(name for name in names if name.partition(".")[0] not in head)
+
+    sizes = {name: tensor.numel() for name, tensor in base.state_dict().items()}
+    mismatched = outside({name for name, *_ in loading["mismatched_keys"]})
+    missing = outside(loading["missing_keys"])
+    lacking = sum(sizes.get(name, 0) for name in missing)
+    layers = [name for name in missing if _LAYER_NUMBER.search(name)]
+    if mismatched:
+        wrong, names = "have another shape than the model", mismatched
+    elif layers or 2 * lacking > sum(sizes[name] for name in outside(set(sizes))):
+        wrong, names = "are not among them", layers or missing
+    else:
+        return
+    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    overrides = f" with model.config_overrides={config.config_overrides}" if config.config_overrides else ""
+    raise ConfigurationError(
+        f"model.name: the weights of {config.name!r} do not fit {type(base).__name__}{overrides}: outside the head, "
+        f"{len(names)} of its {len(sizes)} tensors {wrong} ({shown}); they would be random. Give the model's own "
+        "weights, and leave its sizes out of model.config_overrides."
+    )
+
+
 def _auto_class(task: Task) -> Any:
     return AutoModelForImageClassification if task.kind == "image" else AutoModelForSequenceClassification
 
@@ -161,10 +236,31 @@ def _from_hub(auto_class: Any, name: str, **kwargs: Any) -> Any:
     if path.startswith((".", "/")) and not Path(path).is_dir():
         raise ConfigurationError(f"model.name: there is no folder {name!r}.")
     try:
-        return auto_class.from_pretrained(path, **kwargs)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigurationError(f"model.name: {name!r} cannot be loaded: {reason}") from error
+        with _quiet_hub():
+            return auto_class.from_pretrained(path, **kwargs)
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        hint = (
+            ""
+            if Path(path).is_dir()
+            else " Give a local folder's path or a hub name; without network, HF_HUB_OFFLINE=1 uses what is cached "
+            "and does not wait."
+        )
+        raise ConfigurationError(f"model.name: {name!r} cannot be loaded: {_first_line(error)}{hint}") from error
+
+
+@contextmanager
+def _quiet_hub() -> Iterator[None]:
+    """Without the hub's warning at each retry: what went wrong in the end is told once."""
+    level = hub_logging.get_verbosity()
+    hub_logging.set_verbosity(logging.ERROR)
+    try:
+        yield
+    finally:
+        hub_logging.set_verbosity(level)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _linear_names(model: nn.Module) -> list[str]:

@@ -13,13 +13,18 @@ import torch
 from fish_tuning.errors import ConfigurationError, MaskError
 from fish_tuning.experiments.arguments import training_arguments
 from fish_tuning.experiments.config import ARMS, ExperimentConfig
-from fish_tuning.experiments.data import Task, load_task
+from fish_tuning.experiments.data import Task, load_task, tokenize
 from fish_tuning.experiments.metrics import main_metric
-from fish_tuning.experiments.models import build_meta_model, load_config, load_tokenizer
+from fish_tuning.experiments.models import build_meta_model, load_config, load_tokenizer, read_config
 from fish_tuning.experiments.records import ArmPlan
 from fish_tuning.selection import matching_names, resolve_budget
 
 RECORDED_PACKAGES = ("fish-tuning", "torch", "transformers", "peft", "datasets")
+# Model types whose position embeddings start after the padding token's number.
+NUMBERED_AFTER_PADDING = (
+    "roberta", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm", "camembert", "data2vec-text", "xmod", "mpnet",
+    "longformer", "esm", "ibert", "luke", "layoutlmv3",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -43,10 +48,20 @@ def plan_experiment(config: ExperimentConfig) -> Plan:
 
     Raises ConfigurationError for whatever cannot work: missing data, columns or targets, a budget below the head.
     """
+    # What needs no data comes first: a wrong model name should not cost a download.
     training_arguments(config, config.seeds[0], Path(config.training.output_dir))  # refuses what would fail later
+    most = config.dataset.max_train_samples
+    if most is not None and config.fish_tuning.num_samples > most:
+        raise ConfigurationError(
+            f"fish_tuning.num_samples={config.fish_tuning.num_samples} is more than dataset.max_train_samples={most}; "
+            "lower the first or raise the second."
+        )
+    stored = read_config(config.model)
     task = load_task(config.dataset)
     tokenizer = load_tokenizer(config.model) if task.text_columns else None
-    model_config = load_config(config.model, task, getattr(tokenizer, "pad_token_id", None))
+    model_config = load_config(config.model, task, getattr(tokenizer, "pad_token_id", None), stored)
+    if task.text_columns:
+        _check_length(config, task, tokenizer, model_config)
     baseline = build_meta_model(config, model_config, task, config.lora.baseline_rank)
     pooled = build_meta_model(config, model_config, task, config.lora.fish_rank)
     arms = [_plan_arm(config, arm, baseline, pooled) for arm in config.fish_tuning.methods_to_run]
@@ -56,6 +71,30 @@ def plan_experiment(config: ExperimentConfig) -> Plan:
             "examples."
         )
     return Plan(arms, _facts(config, task, baseline), _notes(config), task, tokenizer, model_config)
+
+
+def _check_length(config: ExperimentConfig, task: Task, tokenizer: Any, model_config: Any) -> None:
+    """Refuse texts longer than the model's positions; tokenises only where max_seq_length would let such texts pass."""
+    asked = config.training.max_seq_length
+    positions = _positions(model_config)
+    if positions is None or asked <= positions:
+        return
+    longest = max(len(ids) for split in tokenize(task, tokenizer, asked) for ids in split["input_ids"])
+    if longest > positions:
+        raise ConfigurationError(
+            f"training.max_seq_length={asked} lets a text of {longest} tokens pass, more than the {positions} "
+            f"positions of {config.model.name!r}; set it to {positions} or less."
+        )
+
+
+def _positions(model_config: Any) -> int | None:
+    """How many tokens the model has positions for; None where it sets no bound."""
+    positions = getattr(model_config, "max_position_embeddings", None)
+    if not isinstance(positions, int) or positions < 1:  # relative positions only
+        return None
+    if model_config.model_type in NUMBERED_AFTER_PADDING:
+        positions -= (model_config.pad_token_id or 0) + 1
+    return positions
 
 
 def _plan_arm(config: ExperimentConfig, arm: str, baseline: Any, pooled: Any) -> ArmPlan:

@@ -6,13 +6,13 @@ import csv
 import io
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from fish_tuning.experiments.config import ExperimentConfig
+from fish_tuning.experiments.files import write_atomically
 from fish_tuning.experiments.records import RunRecord
 from fish_tuning.experiments.statistics import FEWEST_FOR_INTERVAL, ArmSummary, summarize
 from fish_tuning.experiments.tables import conclusion, fact_text, markdown_table, table_rows
@@ -41,7 +41,7 @@ def write_report(
         "results.md": _markdown(config, plan_facts, summary, pictures),
     }
     for name, text in texts.items():
-        _replace(output_dir / name, text)
+        write_atomically(output_dir / name, text.encode())
     return [*(output_dir / name for name in texts), *pictures]
 
 
@@ -138,9 +138,3 @@ def _settings(config: ExperimentConfig, facts: Mapping[str, Any]) -> dict[str, A
 
 def _list(lines: Any) -> str:
     return "\n".join("- " + str(line).replace("\n", "\n  ") for line in lines)
-
-
-def _replace(path: Path, text: str) -> None:
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(path)

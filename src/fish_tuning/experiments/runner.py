@@ -17,6 +17,8 @@ from fish_tuning.errors import FishTuningError
 from fish_tuning.experiments.arms import ArmRun, Calibration
 from fish_tuning.experiments.config import ExperimentConfig
 from fish_tuning.experiments.data import tokenize
+from fish_tuning.experiments.digests import data_digest
+from fish_tuning.experiments.files import write_atomically
 from fish_tuning.experiments.plan import Plan
 from fish_tuning.experiments.progress import RunProgress
 from fish_tuning.experiments.records import ArmPlan, RunRecord
@@ -45,12 +47,13 @@ def run_experiment(config: ExperimentConfig, plan: Plan, on_run: OnRun | None = 
     folder = Path(config.training.output_dir)
     (folder / "runs").mkdir(parents=True, exist_ok=True)
     train, validation = tokenize(plan.task, plan.tokenizer, config.training.max_seq_length)
+    fixed = {"data": data_digest(train, validation), "versions": plan.facts["versions"]}
     records: dict[tuple[str, int], RunRecord] = {}
     with RunProgress(len(plan.arms) * len(config.seeds)) as progress:
         for seed in config.seeds:
             calibration: Calibration | None = None
             for arm in plan.arms:
-                key = _config_hash(config, arm, seed)
+                key = _config_hash(config, arm, seed, fixed)
                 record = _finished(folder, arm.arm, seed, key)
                 known = record is not None
                 progress.start(arm.arm, seed)
@@ -58,7 +61,7 @@ def run_experiment(config: ExperimentConfig, plan: Plan, on_run: OnRun | None = 
                     run = ArmRun(config, plan, arm, seed, train, validation, progress, calibration)
                     record = _attempt(run, folder, key)
                     calibration = run.calibration or calibration
-                    _write_json(_run_file(folder, arm.arm, seed), record.to_dict())
+                    write_atomically(_run_file(folder, arm.arm, seed), json.dumps(record.to_dict(), indent=2).encode())
                 records[arm.arm, seed] = record
                 progress.finish()
                 if on_run is not None:
@@ -93,37 +96,30 @@ def _attempt(run: ArmRun, folder: Path, key: str) -> RunRecord:
             torch.cuda.empty_cache()
 
 
-def _config_hash(config: ExperimentConfig, arm: ArmPlan, seed: int) -> str:
+def _config_hash(config: ExperimentConfig, arm: ArmPlan, seed: int, fixed: dict[str, Any]) -> str:
     """What a run depends on; a finished run is not repeated while this stays the same."""
     parts = config.model_dump(mode="json", include={"model", "dataset", "lora", "training"})
     del parts["training"]["output_dir"]
-    parts |= {"arm": arm.arm, "seed": seed, "rank": arm.rank, "trainable_parameters": arm.trainable_parameters}
+    parts |= {"arm": arm.arm, "seed": seed, "rank": arm.rank, "trainable_parameters": arm.trainable_parameters} | fixed
     for rank in ("baseline_rank", "fish_rank"):
         del parts["lora"][rank]  # the arm's own rank counts
     if arm.method is None:
         del parts["lora"]["names_to_exclude"]
-    else:
+    elif arm.method != "rand":  # which needs no scores
         parts["fish_tuning"] = config.fish_tuning.model_dump(mode="json", include={"num_samples", "warmup_steps"})
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _finished(folder: Path, arm: str, seed: int, key: str) -> RunRecord | None:
     try:
-        data = json.loads(_run_file(folder, arm, seed).read_text())
-    except (OSError, json.JSONDecodeError):
+        record = RunRecord.from_dict(json.loads(_run_file(folder, arm, seed).read_text()))
+    except (OSError, ValueError, TypeError, AttributeError):  # none, torn, or not a record
         return None
-    record = RunRecord.from_dict(data)
     return record if record.status == "ok" and record.config_hash == key else None
 
 
 def _run_file(folder: Path, arm: str, seed: int) -> Path:
     return folder / "runs" / f"{arm}-seed{seed}.json"
-
-
-def _write_json(path: Path, data: dict[str, Any]) -> None:
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(json.dumps(data, indent=2))
-    unfinished.replace(path)
 
 
 def _in_order(records: dict[tuple[str, int], RunRecord], plan: Plan) -> list[RunRecord]:

@@ -177,6 +177,8 @@ def _verdict(difference: Interval | None) -> str:
     if difference.low is None or difference.high is None:
         return f"{text}; fewer than {FEWEST_FOR_INTERVAL} seeds give no interval, so this run does not tell them apart."
     text += f", 95 % interval [{difference.low:+.3f}, {difference.high:+.3f}]"
+    if difference.low == difference.high:
+        return f"{text}: every seed gave the same difference, which says nothing about their spread."
     if difference.includes_zero:
         return f"{text}: the interval includes zero, so this run does not tell them apart."
     better = "above" if difference.mean > 0 else "below"
