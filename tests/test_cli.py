@@ -67,7 +67,7 @@ def test_run_prints_table_notes_files_and_conclusion(invoke: Callable[..., Resul
     assert result.exit_code == 0
     for text in (
         "lora-fish, seed 2: accuracy 0.6020 (1.0 s)",
-        "init_lora_weights: pissa",
+        "init_lora_weights true, scored after 20 warm-up steps",
         "0.502 [0.500, 0.504]",
         "note: a note of the plan",
         "results/digits/results.md, results/digits/metric.png",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
+from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from tiny import (
     Batch,
     assert_only_selected_moved,
@@ -497,6 +497,13 @@ def test_masks_that_do_not_fit_leave_the_model_alone(change: Callable[..., dict[
     assert not is_masked(model)
     assert_same_tensors(model.state_dict(), before)
     assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
+
+
+def test_adalora_is_refused() -> None:
+    config = AdaLoraConfig(target_modules=["query"], total_step=10, tinit=1, tfinal=1, deltaT=1)
+    model = get_peft_model(bert(), config)
+    with pytest.raises(MaskError, match=r"AdaLoRA.*cannot be masked"):
+        apply_mask(model, random_mask(model))
 
 
 def test_second_mask_is_an_error() -> None:

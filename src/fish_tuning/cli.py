@@ -132,8 +132,10 @@ def _run(config_name: str, overrides: list[str], dry_run: bool) -> int:
         f"{len(config.seeds)} seeds"
     )
 
+    from fish_tuning.experiments.models import check_weights
     from fish_tuning.experiments.runner import run_experiment
 
+    check_weights(config.model)
     try:
         runs = run_experiment(config, plan, _show_run)
     except KeyboardInterrupt:
@@ -197,7 +199,7 @@ def _show_results(
 
     summary = summarize(runs)
     console.print()
-    console.print(console_table(summary, title=f"{config.name} (init_lora_weights: {config.lora.init_lora_weights})"))
+    console.print(console_table(summary, title=f"{config.name} ({config.start})"))
     console.print()
     for note in report_notes(config, {**plan.facts, "notes": plan.notes}, summary):
         console.print(f"note: {note}")

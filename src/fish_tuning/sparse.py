@@ -254,6 +254,10 @@ def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
 def _check(model: nn.Module, mask: Mapping[str, Tensor]) -> None:
     if is_masked(model):
         raise MaskError("The model has a mask already. Call remove_mask(model) before applying another.")
+    if any(type(module).__name__ == "AdaLoraModel" for module in model.modules()):
+        raise MaskError(
+            "AdaLoRA prunes its tensors itself and its loss needs them whole; it cannot be masked. Use LoRA."
+        )
     parameters = dict(model.named_parameters())
     shared = _shared_names(model)
     for name, selected in mask.items():

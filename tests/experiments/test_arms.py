@@ -24,10 +24,11 @@ class Spy(ArmRun):
 
     def _make_trainer(self, model: Any, args: Any, callbacks: list[TrainerCallback]) -> Any:
         trainer = super()._make_trainer(model, args, callbacks)
+        self.batches: list[list[list[int]]] = []  # the last trainer's: warm-up comes before
         step = trainer.training_step
 
         def noted(model: Any, inputs: Any, *rest: Any) -> Any:
-            self.batches = [*getattr(self, "batches", []), inputs["input_ids"].tolist()]
+            self.batches.append(inputs["input_ids"].tolist())
             return step(model, inputs, *rest)
 
         trainer.training_step = noted

@@ -219,3 +219,19 @@ def test_target_modules_as_text_is_a_regular_expression(experiment: Path) -> Non
     assert load_experiment(experiment, ["lora.target_modules=.*query"]).lora.target_modules == ".*query"
     with pytest.raises(ConfigurationError, match=r"target_modules.*'\[' is no regular expression"):
         load_experiment(experiment, ["lora.target_modules='['"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "steps"),
+    [
+        ([], 20),
+        (["lora.init_lora_weights=gaussian"], 20),
+        (["lora.init_lora_weights=pissa"], 0),
+        (["lora.init_lora_weights=pissa", "fish_tuning.warmup_steps=3"], 3),
+        (["fish_tuning.warmup_steps=0"], 0),
+    ],
+)
+def test_warm_up_is_what_the_start_needs_unless_it_is_set(overrides: list[str], steps: int) -> None:
+    config = load_experiment("my_experiment", overrides)
+    assert config.warmup_steps == steps
+    assert (f"after {steps} warm-up" in config.start) == bool(steps)

@@ -57,13 +57,14 @@ def test_facts_tell_what_was_found(experiment: MakeExperiment) -> None:
     facts = plan_experiment(experiment()).facts
     assert facts["target_modules"] == ["key", "query", "value"]
     assert (facts["train_examples"], facts["validation_examples"], facts["num_labels"]) == (48, 24, 2)
-    assert facts["init_lora_weights"] == "pissa"
+    assert (facts["init_lora_weights"], facts["warmup_steps_before_scoring"]) == (True, 20)
     assert facts["versions"]["fish-tuning"] == "0.1.0"
 
 
 def test_a_start_that_leaves_half_unscored_is_noted(experiment: MakeExperiment) -> None:
     assert not plan_experiment(experiment()).notes
-    assert "every A scores exactly zero" in plan_experiment(experiment("lora.init_lora_weights=true")).notes[0]
+    assert not plan_experiment(experiment("lora.init_lora_weights=pissa")).notes
+    assert "every A scores exactly zero" in plan_experiment(experiment("fish_tuning.warmup_steps=0")).notes[0]
 
 
 @pytest.mark.parametrize(

@@ -34,13 +34,13 @@ def test_a_complete_experiment_writes_every_file(tmp_path: Path) -> None:
     assert len(data["runs"]) == 6
     assert data["runs"][0].keys() >= RUN_KEYS
     assert data["summary"][1]["difference"]["mean"] == pytest.approx(0.1)
-    assert data["config"]["lora"]["init_lora_weights"] == "pissa"
+    assert data["config"]["lora"]["init_lora_weights"] is True
     assert data["facts"]["versions"] == {"torch": "2"}
     rows = list(csv.DictReader(io.StringIO(written[1].read_text())))
     assert (rows[0]["arm"], rows[0]["value"], rows[0]["adapter_bytes"]) == ("lora", "0.5", "4321")
     text = written[2].read_text()
     for expected in (
-        "init_lora_weights: pissa",
+        "start: init_lora_weights true, scored after 20 warm-up steps",
         "- seeds: 1, 2, 3",
         "- mind the gap",
         "![",

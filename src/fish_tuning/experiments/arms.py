@@ -133,7 +133,7 @@ class ArmRun:
 
     def _calibrate(self, model: Any, initial_state: str, args: TrainingArguments) -> Calibration:
         started = time.perf_counter()
-        start = copy.deepcopy(model.state_dict()) if self.config.fish_tuning.warmup_steps else None
+        start = copy.deepcopy(model.state_dict()) if self.config.warmup_steps else None
         if start is not None:
             self._warm_up(model, str(args.output_dir))
         scores = calculate_fisher_information(
@@ -145,7 +145,7 @@ class ArmRun:
 
     def _warm_up(self, model: Any, folder: str) -> None:
         """Some dense steps, so that no factor is zero when it is scored; undone afterwards."""
-        steps = {"max_steps": self.config.fish_tuning.warmup_steps, "eval_strategy": "no", "save_strategy": "no"}
+        steps = {"max_steps": self.config.warmup_steps, "eval_strategy": "no", "save_strategy": "no"}
         set_seed(self.seed)
         self._make_trainer(model, training_arguments(self.config, self.seed, Path(folder), steps), []).train()
 

@@ -17,6 +17,10 @@ from fish_tuning.experiments.training_keys import training_argument_problems
 ARMS: dict[str, str | None] = {"lora": None, "lora-fish": "fish", "lora-fish-rand": "rand", "lora-fish-rev": "rev"}
 
 # PEFT's initialisations by name that need neither data nor settings of their own.
+# At B = 0 every A would score zero, so scores are taken after some dense steps; see docs/initialisation.md.
+WARMUP_STEPS = 20
+STARTS_AT_ZERO = (True, "gaussian")
+
 INITIALISATIONS = ("gaussian", "pissa", "olora", "orthogonal")
 _PISSA_NITER = re.compile(r"pissa_niter_[1-9]\d*")
 
@@ -88,7 +92,7 @@ class AdapterConfig(Section):
         default=["modules_to_save"], description="a list of regular expressions for tensors that train densely"
     )
     init_lora_weights: bool | str = Field(
-        default="pissa", description=f"true, false, {', '.join(INITIALISATIONS)} or pissa_niter_[number]"
+        default=True, description=f"true, false, {', '.join(INITIALISATIONS)} or pissa_niter_[number]"
     )
 
     @field_validator("target_modules")
@@ -129,8 +133,11 @@ class FishTuningConfig(Section):
     )
     prune_to_ratio_of_baseline: float = Field(default=0.5, gt=0, le=1, description="a number above 0, up to 1")
     num_samples: int = Field(default=128, ge=1, description="a whole number from 1: training examples to score with")
-    warmup_steps: int = Field(
-        default=0, ge=0, description="a whole number from 0: dense steps before scoring, rewound after it"
+    warmup_steps: int | None = Field(
+        default=None,
+        ge=0,
+        description="a whole number from 0: dense steps before scoring, undone after it; "
+        f"null for {WARMUP_STEPS} where B starts at 0, else 0",
     )
 
     @field_validator("methods_to_run")
@@ -177,6 +184,20 @@ class ExperimentConfig(Section):
             return data
         folder = f"results/{data.get('name', 'experiment')}"
         return {**data, "training": {"output_dir": folder, **data.get("training", {})}}
+
+    @property
+    def warmup_steps(self) -> int:
+        """Dense steps before scoring: as asked for, else what the initialisation needs."""
+        if self.fish_tuning.warmup_steps is not None:
+            return self.fish_tuning.warmup_steps
+        return WARMUP_STEPS if self.lora.init_lora_weights in STARTS_AT_ZERO else 0
+
+    @property
+    def start(self) -> str:
+        """The starting point of the adapters and of the scores, in words."""
+        init = self.lora.init_lora_weights
+        text = f"init_lora_weights {str(init).lower() if isinstance(init, bool) else init}"
+        return f"{text}, scored after {self.warmup_steps} warm-up steps" if self.warmup_steps else text
 
     @field_validator("seeds", mode="before")
     @classmethod

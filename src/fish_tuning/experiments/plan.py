@@ -12,7 +12,7 @@ import torch
 
 from fish_tuning.errors import ConfigurationError, MaskError
 from fish_tuning.experiments.arguments import training_arguments
-from fish_tuning.experiments.config import ARMS, ExperimentConfig
+from fish_tuning.experiments.config import ARMS, STARTS_AT_ZERO, ExperimentConfig
 from fish_tuning.experiments.data import Task, load_task, tokenize
 from fish_tuning.experiments.metrics import main_metric
 from fish_tuning.experiments.models import build_meta_model, load_config, load_tokenizer, read_config
@@ -143,7 +143,7 @@ def _facts(config: ExperimentConfig, task: Task, model: Any) -> dict[str, Any]:
         "target_modules": sorted(targets) if isinstance(targets, set | list) else targets,
         "init_lora_weights": config.lora.init_lora_weights,
         "num_samples": config.fish_tuning.num_samples,
-        "warmup_steps_before_scoring": config.fish_tuning.warmup_steps,
+        "warmup_steps_before_scoring": config.warmup_steps,
         "device": _device(),
         "versions": {name: version(name) for name in RECORDED_PACKAGES} | {"python": platform.python_version()},
     }
@@ -157,10 +157,9 @@ def _device() -> str:
 
 def _notes(config: ExperimentConfig) -> list[str]:
     notes = []
-    init = config.lora.init_lora_weights
-    if init in (True, "gaussian") and not config.fish_tuning.warmup_steps:
+    if config.lora.init_lora_weights in STARTS_AT_ZERO and not config.warmup_steps:
         notes.append(
-            f"init_lora_weights: {init} starts from B = 0, where every A scores exactly zero: FISH can only choose "
-            "among B. 'pissa' has no such blind spot."
+            "B starts at 0, where every A scores exactly zero: FISH can only choose among B. Leave out "
+            "fish_tuning.warmup_steps=0, or set lora.init_lora_weights to 'pissa'."
         )
     return notes

@@ -128,7 +128,7 @@ def _settings(config: ExperimentConfig, facts: Mapping[str, Any]) -> dict[str, A
         "data set": " ".join(config.dataset.load_args),
         "LoRA ranks": f"{config.lora.baseline_rank} (dense), {config.lora.fish_rank} (pool of the masked arms)",
         "budget": f"{config.fish_tuning.prune_to_ratio_of_baseline:g} x the trainable parameters of the dense arm",
-        "init_lora_weights": config.lora.init_lora_weights,
+        "start": config.start,
         "seeds": [str(seed) for seed in config.seeds],
     }
     chosen = ("learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "weight_decay")

@@ -106,7 +106,7 @@ def _config_hash(config: ExperimentConfig, arm: ArmPlan, seed: int, fixed: dict[
     if arm.method is None:
         del parts["lora"]["names_to_exclude"]
     elif arm.method != "rand":  # which needs no scores
-        parts["fish_tuning"] = config.fish_tuning.model_dump(mode="json", include={"num_samples", "warmup_steps"})
+        parts |= {"num_samples": config.fish_tuning.num_samples, "warmup_steps": config.warmup_steps}
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
