@@ -126,6 +126,9 @@ def _run(config_name: str, overrides: list[str], dry_run: bool) -> int:
     if dry_run:
         _show_plan(_console(), config, plan)
         return OK
+    from fish_tuning.experiments.models import check_weights
+
+    check_weights(config.model)
     output_dir = _writable(Path(config.training.output_dir))
     typer.echo(
         f"{config.name}: {config.model.name} on {' '.join(config.dataset.load_args)}, {len(plan.arms)} arms x "

@@ -75,7 +75,7 @@ def read_config(config: ModelConfig) -> Any:
 
 def check_weights(config: ModelConfig) -> None:
     """Refuse a local folder without weights; counting does not need them, training does."""
-    folder = Path(os.path.expanduser(resolve_builtin(config.name)))
+    folder = Path(os.path.expanduser(config.name))
     if folder.is_dir() and not any((folder / name).is_file() for name in WEIGHTS_FILES):
         raise ConfigurationError(
             f"model.name: the folder {config.name!r} holds no weights; one of {', '.join(WEIGHTS_FILES)} is needed. "
