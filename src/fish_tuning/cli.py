@@ -135,10 +135,8 @@ def _run(config_name: str, overrides: list[str], dry_run: bool) -> int:
         f"{len(config.seeds)} seeds"
     )
 
-    from fish_tuning.experiments.models import check_weights
     from fish_tuning.experiments.runner import run_experiment
 
-    check_weights(config.model)
     try:
         runs = run_experiment(config, plan, _show_run)
     except KeyboardInterrupt:
