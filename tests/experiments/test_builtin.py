@@ -10,6 +10,8 @@ from transformers import ViTForImageClassification
 from fish_tuning.errors import ConfigurationError
 from fish_tuning.experiments import builtin
 from fish_tuning.experiments.builtin import resolve_builtin
+from fish_tuning.experiments.loading import load_experiment
+from fish_tuning.experiments.plan import plan_experiment
 
 
 @pytest.fixture(autouse=True)
@@ -60,3 +62,13 @@ def test_an_interrupted_making_leaves_nothing(cache: Path, monkeypatch: pytest.M
     with pytest.raises(KeyboardInterrupt):
         resolve_builtin("builtin:digits")
     assert list(cache.iterdir()) == []
+
+
+def test_counting_trains_nothing(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def trained(folder: Path) -> None:
+        raise AssertionError("pretrained")
+
+    monkeypatch.setitem(builtin._MAKERS, "builtin:digits-vit", trained)
+    plan = plan_experiment(load_experiment("digits"))
+    assert [arm.trainable_parameters for arm in plan.arms] == [3397] * 4
+    assert not (cache / "digits-vit").exists()

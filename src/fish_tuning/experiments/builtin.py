@@ -23,9 +23,26 @@ PRETRAIN_EPOCHS = 40
 TRAIN_EXAMPLES = 300
 SEED = 0
 
+# The shape of `builtin:digits-vit`.
+VIT: dict[str, Any] = {
+    "hidden_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "intermediate_size": 128,
+    "image_size": 8,
+    "patch_size": 2,
+    "num_channels": 1,
+    "num_labels": 5,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
 
-def resolve_builtin(name: str) -> str:
-    """The folder of a `builtin:` name, made if it is not there yet; any other name as it is."""
+
+def resolve_builtin(name: str, *, weights: bool = True) -> str:
+    """The folder of a `builtin:` name, made if it is not there yet; any other name as it is.
+
+    Without `weights` the folder need only hold a model's configuration, so that nothing is trained to count parameters.
+    """
     if not name.startswith(PREFIX):
         return name
     if name not in _MAKERS:
@@ -33,8 +50,11 @@ def resolve_builtin(name: str) -> str:
             f"{name!r} is not built in; built in are {', '.join(_MAKERS)}.{did_you_mean(name, _MAKERS)}"
         )
     folder = cache_directory() / name.removeprefix(PREFIX)
+    maker = _MAKERS[name]
+    if not weights and name in _CONFIG_MAKERS and not folder.is_dir():
+        folder, maker = folder.with_name(f"{folder.name}-config"), _CONFIG_MAKERS[name]
     if not folder.is_dir():
-        _make(folder, _MAKERS[name])
+        _make(folder, maker)
     return str(folder)
 
 
@@ -90,21 +110,9 @@ def _make_digits_vit(folder: Path) -> None:
     transformers_logging.disable_progress_bar()
     logger.warning("Pretraining a small ViT on the digits 0-4, once; it is kept in %s.", folder.parent)
     pixels, labels = (torch.as_tensor(array) for array in _digits(range(5)))
-    settings: dict[str, Any] = {
-        "hidden_size": 64,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "intermediate_size": 128,
-        "image_size": 8,
-        "patch_size": 2,
-        "num_channels": 1,
-        "num_labels": 5,
-        "hidden_dropout_prob": 0.0,
-        "attention_probs_dropout_prob": 0.0,
-    }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        model: Any = ViTForImageClassification(ViTConfig(**settings))
+        model: Any = ViTForImageClassification(ViTConfig(**VIT))
         steps = PRETRAIN_EPOCHS * (len(labels) // 32)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
@@ -117,7 +125,14 @@ def _make_digits_vit(folder: Path) -> None:
     model.base_model.save_pretrained(folder)  # without the head: the new digits get a new one
 
 
+def _make_digits_vit_config(folder: Path) -> None:
+    from transformers import ViTConfig
+
+    ViTConfig(**VIT).save_pretrained(folder)
+
+
 _MAKERS: dict[str, Callable[[Path], None]] = {
     f"{PREFIX}digits": _make_digits,
     f"{PREFIX}digits-vit": _make_digits_vit,
 }
+_CONFIG_MAKERS: dict[str, Callable[[Path], None]] = {f"{PREFIX}digits-vit": _make_digits_vit_config}

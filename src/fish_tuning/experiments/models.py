@@ -232,7 +232,7 @@ def _auto_class(task: Task) -> Any:
 
 
 def _from_hub(auto_class: Any, name: str, **kwargs: Any) -> Any:
-    path = os.path.expanduser(resolve_builtin(name))
+    path = os.path.expanduser(resolve_builtin(name, weights=auto_class is not AutoConfig))
     if path.startswith((".", "/")) and not Path(path).is_dir():
         raise ConfigurationError(f"model.name: there is no folder {name!r}.")
     try:
