@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.pytorch_utils import Conv1D
 
 import fish_tuning.per_example as per_example
 from fish_tuning import register_rule
@@ -34,6 +35,10 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
     "rms-norm": (lambda: nn.RMSNorm(6), floats(4, 5, 6)),
     "rms-norm-eps": (lambda: nn.RMSNorm(6, eps=0.1), floats(4, 5, 6)),
     "llama-rms-norm": (lambda: LlamaRMSNorm(6, eps=0.1), floats(4, 5, 6)),
+    "conv1d-of-gpt2": (lambda: Conv1D(3, 6), floats(4, 5, 6)),
+    "conv2d": (lambda: nn.Conv2d(2, 3, 2), floats(4, 2, 5, 4)),
+    "conv2d-all-options": (lambda: nn.Conv2d(4, 6, (3, 2), (2, 1), (1, 2), (1, 2), groups=2), floats(4, 4, 7, 6)),
+    "conv2d-depthwise": (lambda: nn.Conv2d(3, 3, 3, padding=1, groups=3, bias=False), floats(4, 3, 5, 4)),
     "gemma-rms-norm": (lambda: GemmaRMSNorm(6, eps=0.1), floats(4, 5, 6)),
 }
 
@@ -54,7 +59,8 @@ def test_rule_is_the_sum_of_squared_gradients(case: str, chunk: int, monkeypatch
             total += gradient**2
     rule = rule_for(layer)
     assert rule is not None
-    squares = rule(layer, x, g)
+    assert rule.parameters(layer) == list(expected)
+    squares = rule.squares(layer, *rule.positions(layer, rule.keep(layer, x, layer(x)), g))
     for name, total in expected.items():
         torch.testing.assert_close(squares[name], total.detach(), rtol=1e-5, atol=1e-6)
 
@@ -65,6 +71,13 @@ def test_rules_come_by_type_and_its_parents() -> None:
 
     assert rule_for(Narrow(2, 2)) is rule_for(nn.Linear(2, 2))
     assert rule_for(nn.Conv1d(2, 2, 1)) is None
+
+
+def test_a_convolution_that_pads_otherwise_than_with_zeros_has_no_rule() -> None:
+    layer = nn.Conv2d(2, 2, 3, padding=1, padding_mode="reflect")
+    rule = rule_for(layer)
+    assert rule is not None
+    assert rule.parameters(layer) == []
 
 
 def test_register_rule(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,4 +92,18 @@ def test_register_rule(monkeypatch: pytest.MonkeyPatch) -> None:
     def scale(module: nn.Module, x: Tensor, g: Tensor) -> dict[str, Tensor]:
         return {"weight": (x * g).sum(1).square().sum(0)}
 
-    assert rule_for(Scale()) is scale
+    rule = rule_for(Scale())
+    assert rule is not None
+    assert rule.squares is scale
+
+
+def test_register_rule_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(per_example, "_RULES", dict(per_example._RULES))
+
+    @register_rule("torch.nn.modules.sparse.EmbeddingBag", parameters=lambda module: ["weight"])
+    def bag(module: nn.Module, x: Tensor, g: Tensor) -> dict[str, Tensor]:
+        return {}
+
+    rule = rule_for(nn.EmbeddingBag(2, 2))
+    assert rule is not None
+    assert rule.squares is bag

@@ -1,13 +1,14 @@
 """Watch layers during a batched pass and square their per-example gradients as the backward pass meets them.
 
-An identity is put behind each watched layer. It saves the layer's input as autograd saves tensors (so activation
-checkpointing drops and recomputes it) and hands it, with the gradient at the output, to the layer's rule. The backward
-pass is asked for the gradient of one dummy scalar that every identity depends on: autograd then walks the whole graph
-but computes no weight gradient and touches no `.grad`.
+An identity is put behind each watched layer. It saves what the layer's rule needs of the call, as autograd saves
+tensors (so activation checkpointing drops and recomputes it), and hands it, with the gradient at the output, to the
+rule. The backward pass is asked for the gradient of one dummy scalar that every identity depends on: autograd then
+walks the whole graph but computes no weight gradient and touches no `.grad`.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -15,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from fish_tuning.per_example import Rule, rule_for
+import fish_tuning.peft_rules  # noqa: F401 (registers the rules of PEFT's layers)
+from fish_tuning.per_example import LayerRule, rule_for
 
 Scores = dict[str, Tensor]
 Checksums = dict[str, Tensor]
@@ -36,6 +38,7 @@ class Probes:
         self.checksums: Checksums | None = None
         self.row = 0
         self.broken: dict[str, str] = {}
+        self.expanded: list[_Layer] = []  # layers whose one row became a row an example in the last forward pass
         self._layers = _watched_layers(model, set(names), self)
         self.names = [name for layer in self._layers for name in layer.names.values()]
         self._handles: list[RemovableHandle] = []
@@ -60,6 +63,7 @@ class Probes:
     def start(self, batch_size: int, device: torch.device) -> None:
         """Call before each forward pass."""
         self.batch_size = batch_size
+        self.expanded = []
         self.anchor = torch.zeros((), device=device, requires_grad=True)
         for layer in self._layers:
             layer.calls, layer.arrived = 0, []
@@ -79,10 +83,11 @@ class Probes:
 class _Layer:
     """One watched layer: collects what the backward pass brings and applies the rule once all its calls are there."""
 
-    def __init__(self, module: nn.Module, rule: Rule, names: dict[str, str], probes: Probes) -> None:
+    def __init__(self, module: nn.Module, rule: LayerRule, names: dict[str, str], probes: Probes) -> None:
         self.module, self.rule, self.names, self.probes = module, rule, names, probes
         self.calls = 0
         self.checked = False
+        self.expand = True
         self.arrived: list[tuple[Tensor, Tensor]] = []
 
     def after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -95,7 +100,12 @@ class _Layer:
             return None
         if probes.into is None:  # not a recomputation, which checkpointing does in the backward pass
             self.calls += 1
-        return _Probe.apply(output, probes.anchor, x, self)  # type: ignore[no-untyped-call]
+        if self.expand and isinstance(module, nn.Embedding) and x.shape[0] == 1 < probes.batch_size:
+            # One row of positions serves all examples: with a row each, each example's gradient arrives by itself.
+            probes.expanded.append(self)
+            x, output = (tensor.expand(probes.batch_size, *tensor.shape[1:]) for tensor in (x, output))
+        kept = self.rule.keep(module, x, output)
+        return _Probe.apply(output, probes.anchor, kept, self)  # type: ignore[no-untyped-call]
 
     def receive(self, x: Tensor, g: Tensor) -> None:
         size = self.probes.batch_size
@@ -111,26 +121,23 @@ class _Layer:
         if len(self.arrived) == self.calls:
             self.square()
 
+    @torch.no_grad()
     def square(self) -> None:
         if not self.arrived:
             return
-        event = 0 if isinstance(self.module, nn.Embedding) else self._event_dims()
-        x = _joined([_positions(x, event) for x, _ in self.arrived])
-        g = _joined([_positions(g, max(event, 1)) for _, g in self.arrived])
+        calls = [self.rule.positions(self.module, _exact(x), _exact(g)) for x, g in self.arrived]
+        x, g = (_joined(list(side)) for side in zip(*calls, strict=True))
         self.arrived = []
         into, checksums = self.probes.into, self.probes.checksums
         with torch.autocast(x.device.type, enabled=False):
             for name, squares in self._squares(x, g):
-                into[name] += squares  # type: ignore[index]
+                add_squares(into[name], squares)  # type: ignore[index]
             if checksums is not None:
                 for name, squares in self._squares(x[self.probes.row, None], g[self.probes.row, None]):
                     checksums[name] = checksums.get(name, 0) + checksum(squares)
 
-    def _event_dims(self) -> int:
-        return len(self.module.normalized_shape) if isinstance(self.module, nn.LayerNorm) else 1
-
     def _squares(self, x: Tensor, g: Tensor) -> Iterator[tuple[str, Tensor]]:
-        for local, squares in self.rule(self.module, x, g).items():
+        for local, squares in self.rule.squares(self.module, x, g).items():
             if local in self.names:
                 yield self.names[local], squares
 
@@ -153,6 +160,11 @@ class _Probe(torch.autograd.Function):
         return grads[0], None, None, None
 
 
+def add_squares(total: Tensor, squares: Tensor) -> None:
+    """`total += squares`, wherever and in whatever dtype the total is kept."""
+    total += squares.to(total.device, total.dtype)
+
+
 def checksum(squares: Tensor) -> Tensor:
     """Two sums that tell apart tensors of squares, fp64 on the CPU: plain, and weighted by position."""
     flat = squares.flatten()
@@ -164,28 +176,25 @@ def _joined(calls: list[Tensor]) -> Tensor:
     return calls[0] if len(calls) == 1 else torch.cat(calls, dim=1)
 
 
-def _positions(tensor: Tensor, event_dims: int) -> Tensor:
-    """(n, any number of positions, event) as (n, P, event), floats in fp32 for exact sums of squares."""
-    event = tensor.shape[tensor.dim() - event_dims :]
-    tensor = tensor.reshape(tensor.shape[0], -1, *event)
+def _exact(tensor: Tensor) -> Tensor:
+    """Floats in fp32, for exact sums of squares."""
     return tensor.float() if tensor.is_floating_point() else tensor
 
 
 def _watched_layers(model: nn.Module, names: set[str], probes: Probes) -> list[_Layer]:
-    owners: dict[int, int] = {}
-    for module in model.modules():
-        for parameter in module._parameters.values():
-            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    owners = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
     layers = []
     for prefix, module in model.named_modules():
         rule = rule_for(module)
+        if rule is None:
+            continue
+        full = {local: f"{prefix}.{local}" if prefix else local for local in rule.parameters(module)}
+        # A tensor shared by two layers needs the sum of both before squaring, which no single layer sees.
         own = {
-            local: f"{prefix}.{local}" if prefix else local
-            for local, parameter in module._parameters.items()
-            # A tensor shared by two layers needs the sum of both before squaring, which no single layer sees.
-            if parameter is not None and owners[id(parameter)] == 1
+            local: name
+            for local, name in full.items()
+            if name in names and owners[id(module.get_parameter(local))] == 1
         }
-        own = {local: name for local, name in own.items() if name in names}
-        if rule is not None and own:
+        if own:
             layers.append(_Layer(module, rule, own, probes))
     return layers
