@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -657,3 +658,78 @@ def test_wrong_rule_is_found_out(monkeypatch: pytest.MonkeyPatch, caplog: pytest
     with caplog.at_level(logging.INFO, fisher_module.logger.name):
         assert_scores_close(scored(model, batch), reference_fisher(model, batch))
     assert "does not agree with the plain gradient" in caplog.text
+
+
+def test_gpt2_and_its_transposed_layers(caplog: pytest.LogCaptureFixture) -> None:
+    config = transformers.GPT2Config(vocab_size=40, n_positions=32, n_embd=16, n_layer=2, n_head=2, num_labels=3)
+    torch.manual_seed(0)
+    model, batch = transformers.GPT2LMHeadModel(config).eval(), causal_batch()
+    with caplog.at_level(logging.INFO, "fish_tuning"):
+        assert_scores_close(scored(model, batch), reference_fisher(model, batch))
+    assert looped_names(caplog).endswith("transformer.wte.weight."), "shared with the head, so no layer sees it whole"
+
+
+def test_lora_on_convolutions(caplog: pytest.LogCaptureFixture) -> None:
+    config = transformers.ResNetConfig(
+        num_channels=1, embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], layer_type="basic", num_labels=3
+    )
+    torch.manual_seed(0)
+    base = transformers.ResNetForImageClassification(config)
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["convolution"], init_lora_weights=False))
+    batch = image_batch()
+    reference = reference_fisher(model, batch)
+    with caplog.at_level(logging.INFO, "fish_tuning"):
+        assert_scores_close(scored(model, batch), reference)
+    assert not looped_names(caplog)
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "ia3"])
+def test_on_quantised_base_weights(kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pytest.importorskip("bitsandbytes", reason="base weights in 4 bits need bitsandbytes")
+    llama(hidden_size=64, intermediate_size=64).save_pretrained(tmp_path)
+    quantisation = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+    base = transformers.LlamaForCausalLM.from_pretrained(
+        tmp_path, quantization_config=quantisation, dtype=torch.float32
+    )
+    targets = ["k_proj", "v_proj", "down_proj"]
+    ia3 = IA3Config(task_type="CAUSAL_LM", target_modules=targets, feedforward_modules=["down_proj"])
+    model = get_peft_model(base, ia3) if kind == "ia3" else lora(base, use_dora=kind == "dora")
+    with caplog.at_level(logging.INFO, "fish_tuning"):
+        scores = scored(model, rebatch(causal_batch(), 3))
+    assert not looped_names(caplog)
+    assert_scores_close(scores, scored(model, causal_batch(), method="loop"))
+
+
+def test_dtype_and_place_of_the_scores() -> None:
+    model, batch = lora(bert()), classification_batch()
+    reference = scored(model, rebatch(batch, 2))
+    coarse = scored(model, rebatch(batch, 2), scores_dtype=torch.bfloat16, scores_device="cpu")
+    assert {score.dtype for score in coarse.values()} == {torch.bfloat16}
+    assert_scores_close({name: score.float() for name, score in coarse.items()}, reference, tolerance=2**-7)
+    with pytest.raises(FisherError, match=r"float16 cannot hold squared gradients.*bfloat16"):
+        scored(model, batch, scores_dtype=torch.float16)
+
+
+@pytest.mark.parametrize("method", ["auto", "loop"])
+def test_gradients_come_one_at_a_time_and_past_the_users_hooks(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_ins: list[Tensor] = []
+    most = 0
+    register = Tensor.register_post_accumulate_grad_hook
+
+    def watched(stand_in: Tensor, hook: Callable[[Tensor], None]) -> object:
+        def counting(tensor: Tensor) -> None:
+            nonlocal most
+            most = max(most, sum(other.grad is not None for other in stand_ins))
+            hook(tensor)
+
+        stand_ins.append(stand_in)
+        return register(stand_in, counting)
+
+    model, called = bert(), []
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(called.append)
+    monkeypatch.setattr(Tensor, "register_post_accumulate_grad_hook", watched)
+    scored(model, classification_batch(), method=method)
+    assert len(stand_ins) >= len(list(model.parameters()))
+    assert most == 1
+    assert not called

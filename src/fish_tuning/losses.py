@@ -73,7 +73,7 @@ def resolve_likelihood(model: nn.Module, logits: Tensor, labels: Tensor, token_r
     Raises FisherError when the task is none of sequence classification (single label, multi-label, regression), causal
     language modelling, token classification, masked language modelling and sequence to sequence.
     """
-    loss_type = getattr(model, "loss_type", None)
+    loss_type = loss_type_of(model)
     if loss_type in CLASSIFICATION:
         return _classification_likelihood(model, logits, labels)
     if loss_type in TOKENWISE:
@@ -85,13 +85,21 @@ def resolve_likelihood(model: nn.Module, logits: Tensor, labels: Tensor, token_r
     )
 
 
+def loss_type_of(model: Any) -> str | None:
+    """The name of the loss that transformers trains the model with; the older `...LMHeadModel`s carry no such name."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    causal = "ForCausalLM" if type(base).__name__.endswith("LMHeadModel") else None
+    return getattr(model, "loss_type", None) or causal
+
+
 def align_labels(model: nn.Module, logits: Tensor, labels: Tensor, attention_mask: Tensor | None) -> Tensor:
     """Labels in the shape and order of the logits: shifted for causal models, padding set to -100.
 
     Logits that are longer than the labels (virtual prompt tokens in front) get ignored labels there. What a causal
     model says at a padding position counts as little: in a left-padded row it is no prediction of the first token.
     """
-    if getattr(model, "loss_type", None) not in TOKENWISE:
+    loss_type = loss_type_of(model)
+    if loss_type not in TOKENWISE:
         return labels
     encoder_decoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
     virtual = logits.shape[1] - labels.shape[1]
@@ -99,7 +107,7 @@ def align_labels(model: nn.Module, logits: Tensor, labels: Tensor, attention_mas
     if attention_mask is not None and attention_mask.shape == labels.shape and not encoder_decoder:
         padding = attention_mask == 0
     labels = F.pad(labels.masked_fill(padding, IGNORED), (virtual, 0), value=IGNORED)
-    if model.loss_type in ("ForCausalLM", "ForConditionalGeneration") and not encoder_decoder:
+    if loss_type in ("ForCausalLM", "ForConditionalGeneration") and not encoder_decoder:
         labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED).masked_fill(F.pad(padding, (virtual, 0)), IGNORED)
     return labels
 

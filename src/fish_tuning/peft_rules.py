@@ -57,13 +57,13 @@ def _ia3(module: Any, kept: Tensor, g: Tensor) -> dict[str, Tensor]:
     scale = module.get_parameter(name)
     if not module.is_feedforward:
         return {name: bias_squares(g * kept / scale.flatten()).view_as(scale)}
-    return {name: bias_squares(kept * (g @ _dense_weight(module))).view_as(scale)}
+    return {name: bias_squares(kept * _input_gradient(module.base_layer, kept, g)).view_as(scale)}
 
 
-def _dense_weight(module: Any) -> Tensor:
-    """The base layer's weight as fp32 (out, in), whichever way it is stored."""
-    from peft.utils.integrations import dequantize_module_weight
-
-    with torch.no_grad():
-        weight: Tensor = dequantize_module_weight(module.get_base_layer()).float()
-    return weight.T if getattr(module, "fan_in_fan_out", False) else weight
+def _input_gradient(layer: nn.Module, x: Tensor, g: Tensor) -> Tensor:
+    """g W, by the layer itself: it knows how its weight is stored (transposed, in 4 or 8 bits)."""
+    weight: Tensor = layer.weight  # type: ignore[assignment]
+    with torch.enable_grad():
+        x = x.detach().to(weight.dtype if weight.is_floating_point() else x.dtype).requires_grad_()
+        output = layer(x)
+    return torch.autograd.grad(output, x, g.to(output.dtype))[0].float()
