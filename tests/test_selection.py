@@ -15,7 +15,8 @@ from torch import Tensor
 
 import fish_tuning.selection as selection
 from fish_tuning import FishTuningWarning, MaskError, ZeroScoresError, create_mask_from_fisher, register_method
-from fish_tuning.selection import matching_names, method_names, resolve_budget, select_top_k
+from fish_tuning.budgets import matching_names, resolve_budget
+from fish_tuning.selection import method_names, select_top_k
 
 
 def count(mask: Mapping[str, Tensor]) -> int:

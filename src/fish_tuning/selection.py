@@ -7,7 +7,6 @@ The random keys are drawn anew, chunk by chunk, wherever they are needed, and on
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
@@ -15,10 +14,12 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from fish_tuning.budgets import matching_names, module_type, resolve_budget, split_budget
 from fish_tuning.errors import FishTuningWarning, MaskError, ZeroScoresError, did_you_mean
 
 Mask = dict[str, Tensor]
 Method = Callable[[Tensor], Tensor]
+Part = tuple[Mapping[str, Tensor], int]  # scores that are compared with each other, and how many of them to keep
 
 _METHODS: dict[str, Method] = {}
 _CHUNK = 2**20  # entries looked at a time: bounds the extra memory at some 100 MB
@@ -69,6 +70,8 @@ def create_mask_from_fisher(
     *,
     num_trainable: int | None = None,
     method: str = "fish",
+    quotas: Mapping[str, float] | Literal["module_type"] | None = None,
+    normalize: Literal["module_type"] | None = None,
     seed: int = 0,
     zero_scores: Literal["warn", "error", "ignore"] = "warn",
 ) -> Mask:
@@ -76,7 +79,8 @@ def create_mask_from_fisher(
 
     FISH-Tuning, arXiv 2504.04050, eq. 4 and 5. The pool is every entry whose tensor's name matches none of
     `names_to_exclude`; excluded tensors train densely and are all true in the mask, so that the mask's sum is the
-    number of trainable parameters.
+    number of trainable parameters. Where modules of different kinds share a pool (UniPELT), the scale of their
+    gradients decides which of them are kept at all; `quotas` and `normalize` are two ways out.
 
     Args:
         fisher_scores: {name: scores}, non-negative, from `calculate_fisher_information`.
@@ -86,6 +90,10 @@ def create_mask_from_fisher(
             included.
         method: "fish" (largest scores), "rand" (random, seeded), "rev" (smallest scores), or one that was added with
             `register_method`. All of them keep the same number of entries.
+        quotas: {regular expression: share}, shares adding up to 1: each group of tensors gets that share of the kept
+            entries, whatever its scores. Each tensor of the pool must match exactly one of them. "module_type" keeps
+            the same ratio of every module type (`query.lora_A`, all layers together). The total stays exact.
+        normalize: "module_type" divides each score by the mean over its module type before they are compared.
         seed: orders ties, and is the choice of "rand". The same seed and scores give the same mask.
         zero_scores: what to do when "fish" must keep entries that scored exactly 0, which is a choice at random:
             "warn" (FishTuningWarning), "error" (ZeroScoresError) or "ignore".
@@ -94,7 +102,8 @@ def create_mask_from_fisher(
         {name: bool tensor of the scores' shape, on their device}, for every name in `fisher_scores`.
 
     Raises:
-        MaskError: unknown method, bad ratio or budget, an exclusion that matches nothing, scores that are not finite.
+        MaskError: unknown method, bad ratio or budget, an exclusion that matches nothing, quotas that do not add up or
+            ask for more than there is, scores that are not finite.
 
     Example:
         >>> import torch
@@ -111,6 +120,8 @@ def create_mask_from_fisher(
             f"method={method!r} is not known; allowed are {', '.join(map(repr, _METHODS))}."
             f"{did_you_mean(method, _METHODS)}"
         )
+    if normalize not in (None, "module_type"):
+        raise MaskError(f"normalize={normalize!r} is not known; allowed are 'module_type' and None.")
     if zero_scores not in ("warn", "error", "ignore"):
         raise MaskError(f"zero_scores={zero_scores!r} is not known; allowed are 'warn', 'error', 'ignore'.")
     _check_scores(fisher_scores)
@@ -122,62 +133,31 @@ def create_mask_from_fisher(
         keep_ratio=keep_ratio,
         num_trainable=num_trainable,
     )
+    parts = _parts(pool, budget, quotas)
     if method == "fish" and zero_scores != "ignore":
-        _report_zero_scores(pool, budget, zero_scores)
-    chosen = select_top_k(pool, budget, priority=_METHODS[method], seed=seed)
+        _report_zero_scores(parts, zero_scores)
+    scales = _scales(pool) if normalize else None
+    chosen: Mask = {}
+    for part, k in parts:
+        chosen |= select_top_k(part, k, priority=_METHODS[method], seed=seed, scales=scales)
     return {
         name: chosen[name] if name in chosen else torch.ones_like(scores, dtype=torch.bool)
         for name, scores in fisher_scores.items()
     }
 
 
-def matching_names(names: Iterable[str], names_to_exclude: Sequence[str]) -> set[str]:
-    """The names that any of the regular expressions is found in. Raises MaskError for one that is found in none."""
-    names = list(names)
-    matching: set[str] = set()
-    for pattern in [names_to_exclude] if isinstance(names_to_exclude, str) else names_to_exclude:
-        try:
-            matches = {name for name in names if re.search(pattern, name)}
-        except re.error as error:
-            raise MaskError(f"names_to_exclude: {pattern!r} is no regular expression ({error}).") from error
-        if not matches:
-            raise MaskError(
-                f"names_to_exclude: {pattern!r} matches none of the {len(names)} tensors, e.g. {names[0]!r}."
-            )
-        matching |= matches
-    return matching
-
-
-def resolve_budget(pool: int, dense: int, *, keep_ratio: float | None = None, num_trainable: int | None = None) -> int:
-    """Entries to keep of a pool of `pool` entries, beside `dense` entries that always train.
-
-    Raises MaskError when not exactly one of `keep_ratio` and `num_trainable` is given or it cannot be met.
-    """
-    if (keep_ratio is None) == (num_trainable is None):
-        raise MaskError("Give exactly one of keep_ratio (share of the pool) and num_trainable (parameters in all).")
-    if num_trainable is not None and not isinstance(num_trainable, int):
-        raise MaskError(f"num_trainable={num_trainable!r} must be a whole number.")
-    if keep_ratio is not None and not isinstance(keep_ratio, int | float):
-        raise MaskError(f"keep_ratio={keep_ratio!r} must be a number in (0, 1].")
-    if not pool:
-        raise MaskError("No tensor is left to select from: names_to_exclude matches all of them.")
-    if keep_ratio is not None:
-        if not 0 < keep_ratio <= 1:
-            raise MaskError(f"keep_ratio={keep_ratio} is outside (0, 1].")
-        return max(1, round(keep_ratio * pool))
-    if not dense < num_trainable <= dense + pool:  # type: ignore[operator]
-        raise MaskError(
-            f"num_trainable={num_trainable:,} cannot be met: {dense:,} parameters outside the pool always train, "
-            f"and the pool has {pool:,} entries, so {dense + 1:,} to {dense + pool:,} are possible."
-        )
-    return num_trainable - dense  # type: ignore[operator]
-
-
-def select_top_k(scores: Mapping[str, Tensor], k: int, *, priority: Method = _fish, seed: int = 0) -> Mask:
+def select_top_k(
+    scores: Mapping[str, Tensor],
+    k: int,
+    *,
+    priority: Method = _fish,
+    seed: int = 0,
+    scales: Mapping[str, float] | None = None,
+) -> Mask:
     """Masks with the k entries of largest priority over all tensors; ties fall in an order drawn from `seed`.
 
-    Needs, beside scores and masks, a fixed amount of memory. The result depends neither on the order of the mapping nor
-    on the device.
+    `scales` gives a factor for each tensor's scores. Needs, beside scores and masks, a fixed amount of memory. The
+    result depends neither on the order of the mapping nor on the device.
     """
     names = sorted(scores)
     total = sum(scores[name].numel() for name in names)
@@ -190,7 +170,7 @@ def select_top_k(scores: Mapping[str, Tensor], k: int, *, priority: Method = _fi
     def priorities() -> Iterator[Tensor]:
         for name in names:
             for chunk in scores[name].detach().reshape(-1).split(_CHUNK):
-                values = priority(chunk).to(dtype)
+                values = priority(chunk.to(dtype) * scales[name] if scales else chunk).to(dtype)
                 if values.shape != chunk.shape:
                     raise MaskError("The selection method must give a priority for each score, in the same shape.")
                 if values.isnan().any():
@@ -273,16 +253,36 @@ def _check_scores(fisher_scores: Mapping[str, Tensor]) -> None:
                 raise MaskError(f"The scores of {name!r} are not all finite, so they have no order.")
 
 
-def _report_zero_scores(pool: Mapping[str, Tensor], budget: int, zero_scores: str) -> None:
-    nonzero = {name: int(scores.count_nonzero()) for name, scores in pool.items()}
-    scored = sum(nonzero.values())
-    if budget <= scored:
+def _parts(pool: Mapping[str, Tensor], budget: int, quotas: Mapping[str, float] | str | None) -> list[Part]:
+    if quotas is None:
+        return [(pool, budget)]
+    sizes = {name: scores.numel() for name, scores in pool.items()}
+    return [({name: pool[name] for name in names}, k) for names, k in split_budget(sizes, budget, quotas)]
+
+
+def _scales(pool: Mapping[str, Tensor]) -> dict[str, float]:
+    """One over the mean score of each tensor's module type, 1 where that is zero."""
+    totals: dict[str, list[float]] = {}  # sum and number
+    for name, scores in pool.items():
+        total = totals.setdefault(module_type(name), [0.0, 0.0])
+        total[0] += sum(float(chunk.double().sum()) for chunk in scores.reshape(-1).split(_CHUNK))
+        total[1] += scores.numel()
+    means = {group: total / entries for group, (total, entries) in totals.items()}
+    return {name: 1 / means[module_type(name)] if means[module_type(name)] else 1.0 for name in pool}
+
+
+def _report_zero_scores(parts: Sequence[Part], zero_scores: str) -> None:
+    nonzero = {name: int(scores.count_nonzero()) for part, _ in parts for name, scores in part.items()}
+    budget = sum(k for _, k in parts)
+    scored = sum(min(k, sum(nonzero[name] for name in part)) for part, k in parts)
+    if budget == scored:
         return
     dead = [name for name, number in nonzero.items() if not number]
+    size = sum(scores.numel() for part, _ in parts for scores in part.values())
     message = (
-        f"{budget:,} entries are to be kept, but only {scored:,} of the pool's "
-        f"{sum(scores.numel() for scores in pool.values()):,} have a score above zero, so {budget - scored:,} are "
-        f"chosen at random. {len(dead)} of {len(pool)} tensors scored zero throughout"
+        f"{budget:,} entries are to be kept, but only {sum(nonzero.values()):,} of the pool's {size:,} have a score "
+        f"above zero, so {budget - scored:,} are chosen at random. {len(dead)} of {len(nonzero)} tensors scored zero "
+        f"throughout"
         + (f", e.g. {dead[0]!r}. " if dead else ". ")
         + "With LoRA's default initialisation B = 0, the gradient of every A is exactly zero. Ways out: start from "
         "init_lora_weights='pissa' (or 'olora', 'orthogonal'), score after some warm-up steps, or keep fewer entries."

@@ -28,6 +28,7 @@ from transformers import (
     set_seed,
 )
 
+from fish_tuning.budgets import matching_names, module_type
 from fish_tuning.errors import FishTuningError
 from fish_tuning.experiments.arguments import training_arguments
 from fish_tuning.experiments.config import ExperimentConfig
@@ -37,7 +38,7 @@ from fish_tuning.experiments.models import build_model, state_digest
 from fish_tuning.experiments.plan import Plan
 from fish_tuning.experiments.records import ArmPlan, KeptShare, RunRecord
 from fish_tuning.fisher import calculate_fisher_information
-from fish_tuning.selection import create_mask_from_fisher, matching_names
+from fish_tuning.selection import create_mask_from_fisher
 from fish_tuning.sparse import Mask, count_trainable_parameters
 from fish_tuning.storage import MASK_FILE_NAME, save_mask
 from fish_tuning.trainer import FishMaskCallback
@@ -215,11 +216,10 @@ def kept_shares(mask: Mask, names_to_exclude: Sequence[str]) -> list[KeptShare]:
     for name in mask.keys() - matching_names(mask, names_to_exclude):
         selected = mask[name]
         layer = re.search(r"\.(\d+)\.", name)
-        parts = [part for part in name.split(".") if part not in ("weight", "bias", "default")]
         shares.append(
             KeptShare(
                 layer=int(layer.group(1)) if layer else None,
-                module=".".join(parts[-2:]),
+                module=module_type(name),
                 kept=int(selected.sum()),
                 total=selected.numel(),
             )

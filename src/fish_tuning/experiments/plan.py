@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from fish_tuning.budgets import matching_names, resolve_budget
 from fish_tuning.errors import ConfigurationError, MaskError
 from fish_tuning.experiments.arguments import training_arguments
 from fish_tuning.experiments.config import ARMS, STARTS_AT_ZERO, ExperimentConfig
@@ -17,7 +18,6 @@ from fish_tuning.experiments.data import Task, load_task, tokenize
 from fish_tuning.experiments.metrics import main_metric
 from fish_tuning.experiments.models import build_meta_model, load_config, load_tokenizer, read_config
 from fish_tuning.experiments.records import ArmPlan
-from fish_tuning.selection import matching_names, resolve_budget
 
 RECORDED_PACKAGES = ("fish-tuning", "torch", "transformers", "peft", "datasets")
 # Model types whose position embeddings start after the padding token's number.
