@@ -733,3 +733,32 @@ def test_gradients_come_one_at_a_time_and_past_the_users_hooks(method: str, monk
     assert len(stand_ins) >= len(list(model.parameters()))
     assert most == 1
     assert not called
+
+
+class Shared(nn.Module):
+    """A module that is registered under two names, and a tensor that is read past its attribute."""
+
+    def __init__(self, hidden: bool) -> None:
+        super().__init__()
+        self.bank = nn.ParameterDict({"bank": nn.Parameter(torch.randn(3))})
+        self.again = self.bank
+        self.past = (self.bank["bank"],) if hidden else ()
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        weight = self.past[0] if self.past else self.bank["bank"] + self.again["bank"]
+        return (input_ids.float() * weight).sum(1)
+
+
+def test_a_module_registered_twice_is_left_as_it_was() -> None:
+    model, batch = Shared(hidden=False), {"input_ids": torch.tensor([[1, 2, 3], [4, 5, 6]])}
+    before = model.bank["bank"]
+    scores = scored(model, batch, loss_fn=lambda outputs, batch: outputs)
+    assert model.bank["bank"] is before
+    assert isinstance(model.again["bank"], nn.Parameter)
+    torch.testing.assert_close(scores["bank.bank"], 4 * batch["input_ids"].float().square().mean(0))
+
+
+def test_a_tensor_that_is_read_past_its_attribute_is_refused() -> None:
+    batch = {"input_ids": torch.tensor([[1, 2, 3], [4, 5, 6]])}
+    with pytest.raises(FisherError, match=r"'bank\.bank' cannot be scored: its layer keeps a reference"):
+        scored(Shared(hidden=True), batch, loss_fn=lambda outputs, batch: outputs)

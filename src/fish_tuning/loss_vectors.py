@@ -45,11 +45,11 @@ class LossVectors:
     def __call__(self, batch: Batch, first_example: int, parameters: dict[str, Tensor] | None = None) -> list[Tensor]:
         """Forward pass and losses; `first_example` numbers the first row, which seeds its drawn labels.
 
-        `parameters` stand in for the model's own of the same names.
+        `parameters` stand in for the model's own, each under every name that a module has it by.
         """
         inputs = batch if self.encoder_decoder or self.loss_fn else _without_labels(batch)
         inputs = {**inputs, **self._positions(batch)}
-        outputs = functional_call(self.model, parameters, (), inputs) if parameters else self.model(**inputs)
+        outputs = self._call(parameters, inputs) if parameters else self.model(**inputs)
         losses = self._losses(outputs, batch, first_example)
         for offset, finite in enumerate(torch.stack(losses).isfinite().all(dim=0).tolist()):
             if not finite:
@@ -58,6 +58,10 @@ class LossVectors:
                     "information. Check the example and the model's dtype."
                 )
         return losses
+
+    def _call(self, parameters: dict[str, Tensor], inputs: Batch) -> Any:
+        # torch's own search for tied weights would restore a module that is registered twice wrongly.
+        return functional_call(self.model, parameters, (), inputs, tie_weights=False)
 
     def trimmed(self, batch: Batch) -> Batch:
         """Without common padding, where the task is known well enough to tell what runs along the tokens."""

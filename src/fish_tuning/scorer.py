@@ -47,6 +47,8 @@ class Scorer:
         self.proven = dict.fromkeys(self.probes.names, 0)
         self.checks = Counter[int]()
         self.begun = False
+        self.slots = _slots(model, trainable)
+        self.reach_checked: set[str] = set()
         self.gradient_scale = 0.0  # squared norm of an example's gradient, the largest seen
 
     def add(self, batch: Batch, first_example: int) -> None:
@@ -155,9 +157,24 @@ class Scorer:
         stand_ins = {name: self.trainable[name].detach().requires_grad_() for name in names}
         for name, stand_in in stand_ins.items():
             stand_in.register_post_accumulate_grad_hook(partial(receive, name))
-        losses = self.losses(self.losses.trimmed(example), number, stand_ins)
+        in_place = {slot: stand_in for name, stand_in in stand_ins.items() for slot in self.slots[name]}
+        losses = self.losses(self.losses.trimmed(example), number, in_place)
+        self._check_reach(losses[0], {name: self.trainable[name] for name in names})
         for vector, loss in enumerate(losses, start=1):
             torch.autograd.backward(loss.sum(), inputs=list(stand_ins.values()), retain_graph=vector < len(losses))
+
+    def _check_reach(self, loss: Tensor, own: dict[str, nn.Parameter]) -> None:
+        """Refuse a tensor that its module gets at by another way than its attribute: no stand-in can take its place."""
+        if self.reach_checked.issuperset(own):
+            return
+        self.reach_checked |= own.keys()
+        gradients = torch.autograd.grad(loss.sum(), list(own.values()), allow_unused=True, retain_graph=True)
+        for name, gradient in zip(own, gradients, strict=True):
+            if gradient is not None:
+                raise FisherError(
+                    f"{name!r} cannot be scored: its layer keeps a reference to it of its own, past the module's "
+                    "attribute. Set requires_grad_(False) on it, or use another PEFT method."
+                )
 
     def _device(self) -> torch.device:
         return next(iter(self.trainable.values())).device
@@ -167,3 +184,14 @@ class Scorer:
         for reason, number in Counter(self.reasons.values()).items():
             example = next(name for name, why in self.reasons.items() if why == reason)
             logger.info("Fisher information: %d tensors by the loop (%s), e.g. %s.", number, reason, example)
+
+
+def _slots(model: nn.Module, trainable: dict[str, nn.Parameter]) -> dict[str, list[str]]:
+    """Every place of each tensor, a tied one's several; a module that is registered twice counts once."""
+    names = {id(parameter): name for name, parameter in trainable.items()}
+    slots: dict[str, list[str]] = {name: [] for name in trainable}
+    for prefix, module in model.named_modules():
+        for local, parameter in module._parameters.items():
+            if id(parameter) in names:
+                slots[names[id(parameter)]].append(f"{prefix}.{local}" if prefix else local)
+    return slots
