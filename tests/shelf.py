@@ -18,7 +18,18 @@ import peft
 import torch
 from peft import PeftModel, PeftType, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from tiny import PAD, VOCABULARY, Batch, bert, causal_batch, classification_batch, image_batch, llama, lora, vit
+from tiny import (
+    PAD,
+    VOCABULARY,
+    Batch,
+    bert,
+    causal_batch,
+    classification_batch,
+    image_batch,
+    llama,
+    lora,
+    vit,
+)
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -88,7 +99,6 @@ class Refusal(Method):
     by: str = "`apply_mask`"
     error: type[Exception] = MaskError
     message: str = "is shared by several layers"
-    pending: bool = False  # is not refused yet
 
 
 def xlora_experts(folder: Path) -> Settings:
@@ -197,6 +207,16 @@ CASES = {
     ),
     "VeRA": Case("VERA", "BERT", BERT_QV | {"r": 4}),
     "WaveFT": Case("WAVEFT", "BERT", BERT_QV | {"n_frequency": 20}),
+    "LoRA, `modules_to_save` of tied embeddings": Case(
+        "LORA",
+        "Llama, tied",
+        LLAMA_QV | LORA | {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+    ),
+    "LoRA, `trainable_token_indices` of tied embeddings": Case(
+        "LORA", "Llama, tied", LLAMA_QV | LORA | {"trainable_token_indices": [3, 4]}
+    ),
+    "Uni-LoRA": Case("UNILORA", "BERT", BERT_QV | {"r": 2, "theta_d_length": 16}),
+    "VB-LoRA": Case("VBLORA", "BERT", BERT_QV | {"r": 2, "num_vectors": 6, "vector_length": 4}),
     "X-LoRA": Case(
         "XLORA",
         "Llama",
@@ -220,36 +240,27 @@ REFUSALS = {
         {"cpt_token_ids": [3, 4, 5], "cpt_mask": [1, 1, 1], "cpt_tokens_type_mask": [1, 2, 3]},
         "It rescales its whole tensor at every step, frozen entries included.",
         message="gradient hook",
-        pending=True,
     ),
-    "Lily": Refusal("LILY", "BERT", BERT_QV | {"r": 2}, "Its layers share their experts."),
+    "Lily": Refusal(
+        "LILY",
+        "BERT",
+        BERT_QV | {"r": 2},
+        "Its router averages over the batch, so no example has a loss of its own. Scoring refuses it too.",
+        message="Lily's router averages over the batch",
+    ),
     "OSF": Refusal(
         "OSF",
         "BERT",
         BERT_QV,
         "It projects the gradient of a whole tensor, which single entries cannot follow.",
         message="gradient hook",
-        pending=True,
     ),
-    "TinyLoRA": Refusal("TINYLORA", "BERT", BERT_QV | {"r": 2, "u": 4}, "Its layers share their vectors."),
-    "Uni-LoRA": Refusal("UNILORA", "BERT", BERT_QV | {"r": 2, "theta_d_length": 16}, "All layers share one vector."),
-    "VB-LoRA": Refusal(
-        "VBLORA",
+    "TinyLoRA": Refusal(
+        "TINYLORA",
         "BERT",
-        BERT_QV | {"r": 2, "num_vectors": 6, "vector_length": 4},
-        "Its layers share their bank of vectors.",
-    ),
-    "LoRA, `modules_to_save` of tied embeddings": Refusal(
-        "LORA",
-        "Llama, tied",
-        LLAMA_QV | LORA | {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
-        "The input and output embeddings stay tied. With the embeddings in `names_to_exclude` they train as a whole.",
-    ),
-    "LoRA, `trainable_token_indices` of tied embeddings": Refusal(
-        "LORA",
-        "Llama, tied",
-        LLAMA_QV | LORA | {"trainable_token_indices": [3, 4]},
-        "The input and output embeddings share the trained rows.",
+        BERT_QV | {"r": 2, "u": 4},
+        "Its layers share their vectors and reach them past their modules.",
+        message="TinyLoRA keeps references",
     ),
     "Adaption prompt on BERT": Refusal(
         "ADAPTION_PROMPT",
@@ -345,9 +356,7 @@ def case_row(name: str, how: str) -> str:
 
 def refusal_row(name: str) -> str:
     refusal = REFUSALS[name]
-    return _row(
-        name, f"`{refusal.peft_type}`", refusal.base, "nothing yet" if refusal.pending else refusal.by, refusal.remark
-    )
+    return _row(name, f"`{refusal.peft_type}`", refusal.base, refusal.by, refusal.remark)
 
 
 def _row(*cells: str) -> str:

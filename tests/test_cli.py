@@ -19,7 +19,10 @@ from fish_tuning.experiments.records import ArmPlan, RunRecord
 from fish_tuning.experiments.report import write_report
 
 PLAN = SimpleNamespace(
-    arms=[ArmPlan("lora", None, 2, 3397, 3072, 3072, 325), ArmPlan("lora-fish", "fish", 16, 3397, 24576, 3072, 325)],
+    arms=[
+        ArmPlan("lora", "lora", None, "r 2", {}, 3397, 3072, 3072, 325),
+        ArmPlan("lora-fish", "lora", "fish", "r 16", {}, 3397, 24576, 3072, 325),
+    ],
     facts={"task": "fake", "train_examples": 300},
     notes=["a note of the plan"],
 )

@@ -15,6 +15,8 @@ import fish_tuning
 
 MODULES = [
     "batches",
+    "budgets",
+    "delta",
     "errors",
     "fisher",
     "losses",
@@ -22,6 +24,7 @@ MODULES = [
     "probes",
     "scoring_state",
     "selection",
+    "shira",
     "sparse",
     "storage",
     "trainer",

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from tiny import (
     Batch,
+    Rows,
     assert_only_selected_moved,
     assert_same_tensors,
     bert,
@@ -18,21 +21,28 @@ from tiny import (
     classification_batch,
     llama,
     lora,
+    only_trainable,
     random_mask,
     tensors,
 )
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.utils import parametrize
-from transformers import BertForSequenceClassification
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import BertForSequenceClassification, Trainer, TrainingArguments
 
 from fish_tuning import (
+    FishMaskCallback,
     MaskError,
     apply_mask,
+    calculate_fisher_information,
     count_trainable_parameters,
+    create_mask_from_fisher,
     get_mask,
     is_masked,
     remove_mask,
 )
+from fish_tuning.delta import add_delta, load_delta, remove_delta, save_delta
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Batch]]] = {
     "bert-lora": (lambda: lora(bert(), lora_dropout=0.0), classification_batch),
@@ -382,6 +392,89 @@ def test_embedding_adapter_in_a_parameter_dict() -> None:
     assert_only_selected_moved(before, tensors(model), mask)
 
 
+# The base model's own weights
+
+
+POOLS: dict[str, Callable[[str], bool]] = {
+    "all": lambda name: True,
+    "biases": lambda name: name.endswith("bias"),
+    "pattern": lambda name: re.search(r"embeddings\.|LayerNorm|attention.*weight", name) is not None,
+}
+
+
+@pytest.mark.parametrize("how", ["loop", "trainer"])
+@pytest.mark.parametrize("pool", POOLS)
+def test_base_weights_from_scores_to_delta(pool: str, how: str, tmp_path: Path) -> None:
+    model, base, rows = bert(), bert(), classification_batch((5, 9, 3, 7, 6, 8, 4, 5))
+    only_trainable(model, [n for n, _ in model.named_parameters() if POOLS[pool](n) or n.startswith("classifier")])
+    scores = calculate_fisher_information(model, [rows], progress=False)
+    mask = create_mask_from_fisher(scores, 0.05, ["classifier"])
+    before, kept = tensors(model), sum(int(selected.sum()) for selected in mask.values())
+    assert sum(bool(selected.any()) for selected in mask.values()) > 4
+    if how == "loop":
+        apply_mask(model, mask)
+        train(model.train(), rows, OPTIMIZERS["adamw-fused"](trainable(model)), clip=1.0)
+    else:
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path), max_steps=4, per_device_train_batch_size=4, learning_rate=0.02, weight_decay=0.1,
+            report_to=[], save_strategy="no", disable_tqdm=True, logging_strategy="no", use_cpu=True,
+        )  # fmt: skip
+        Trainer(model=model, args=arguments, train_dataset=Rows(rows), callbacks=[FishMaskCallback(mask)]).train()
+    assert count_trainable_parameters(model) == kept
+    assert_only_selected_moved(before, tensors(model), mask)
+    save_delta(model.eval(), tmp_path / "delta.safetensors")
+    add_delta(base, tmp_path / "delta.safetensors")
+    assert load_delta(tmp_path / "delta.safetensors").num_parameters == kept
+    assert torch.equal(base(**rows).logits, model(**rows).logits)
+    assert_same_tensors(base.state_dict(), model.state_dict())
+    remove_delta(base)
+    assert_same_tensors(base.state_dict(), before)
+
+
+class DenseTensors(TorchDispatchMode):
+    """Counts the tensors of at least `size` entries that operations have made and that are alive at the same time."""
+
+    def __init__(self, model: nn.Module, size: int) -> None:
+        super().__init__()
+        self.size, self.peak, self.made = size, 0, {}  # type: ignore[var-annotated]
+        self.known = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            storage = tensor.untyped_storage() if isinstance(tensor, Tensor) else None
+            if storage is not None and tensor.numel() >= self.size and storage._cdata not in self.known:
+                self.made[storage._cdata] = StorageWeakRef(storage)
+        self.made = {key: reference for key, reference in self.made.items() if not reference.expired()}
+        self.peak = max(self.peak, len(self.made))
+        return result
+
+
+def test_one_dense_gradient_at_a_time() -> None:
+    peaks = {}
+    for masked in (False, True):
+        model = nn.Sequential(*(nn.Linear(40, 40) for _ in range(4)))
+        if masked:
+            apply_mask(model, random_mask(model, 0.1))
+        with DenseTensors(model, 40 * 40) as dense:
+            for _ in range(2):  # two batches are accumulated
+                model(torch.ones(2, 3, 40)).square().sum().backward()
+        peaks[masked] = dense.peak
+    assert peaks == {False: 5, True: 1}  # four kept, and one on its way to be added to them
+
+
+def test_gradient_that_is_not_contiguous_is_not_copied() -> None:
+    model = nn.Linear(40, 30, bias=False)
+    mask = random_mask(model, 0.1)
+    apply_mask(model, mask)
+    gradient = torch.randn(40, 30).T
+    weight = model.weight
+    with DenseTensors(model, 40 * 30) as dense:
+        weight.backward(gradient)
+    assert dense.peak == 0
+    assert torch.equal(trainable(model)[0].grad, gradient[mask["weight"]])
+
+
 # Taking the mask off, copies
 
 
@@ -472,10 +565,23 @@ def test_tensor_that_is_not_contiguous() -> None:
 def test_tied_tensors_cannot_be_split() -> None:
     model = llama(tie_word_embeddings=True)
     mask = random_mask(model)
-    with pytest.raises(MaskError, match=r"'model.embed_tokens.weight' is shared by several layers"):
+    shared = (
+        r"'model.embed_tokens.weight' is shared by several layers .*: 'model.embed_tokens.weight', 'lm_head.weight'"
+    )
+    ways_out = r".*requires_grad_\(False\) before scoring.*names_to_exclude=\['model.embed_tokens.weight'\]"
+    with pytest.raises(MaskError, match=shared + ways_out):
         apply_mask(model, mask)
     apply_mask(model, random_mask(model, dense=["embed_tokens"]))
     assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_tied_tensors_outside_the_pool() -> None:
+    model, batch = llama(tie_word_embeddings=True), causal_batch()
+    model.get_parameter("model.embed_tokens.weight").requires_grad_(False)
+    mask, before = random_mask(model), tensors(model)
+    apply_mask(model, mask)
+    train(model, batch, OPTIMIZERS["adamw"](trainable(model)))
+    assert_only_selected_moved(before, tensors(model), mask)
 
 
 @pytest.mark.parametrize(

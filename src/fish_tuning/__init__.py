@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fish_tuning.delta import Delta, add_delta, load_delta, merge_delta, remove_delta, save_delta
     from fish_tuning.errors import (
         ConfigurationError,
         FisherError,
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from fish_tuning.fisher import calculate_fisher_information
     from fish_tuning.per_example import register_rule
     from fish_tuning.selection import create_mask_from_fisher, register_method
+    from fish_tuning.shira import create_shira_config
     from fish_tuning.sparse import (
         apply_mask,
         count_trainable_parameters,
@@ -52,6 +54,14 @@ _PUBLIC = {
     "get_mask": "sparse",
     "is_masked": "sparse",
     "count_trainable_parameters": "sparse",
+    # carry what was trained
+    "Delta": "delta",
+    "save_delta": "delta",
+    "load_delta": "delta",
+    "add_delta": "delta",
+    "remove_delta": "delta",
+    "merge_delta": "delta",
+    "create_shira_config": "shira",
     # what can go wrong
     "FishTuningError": "errors",
     "ConfigurationError": "errors",
@@ -63,6 +73,7 @@ _PUBLIC = {
 
 __all__ = [
     "ConfigurationError",
+    "Delta",
     "FishMaskCallback",
     "FishTuningError",
     "FishTuningTrainer",
@@ -70,16 +81,22 @@ __all__ = [
     "FisherError",
     "MaskError",
     "ZeroScoresError",
+    "add_delta",
     "apply_mask",
     "calculate_fisher_information",
     "count_trainable_parameters",
     "create_mask_from_fisher",
+    "create_shira_config",
     "get_mask",
     "is_masked",
+    "load_delta",
     "load_mask",
+    "merge_delta",
     "register_method",
     "register_rule",
+    "remove_delta",
     "remove_mask",
+    "save_delta",
     "save_mask",
     "synchronize_mask",
 ]

@@ -194,14 +194,15 @@ def _show_run(run: RunRecord, already_there: bool) -> None:
 def _show_results(
     console: Console, config: ExperimentConfig, plan: Plan, runs: list[RunRecord], output_dir: Path
 ) -> None:
-    from fish_tuning.experiments.report import FILES, report_notes
+    from fish_tuning.experiments.report import FILES, report_notes, start_text
     from fish_tuning.experiments.statistics import summarize
-    from fish_tuning.experiments.tables import conclusion, console_table
+    from fish_tuning.experiments.tables import conclusion, console_tables
 
     summary = summarize(runs)
     console.print()
-    console.print(console_table(summary, title=f"{config.name} ({config.start})"))
-    console.print()
+    for table in console_tables(summary, console.width, title=f"{config.name} ({start_text(config)})"):
+        console.print(table)
+        console.print()
     for note in report_notes(config, {**plan.facts, "notes": plan.notes}, summary):
         console.print(f"note: {note}")
     written = [str(output_dir / name) for name in FILES if (output_dir / name).exists()]

@@ -17,7 +17,7 @@ from fish_tuning.losses import FisherType, TokenReduction
 from fish_tuning.probes import Scores
 from fish_tuning.scorer import Scorer
 from fish_tuning.scoring_state import scoring_state
-from fish_tuning.sparse import is_masked
+from fish_tuning.sparse import REFUSED, is_masked
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +90,8 @@ def calculate_fisher_information(
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not trainable:
         raise FisherError("The model has no trainable tensor (requires_grad=True); there is nothing to score.")
+    if any(type(module).__name__ == "LilyModel" for module in model.modules()):
+        raise FisherError(REFUSED["LilyModel"])
     if is_masked(model):
         raise FisherError(
             "The model has a mask applied; its tensors cannot be scored as a whole. Call remove_mask(model) first."

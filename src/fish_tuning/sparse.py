@@ -23,6 +23,15 @@ from fish_tuning.errors import MaskError, did_you_mean
 
 Mask = dict[str, Tensor]
 
+# PEFT's tuners that cannot be masked, by class name, with the reason.
+REFUSED = {
+    "AdaLoraModel": "AdaLoRA prunes its tensors itself and its loss needs them whole; it cannot be masked. Use LoRA.",
+    "TinyLoraModel": "TinyLoRA keeps references to its one tensor past the modules, which a mask cannot follow. Use "
+    "VB-LoRA or Uni-LoRA.",
+    "LilyModel": "Lily's router averages over the batch, so no example has a loss of its own; it can neither be scored "
+    "exactly nor masked by such scores. Use LoRA.",
+}
+
 
 def apply_mask(model: nn.Module, mask: Mapping[str, Tensor]) -> None:
     """Freeze every entry of `model` that `mask` leaves out; train the selected ones as one vector a tensor.
@@ -72,24 +81,25 @@ def synchronize_mask(model: nn.Module) -> None:
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return
-    tensors = list(_masked_tensors(model))
-    digest = hashlib.sha256()
+    tensors = list(masked_tensors(model))
+    mask = hashlib.sha256()
     for tensor in tensors:
-        digest.update(tensor.name.encode() + tensor.masked.index.cpu().numpy().tobytes())
-    digests: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(digests, digest.hexdigest())
-    if len(set(digests)) > 1:
+        mask.update(tensor.name.encode() + tensor.masked.index.cpu().numpy().tobytes())
+    ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(ranks, (mask.hexdigest(), [tensor.masked.digest for tensor in tensors]))
+    if len({digest for digest, _ in ranks}) > 1:
         raise MaskError(
             "The processes have different masks. Score the same examples on every rank, or make the mask on rank 0, "
             "save_mask it and load_mask it on the others."
         )
-    for tensor in tensors:
-        dist.broadcast(tensor.module.get_buffer(f"parametrizations.{tensor.local}.original"), src=0)
+    for tensor, digest in zip(tensors, ranks[0][1], strict=True):
+        dist.broadcast(tensor.frozen, src=0)
+        tensor.masked.digest = digest
 
 
 def remove_mask(model: nn.Module) -> None:
     """Make every masked tensor of `model` an ordinary, wholly trainable parameter again, with its trained values."""
-    for tensor in list(_masked_tensors(model)):
+    for tensor in list(masked_tensors(model)):
         _unmask_tensor(tensor)
     ignored = [
         name for name in getattr(model, "_ddp_params_and_buffers_to_ignore", ()) if ".parametrizations." not in name
@@ -99,10 +109,9 @@ def remove_mask(model: nn.Module) -> None:
 
 def get_mask(model: nn.Module) -> Mask:
     """The mask that is applied to `model`, dense trainable tensors included as all true; bool tensors by name."""
-    mask = {tensor.name: tensor.masked.selected() for tensor in _masked_tensors(model)}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and ".parametrizations." not in f".{name}":
-            mask[name] = torch.ones_like(parameter, dtype=torch.bool, requires_grad=False)
+    mask = {tensor.name: tensor.masked.selected() for tensor in masked_tensors(model)}
+    for name, parameter in dense_parameters(model).items():
+        mask[name] = torch.ones_like(parameter, dtype=torch.bool, requires_grad=False)
     return mask
 
 
@@ -113,7 +122,21 @@ def is_masked(model: nn.Module) -> bool:
 
 def replaced_parameters(model: nn.Module) -> set[int]:
     """The ids of the dense parameters that masked tensors stand in for; no optimizer should hold them."""
-    return {id(tensor.masked.dense) for tensor in _masked_tensors(model)}
+    return {id(tensor.masked.dense) for tensor in masked_tensors(model)}
+
+
+def dense_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The trainable parameters that are no masked tensor's values: what trains as a whole."""
+    values = {id(tensor.masked.values) for tensor in masked_tensors(model)}
+    return {n: p for n, p in model.named_parameters() if p.requires_grad and id(p) not in values}
+
+
+def entries_digest(entries: Tensor) -> str:
+    """`dtype:sha256` of the entries' own bytes; empty for a tensor without data (on the meta device)."""
+    if entries.is_meta:
+        return ""
+    stored = entries.detach().cpu().reshape(-1).view(torch.uint8).numpy()
+    return f"{str(entries.dtype).removeprefix('torch.')}:{hashlib.sha256(stored.data).hexdigest()}"
 
 
 def count_trainable_parameters(model: nn.Module) -> int:
@@ -126,16 +149,20 @@ class MaskedTensor(nn.Module):
 
     index: Tensor
     dense: nn.Parameter
+    digest: str  # of the selected entries as they were before training: tells a stored delta's base from others
     hooks: tuple[RemovableHandle, ...]
 
     def __init__(self, dense: nn.Parameter, selected: Tensor) -> None:
         super().__init__()
+        # int64, though int32 would do: index_copy_ and take accept nothing else.
         index = selected.flatten().nonzero()[:, 0].to(dense.device)
         self.register_buffer("index", index, persistent=False)
         self.shape = dense.shape
         # Kept outside the module's registries: the object that an unmasked model gets back.
         object.__setattr__(self, "dense", dense)
-        self.values = nn.Parameter(dense.detach().flatten()[index]) if len(index) else None
+        entries = dense.detach().take(index)
+        self.digest = entries_digest(entries)
+        self.values = nn.Parameter(entries) if len(index) else None
 
     def forward(self, frozen: Tensor) -> Tensor:
         if self.values is None:
@@ -165,14 +192,22 @@ class _WriteValues(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return grads[0].reshape(-1).index_select(0, ctx.saved_tensors[0]), None, None
+        (dense,), (index,) = grads, ctx.saved_tensors
+        # take() reads any layout in place, where reshape(-1) would copy the whole gradient; index_select is faster.
+        return dense.view(-1).index_select(0, index) if dense.is_contiguous() else dense.take(index), None, None
 
 
-class _Masked(NamedTuple):
+class NamedMaskedTensor(NamedTuple):
+    """A masked tensor and where it is: `local` is its name in `module`, `name` that in the model."""
+
     name: str
     module: nn.Module
     local: str
     masked: MaskedTensor
+
+    @property
+    def frozen(self) -> Tensor:
+        return self.module.get_buffer(f"parametrizations.{self.local}.original")
 
 
 def _mask_tensor(module: nn.Module, local: str, selected: Tensor) -> None:
@@ -189,7 +224,7 @@ def _mask_tensor(module: nn.Module, local: str, selected: Tensor) -> None:
     )
 
 
-def _unmask_tensor(tensor: _Masked) -> None:
+def _unmask_tensor(tensor: NamedMaskedTensor) -> None:
     module, local, masked = tensor.module, tensor.local, tensor.masked
     trained = getattr(module, local).detach()
     _give_own_class(module)
@@ -238,12 +273,13 @@ class _SplitStateDict:
             state_dict[f"{own}0.values"] = dense.detach().flatten()[masked.index.to(dense.device)]
 
 
-def _masked_tensors(model: nn.Module) -> Iterator[_Masked]:
+def masked_tensors(model: nn.Module) -> Iterator[NamedMaskedTensor]:
+    """Every masked tensor of `model`, by the name that it has without the mask."""
     for path, masked in model.named_modules():
         if isinstance(masked, MaskedTensor):
             owner, _, rest = path.rpartition("parametrizations.")
             local = rest.removesuffix(".0")
-            yield _Masked(owner + local, model.get_submodule(owner.removesuffix(".")), local, masked)
+            yield NamedMaskedTensor(owner + local, model.get_submodule(owner.removesuffix(".")), local, masked)
 
 
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
@@ -254,10 +290,9 @@ def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
 def _check(model: nn.Module, mask: Mapping[str, Tensor]) -> None:
     if is_masked(model):
         raise MaskError("The model has a mask already. Call remove_mask(model) before applying another.")
-    if any(type(module).__name__ == "AdaLoraModel" for module in model.modules()):
-        raise MaskError(
-            "AdaLoRA prunes its tensors itself and its loss needs them whole; it cannot be masked. Use LoRA."
-        )
+    for module in model.modules():
+        if type(module).__name__ in REFUSED:
+            raise MaskError(REFUSED[type(module).__name__])
     parameters = dict(model.named_parameters())
     shared = _shared_names(model)
     for name, selected in mask.items():
@@ -274,12 +309,27 @@ def _check(model: nn.Module, mask: Mapping[str, Tensor]) -> None:
             )
         if not parameter.requires_grad:
             raise MaskError(f"{name!r} is in the mask but not trainable (requires_grad=False).")
+        if parameter._backward_hooks and not selected.all():
+            raise MaskError(
+                f"{name!r} has a gradient hook, which computes with the whole tensor's gradient; a mask would take it "
+                "away. Train this tensor as a whole (names_to_exclude), or use another PEFT method."
+            )
         if name in shared and not selected.all():
-            raise MaskError(f"{name!r} is shared by several layers (tied weights), which a mask cannot split.")
+            raise MaskError(
+                f"{name!r} is shared by several layers (tied weights: {', '.join(map(repr, shared[name]))}), which a "
+                f"mask cannot split. Ways out: model.get_parameter({name!r}).requires_grad_(False) before scoring "
+                f"leaves it out of the pool; names_to_exclude=[{name!r}] trains it as a whole."
+            )
 
 
-def _shared_names(model: nn.Module) -> set[str]:
-    seen: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        seen.setdefault(id(parameter), []).append(name)
-    return {name for names in seen.values() if len(names) > 1 for name in names}
+def _shared_names(model: nn.Module) -> dict[str, list[str]]:
+    """Each name of a tensor that several modules hold, with all the names that it has.
+
+    One module that is registered in several places holds its tensors once, and can be masked.
+    """
+    owners: dict[int, list[str]] = {}
+    for prefix, module in model.named_modules():
+        for local, parameter in module._parameters.items():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append(f"{prefix}.{local}" if prefix else local)
+    return {name: names for names in owners.values() if len(names) > 1 for name in names}

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fish_tuning.errors import ConfigurationError
-from fish_tuning.experiments.config import ARMS, ExperimentConfig
+from fish_tuning.experiments.config import ExperimentConfig, Selection, selection_of
 from fish_tuning.experiments.loading import (
     config_directory,
     describe,
@@ -41,7 +41,7 @@ def test_everything_left_out_has_a_default(experiment: Path) -> None:
     assert config.name == "mine"
     assert config.training.output_dir == "results/mine"
     assert config.dataset.load_args == ["some-data"]
-    assert config.fish_tuning.methods_to_run == list(ARMS)
+    assert config.fish_tuning.methods_to_run == ["lora", "lora-fish", "lora-fish-rand", "lora-fish-rev"]
     assert config.seeds == [42, 43, 44]
     assert config.training.args_override["learning_rate"] == 1e-3
 
@@ -49,7 +49,7 @@ def test_everything_left_out_has_a_default(experiment: Path) -> None:
 def test_schema_and_shipped_defaults_agree(experiment: Path) -> None:
     bare = ExperimentConfig(model={"name": "some-model"}, dataset={"load_args": ["some-data"]})
     loaded = load_experiment(experiment)
-    for section in ("lora", "fish_tuning", "seeds"):
+    for section in ("peft", "lora", "fish_tuning", "seeds"):
         assert getattr(bare, section) == getattr(loaded, section)
 
 
@@ -125,6 +125,13 @@ def test_environment_variables_are_expanded(experiment: Path, monkeypatch: pytes
         ("fish_tuning.prune_to_ratio_of_baseline=1.5", "must be a number above 0, up to 1"),
         ("fish_tuning.methods_to_run=[lora-fsh]", "Did you mean 'lora-fish'?"),
         ("fish_tuning.methods_to_run=[lora, lora]", "holds 'lora' twice"),
+        ("fish_tuning.methods_to_run=[dora]", "'dora' is no arm; allowed are lora, lora-fish"),
+        ("fish_tuning.quotas={a: 0.5, b: 0.4}", "must be shares from 0 that add up to 1; they add up to 0.9"),
+        ("peft.metod=dora", "peft.metod is not known. Did you mean 'peft.method'?"),
+        ("peft.method=DoRA", "peft.method='DoRA': must be a method's name in small letters"),
+        ("peft=[{method: lora}, {method: lora}]", "holds 'lora' twice"),
+        ("peft=[{method: lora, args: 3}]", "peft.args=3: must be names and values of the method's PEFT configuration"),
+        ("peft.training_args.evaluation_strategy=no", "write 'eval_strategy'"),
         ("fish_tuning.num_samples=0", "fish_tuning.num_samples=0: must be a whole number from 1"),
         ("fish_tuning.warmup_steps=-1", "fish_tuning.warmup_steps=-1: must be a whole number from 0"),
         ("dataset.load_args=[]", "dataset.load_args=[]: must be the arguments of datasets.load_dataset"),
@@ -233,5 +240,24 @@ def test_target_modules_as_text_is_a_regular_expression(experiment: Path) -> Non
 )
 def test_warm_up_is_what_the_start_needs_unless_it_is_set(overrides: list[str], steps: int) -> None:
     config = load_experiment("my_experiment", overrides)
-    assert config.warmup_steps == steps
-    assert (f"after {steps} warm-up" in config.start) == bool(steps)
+    assert config.warmup_steps("lora") == steps
+    assert (f"after {steps} warm-up" in config.start("lora")) == bool(steps)
+
+
+def test_methods_bring_their_arms(experiment: Path) -> None:
+    config = load_experiment(experiment, ["peft.method=dora"])
+    assert config.fish_tuning.methods_to_run == ["dora", "dora-fish", "dora-fish-rand", "dora-fish-rev"]
+    two = "peft=[{method: ia3, training_args: {learning_rate: 0.01}}, {method: unipelt, args: {r: 4}}]"
+    config = load_experiment(experiment, [two])
+    assert config.fish_tuning.methods_to_run[3:5] == ["ia3-fish-rev", "unipelt"]
+    assert config.method_of("unipelt-fish-quota").args == {"r": 4}
+    assert [config.warmup_steps(name) for name in ("ia3", "unipelt")] == [0, 20]
+    assert config.start("ia3") == "scored at its start"
+    chosen = load_experiment(experiment, [two, "fish_tuning.methods_to_run=[ia3, unipelt-fish-norm]"])
+    assert chosen.fish_tuning.methods_to_run == ["ia3", "unipelt-fish-norm"]
+
+
+def test_selections_of_arms() -> None:
+    assert selection_of("lora") is None
+    assert selection_of("prefix_tuning-fish-rand") == Selection("rand")
+    assert selection_of("unipelt-fish-quota") == Selection("fish", quotas=True)

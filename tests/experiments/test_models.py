@@ -8,7 +8,7 @@ import pytest
 import torch
 from folders import write_bert, write_llama_config
 from safetensors.torch import load_file, save_file
-from tiny import llama_classifier, vit
+from tiny import llama_classifier
 
 from fish_tuning.errors import ConfigurationError
 from fish_tuning.experiments.config import ExperimentConfig
@@ -20,15 +20,21 @@ from fish_tuning.experiments.models import (
     load_config,
     load_tokenizer,
     state_digest,
-    target_modules,
 )
 
 MakeExperiment = Callable[..., ExperimentConfig]
 
 
-def built(config: ExperimentConfig, rank: int = 4, seed: int = 1) -> torch.nn.Module:
+def built(config: ExperimentConfig, dense: bool = False, seed: int = 1) -> torch.nn.Module:
     task = load_task(config.dataset)
-    return build_model(config, load_config(config.model, task, 0), task, rank, seed=seed)  # type: ignore[no-any-return]
+    loaded = load_config(config.model, task, 0)
+    return build_model(config, loaded, task, config.peft[0], dense=dense, seed=seed)  # type: ignore[no-any-return]
+
+
+def counted(config: ExperimentConfig) -> torch.nn.Module:
+    task = load_task(config.dataset)
+    loaded = load_config(config.model, task, 0)
+    return build_meta_model(config, loaded, task, config.peft[0], dense=False)  # type: ignore[no-any-return]
 
 
 def test_the_same_seed_gives_the_same_model_and_another_seed_another_head(experiment: MakeExperiment) -> None:
@@ -39,15 +45,14 @@ def test_the_same_seed_gives_the_same_model_and_another_seed_another_head(experi
 @pytest.mark.parametrize("init", ["pissa", "true", "orthogonal"])
 def test_arms_of_different_rank_start_from_the_same_head(experiment: MakeExperiment, init: str) -> None:
     config = experiment(f"lora.init_lora_weights={init}")
-    heads = [built(config, rank=rank).get_parameter("base_model.model.classifier.modules_to_save.default.weight")
-             for rank in (2, 4)]  # fmt: skip
+    heads = [built(config, dense=dense).get_parameter("base_model.model.classifier.modules_to_save.default.weight")
+             for dense in (True, False)]  # fmt: skip
     assert torch.equal(*heads)
 
 
 def test_the_counting_model_counts_as_the_real_one(experiment: MakeExperiment) -> None:
     config = experiment()
-    task = load_task(config.dataset)
-    meta = build_meta_model(config, load_config(config.model, task, 0), task, 4)
+    meta = counted(config)
     sizes = [{n: p.shape for n, p in model.named_parameters() if p.requires_grad} for model in (meta, built(config))]
     assert sizes[0] == sizes[1]
     assert all(parameter.is_meta for parameter in meta.parameters())
@@ -59,12 +64,6 @@ def test_labels_and_dtype_reach_the_model(experiment: MakeExperiment) -> None:
     assert model.config.num_labels == 2
     assert model.config.hidden_dropout_prob == 0.3
     assert model.get_parameter("base_model.model.bert.embeddings.word_embeddings.weight").dtype == torch.bfloat16
-
-
-def test_targets_are_found_by_family(experiment: MakeExperiment) -> None:
-    assert target_modules(experiment(), vit()) == ["q_proj", "k_proj", "v_proj"]
-    assert target_modules(experiment(), llama_classifier()) == ["q_proj", "k_proj", "v_proj"]
-    assert target_modules(experiment("lora.target_modules=[o_proj]"), llama_classifier()) == ["o_proj"]
 
 
 def test_a_target_the_model_lacks_is_told_with_what_there_is(experiment: MakeExperiment) -> None:
@@ -146,7 +145,7 @@ def test_a_configuration_that_makes_no_model_is_told(experiment: MakeExperiment)
     config = experiment("model.config_overrides.num_attention_heads=3")
     task = load_task(config.dataset)
     with pytest.raises(ConfigurationError, match="no model can be made from the configuration"):
-        build_meta_model(config, load_config(config.model, task, 0), task, 4)
+        counted(config)
     with pytest.raises(ConfigurationError, match=r"config_overrides\.hidden_size='big' .*expected int, got str"):
         load_config(experiment("model.config_overrides.hidden_size=big").model, task, 0)
 

@@ -55,9 +55,9 @@ def test_the_head_counts_and_is_not_in_the_pool(experiment: MakeExperiment) -> N
 
 def test_facts_tell_what_was_found(experiment: MakeExperiment) -> None:
     facts = plan_experiment(experiment()).facts
-    assert facts["target_modules"] == ["key", "query", "value"]
+    assert facts["target_modules"] == {"lora": ["key", "query", "value"]}
     assert (facts["train_examples"], facts["validation_examples"], facts["num_labels"]) == (48, 24, 2)
-    assert (facts["init_lora_weights"], facts["warmup_steps_before_scoring"]) == (True, 20)
+    assert (facts["init_lora_weights"], facts["warmup_steps_before_scoring"]) == (True, {"lora": 20})
     assert facts["versions"]["fish-tuning"] == "0.1.0"
 
 

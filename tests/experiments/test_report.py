@@ -14,7 +14,7 @@ from fakes import SEEDS, experiment, failed, kept, ok, scores
 from fish_tuning.experiments.figures import kept_figure, metric_figure
 from fish_tuning.experiments.report import report_notes, write_report
 from fish_tuning.experiments.statistics import summarize
-from fish_tuning.experiments.tables import conclusion, console_table, fact_text, human_bytes, table_rows
+from fish_tuning.experiments.tables import conclusion, console_tables, fact_text, human_bytes, table_rows
 
 RUNS = [*scores("lora", [0.5, 0.6, 0.7]), *scores("lora-fish", [0.6, 0.7, 0.8], kept=kept(1, 9))]
 RUN_KEYS = {
@@ -96,18 +96,21 @@ def test_table_has_the_columns_in_order() -> None:
     assert on_gpu[1][0][2] == "0.500"
 
 
-def test_console_table_fits_a_plain_terminal() -> None:
+@pytest.mark.parametrize(("width", "tables"), [(100, 1), (80, 2)])
+def test_console_tables_fit_a_plain_terminal(width: int, tables: int) -> None:
     from rich.console import Console
 
-    size = {"trainable_parameters": 1_234_567_890, "train_seconds": 12_345.6, "peak_memory_of": "process"}
+    size = {"trainable_parameters": 234_567_890, "train_seconds": 12_345.6, "peak_memory_of": "process"}
     runs = [*scores("lora", [0.5, 0.6, 0.7], **size), *scores("lora-fish-rand", [-0.5, 0.6, 0.7], **size)]
     runs += [failed("lora-fish-rand", 4)]
     output = io.StringIO()
-    Console(file=output, width=100, force_terminal=False).print(console_table(summarize(runs), title="[x] a title"))
+    made = console_tables(summarize(runs), width, title="[x] a title")
+    assert len(made) == tables
+    Console(file=output, width=width, force_terminal=False).print(*made)
     text = output.getvalue()
     assert text.isascii()
-    assert max(map(len, text.splitlines())) <= 100
-    for cell in ("[x] a title", "1,234,567,890", "0.600 [0.352, 0.848]", "12,345.6", "1.5 GB", "4.3 kB", "1 of 4"):
+    assert max(map(len, text.splitlines())) <= width
+    for cell in ("[x] a title", "234,567,890", "0.600 [0.352, 0.848]", "12,345.6", "1.5 GB", "4.3 kB", "1 of 4"):
         assert cell in text
 
 
@@ -120,7 +123,8 @@ def test_human_bytes(size: int | None, text: str) -> None:
 
 
 def test_facts_read_well() -> None:
-    assert fact_text({"a": 1, "b": ["x", "y"]}) == "a 1, b x, y"
+    assert fact_text({"a": 1, "b": 2}) == "a 1, b 2"
+    assert fact_text({"a": 1, "b": ["x", "y"]}) == "a 1; b x, y"
     assert [fact_text(value) for value in (True, None, 12345, [])] == ["true", "none", "12,345", "none"]
 
 

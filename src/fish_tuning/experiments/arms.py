@@ -31,7 +31,7 @@ from transformers import (
 from fish_tuning.budgets import matching_names, module_type
 from fish_tuning.errors import FishTuningError
 from fish_tuning.experiments.arguments import training_arguments
-from fish_tuning.experiments.config import ExperimentConfig
+from fish_tuning.experiments.config import ExperimentConfig, PeftMethodConfig, Selection, selection_of
 from fish_tuning.experiments.measure import PeakMemory, optimizer_state_bytes
 from fish_tuning.experiments.metrics import metric_function
 from fish_tuning.experiments.models import build_model, state_digest
@@ -72,8 +72,15 @@ class ArmRun:
         name = f"{self.arm.arm}-seed{self.seed}"
         adapter = folder / "adapters" / name
         shutil.rmtree(adapter, ignore_errors=True)  # of an earlier configuration
-        args = training_arguments(self.config, self.seed, folder / "checkpoints" / name)
-        model = build_model(self.config, self.plan.model_config, self.plan.task, self.arm.rank, seed=self.seed)
+        args = self._arguments(folder / "checkpoints" / name)
+        model = build_model(
+            self.config,
+            self.plan.model_config,
+            self.plan.task,
+            self._section,
+            dense=self.arm.selection is None,
+            seed=self.seed,
+        )
         initial_state = state_digest(model)
         mask = self._mask(model, initial_state, args)
         trainer = self._trainer(model, args, mask)
@@ -110,11 +117,22 @@ class ArmRun:
         )
 
     @property
+    def _section(self) -> PeftMethodConfig:
+        return self.config.method_of(self.arm.arm)
+
+    @property
+    def _selection(self) -> Selection | None:
+        return selection_of(self.arm.arm)
+
+    @property
     def _needs_scores(self) -> bool:
-        return self.arm.method not in (None, "rand")
+        return self._selection is not None and self._selection.method != "rand"
+
+    def _arguments(self, folder: Path, extra: Mapping[str, Any] | None = None) -> TrainingArguments:
+        return training_arguments(self.config, self.seed, folder, {**self._section.training_args, **(extra or {})})
 
     def _mask(self, model: Any, initial_state: str, args: TrainingArguments) -> Mask | None:
-        if self.arm.method is None:
+        if self._selection is None:
             return None
         if self._needs_scores:
             if self.calibration is None:
@@ -128,15 +146,18 @@ class ArmRun:
             scores,
             names_to_exclude=self.config.lora.names_to_exclude,
             num_trainable=self.arm.trainable_parameters,
-            method=self.arm.method,
+            method=self._selection.method,
+            quotas=(self.config.fish_tuning.quotas or "module_type") if self._selection.quotas else None,
+            normalize="module_type" if self._selection.normalize else None,
             seed=self.seed,
         )
 
     def _calibrate(self, model: Any, initial_state: str, args: TrainingArguments) -> Calibration:
         started = time.perf_counter()
-        start = copy.deepcopy(model.state_dict()) if self.config.warmup_steps else None
+        steps = self.config.warmup_steps(self.arm.method)
+        start = copy.deepcopy(model.state_dict()) if steps else None
         if start is not None:
-            self._warm_up(model, str(args.output_dir))
+            self._warm_up(model, str(args.output_dir), steps)
         scores = calculate_fisher_information(
             model, self._calibration_loader(args.per_device_train_batch_size), device=args.device, progress=False
         )
@@ -144,11 +165,11 @@ class ArmRun:
             model.load_state_dict(start)
         return Calibration(scores, time.perf_counter() - started, initial_state)
 
-    def _warm_up(self, model: Any, folder: str) -> None:
+    def _warm_up(self, model: Any, folder: str, steps: int) -> None:
         """Some dense steps, so that no factor is zero when it is scored; undone afterwards."""
-        steps = {"max_steps": self.config.warmup_steps, "eval_strategy": "no", "save_strategy": "no"}
+        arguments = self._arguments(Path(folder), {"max_steps": steps, "eval_strategy": "no", "save_strategy": "no"})
         set_seed(self.seed)
-        self._make_trainer(model, training_arguments(self.config, self.seed, Path(folder), steps), []).train()
+        self._make_trainer(model, arguments, []).train()
 
     def _calibration_loader(self, batch_size: int) -> DataLoader[Any]:
         """The seed's calibration examples; scores are exact whatever their order, so equal lengths go together."""

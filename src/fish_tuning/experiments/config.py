@@ -6,21 +6,40 @@ A field's description says what is allowed there; error messages are made from i
 from __future__ import annotations
 
 import re
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from fish_tuning.errors import did_you_mean
 from fish_tuning.experiments.training_keys import training_argument_problems
 
-# Arms by name, with the selection method of each; None trains all of the adapter.
-ARMS: dict[str, str | None] = {"lora": None, "lora-fish": "fish", "lora-fish-rand": "rand", "lora-fish-rev": "rev"}
 
-# PEFT's initialisations by name that need neither data nor settings of their own.
-# At B = 0 every A would score zero, so scores are taken after some dense steps; see docs/initialisation.md.
+class Selection(NamedTuple):
+    """How a masked arm chooses its entries; see `create_mask_from_fisher`."""
+
+    method: str
+    quotas: bool = False
+    normalize: bool = False
+
+
+# An arm is a PEFT method's name, which trains all of the adapter, or that name and one of these.
+SELECTIONS = {
+    "fish": Selection("fish"),
+    "fish-rand": Selection("rand"),
+    "fish-rev": Selection("rev"),
+    "fish-quota": Selection("fish", quotas=True),
+    "fish-norm": Selection("fish", normalize=True),
+}
+DEFAULT_SELECTIONS = ("", "-fish", "-fish-rand", "-fish-rev")
+
+# Where one factor of an adapter starts at or near zero, the other scores (nearly) zero, so scores are taken after some
+# dense steps; see docs/initialisation.md. These methods do not start there.
 WARMUP_STEPS = 20
 STARTS_AT_ZERO = (True, "gaussian")
+LORA_METHODS = ("lora", "dora")  # those that lora.init_lora_weights starts
+STARTS_AWAY_FROM_ZERO = ("ia3", "ln_tuning", "prefix_tuning", "prompt_tuning", "p_tuning")
 
+# PEFT's initialisations by name that need neither data nor settings of their own.
 INITIALISATIONS = ("gaussian", "pissa", "olora", "orthogonal")
 _PISSA_NITER = re.compile(r"pissa_niter_[1-9]\d*")
 
@@ -79,8 +98,11 @@ class DatasetConfig(Section):
         return value
 
 
-class AdapterConfig(Section):
-    """The adapter. Its alpha is always 2 x rank, as in the paper."""
+class LoraSection(Section):
+    """LoRA, and what other methods take from it: their sizes, their targets and what trains outside the pool.
+
+    Alpha is always 2 x rank, as in the paper.
+    """
 
     baseline_rank: int = Field(default=8, ge=1, description="a whole number from 1")
     fish_rank: int = Field(default=16, ge=1, description="a whole number from 1")
@@ -116,7 +138,7 @@ class AdapterConfig(Section):
         raise ValueError(f"must be one of {', '.join(names)}.{did_you_mean(value, INITIALISATIONS)}")
 
     @model_validator(mode="after")
-    def _even_for_orthogonal(self) -> AdapterConfig:
+    def _even_for_orthogonal(self) -> LoraSection:
         odd = [key for key in ("baseline_rank", "fish_rank") if getattr(self, key) % 2]
         if self.init_lora_weights == "orthogonal" and odd:
             raise ValueError(
@@ -125,11 +147,35 @@ class AdapterConfig(Section):
         return self
 
 
+class PeftMethodConfig(Section):
+    """One PEFT method of the experiment, with the arguments of its PEFT configuration by their own names."""
+
+    method: str = Field(
+        default="lora",
+        pattern=r"^[a-z0-9_]+$",
+        description="a method's name in small letters: lora, dora, serial_adapter, prefix_tuning, ia3, unipelt, or "
+        "another one of PEFT's",
+    )
+    args: dict[str, Any] = Field(default={}, description="names and values of the method's PEFT configuration")
+    baseline_args: dict[str, Any] = Field(default={}, description="changes to args for the dense arm")
+    fish_args: dict[str, Any] = Field(default={}, description="changes to args for the pool of the masked arms")
+    training_args: dict[str, Any] = Field(
+        default={}, description="changes to training.args_override for this method's arms, such as learning_rate"
+    )
+
+    @field_validator("training_args")
+    @classmethod
+    def _known_arguments(cls, value: dict[str, Any]) -> dict[str, Any]:
+        return _checked_arguments(value)
+
+
 class FishTuningConfig(Section):
     """Which arms run, and how their masks are chosen."""
 
     methods_to_run: list[str] = Field(
-        default=list(ARMS), min_length=1, description=f"a list of arms: {', '.join(ARMS)}"
+        min_length=1,
+        description="a list of arms: a method of the section peft, alone or with "
+        f"{', '.join('-' + name for name in SELECTIONS)} after it",
     )
     prune_to_ratio_of_baseline: float = Field(default=0.5, gt=0, le=1, description="a number above 0, up to 1")
     num_samples: int = Field(default=128, ge=1, description="a whole number from 1: training examples to score with")
@@ -140,13 +186,23 @@ class FishTuningConfig(Section):
         f"null for {WARMUP_STEPS} where B starts at 0, else 0",
     )
 
+    quotas: dict[str, float] | None = Field(
+        default=None,
+        description="regular expressions for tensors and their shares of the kept entries, adding up to 1, for the "
+        "-fish-quota arms; null for the same keep ratio in every module type",
+    )
+
     @field_validator("methods_to_run")
     @classmethod
-    def _known_arms(cls, value: list[str]) -> list[str]:
-        for arm in value:
-            if arm not in ARMS:
-                raise ValueError(f"{arm!r} is no arm; allowed are {', '.join(ARMS)}.{did_you_mean(arm, ARMS)}")
+    def _different_arms(cls, value: list[str]) -> list[str]:
         return _unique(value)
+
+    @field_validator("quotas")
+    @classmethod
+    def _adding_up(cls, value: dict[str, float] | None) -> dict[str, float] | None:
+        if value is not None and (min(value.values(), default=-1) < 0 or abs(sum(value.values()) - 1) > 1e-6):
+            raise ValueError(f"must be shares from 0 that add up to 1; they add up to {sum(value.values()):g}")
+        return value
 
 
 class TrainingConfig(Section):
@@ -159,10 +215,7 @@ class TrainingConfig(Section):
     @field_validator("args_override")
     @classmethod
     def _known_arguments(cls, value: dict[str, Any]) -> dict[str, Any]:
-        problems = training_argument_problems(value)
-        if problems:
-            raise ValueError("\n".join(problems))
-        return value
+        return _checked_arguments(value)
 
 
 class ExperimentConfig(Section):
@@ -171,33 +224,68 @@ class ExperimentConfig(Section):
     name: str = Field(default="experiment", pattern=r"^[^/\\]+$", description="a name without slashes")
     model: ModelConfig = Field(description="a section with the key name")
     dataset: DatasetConfig = Field(description="a section with the key load_args")
-    lora: AdapterConfig = AdapterConfig()
-    fish_tuning: FishTuningConfig = FishTuningConfig()
+    peft: list[PeftMethodConfig] = Field(
+        default=[PeftMethodConfig()], min_length=1, description="a section with the key method, or a list of them"
+    )
+    lora: LoraSection = LoraSection()
+    fish_tuning: FishTuningConfig = Field(description="a section")  # always there: its arms follow from peft
     training: TrainingConfig = TrainingConfig()
     seeds: list[int] = Field(default=[42, 43, 44], min_length=1, description="a list of different whole numbers from 0")
 
     @model_validator(mode="before")
     @classmethod
-    def _folder_from_name(cls, data: Any) -> Any:
-        """`training.output_dir` is `results/<name>` unless it is given."""
-        if not isinstance(data, dict) or not isinstance(data.get("training", {}), dict):
+    def _fill(cls, data: Any) -> Any:
+        """What depends on other sections: `training.output_dir` is `results/<name>`, and each method has four arms."""
+        if not isinstance(data, dict):
             return data
-        folder = f"results/{data.get('name', 'experiment')}"
-        return {**data, "training": {"output_dir": folder, **data.get("training", {})}}
+        methods = data.get("peft") or [{}]
+        methods = methods if isinstance(methods, list) else [methods]
+        names = [method.get("method", "lora") for method in methods if isinstance(method, dict)]
+        return {
+            **data,
+            "peft": methods,
+            "training": _with_default(
+                data.get("training", {}), "output_dir", f"results/{data.get('name', 'experiment')}"
+            ),
+            "fish_tuning": _with_default(
+                data.get("fish_tuning", {}),
+                "methods_to_run",
+                [f"{name}{selection}" for name in names for selection in DEFAULT_SELECTIONS],
+            ),
+        }
 
-    @property
-    def warmup_steps(self) -> int:
-        """Dense steps before scoring: as asked for, else what the initialisation needs."""
+    @model_validator(mode="after")
+    def _arms_of_methods(self) -> ExperimentConfig:
+        names = _unique([method.method for method in self.peft])
+        allowed = [f"{name}{selection}" for name in names for selection in ("", *(f"-{s}" for s in SELECTIONS))]
+        for arm in self.fish_tuning.methods_to_run:
+            if arm not in allowed:
+                raise ValueError(
+                    f"fish_tuning.methods_to_run: {arm!r} is no arm; allowed are {', '.join(allowed)}."
+                    f"{did_you_mean(arm, allowed)} Other methods are named in the section peft."
+                )
+        return self
+
+    def method_of(self, arm: str) -> PeftMethodConfig:
+        """The PEFT method that an arm trains."""
+        return next(method for method in self.peft if method.method == arm.partition("-")[0])
+
+    def warmup_steps(self, method: str) -> int:
+        """Dense steps before scoring: as asked for, else what the method's start needs."""
         if self.fish_tuning.warmup_steps is not None:
             return self.fish_tuning.warmup_steps
-        return WARMUP_STEPS if self.lora.init_lora_weights in STARTS_AT_ZERO else 0
+        if method in LORA_METHODS:
+            return WARMUP_STEPS if self.lora.init_lora_weights in STARTS_AT_ZERO else 0
+        return 0 if method in STARTS_AWAY_FROM_ZERO else WARMUP_STEPS
 
-    @property
-    def start(self) -> str:
-        """The starting point of the adapters and of the scores, in words."""
+    def start(self, method: str) -> str:
+        """The starting point of a method's adapter and of the scores, in words."""
         init = self.lora.init_lora_weights
         text = f"init_lora_weights {str(init).lower() if isinstance(init, bool) else init}"
-        return f"{text}, scored after {self.warmup_steps} warm-up steps" if self.warmup_steps else text
+        words = [text] if method in LORA_METHODS else []
+        steps = self.warmup_steps(method)
+        scored = f"scored after {steps} warm-up steps" if steps else "scored at its start"
+        return ", ".join([*words, scored] if steps or not words else words)
 
     @field_validator("seeds", mode="before")
     @classmethod
@@ -210,6 +298,22 @@ class ExperimentConfig(Section):
         if not all(0 <= seed < 2**32 for seed in value):
             raise ValueError("must be whole numbers from 0 to 4294967295")
         return _unique(value)
+
+
+def selection_of(arm: str) -> Selection | None:
+    """How an arm chooses its entries; None for a dense arm."""
+    return SELECTIONS.get(arm.partition("-")[2])
+
+
+def _with_default(section: Any, key: str, value: Any) -> Any:
+    return {key: value, **section} if isinstance(section, dict) else section
+
+
+def _checked_arguments(value: dict[str, Any]) -> dict[str, Any]:
+    problems = training_argument_problems(value)
+    if problems:
+        raise ValueError("\n".join(problems))
+    return value
 
 
 def _regular_expression(pattern: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
@@ -33,9 +33,9 @@ def all_keys() -> list[str]:
 
 def _explain(details: ErrorDetails, data: Mapping[str, Any]) -> str:
     if details["type"] == "extra_forbidden":
-        return _unknown_key(".".join(map(str, details["loc"])))
+        return _unknown_key(".".join(part for part in details["loc"] if isinstance(part, str)))
     parts, field = _known_part(details["loc"])
-    key = ".".join(parts)
+    key = ".".join(part for part in parts if isinstance(part, str))
     allowed = (field.description if field else None) or "a section"
     if details["type"] == "missing":
         return f"{key} is missing; it must be {allowed}."
@@ -44,7 +44,7 @@ def _explain(details: ErrorDetails, data: Mapping[str, Any]) -> str:
         return f"{key}={_found(parts, data)}: must be a section with the keys {', '.join(section.model_fields)}."
     if details["type"] == "value_error":
         reason = str(details["ctx"]["error"])
-        if reason.startswith(key + "."):
+        if not key or reason.startswith(key + "."):
             return reason  # it names its own keys
         value = "" if section is not None else f"={_found(parts, data)}"
         return f"{key}{value}: {reason}{'' if reason.endswith(('.', '?')) else '.'}"
@@ -87,16 +87,25 @@ def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
 
 
 def _section(field: FieldInfo | None) -> type[BaseModel] | None:
+    """The section that a field holds, or holds a list of."""
     kind = field.annotation if field else ExperimentConfig
+    if get_origin(kind) is list:
+        (kind,) = get_args(kind)
     return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
 
 
-def _known_part(location: Sequence[int | str]) -> tuple[list[str], FieldInfo | None]:
-    """The part of a location that names keys of the file; a union's members and a list's indexes come after it."""
+def _known_part(location: Sequence[int | str]) -> tuple[list[int | str], FieldInfo | None]:
+    """The part of a location that names keys of the file and their places in lists of sections.
+
+    A union's members and other lists' indexes come after it.
+    """
     model: type[BaseModel] | None = ExperimentConfig
-    parts: list[str] = []
+    parts: list[int | str] = []
     field: FieldInfo | None = None
     for part in location:
+        if model is not None and isinstance(part, int):
+            parts.append(part)
+            continue
         if model is None or part not in model.model_fields:
             break
         field = model.model_fields[str(part)]
@@ -105,8 +114,11 @@ def _known_part(location: Sequence[int | str]) -> tuple[list[str], FieldInfo | N
     return parts, field
 
 
-def _found(parts: Sequence[str], data: Any) -> str:
+def _found(parts: Sequence[int | str], data: Any) -> str:
     for part in parts:
-        data = data.get(part) if isinstance(data, Mapping) else None
+        if isinstance(part, int):
+            data = data[part] if isinstance(data, list) else data  # one section stands for a list of one
+        else:
+            data = data.get(part) if isinstance(data, Mapping) else None
     text = "null" if data is None else str(data).lower() if isinstance(data, bool) else repr(data)
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -87,19 +87,23 @@ def kept_figure(arms: Sequence[str], runs: Sequence[RunRecord]) -> Figure | None
     if not panels:
         return None
     layers = sorted({key[0] for shares in panels.values() for key in shares}, key=lambda n: -1 if n is None else n)
-    modules = sorted({key[1] for shares in panels.values() for key in shares})
+    # Arms of one method have the same modules; another method's would only leave empty columns.
+    modules = {arm: sorted({module for _, module in shares}) for arm, shares in panels.items()}
+    columns = [len(names) for names in modules.values()]
     top = max(max(shares.values()) for shares in panels.values()) or 1.0
     cell_width, cell_height = 0.52, 0.34 if len(layers) > 12 else 0.42
-    width = len(panels) * (len(modules) * cell_width + 0.35) + 1.9
+    width = sum(columns) * cell_width + len(panels) * 0.35 + 1.9
     height = max(1.5, len(layers) * cell_height) + 1.9
-    figure, axes = _subplots(len(panels), (max(width, 5.0), height), sharey=True)
+    figure, axes = _subplots(len(panels), (max(width, 5.0), height), sharey=True, width_ratios=columns)
     image = None
     for ax, (arm, shares) in zip(axes, panels.items(), strict=True):
-        grid = [[shares.get((layer, module), float("nan")) for module in modules] for layer in layers]
+        grid = [[shares.get((layer, module), float("nan")) for module in modules[arm]] for layer in layers]
         image = ax.imshow(grid, cmap="cividis", vmin=0, vmax=top, aspect="auto")
         _write_numbers(ax, grid, top)
         ax.set_title(arm, fontsize=11)
-        ax.set_xticks(range(len(modules)), modules, rotation=60, ha="right", rotation_mode="anchor", fontsize=9)
+        ax.set_xticks(
+            range(len(modules[arm])), modules[arm], rotation=60, ha="right", rotation_mode="anchor", fontsize=9
+        )
         ax.tick_params(length=0)
     axes[0].set_yticks(range(len(layers)), ["-" if layer is None else str(layer) for layer in layers])
     axes[0].set_ylabel("layer")

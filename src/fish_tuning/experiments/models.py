@@ -1,7 +1,8 @@
-"""From a model's name or folder to a PEFT model: configuration, head, LoRA targets."""
+"""From a model's name or folder to a PEFT model."""
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import logging
 import os
@@ -14,8 +15,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from huggingface_hub.utils import logging as hub_logging
-from peft import LoraConfig, get_peft_model
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft import get_peft_model
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -28,20 +28,10 @@ from transformers import (
 
 from fish_tuning.errors import ConfigurationError, did_you_mean
 from fish_tuning.experiments.builtin import resolve_builtin
-from fish_tuning.experiments.config import ExperimentConfig, ModelConfig
+from fish_tuning.experiments.config import LORA_METHODS, ExperimentConfig, ModelConfig, PeftMethodConfig
 from fish_tuning.experiments.data import Task
-
-# The attention input projections under the names that model families give them; the first set found is the default.
-ATTENTION_PROJECTIONS = (
-    ("query", "key", "value"),
-    ("q_proj", "k_proj", "v_proj"),
-    ("q_lin", "k_lin", "v_lin"),
-    ("query_proj", "key_proj", "value_proj"),
-    ("query_key_value",),
-    ("Wqkv",),
-    ("qkv_proj",),
-    ("c_attn",),
-)
+from fish_tuning.experiments.methods import peft_config
+from fish_tuning.experiments.targets import head_names, linear_names
 
 WEIGHTS_FILES = (
     "model.safetensors",
@@ -105,66 +95,65 @@ def load_config(config: ModelConfig, task: Task, pad_token_id: int | None, loade
     return loaded
 
 
-def build_model(config: ExperimentConfig, model_config: Any, task: Task, rank: int, *, seed: int) -> Any:
-    """The PEFT model that an arm starts from. The same seed and rank give the same model, bit for bit."""
+def build_model(
+    config: ExperimentConfig, model_config: Any, task: Task, section: PeftMethodConfig, *, dense: bool, seed: int
+) -> Any:
+    """The PEFT model that an arm starts from. The same seed and method give the same model, bit for bit."""
     set_seed(seed)
     base, loading = _from_hub(
         _auto_class(task),
         config.model.name,
-        config=model_config,
+        config=copy.deepcopy(model_config),  # adapters may change it
         dtype=getattr(torch, config.model.dtype),
         ignore_mismatched_sizes=True,  # a head of another task's size is replaced by a new one
         output_loading_info=True,
     )
     _check_loaded(config.model, base, loading)
     set_seed(seed)
-    return get_peft_model(base, _lora_config(config, base, rank, config.lora.init_lora_weights))
+    return get_peft_model(base, peft_config(config, section, base, dense=dense))
 
 
-def build_meta_model(config: ExperimentConfig, model_config: Any, task: Task, rank: int) -> Any:
-    """The same model without weights, to count on: costs no memory and needs no weights file."""
-    with torch.device("meta"):
+def build_meta_model(
+    config: ExperimentConfig, model_config: Any, task: Task, section: PeftMethodConfig, *, dense: bool
+) -> Any:
+    """The same model without weights, to count on: costs no memory and needs no weights file.
+
+    A method that computes with weights when it is put on gets random ones.
+    """
+    try:
+        return _counting_model(config, model_config, task, section, dense=dense, device="meta")
+    except _NoAdapter:
+        return _counting_model(config, model_config, task, section, dense=dense, device="cpu")
+
+
+class _NoAdapter(ConfigurationError):
+    """The adapter could not be put on the model."""
+
+
+def _counting_model(
+    config: ExperimentConfig, model_config: Any, task: Task, section: PeftMethodConfig, *, dense: bool, device: str
+) -> Any:
+    with torch.device(device):
         try:
-            base = _auto_class(task).from_config(model_config, dtype=getattr(torch, config.model.dtype))
+            base = _auto_class(task).from_config(copy.deepcopy(model_config), dtype=getattr(torch, config.model.dtype))
         except (ValueError, TypeError, RuntimeError, KeyError, ZeroDivisionError) as error:
             raise ConfigurationError(
                 f"model.name: no model can be made from the configuration of {config.model.name!r} with "
                 f"model.config_overrides={config.model.config_overrides}: {_first_line(error)}"
             ) from error
-        lora = _lora_config(config, base, rank, init_lora_weights=True)
+        adapter = peft_config(config, section, base, dense=dense)
+        if section.method in LORA_METHODS:
+            vars(adapter)["init_lora_weights"] = True  # the others compute with weights, which are not there
         try:
-            return get_peft_model(base, lora)
-        except ValueError as error:
-            raise ConfigurationError(
-                f"lora.target_modules: {lora.target_modules} cannot be adapted in {type(base).__name__}, whose linear "
-                f"layers are {', '.join(_linear_names(base))}. ({error})"
+            return get_peft_model(base, adapter)
+        except Exception as error:  # PEFT's methods raise whatever comes: the user needs the reason, not the place
+            targets = getattr(adapter, "target_modules", None)
+            asked = f" at {targets if isinstance(targets, str) else ', '.join(sorted(targets))}" if targets else ""
+            raise _NoAdapter(
+                f"peft.method={section.method!r} cannot adapt {type(base).__name__}{asked}: "
+                f"{_first_line(error).rstrip('.')}. Its linear layers are {', '.join(linear_names(base))}; "
+                "lora.target_modules or peft.args.target_modules sets others, peft.args the method's own arguments."
             ) from error
-
-
-def target_modules(config: ExperimentConfig, model: nn.Module) -> list[str] | str:
-    """The asked LoRA targets, else the attention's input projections."""
-    if config.lora.target_modules is not None:
-        asked = config.lora.target_modules
-        if not isinstance(asked, str):
-            for target in asked:
-                if not any(name == target or name.endswith(f".{target}") for name, _ in model.named_modules()):
-                    names = _linear_names(model)
-                    raise ConfigurationError(
-                        f"lora.target_modules: {type(model).__name__} has no module {target!r}; its linear layers are "
-                        f"{', '.join(names)}.{did_you_mean(target, names)}"
-                    )
-        return asked
-    present = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-    for projections in ATTENTION_PROJECTIONS:
-        if present.issuperset(projections):
-            return list(projections)
-    model_type = getattr(model.config, "model_type", "")
-    if model_type in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING:
-        return list(TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING[model_type])
-    raise ConfigurationError(
-        f"lora.target_modules: no usual attention projection was found in {type(model).__name__}, whose linear layers "
-        f"are {', '.join(_linear_names(model))}. Set lora.target_modules."
-    )
 
 
 def state_digest(model: nn.Module) -> str:
@@ -177,32 +166,12 @@ def state_digest(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def _lora_config(config: ExperimentConfig, base: nn.Module, rank: int, init_lora_weights: Any) -> LoraConfig:
-    return LoraConfig(
-        r=rank,
-        lora_alpha=2 * rank,
-        lora_dropout=config.lora.dropout,
-        target_modules=target_modules(config, base),
-        modules_to_save=_head_names(base),
-        init_lora_weights=init_lora_weights,
-    )
-
-
-def _head_names(base: nn.Module) -> list[str]:
-    """The modules beside the encoder: those that the task brings, new and trained as a whole."""
-    return [
-        name
-        for name, child in base.named_children()
-        if name != base.base_model_prefix and any(True for _ in child.parameters())
-    ]
-
-
 def _check_loaded(config: ModelConfig, base: Any, loading: dict[str, Any]) -> None:
     """Refuse an encoder that was not loaded: transformers fills what does not fit with random numbers.
 
     Some checkpoints lack a small part such as the pooler, so that alone is fine; a numbered layer must be there.
     """
-    head = _head_names(base)
+    head = head_names(base)
 
     def outside(names: set[str]) -> list[str]:
         return sorted(name for name in names if name.partition(".")[0] not in head)
@@ -261,7 +230,3 @@ def _quiet_hub() -> Iterator[None]:
 
 def _first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
-
-
-def _linear_names(model: nn.Module) -> list[str]:
-    return sorted({name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)})

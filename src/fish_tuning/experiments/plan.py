@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from fish_tuning.budgets import matching_names, resolve_budget
+from fish_tuning.budgets import matching_names, resolve_budget, split_budget
 from fish_tuning.errors import ConfigurationError, MaskError
 from fish_tuning.experiments.arguments import training_arguments
-from fish_tuning.experiments.config import ARMS, STARTS_AT_ZERO, ExperimentConfig
+from fish_tuning.experiments.config import LORA_METHODS, STARTS_AT_ZERO, ExperimentConfig, selection_of
 from fish_tuning.experiments.data import Task, load_task, tokenize
+from fish_tuning.experiments.methods import check_method, size_text
 from fish_tuning.experiments.metrics import main_metric
 from fish_tuning.experiments.models import build_meta_model, load_config, load_tokenizer, read_config
 from fish_tuning.experiments.records import ArmPlan
@@ -49,7 +51,10 @@ def plan_experiment(config: ExperimentConfig) -> Plan:
     Raises ConfigurationError for whatever cannot work: missing data, columns or targets, a budget below the head.
     """
     # What needs no data comes first: a wrong model name should not cost a download.
-    training_arguments(config, config.seeds[0], Path(config.training.output_dir))  # refuses what would fail later
+    for section in config.peft:
+        check_method(section)
+        # refuses what would fail later
+        training_arguments(config, config.seeds[0], Path(config.training.output_dir), section.training_args)
     most = config.dataset.max_train_samples
     if most is not None and config.fish_tuning.num_samples > most:
         raise ConfigurationError(
@@ -62,15 +67,20 @@ def plan_experiment(config: ExperimentConfig) -> Plan:
     model_config = load_config(config.model, task, getattr(tokenizer, "pad_token_id", None), stored)
     if task.text_columns:
         _check_length(config, task, tokenizer, model_config)
-    baseline = build_meta_model(config, model_config, task, config.lora.baseline_rank)
-    pooled = build_meta_model(config, model_config, task, config.lora.fish_rank)
-    arms = [_plan_arm(config, arm, baseline, pooled) for arm in config.fish_tuning.methods_to_run]
+    models = {
+        section.method: _MethodModels(
+            *(build_meta_model(config, model_config, task, section, dense=dense) for dense in (True, False))
+        )
+        for section in config.peft
+    }
+    arms = [_plan_arm(config, arm, models[config.method_of(arm).method]) for arm in config.fish_tuning.methods_to_run]
     if config.fish_tuning.num_samples > len(task.train):
         raise ConfigurationError(
             f"fish_tuning.num_samples={config.fish_tuning.num_samples} is more than the {len(task.train)} training "
             "examples."
         )
-    return Plan(arms, _facts(config, task, baseline), _notes(config), task, tokenizer, model_config)
+    facts = _facts(config, task, models)
+    return Plan(arms, facts, _notes(config, arms), task, tokenizer, model_config)
 
 
 def _check_length(config: ExperimentConfig, task: Task, tokenizer: Any, model_config: Any) -> None:
@@ -97,40 +107,76 @@ def _positions(model_config: Any) -> int | None:
     return positions
 
 
-def _plan_arm(config: ExperimentConfig, arm: str, baseline: Any, pooled: Any) -> ArmPlan:
-    method = ARMS[arm]
-    model = baseline if method is None else pooled
-    rank = config.lora.baseline_rank if method is None else config.lora.fish_rank
+class _MethodModels(NamedTuple):
+    """Models without weights: the one that a method's dense arm trains, and the one its masked arms choose from."""
+
+    baseline: Any
+    pooled: Any
+
+
+def _plan_arm(config: ExperimentConfig, arm: str, models: _MethodModels) -> ArmPlan:
+    selection = selection_of(arm)
+    model = models.baseline if selection is None else models.pooled
     sizes = _trainable_sizes(model)
     outside = matching_names(sizes, config.lora.names_to_exclude)
     dense = sum(sizes[name] for name in outside)
-    pool = sum(sizes.values()) - dense
-    kept = pool if method is None else _budget(config, _total(baseline), pool, dense)
-    return ArmPlan(arm, method, rank, trainable_parameters=kept + dense, pool=pool, kept=kept, dense=dense)
+    pool = {name: size for name, size in sizes.items() if name not in outside}
+    total = sum(pool.values())
+    kept = total if selection is None else _budget(config, arm, models, total, dense)
+    if selection is not None and selection.quotas:
+        _check_quotas(pool, kept, config.fish_tuning.quotas)
+    settings = model.peft_config["default"]
+    return ArmPlan(
+        arm=arm,
+        method=config.method_of(arm).method,
+        selection=arm.partition("-")[2] or None,
+        size=size_text(settings),
+        settings=_plain(settings.to_dict()),
+        trainable_parameters=kept + dense,
+        pool=total,
+        kept=kept,
+        dense=dense,
+    )
 
 
-def _budget(config: ExperimentConfig, baseline_total: int, pool: int, dense: int) -> int:
+def _budget(config: ExperimentConfig, arm: str, models: _MethodModels, pool: int, dense: int) -> int:
     ratio = config.fish_tuning.prune_to_ratio_of_baseline
+    baseline = sum(_trainable_sizes(models.baseline).values())
     try:
-        return resolve_budget(pool, dense, num_trainable=round(ratio * baseline_total))
+        return resolve_budget(pool, dense, num_trainable=round(ratio * baseline))
     except MaskError as error:
+        sizes = [size_text(model.peft_config["default"]) for model in models]
         raise ConfigurationError(
-            f"fish_tuning.prune_to_ratio_of_baseline={ratio} of the baseline's {baseline_total:,} trainable parameters "
-            f"(rank {config.lora.baseline_rank}, head included) cannot be met at lora.fish_rank="
-            f"{config.lora.fish_rank}: {error}"
+            f"fish_tuning.prune_to_ratio_of_baseline={ratio} of the {baseline:,} trainable parameters that "
+            f"{config.method_of(arm).method} has ({sizes[0]}, head included) cannot be met by {arm} ({sizes[1]}): "
+            f"{error} Sizes are set by lora.baseline_rank and lora.fish_rank, or by peft.baseline_args and "
+            "peft.fish_args."
         ) from error
+
+
+def _check_quotas(pool: dict[str, int], kept: int, quotas: dict[str, float] | None) -> None:
+    try:
+        split_budget(pool, kept, quotas or "module_type")
+    except MaskError as error:
+        raise ConfigurationError(f"fish_tuning.{error}") from error
+
+
+def _plain(value: Any) -> Any:
+    """Sorted lists instead of sets, text instead of enumerations: what JSON can hold, the same every time."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, set | frozenset):
+        return sorted(map(str, value))
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value if isinstance(value, bool | int | float | str | None) else str(value)
 
 
 def _trainable_sizes(model: Any) -> dict[str, int]:
     return {name: parameter.numel() for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def _total(model: Any) -> int:
-    return sum(_trainable_sizes(model).values())
-
-
-def _facts(config: ExperimentConfig, task: Task, model: Any) -> dict[str, Any]:
-    targets = model.peft_config["default"].target_modules
+def _facts(config: ExperimentConfig, task: Task, models: dict[str, _MethodModels]) -> dict[str, Any]:
     return {
         "task": task.name,
         "metric": main_metric(task.name, task.num_labels),
@@ -139,14 +185,29 @@ def _facts(config: ExperimentConfig, task: Task, model: Any) -> dict[str, Any]:
         "validation_split": task.validation_split,
         "text_columns": list(task.text_columns),
         "num_labels": task.num_labels,
-        "model_type": model.config.model_type,
-        "target_modules": sorted(targets) if isinstance(targets, set | list) else targets,
+        "model_type": next(iter(models.values())).baseline.config.model_type,
+        "adapters": {
+            method: _sizes(*(size_text(model.peft_config["default"]) for model in pair))
+            for method, pair in models.items()
+        },
+        "target_modules": {method: _targets(pair.baseline) for method, pair in models.items()},
         "init_lora_weights": config.lora.init_lora_weights,
         "num_samples": config.fish_tuning.num_samples,
-        "warmup_steps_before_scoring": config.warmup_steps,
+        "warmup_steps_before_scoring": {method: config.warmup_steps(method) for method in models},
         "device": _device(),
         "versions": {name: version(name) for name in RECORDED_PACKAGES} | {"python": platform.python_version()},
     }
+
+
+def _sizes(baseline: str, pooled: str) -> str:
+    if baseline == pooled:
+        return "one size" if baseline == "-" else baseline
+    return f"{baseline} (dense), {pooled} (pool of the masked arms)"
+
+
+def _targets(model: Any) -> list[str] | str | None:
+    targets = getattr(model.peft_config["default"], "target_modules", None)
+    return sorted(targets) if isinstance(targets, set | list) else targets
 
 
 def _device() -> str:
@@ -155,11 +216,18 @@ def _device() -> str:
     return f"cpu ({torch.get_num_threads()} threads)"
 
 
-def _notes(config: ExperimentConfig) -> list[str]:
+def _notes(config: ExperimentConfig, arms: Sequence[ArmPlan]) -> list[str]:
     notes = []
-    if config.lora.init_lora_weights in STARTS_AT_ZERO and not config.warmup_steps:
+    lora = [section.method for section in config.peft if section.method in LORA_METHODS]
+    if lora and config.lora.init_lora_weights in STARTS_AT_ZERO and not config.warmup_steps(lora[0]):
         notes.append(
             "B starts at 0, where every A scores exactly zero: FISH can only choose among B. Leave out "
             "fish_tuning.warmup_steps=0, or set lora.init_lora_weights to 'pissa'."
+        )
+    whole = [arm.arm for arm in arms if arm.selection is not None and arm.kept == arm.pool]
+    if whole:
+        notes.append(
+            f"{', '.join(whole)}: the budget is the whole pool, so nothing is masked. Lower "
+            "fish_tuning.prune_to_ratio_of_baseline, or enlarge the pool with lora.fish_rank or peft.fish_args."
         )
     return notes

@@ -54,8 +54,10 @@ class ArmPlan:
     """What an arm will train, counted from the model; `pool` and `kept` are entries, a dense arm keeps them all."""
 
     arm: str
-    method: str | None  # selection method, or None for a dense arm
-    rank: int
+    method: str  # the PEFT method
+    selection: str | None  # how the kept entries are chosen ("fish-rand"), or None for a dense arm
+    size: str  # of the adapter: "r 16"
+    settings: dict[str, Any]  # the whole PEFT configuration
     trainable_parameters: int
     pool: int
     kept: int

@@ -120,15 +120,22 @@ def _markdown(
     return "\n\n".join(parts) + "\n"
 
 
+def start_text(config: ExperimentConfig) -> str:
+    """The start of each method's adapter and scores; with its name where there are several methods."""
+    if len(config.peft) == 1:
+        return config.start(config.peft[0].method)
+    return "; ".join(f"{section.method}: {config.start(section.method)}" for section in config.peft)
+
+
 def _settings(config: ExperimentConfig, facts: Mapping[str, Any]) -> dict[str, Any]:
     """What was run, the main choices first; facts of the plan follow under their own names."""
     training = config.training.args_override
     settings: dict[str, Any] = {
         "model": f"{config.model.name} ({config.model.dtype})",
         "data set": " ".join(config.dataset.load_args),
-        "LoRA ranks": f"{config.lora.baseline_rank} (dense), {config.lora.fish_rank} (pool of the masked arms)",
+        "adapters": facts.get("adapters"),
         "budget": f"{config.fish_tuning.prune_to_ratio_of_baseline:g} x the trainable parameters of the dense arm",
-        "start": config.start,
+        "start": start_text(config),
         "seeds": [str(seed) for seed in config.seeds],
     }
     chosen = ("learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "weight_decay")

@@ -15,7 +15,7 @@ import torch
 
 from fish_tuning.errors import FishTuningError
 from fish_tuning.experiments.arms import ArmRun, Calibration
-from fish_tuning.experiments.config import ExperimentConfig
+from fish_tuning.experiments.config import LORA_METHODS, ExperimentConfig, selection_of
 from fish_tuning.experiments.data import tokenize
 from fish_tuning.experiments.digests import data_digest
 from fish_tuning.experiments.files import write_atomically
@@ -51,16 +51,16 @@ def run_experiment(config: ExperimentConfig, plan: Plan, on_run: OnRun | None = 
     records: dict[tuple[str, int], RunRecord] = {}
     with RunProgress(len(plan.arms) * len(config.seeds)) as progress:
         for seed in config.seeds:
-            calibration: Calibration | None = None
+            calibrations: dict[str, Calibration | None] = {}  # by PEFT method
             for arm in plan.arms:
                 key = _config_hash(config, arm, seed, fixed)
                 record = _finished(folder, arm.arm, seed, key)
                 known = record is not None
                 progress.start(arm.arm, seed)
                 if record is None:
-                    run = ArmRun(config, plan, arm, seed, train, validation, progress, calibration)
+                    run = ArmRun(config, plan, arm, seed, train, validation, progress, calibrations.get(arm.method))
                     record = _attempt(run, folder, key)
-                    calibration = run.calibration or calibration
+                    calibrations[arm.method] = run.calibration
                     write_atomically(_run_file(folder, arm.arm, seed), json.dumps(record.to_dict(), indent=2).encode())
                 records[arm.arm, seed] = record
                 progress.finish()
@@ -98,15 +98,19 @@ def _attempt(run: ArmRun, folder: Path, key: str) -> RunRecord:
 
 def _config_hash(config: ExperimentConfig, arm: ArmPlan, seed: int, fixed: dict[str, Any]) -> str:
     """What a run depends on; a finished run is not repeated while this stays the same."""
-    parts = config.model_dump(mode="json", include={"model", "dataset", "lora", "training"})
+    parts = config.model_dump(mode="json", include={"model", "dataset", "training"})
     del parts["training"]["output_dir"]
-    parts |= {"arm": arm.arm, "seed": seed, "rank": arm.rank, "trainable_parameters": arm.trainable_parameters} | fixed
-    for rank in ("baseline_rank", "fish_rank"):
-        del parts["lora"][rank]  # the arm's own rank counts
-    if arm.method is None:
-        del parts["lora"]["names_to_exclude"]
-    elif arm.method != "rand":  # which needs no scores
-        parts |= {"num_samples": config.fish_tuning.num_samples, "warmup_steps": config.warmup_steps}
+    parts["training"]["args_override"] |= config.method_of(arm.arm).training_args
+    parts |= {"arm": arm.arm, "seed": seed, "settings": arm.settings, "trainable_parameters": arm.trainable_parameters}
+    parts |= fixed
+    if arm.method in LORA_METHODS:
+        parts["init_lora_weights"] = config.lora.init_lora_weights  # which settings, made without weights, lack
+    selection = selection_of(arm.arm)
+    if selection is not None:
+        parts["names_to_exclude"] = config.lora.names_to_exclude
+        parts |= {"quotas": config.fish_tuning.quotas} if selection.quotas else {}
+        if selection.method != "rand":  # which needs no scores
+            parts |= {"num_samples": config.fish_tuning.num_samples, "warmup_steps": config.warmup_steps(arm.method)}
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -9,7 +9,6 @@ from statistics import fmean, stdev
 
 from fish_tuning.experiments.records import RunRecord
 
-BASELINE = "lora"
 FEWEST_FOR_INTERVAL = 3
 
 
@@ -42,7 +41,7 @@ class ArmSummary:
     mean: float | None
     low: float | None
     high: float | None
-    difference: Interval | None  # to the baseline, over the seeds that both finished; None for the baseline itself
+    difference: Interval | None  # to the method's dense arm, over the seeds that both finished; None for that arm
     train_seconds: float | None
     fisher_seconds: float | None
     peak_memory_bytes: int | None
@@ -64,15 +63,20 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval
     return Interval(mean, mean - half, mean + half, n)
 
 
-def paired_difference(runs: Sequence[RunRecord], arm: str, baseline: str = BASELINE) -> Interval:
+def baseline_of(arm: str) -> str:
+    """The dense arm of the same method: `dora` for `dora-fish`."""
+    return arm.partition("-")[0]
+
+
+def paired_difference(runs: Sequence[RunRecord], arm: str, baseline: str) -> Interval:
     """`arm` minus `baseline`, seed by seed: a seed's head, data order and luck are the same in both."""
     ours, theirs = _values(runs, arm), _values(runs, baseline)
     return mean_interval([ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())])
 
 
-def summarize(runs: Sequence[RunRecord], baseline: str = BASELINE) -> list[ArmSummary]:
+def summarize(runs: Sequence[RunRecord]) -> list[ArmSummary]:
     """One summary for each arm, in the order in which the arms first appear."""
-    return [_summarize_arm(runs, arm, baseline) for arm in dict.fromkeys(run.arm for run in runs)]
+    return [_summarize_arm(runs, arm, baseline_of(arm)) for arm in dict.fromkeys(run.arm for run in runs)]
 
 
 def _summarize_arm(runs: Sequence[RunRecord], arm: str, baseline: str) -> ArmSummary:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from fish_tuning.experiments.statistics import BASELINE, FEWEST_FOR_INTERVAL, ArmSummary, Interval
+from fish_tuning.experiments.statistics import FEWEST_FOR_INTERVAL, ArmSummary, Interval, baseline_of
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -99,18 +99,26 @@ def plain_table(headers: Sequence[str], rows: Sequence[Sequence[str]], title: st
     return table
 
 
-def console_table(summary: Sequence[ArmSummary], title: str | None = None) -> Table:
-    """The results for the terminal, at most 100 columns wide."""
-    return plain_table(*table_rows(summary), title=title)
+def console_tables(summary: Sequence[ArmSummary], width: int, title: str | None = None) -> list[Table]:
+    """The results for a terminal of that many columns: one table, or two where one does not fit."""
+    headers, rows = table_rows(summary)
+    whole = plain_table(headers, rows, title=title)
+    if sum(column.width or 0 for column in whole.columns) + 2 * (len(headers) - 1) <= width:  # two between columns
+        return [whole]
+    results, costs = range(3), (0, *range(3, len(headers)))
+    return [
+        plain_table([headers[i] for i in columns], [[row[i] for i in columns] for row in rows], title=title)
+        for columns, title in ((results, title), (costs, None))
+    ]
 
 
 def plan_rows(arms: Sequence[Any]) -> tuple[list[str], list[list[str]]]:
     """The table of a dry run, from `ArmPlan`s."""
-    headers = ["arm", "rank", "LoRA pool", "kept", "share kept", "head, dense", "trainable parameters"]
+    headers = ["arm", "size", "pool", "kept", "share kept", "head, dense", "trainable parameters"]
     rows = [
         [
             plan.arm,
-            str(plan.rank),
+            plan.size,
             f"{plan.pool:,}",
             f"{plan.kept:,}",
             f"{plan.kept / plan.pool:.1%}" if plan.pool else "-",
@@ -125,7 +133,8 @@ def plan_rows(arms: Sequence[Any]) -> tuple[list[str], list[list[str]]]:
 def fact_text(value: Any) -> str:
     """A fact as a reader wants it: `query, key` for a list, `torch 2.13, peft 0.21` for a mapping."""
     if isinstance(value, Mapping):
-        return ", ".join(f"{key} {fact_text(item)}" for key, item in value.items())
+        separator = "; " if any("," in fact_text(item) for item in value.values()) else ", "
+        return separator.join(f"{key} {fact_text(item)}" for key, item in value.items())
     if isinstance(value, list | tuple):
         return ", ".join(map(fact_text, value)) or "none"
     if isinstance(value, bool):
@@ -135,17 +144,25 @@ def fact_text(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def conclusion(summary: Sequence[ArmSummary], baseline: str = BASELINE) -> str:
-    """One or two plain sentences: the FISH arm against the baseline, then the means of the other arms.
+def conclusion(summary: Sequence[ArmSummary]) -> str:
+    """For each method one or two plain sentences: its FISH arm against its dense arm, then its other arms' means.
 
     A difference is called one only where its 95 % interval leaves out zero.
     """
-    arms = {arm.arm: arm for arm in summary}
-    reference = arms.get(baseline)
+    if not summary:
+        return "No arm has run, so there is nothing to compare."
+    methods = dict.fromkeys(baseline_of(arm.arm) for arm in summary)
+    return " ".join(
+        _conclusion([arm for arm in summary if baseline_of(arm.arm) == method], method) for method in methods
+    )
+
+
+def _conclusion(summary: Sequence[ArmSummary], baseline: str) -> str:
+    reference = next((arm for arm in summary if arm.arm == baseline), None)
     finished = [arm for arm in summary if arm.arm != baseline and arm.mean is not None]
     if reference is None or reference.mean is None or not finished:
         return f"There is no finished pair of {baseline} and another arm, so there is nothing to compare."
-    main = next((arm for arm in finished if arm.arm == "lora-fish"), finished[0])
+    main = next((arm for arm in finished if arm.arm == f"{baseline}-fish"), finished[0])
     others = [f"{arm.arm} {arm.mean:.3f}" for arm in finished if arm is not main]
     first = f"{_comparison(main, reference)} {_verdict(main.difference)}"
     return f"{first} The other arms: {', '.join(others)}." if others else first
