@@ -8,6 +8,8 @@ Batches of 64 tokens, fused AdamW, clipping. The arms take turns step by step in
 steps of the ratio within the turn. Peak memory is taken in a process of its own: the rise above the model before the
 first step, plus what the arm keeps beside the base model (adapter, or positions and values). glibc is told to give
 every freed tensor back at once: left alone, gaps in its heap add 90 to 690 MiB, most to LoRA, and hide what is needed.
+A second table has the peak of scoring all weights, the scores included, by the dtype that they are kept in. Scores do
+not depend on the batch size, so a quarter of the training step's batch is taken.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import ctypes
 import os
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -35,12 +38,18 @@ from common import (
 from peft import LoraConfig, get_peft_model
 from transformers import BertConfig, BertForSequenceClassification
 
-from fish_tuning import apply_mask, count_trainable_parameters, create_mask_from_fisher
+from fish_tuning import (
+    apply_mask,
+    calculate_fisher_information,
+    count_trainable_parameters,
+    create_mask_from_fisher,
+)
 from fish_tuning.experiments.measure import optimizer_state_bytes
 
 KEEP, RANK = 0.005, 8
 LORA, MASKED, BIASES, FULL = "LoRA r=8, all linear", "0.5 % of all weights", "all biases (BitFit)", "all weights"
 ARMS = [LORA, MASKED, BIASES, FULL]
+SCORING = {"scores in float32": torch.float32, "scores in bfloat16": torch.bfloat16}
 
 
 def base_model(shape: str) -> Any:
@@ -87,12 +96,17 @@ class Arm:
         return sum(t.numel() * t.element_size() for t in (*self.model.parameters(), *self.model.buffers())) - base
 
 
+def score(args: argparse.Namespace) -> Callable[[], object]:
+    model, data = base_model(args.shape).to(args.device), batches(args.batch_size // 4, args.device)
+    return lambda: calculate_fisher_information(model, data, scores_dtype=SCORING[args.peak], progress=False)
+
+
 def print_peak(args: argparse.Namespace) -> None:
-    arm = Arm(args.peak, args)
+    work = score(args) if args.peak in SCORING else Arm(args.peak, args).steps
     if sys.platform == "linux":
         # What making the mask has freed goes back to the system, or the steps would use it and seem to need less.
         ctypes.CDLL(None).malloc_trim(0)
-    print_rise(arm.steps, args.device)
+    print_rise(work, args.device)
 
 
 def step_times(arms: dict[str, Arm], args: argparse.Namespace) -> dict[str, list[float]]:
@@ -114,7 +128,7 @@ def main() -> int:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--peak", choices=ARMS, help=argparse.SUPPRESS)
+    parser.add_argument("--peak", choices=[*ARMS, *SCORING], help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.peak:
         print_peak(args)
@@ -123,12 +137,12 @@ def main() -> int:
     print(f"{args.shape} shape, {args.batch_size} x {TOKENS} tokens a step; {machine(args.device)}\n")
     common = ["--shape", args.shape, "--device", args.device, "--batch-size", str(args.batch_size)]
     os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**18)  # read by glibc when a process starts
-    rises = {name: peak_of_own_process(__file__, name, *common) for name in ARMS}
+    rises = {name: peak_of_own_process(__file__, name, *common) for name in (*ARMS, *SCORING)}
     arms = {name: Arm(name, args) for name in ARMS}
     seconds = step_times(arms, args)
     ratios = {n: median([s / p for s, p in zip(values, seconds[LORA], strict=True)]) for n, values in seconds.items()}
     beside = {name: arm.bytes_beside(args.shape) for name, arm in arms.items()}
-    peaks = {name: rise + beside[name] for name, rise in rises.items()}
+    peaks = {name: rise + beside.get(name, 0) for name, rise in rises.items()}
     print_table(
         ["", "trained parameters", "ms a step (min / median)", "to LoRA", "optimizer state", "beside the base",
          "peak above the base", "to LoRA"],
@@ -146,6 +160,11 @@ def main() -> int:
             for name, arm in arms.items()
         ],
     )  # fmt: skip
+    print()
+    print_table(
+        ["scoring all weights", "peak above the base", "to training LoRA"],
+        [[name, f"{peaks[name] / 2**20:.0f} MiB", f"{peaks[name] / peaks[LORA]:.3f}"] for name in SCORING],
+    )
     print()
     return 0 if verdict(f"peak memory, {MASKED}, to LoRA", peaks[MASKED] / peaks[LORA], 1.15, at_most=True) else 1
 

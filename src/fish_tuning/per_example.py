@@ -1,6 +1,7 @@
 """Exact sums of squared per-example gradients, by layer type, from what a layer saw and its output's gradient.
 
-A rule is `rule(module, x, g) -> {parameter name: sum over examples of the squared gradient}` with
+A rule is `rule(module, x, g) -> {parameter name: sum over examples of the squared gradient}`, dense or sparse by rows,
+with
 
 - `x`: the layer's input (or what else the rule keeps of a call), fp32 (n, P, ...) or integer ids (n, P), where P counts
   all positions of an example,
@@ -20,8 +21,8 @@ from torch import Tensor, nn
 
 Rule = Callable[[nn.Module, Tensor, Tensor], dict[str, Tensor]]
 
-# Entries of per-example gradients held at a time (fp32: 64 MiB), however many examples a batch has.
-CHUNK_ENTRIES = 2**24
+# Entries of per-example gradients held at a time (fp32: 16 MiB), however many examples a batch has.
+CHUNK_ENTRIES = 2**22
 
 
 def _input(module: nn.Module, x: Tensor, output: Tensor) -> Tensor:
@@ -116,14 +117,16 @@ def _ids(module: nn.Module, ids: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
 
 @register_rule(nn.Embedding, positions=_ids)
 def _embedding(module: nn.Module, ids: Tensor, g: Tensor) -> dict[str, Tensor]:
-    """Each example touches few rows, so its gradient is kept for those alone."""
+    """Each example touches few rows, so its gradient is kept for those alone, and so are the squares (sparse)."""
     vocabulary, width = module.weight.shape  # type: ignore[misc]
     examples = torch.arange(ids.shape[0], device=ids.device)[:, None]
     cells, inverse = (examples * vocabulary + ids).flatten().unique(return_inverse=True)
     gradients = _scatter_add(len(cells), inverse, g.reshape(-1, width))
     if module.padding_idx is not None:
         gradients[cells % vocabulary == module.padding_idx] = 0
-    return {"weight": _scatter_add(vocabulary, cells % vocabulary, gradients.square_())}
+    rows, inverse = (cells % vocabulary).unique(return_inverse=True)
+    squares = _scatter_add(len(rows), inverse, gradients.square_())
+    return {"weight": torch.sparse_coo_tensor(rows[None], squares, (vocabulary, width), is_coalesced=True)}
 
 
 def _by_normalized_shape(module: nn.Module, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:

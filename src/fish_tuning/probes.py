@@ -161,15 +161,27 @@ class _Probe(torch.autograd.Function):
 
 
 def add_squares(total: Tensor, squares: Tensor) -> None:
-    """`total += squares`, wherever and in whatever dtype the total is kept."""
-    total += squares.to(total.device, total.dtype)
+    """`total += squares`, wherever and in whatever dtype the total is kept; `squares` may be sparse by rows."""
+    if not squares.is_sparse:
+        total += squares.to(total.device, total.dtype)
+        return
+    rows, values = squares.indices()[0].to(total.device), squares.values().to(total.device, total.dtype)
+    total[rows] += values  # each row once
 
 
 def checksum(squares: Tensor) -> Tensor:
     """Two sums that tell apart tensors of squares, fp64 on the CPU: plain, and weighted by position."""
-    flat = squares.flatten()
-    ramp = torch.linspace(0, 1, flat.numel(), device=flat.device)
-    return torch.stack([flat.sum(), flat @ ramp]).double().cpu()
+    if squares.is_sparse:
+        rows, values = squares.indices()[0], squares.values()
+    else:
+        values = squares.reshape(squares.shape[0] if squares.dim() > 1 else 1, -1)
+        rows = torch.arange(values.shape[0], device=values.device)
+    width = values.shape[1]
+    of_rows, of_columns = values.sum(1).double(), values.sum(0).double()
+    columns = torch.arange(width, device=values.device)
+    # The position of an entry is row * width + column: no tensor of positions is needed.
+    weighted = width * (rows * of_rows).sum() + (columns * of_columns).sum()
+    return torch.stack([of_rows.sum(), weighted / max(1, squares.numel() - 1)]).cpu()
 
 
 def _joined(calls: list[Tensor]) -> Tensor:

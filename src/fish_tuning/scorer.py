@@ -152,7 +152,8 @@ class Scorer:
         def receive(name: str, stand_in: Tensor) -> None:
             gradient, stand_in.grad = stand_in.grad, None
             if gradient is not None:
-                take(name, gradient.float().square())
+                gradient = gradient.float()
+                take(name, gradient.square_() if gradient.is_contiguous() else gradient.square())
 
         stand_ins = {name: self.trainable[name].detach().requires_grad_() for name in names}
         for name, stand_in in stand_ins.items():
