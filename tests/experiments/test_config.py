@@ -131,6 +131,8 @@ def test_environment_variables_are_expanded(experiment: Path, monkeypatch: pytes
         ("peft.method=DoRA", "peft.method='DoRA': must be a method's name in small letters"),
         ("peft=[{method: lora}, {method: lora}]", "holds 'lora' twice"),
         ("peft=[{method: lora, args: 3}]", "peft.args=3: must be names and values of the method's PEFT configuration"),
+        ("peft=5", "peft=5: must be a section with the keys method, args"),
+        ("peft=[]", "peft=[]: must be a section with the key method, or a list of them"),
         ("peft.training_args.evaluation_strategy=no", "write 'eval_strategy'"),
         ("fish_tuning.num_samples=0", "fish_tuning.num_samples=0: must be a whole number from 1"),
         ("fish_tuning.warmup_steps=-1", "fish_tuning.warmup_steps=-1: must be a whole number from 0"),

@@ -109,6 +109,26 @@ def test_every_method_runs_with_its_masked_arms(
     PeftModel.from_pretrained(base, tmp_path / "results" / "adapters" / f"{method}-fish-seed1")
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["peft.args.target_modules=[querry]"],
+            r"Asked for were \['querry'\]; its linear layers are classifier, dense",
+        ),
+        (["peft.args.layers_to_transform=[9]"], "cannot adapt BertForSequenceClassification: No modules were targeted"),
+        (["peft.args.r=0"], "`r` should be a positive integer value but the value passed is 0$"),
+        (["peft.method=serial_adapter", "peft.args.bottleneck_size=0"], "bottleneck_size=0 must be a whole number"),
+        (["peft.method=serial_adapter", "peft.args.target_modules=[foo]"], "has no module 'foo'; its linear layers"),
+        (["peft.method=unipelt", "peft.args.layers_to_transform=[7]"], "has layers 0 to 1, not \\[7\\]"),
+        (["peft.method=prefix_tuning", "peft.args.num_virtual_tokens=many"], "'many': must be a whole number from 1"),
+    ],
+)
+def test_arguments_that_fit_no_model_are_told(experiment: MakeExperiment, overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        plan_experiment(experiment(*overrides))
+
+
 def test_a_budget_that_is_the_whole_pool_is_noted(experiment: MakeExperiment) -> None:
     config = experiment("peft.method=ia3", "fish_tuning.prune_to_ratio_of_baseline=1.0")
     assert "ia3-fish-rev: the budget is the whole pool, so nothing is masked" in plan_experiment(config).notes[0]

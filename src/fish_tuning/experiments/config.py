@@ -238,9 +238,9 @@ class ExperimentConfig(Section):
         """What depends on other sections: `training.output_dir` is `results/<name>`, and each method has four arms."""
         if not isinstance(data, dict):
             return data
-        methods = data.get("peft") or [{}]
-        methods = methods if isinstance(methods, list) else [methods]
-        names = [method.get("method", "lora") for method in methods if isinstance(method, dict)]
+        methods = data.get("peft")
+        methods = [{}] if methods is None else methods if isinstance(methods, list) else [methods]
+        names = [method.get("method", "lora") for method in methods if isinstance(method, dict)] or ["lora"]
         return {
             **data,
             "peft": methods,

@@ -71,6 +71,9 @@ def peft_config(config: ExperimentConfig, section: PeftMethodConfig, base: nn.Mo
     values = {**_defaults(config, section.method, base, dense=dense), **given}
     if "lora_alpha" in _field_names(section.method) and "lora_alpha" not in given:
         values["lora_alpha"] = 2 * values["r"]
+    length = values.get("num_virtual_tokens", 1)
+    if type(length) is not int or length < 1:
+        raise ConfigurationError(f"peft.args.num_virtual_tokens={length!r}: must be a whole number from 1.")
     try:
         return _config_class(section.method)(**values)  # type: ignore[no-any-return]
     except (TypeError, ValueError) as error:

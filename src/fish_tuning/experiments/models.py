@@ -26,6 +26,7 @@ from transformers import (
     set_seed,
 )
 
+from fish_tuning.adapters import AdapterError
 from fish_tuning.errors import ConfigurationError, did_you_mean
 from fish_tuning.experiments.builtin import resolve_builtin
 from fish_tuning.experiments.config import LORA_METHODS, ExperimentConfig, ModelConfig, PeftMethodConfig
@@ -146,14 +147,18 @@ def _counting_model(
             vars(adapter)["init_lora_weights"] = True  # the others compute with weights, which are not there
         try:
             return get_peft_model(base, adapter)
+        except AdapterError as error:  # names what there is and what to set by itself
+            raise _NoAdapter(f"peft.method={section.method!r}: {error}") from error
         except Exception as error:  # PEFT's methods raise whatever comes: the user needs the reason, not the place
+            reason = f"peft.method={section.method!r} cannot adapt {type(base).__name__}: {_first_line(error)}"
             targets = getattr(adapter, "target_modules", None)
-            asked = f" at {targets if isinstance(targets, str) else ', '.join(sorted(targets))}" if targets else ""
-            raise _NoAdapter(
-                f"peft.method={section.method!r} cannot adapt {type(base).__name__}{asked}: "
-                f"{_first_line(error).rstrip('.')}. Its linear layers are {', '.join(linear_names(base))}; "
-                "lora.target_modules or peft.args.target_modules sets others, peft.args the method's own arguments."
-            ) from error
+            if targets and "target" in str(error):
+                reason = (
+                    f"{reason.rstrip('.')}. Asked for were {targets if isinstance(targets, str) else sorted(targets)}; "
+                    f"its linear layers are {', '.join(linear_names(base))}. Set lora.target_modules or "
+                    "peft.args.target_modules."
+                )
+            raise _NoAdapter(reason) from error
 
 
 def state_digest(model: nn.Module) -> str:
