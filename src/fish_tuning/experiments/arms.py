@@ -114,6 +114,12 @@ class ArmRun:
             kept=kept_shares(mask, self.config.lora.names_to_exclude) if mask else [],
             config_hash=config_hash,
             initial_state=initial_state,
+            experiment=self.config.name,
+            task=self.plan.task.name,
+            model=self.config.model.name,
+            keep_ratio=None if mask is None else self.arm.kept / self.arm.pool,
+            learning_rate=args.learning_rate,
+            loss_curve=[(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry],
         )
 
     @property

@@ -37,6 +37,12 @@ class RunRecord:
     error: str | None = None
     config_hash: str = ""
     initial_state: str = ""  # digest of the trainable tensors before training
+    experiment: str = ""
+    task: str = ""
+    model: str = ""
+    keep_ratio: float | None = None  # kept share of the arm's pool; None for a dense arm
+    learning_rate: float | None = None
+    loss_curve: list[tuple[int, float]] = field(default_factory=list)  # (step, mean training loss since the last one)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -46,6 +52,7 @@ class RunRecord:
         known = {f.name for f in fields(cls)}
         values = {key: value for key, value in data.items() if key in known}
         values["kept"] = [KeptShare(**share) for share in values.get("kept", [])]
+        values["loss_curve"] = [(int(step), float(loss)) for step, loss in values.get("loss_curve", [])]
         return cls(**values)
 
 

@@ -18,7 +18,7 @@ from fish_tuning.experiments.statistics import FEWEST_FOR_INTERVAL, ArmSummary, 
 from fish_tuning.experiments.tables import conclusion, fact_text, markdown_table, table_rows
 
 FILES = ("results.json", "results.csv", "results.md", "metric.png", "kept.png")
-_NOT_IN_CSV = ("kept", "metrics")  # tables of their own; they are in results.json
+_NOT_IN_CSV = ("kept", "metrics", "loss_curve", "experiment")  # tables of their own; they are in results.json
 
 
 def write_report(
