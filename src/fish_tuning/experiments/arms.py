@@ -119,7 +119,7 @@ class ArmRun:
             model=self.config.model.name,
             keep_ratio=None if mask is None else self.arm.kept / self.arm.pool,
             learning_rate=args.learning_rate,
-            loss_curve=[(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry],
+            loss_curve=[(int(entry["step"]), entry["loss"]) for entry in trainer.state.log_history if "loss" in entry],
         )
 
     @property
