@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fish_tuning.errors import ConfigurationError
-from fish_tuning.experiments.config import ExperimentConfig, Selection, selection_of
+from fish_tuning.experiments.config import ExperimentConfig
 from fish_tuning.experiments.loading import (
     config_directory,
     describe,
@@ -131,6 +131,9 @@ def test_environment_variables_are_expanded(experiment: Path, monkeypatch: pytes
         ("peft.method=DoRA", "peft.method='DoRA': must be a method's name in small letters"),
         ("peft=[{method: lora}, {method: lora}]", "holds 'lora' twice"),
         ("peft=[{method: lora, args: 3}]", "peft.args=3: must be names and values of the method's PEFT configuration"),
+        ("protocol=fixed", "protocol='fixed': must be ratio_of_baseline, fixed_layers or fixed_budget."),
+        ("fish_tuning.keep_ratio=[0.5, 0]", "must be numbers above 0, up to 1"),
+        ("fish_tuning.top_layers=[6]", "fish_tuning.top_layers: 6 is more than the pool's layers"),
         ("peft=5", "peft=5: must be a section with the keys method, args"),
         ("peft=[]", "peft=[]: must be a section with the key method, or a list of them"),
         ("peft.training_args.evaluation_strategy=no", "write 'eval_strategy'"),
@@ -257,9 +260,3 @@ def test_methods_bring_their_arms(experiment: Path) -> None:
     assert config.start("ia3") == "scored at its start"
     chosen = load_experiment(experiment, [two, "fish_tuning.methods_to_run=[ia3, unipelt-fish-norm]"])
     assert chosen.fish_tuning.methods_to_run == ["ia3", "unipelt-fish-norm"]
-
-
-def test_selections_of_arms() -> None:
-    assert selection_of("lora") is None
-    assert selection_of("prefix_tuning-fish-rand") == Selection("rand")
-    assert selection_of("unipelt-fish-quota") == Selection("fish", quotas=True)

@@ -11,6 +11,7 @@ from tiny import bert, llama_classifier, vit
 from transformers import AutoModelForSequenceClassification, ModernBertConfig, ModernBertForSequenceClassification
 
 from fish_tuning.errors import ConfigurationError
+from fish_tuning.experiments.arm_names import Variant
 from fish_tuning.experiments.config import ExperimentConfig, PeftMethodConfig
 from fish_tuning.experiments.methods import check_method, method_names, peft_config, size_text
 from fish_tuning.experiments.plan import plan_experiment
@@ -42,11 +43,13 @@ def test_what_does_not_exist_is_told(section: dict[str, object], message: str) -
 
 def test_lora_takes_its_section_and_pefts_arguments_change_it(experiment: MakeExperiment) -> None:
     config = experiment("peft.args={use_rslora: true}", "peft.fish_args={r: 6}", "lora.dropout=0.1")
-    dense, pool = (peft_config(config, config.peft[0], bert(), dense=dense).to_dict() for dense in (True, False))
+    dense, pool = (
+        peft_config(config, config.peft[0], bert(), Variant(small=dense)).to_dict() for dense in (True, False)
+    )
     assert (dense["r"], dense["lora_alpha"], dense["use_rslora"], dense["lora_dropout"]) == (2, 4, True, 0.1)
     assert (pool["r"], pool["lora_alpha"]) == (6, 12)
     assert dense["target_modules"] == {"query", "key", "value"}
-    assert peft_config(experiment("peft.method=dora"), PeftMethodConfig(method="dora"), bert(), dense=True).to_dict()[
+    assert peft_config(experiment("peft.method=dora"), PeftMethodConfig(method="dora"), bert(), Variant()).to_dict()[
         "use_dora"
     ]
 
@@ -58,7 +61,7 @@ def test_ia3_scales_keys_values_and_the_feed_forward_input(
     from peft import get_peft_model
 
     base = model()
-    adapted = get_peft_model(base, peft_config(experiment(), PeftMethodConfig(method="ia3"), base, dense=True))  # type: ignore[arg-type]
+    adapted = get_peft_model(base, peft_config(experiment(), PeftMethodConfig(method="ia3"), base, Variant()))  # type: ignore[arg-type]
     names = [name for name, _ in adapted.named_parameters() if "ia3_l" in name]
     assert len(names) == 2 * 3
     assert sum(parameter.numel() for name, parameter in adapted.named_parameters() if "ia3_l" in name) in (
@@ -69,7 +72,7 @@ def test_ia3_scales_keys_values_and_the_feed_forward_input(
 
 def test_sizes_in_words(experiment: MakeExperiment) -> None:
     def text(method: str) -> str:
-        return size_text(peft_config(experiment(), PeftMethodConfig(method=method), bert(), dense=False))
+        return size_text(peft_config(experiment(), PeftMethodConfig(method=method), bert(), Variant()))
 
     assert [text(method) for method in ("lora", "serial_adapter", "prefix_tuning", "ia3")] == [
         "r 4", "bottleneck 4", "30 tokens", "-",
@@ -83,9 +86,9 @@ def test_prefixes_are_refused_where_a_model_cannot_take_them(experiment: MakeExp
                          intermediate_size=24, pad_token_id=0)
     )  # fmt: skip
     with pytest.raises(ConfigurationError, match=r"cannot adapt ModernBert.*past keys and values"):
-        peft_config(experiment(), section, modern, dense=True)
+        peft_config(experiment(), section, modern, Variant())
     with pytest.raises(ConfigurationError, match="ViTForImageClassification reads images"):
-        peft_config(experiment(), section, vit(), dense=True)
+        peft_config(experiment(), section, vit(), Variant())
 
 
 @pytest.mark.parametrize("method", [*PAPER, "vera"])

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from tiny import llama_classifier
 
 from fish_tuning.errors import ConfigurationError
+from fish_tuning.experiments.arm_names import Variant
 from fish_tuning.experiments.config import ExperimentConfig
 from fish_tuning.experiments.data import load_task
 from fish_tuning.experiments.models import (
@@ -28,13 +29,13 @@ MakeExperiment = Callable[..., ExperimentConfig]
 def built(config: ExperimentConfig, dense: bool = False, seed: int = 1) -> torch.nn.Module:
     task = load_task(config.dataset)
     loaded = load_config(config.model, task, 0)
-    return build_model(config, loaded, task, config.peft[0], dense=dense, seed=seed)  # type: ignore[no-any-return]
+    return build_model(config, loaded, task, config.peft[0], Variant(small=dense), seed=seed)  # type: ignore[no-any-return]
 
 
 def counted(config: ExperimentConfig) -> torch.nn.Module:
     task = load_task(config.dataset)
     loaded = load_config(config.model, task, 0)
-    return build_meta_model(config, loaded, task, config.peft[0], dense=False)  # type: ignore[no-any-return]
+    return build_meta_model(config, loaded, task, config.peft[0], Variant())  # type: ignore[no-any-return]
 
 
 def test_the_same_seed_gives_the_same_model_and_another_seed_another_head(experiment: MakeExperiment) -> None:

@@ -31,7 +31,8 @@ from transformers import (
 from fish_tuning.budgets import matching_names, module_type
 from fish_tuning.errors import FishTuningError
 from fish_tuning.experiments.arguments import training_arguments
-from fish_tuning.experiments.config import ExperimentConfig, PeftMethodConfig, Selection, selection_of
+from fish_tuning.experiments.arm_names import ArmName, Selection
+from fish_tuning.experiments.config import ExperimentConfig, PeftMethodConfig
 from fish_tuning.experiments.measure import PeakMemory, optimizer_state_bytes
 from fish_tuning.experiments.metrics import metric_function
 from fish_tuning.experiments.models import build_model, state_digest
@@ -78,7 +79,7 @@ class ArmRun:
             self.plan.model_config,
             self.plan.task,
             self._section,
-            dense=self.arm.selection is None,
+            self.config.variant_of(self.arm.arm),
             seed=self.seed,
         )
         initial_state = state_digest(model)
@@ -128,7 +129,7 @@ class ArmRun:
 
     @property
     def _selection(self) -> Selection | None:
-        return selection_of(self.arm.arm)
+        return ArmName.parse(self.arm.arm).selection
 
     @property
     def _needs_scores(self) -> bool:

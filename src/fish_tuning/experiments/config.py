@@ -6,30 +6,16 @@ A field's description says what is allowed there; error messages are made from i
 from __future__ import annotations
 
 import re
-from typing import Any, Literal, NamedTuple
+from dataclasses import replace
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from fish_tuning.errors import did_you_mean
+from fish_tuning.experiments.arm_names import SELECTIONS, ArmName, Variant
 from fish_tuning.experiments.training_keys import training_argument_problems
 
-
-class Selection(NamedTuple):
-    """How a masked arm chooses its entries; see `create_mask_from_fisher`."""
-
-    method: str
-    quotas: bool = False
-    normalize: bool = False
-
-
-# An arm is a PEFT method's name, which trains all of the adapter, or that name and one of these.
-SELECTIONS = {
-    "fish": Selection("fish"),
-    "fish-rand": Selection("rand"),
-    "fish-rev": Selection("rev"),
-    "fish-quota": Selection("fish", quotas=True),
-    "fish-norm": Selection("fish", normalize=True),
-}
+# An arm is a PEFT method's name, which trains all of the adapter, or that name and a selection's.
 DEFAULT_SELECTIONS = ("", "-fish", "-fish-rand", "-fish-rev")
 
 # Where one factor of an adapter starts at or near zero, the other scores (nearly) zero, so scores are taken after some
@@ -177,6 +163,19 @@ class FishTuningConfig(Section):
         description="a list of arms: a method of the section peft, alone or with "
         f"{', '.join('-' + name for name in SELECTIONS)} after it",
     )
+    keep_ratio: list[float] = Field(
+        default=[0.5, 0.25, 0.1, 0.05, 0.01, 0.005],
+        min_length=1,
+        description="a list of shares of the pool, above 0 and up to 1, for protocol fixed_layers",
+    )
+    top_layers: list[int] = Field(
+        default=[1, 2, 3, 4],
+        min_length=1,
+        description="a list of numbers of layers, counted from the output, for protocol fixed_budget",
+    )
+    pool_layers: int = Field(
+        default=5, ge=1, description="a whole number from 1: layers of the pool, for protocol fixed_budget"
+    )
     prune_to_ratio_of_baseline: float = Field(default=0.5, gt=0, le=1, description="a number above 0, up to 1")
     num_samples: int = Field(default=128, ge=1, description="a whole number from 1: training examples to score with")
     warmup_steps: int | None = Field(
@@ -196,6 +195,34 @@ class FishTuningConfig(Section):
     @classmethod
     def _different_arms(cls, value: list[str]) -> list[str]:
         return _unique(value)
+
+    @field_validator("keep_ratio", "top_layers", mode="before")
+    @classmethod
+    def _wrap(cls, value: Any) -> Any:
+        return value if isinstance(value, list) else [value]
+
+    @field_validator("keep_ratio")
+    @classmethod
+    def _shares(cls, value: list[float]) -> list[float]:
+        if not all(0 < ratio <= 1 for ratio in value):
+            raise ValueError("must be numbers above 0, up to 1")
+        return _unique(value)
+
+    @field_validator("top_layers")
+    @classmethod
+    def _layers(cls, value: list[int]) -> list[int]:
+        if not all(number >= 1 for number in value):
+            raise ValueError("must be whole numbers from 1")
+        return _unique(value)
+
+    @model_validator(mode="after")
+    def _pool_holds_the_budget(self) -> FishTuningConfig:
+        if max(self.top_layers) > self.pool_layers:
+            raise ValueError(
+                f"fish_tuning.top_layers: {max(self.top_layers)} is more than the pool's layers, "
+                f"fish_tuning.pool_layers={self.pool_layers}"
+            )
+        return self
 
     @field_validator("quotas")
     @classmethod
@@ -226,6 +253,9 @@ class ExperimentConfig(Section):
     dataset: DatasetConfig = Field(description="a section with the key load_args")
     peft: list[PeftMethodConfig] = Field(
         default=[PeftMethodConfig()], min_length=1, description="a section with the key method, or a list of them"
+    )
+    protocol: Literal["ratio_of_baseline", "fixed_layers", "fixed_budget"] = Field(
+        default="ratio_of_baseline", description="ratio_of_baseline, fixed_layers or fixed_budget"
     )
     lora: LoraSection = LoraSection()
     fish_tuning: FishTuningConfig = Field(description="a section")  # always there: its arms follow from peft
@@ -266,9 +296,30 @@ class ExperimentConfig(Section):
                 )
         return self
 
+    @property
+    def arms(self) -> list[str]:
+        """The names of all arms: those of `methods_to_run`, at every budget of the protocol."""
+        names = [ArmName.parse(arm) for arm in self.fish_tuning.methods_to_run]
+        if self.protocol == "fixed_layers":
+            budgets = [f"{ratio:g}" for ratio in self.fish_tuning.keep_ratio]
+            dense = [str(name) for name in names if name.selection is None]
+            masked = [name for name in names if name.selection is not None]
+            return dense + [str(replace(name, budget=budget)) for budget in budgets for name in masked]
+        if self.protocol == "fixed_budget":
+            budgets = [f"top{number}" for number in self.fish_tuning.top_layers]
+            return [str(replace(name, budget=budget)) for budget in budgets for name in names]
+        return [str(name) for name in names]
+
+    def variant_of(self, arm: str) -> Variant:
+        """The adapter that an arm trains, or chooses its entries from."""
+        name = ArmName.parse(arm)
+        if self.protocol == "fixed_budget":
+            return Variant(top_layers=name.top_layers if name.selection is None else self.fish_tuning.pool_layers)
+        return Variant(small=name.selection is None and self.protocol == "ratio_of_baseline")
+
     def method_of(self, arm: str) -> PeftMethodConfig:
         """The PEFT method that an arm trains."""
-        return next(method for method in self.peft if method.method == arm.partition("-")[0])
+        return next(method for method in self.peft if method.method == ArmName.parse(arm).method)
 
     def warmup_steps(self, method: str) -> int:
         """Dense steps before scoring: as asked for, else what the method's start needs."""
@@ -298,11 +349,6 @@ class ExperimentConfig(Section):
         if not all(0 <= seed < 2**32 for seed in value):
             raise ValueError("must be whole numbers from 0 to 4294967295")
         return _unique(value)
-
-
-def selection_of(arm: str) -> Selection | None:
-    """How an arm chooses its entries; None for a dense arm."""
-    return SELECTIONS.get(arm.partition("-")[2])
 
 
 def _with_default(section: Any, key: str, value: Any) -> Any:

@@ -12,8 +12,9 @@ from peft.utils.constants import TRANSFORMERS_MODELS_TO_LNTUNING_TARGET_MODULES_
 from torch import nn
 
 from fish_tuning.adapters import AdapterError  # importing it makes its methods known to PEFT
-from fish_tuning.adapters.families import find_family
+from fish_tuning.adapters.families import find_family, layer_number, matching
 from fish_tuning.errors import ConfigurationError, did_you_mean
+from fish_tuning.experiments.arm_names import Variant
 from fish_tuning.experiments.config import ExperimentConfig, PeftMethodConfig
 from fish_tuning.experiments.targets import head_names, module_names, target_modules
 
@@ -63,12 +64,14 @@ def check_method(section: PeftMethodConfig) -> None:
                 )
 
 
-def peft_config(config: ExperimentConfig, section: PeftMethodConfig, base: nn.Module, *, dense: bool) -> PeftConfig:
-    """The method's PEFT configuration for `base`: the dense arm's, or that of the pool the masked arms choose from."""
+def peft_config(config: ExperimentConfig, section: PeftMethodConfig, base: nn.Module, variant: Variant) -> PeftConfig:
+    """The method's PEFT configuration for `base`: the smaller one of the baseline, or that of the pool."""
     _check_model(section.method, base)
-    changes = section.baseline_args if dense else section.fish_args
+    changes = section.baseline_args if variant.small else section.fish_args
     given = {**section.args, **changes}
-    values = {**_defaults(config, section.method, base, dense=dense), **given}
+    values = {**_defaults(config, section.method, base, small=variant.small), **given}
+    if variant.top_layers is not None:
+        values |= _in_top_layers(section.method, values, base, variant.top_layers)
     if "lora_alpha" in _field_names(section.method) and "lora_alpha" not in given:
         values["lora_alpha"] = 2 * values["r"]
     length = values.get("num_virtual_tokens", 1)
@@ -77,7 +80,7 @@ def peft_config(config: ExperimentConfig, section: PeftMethodConfig, base: nn.Mo
     try:
         return _config_class(section.method)(**values)  # type: ignore[no-any-return]
     except (TypeError, ValueError) as error:
-        key = "baseline_args" if dense else "fish_args"
+        key = "baseline_args" if variant.small else "fish_args"
         raise ConfigurationError(f"peft.args or peft.{key} of {section.method}: {error}") from error
 
 
@@ -88,9 +91,9 @@ def size_text(config: PeftConfig) -> str:
     return ", ".join(texts[name].format(size) for name, size in sizes.items() if size) or "-"
 
 
-def _defaults(config: ExperimentConfig, method: str, base: nn.Module, *, dense: bool) -> dict[str, Any]:
+def _defaults(config: ExperimentConfig, method: str, base: nn.Module, *, small: bool) -> dict[str, Any]:
     names = _field_names(method)
-    size = config.lora.baseline_rank if dense else config.lora.fish_rank
+    size = config.lora.baseline_rank if small else config.lora.fish_rank
     values: dict[str, Any] = {
         name: size for name in ("r", "bottleneck_size") if name in names and method not in NOT_A_RANK
     }
@@ -123,6 +126,24 @@ def _ia3_targets(base: nn.Module) -> dict[str, str]:
         "target_modules": rf".*\.({'|'.join(keys_and_values)})|{feed_forward}",
         "feedforward_modules": feed_forward,
     }
+
+
+def _in_top_layers(method: str, values: dict[str, Any], base: Any, number: int) -> dict[str, Any]:
+    """What keeps an adapter to the layers nearest the output."""
+    depth = base.config.num_hidden_layers
+    if number > depth:
+        raise ConfigurationError(
+            f"fish_tuning.top_layers, pool_layers: {number} layers were asked for, {type(base).__name__} has {depth}."
+        )
+    layers = list(range(depth - number, depth))
+    if "layers_to_transform" in _field_names(method):
+        return {"layers_to_transform": layers}
+    fields = [name for name in ("target_modules", "feedforward_modules") if values.get(name)]
+    if not fields:
+        raise ConfigurationError(
+            f"protocol fixed_budget: {method} adapts all layers at once, so it has no top layers. Use fixed_layers."
+        )
+    return {name: [m for m in matching(base, values[name]) if layer_number(m) in layers] for name in fields}
 
 
 def _norms(base: Any) -> list[str]:

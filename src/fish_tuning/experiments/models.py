@@ -28,6 +28,7 @@ from transformers import (
 
 from fish_tuning.adapters import AdapterError
 from fish_tuning.errors import ConfigurationError, did_you_mean
+from fish_tuning.experiments.arm_names import Variant
 from fish_tuning.experiments.builtin import resolve_builtin
 from fish_tuning.experiments.config import LORA_METHODS, ExperimentConfig, ModelConfig, PeftMethodConfig
 from fish_tuning.experiments.data import Task
@@ -97,7 +98,7 @@ def load_config(config: ModelConfig, task: Task, pad_token_id: int | None, loade
 
 
 def build_model(
-    config: ExperimentConfig, model_config: Any, task: Task, section: PeftMethodConfig, *, dense: bool, seed: int
+    config: ExperimentConfig, model_config: Any, task: Task, section: PeftMethodConfig, variant: Variant, *, seed: int
 ) -> Any:
     """The PEFT model that an arm starts from. The same seed and method give the same model, bit for bit."""
     set_seed(seed)
@@ -111,20 +112,20 @@ def build_model(
     )
     _check_loaded(config.model, base, loading)
     set_seed(seed)
-    return get_peft_model(base, peft_config(config, section, base, dense=dense))
+    return get_peft_model(base, peft_config(config, section, base, variant))
 
 
 def build_meta_model(
-    config: ExperimentConfig, model_config: Any, task: Task, section: PeftMethodConfig, *, dense: bool
+    config: ExperimentConfig, model_config: Any, task: Task, section: PeftMethodConfig, variant: Variant
 ) -> Any:
     """The same model without weights, to count on: costs no memory and needs no weights file.
 
     A method that computes with weights when it is put on gets random ones.
     """
     try:
-        return _counting_model(config, model_config, task, section, dense=dense, device="meta")
+        return _counting_model(config, model_config, task, section, variant, "meta")
     except _NoAdapter:
-        return _counting_model(config, model_config, task, section, dense=dense, device="cpu")
+        return _counting_model(config, model_config, task, section, variant, "cpu")
 
 
 class _NoAdapter(ConfigurationError):
@@ -132,7 +133,7 @@ class _NoAdapter(ConfigurationError):
 
 
 def _counting_model(
-    config: ExperimentConfig, model_config: Any, task: Task, section: PeftMethodConfig, *, dense: bool, device: str
+    config: ExperimentConfig, model_config: Any, task: Task, section: PeftMethodConfig, variant: Variant, device: str
 ) -> Any:
     with torch.device(device):
         try:
@@ -142,7 +143,7 @@ def _counting_model(
                 f"model.name: no model can be made from the configuration of {config.model.name!r} with "
                 f"model.config_overrides={config.model.config_overrides}: {_first_line(error)}"
             ) from error
-        adapter = peft_config(config, section, base, dense=dense)
+        adapter = peft_config(config, section, base, variant)
         if section.method in LORA_METHODS:
             vars(adapter)["init_lora_weights"] = True  # the others compute with weights, which are not there
         try:

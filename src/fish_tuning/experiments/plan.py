@@ -7,14 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from fish_tuning.budgets import matching_names, resolve_budget, split_budget
 from fish_tuning.errors import ConfigurationError, MaskError
 from fish_tuning.experiments.arguments import training_arguments
-from fish_tuning.experiments.config import LORA_METHODS, STARTS_AT_ZERO, ExperimentConfig, selection_of
+from fish_tuning.experiments.arm_names import ArmName, Variant
+from fish_tuning.experiments.config import LORA_METHODS, STARTS_AT_ZERO, ExperimentConfig
 from fish_tuning.experiments.data import Task, load_task, tokenize
 from fish_tuning.experiments.methods import check_method, size_text
 from fish_tuning.experiments.metrics import main_metric
@@ -67,13 +68,8 @@ def plan_experiment(config: ExperimentConfig) -> Plan:
     model_config = load_config(config.model, task, getattr(tokenizer, "pad_token_id", None), stored)
     if task.text_columns:
         _check_length(config, task, tokenizer, model_config)
-    models = {
-        section.method: _MethodModels(
-            *(build_meta_model(config, model_config, task, section, dense=dense) for dense in (True, False))
-        )
-        for section in config.peft
-    }
-    arms = [_plan_arm(config, arm, models[config.method_of(arm).method]) for arm in config.fish_tuning.methods_to_run]
+    models = _Models(config, model_config, task)
+    arms = [_plan_arm(config, arm, models) for arm in config.arms]
     if config.fish_tuning.num_samples > len(task.train):
         raise ConfigurationError(
             f"fish_tuning.num_samples={config.fish_tuning.num_samples} is more than the {len(task.train)} training "
@@ -107,31 +103,40 @@ def _positions(model_config: Any) -> int | None:
     return positions
 
 
-class _MethodModels(NamedTuple):
-    """Models without weights: the one that a method's dense arm trains, and the one its masked arms choose from."""
+class _Models:
+    """Models without weights, one for each adapter that the arms train or choose from."""
 
-    baseline: Any
-    pooled: Any
+    def __init__(self, config: ExperimentConfig, model_config: Any, task: Task) -> None:
+        self.config, self.model_config, self.task = config, model_config, task
+        self.made: dict[tuple[str, Variant], Any] = {}
+
+    def __call__(self, arm: str) -> Any:
+        section, variant = self.config.method_of(arm), self.config.variant_of(arm)
+        if (section.method, variant) not in self.made:
+            model = build_meta_model(self.config, self.model_config, self.task, section, variant)
+            self.made[section.method, variant] = model
+        return self.made[section.method, variant]
+
+    def settings(self, arm: str) -> Any:
+        return self(arm).peft_config["default"]
 
 
-def _plan_arm(config: ExperimentConfig, arm: str, models: _MethodModels) -> ArmPlan:
-    selection = selection_of(arm)
-    model = models.baseline if selection is None else models.pooled
-    sizes = _trainable_sizes(model)
+def _plan_arm(config: ExperimentConfig, arm: str, models: _Models) -> ArmPlan:
+    name = ArmName.parse(arm)
+    sizes = _trainable_sizes(models(arm))
     outside = matching_names(sizes, config.lora.names_to_exclude)
-    dense = sum(sizes[name] for name in outside)
-    pool = {name: size for name, size in sizes.items() if name not in outside}
+    dense = sum(sizes[tensor] for tensor in outside)
+    pool = {tensor: size for tensor, size in sizes.items() if tensor not in outside}
     total = sum(pool.values())
-    kept = total if selection is None else _budget(config, arm, models, total, dense)
-    if selection is not None and selection.quotas:
+    kept = total if name.selection is None else _budget(config, name, models, total, dense)
+    if name.selection is not None and name.selection.quotas:
         _check_quotas(pool, kept, config.fish_tuning.quotas)
-    settings = model.peft_config["default"]
     return ArmPlan(
         arm=arm,
-        method=config.method_of(arm).method,
-        selection=arm.partition("-")[2] or None,
-        size=size_text(settings),
-        settings=_plain(settings.to_dict()),
+        method=name.method,
+        selection=name.suffix or None,
+        size=size_text(models.settings(arm)),
+        settings=_plain(models.settings(arm).to_dict()),
         trainable_parameters=kept + dense,
         pool=total,
         kept=kept,
@@ -139,18 +144,20 @@ def _plan_arm(config: ExperimentConfig, arm: str, models: _MethodModels) -> ArmP
     )
 
 
-def _budget(config: ExperimentConfig, arm: str, models: _MethodModels, pool: int, dense: int) -> int:
-    ratio = config.fish_tuning.prune_to_ratio_of_baseline
-    baseline = sum(_trainable_sizes(models.baseline).values())
+def _budget(config: ExperimentConfig, name: ArmName, models: _Models, pool: int, dense: int) -> int:
+    if config.protocol == "fixed_layers":
+        return resolve_budget(pool, dense, keep_ratio=float(name.budget))
+    baseline = sum(_trainable_sizes(models(name.baseline)).values())
+    ratio = config.fish_tuning.prune_to_ratio_of_baseline if config.protocol == "ratio_of_baseline" else 1.0
     try:
         return resolve_budget(pool, dense, num_trainable=round(ratio * baseline))
     except MaskError as error:
-        sizes = [size_text(model.peft_config["default"]) for model in models]
+        sizes = [size_text(models.settings(arm)) for arm in (name.baseline, str(name))]
+        asked = f"fish_tuning.prune_to_ratio_of_baseline={ratio} of " if config.protocol == "ratio_of_baseline" else ""
         raise ConfigurationError(
-            f"fish_tuning.prune_to_ratio_of_baseline={ratio} of the {baseline:,} trainable parameters that "
-            f"{config.method_of(arm).method} has ({sizes[0]}, head included) cannot be met by {arm} ({sizes[1]}): "
-            f"{error} Sizes are set by lora.baseline_rank and lora.fish_rank, or by peft.baseline_args and "
-            "peft.fish_args."
+            f"{asked}the {baseline:,} trainable parameters that {name.baseline} has ({sizes[0]}, head included) cannot "
+            f"be met by {name} ({sizes[1]}): {error} Sizes are set by lora.baseline_rank and lora.fish_rank, or by "
+            "peft.baseline_args and peft.fish_args."
         ) from error
 
 
@@ -176,7 +183,9 @@ def _trainable_sizes(model: Any) -> dict[str, int]:
     return {name: parameter.numel() for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def _facts(config: ExperimentConfig, task: Task, models: dict[str, _MethodModels]) -> dict[str, Any]:
+def _facts(config: ExperimentConfig, task: Task, models: _Models) -> dict[str, Any]:
+    first = {ArmName.parse(arm).method: arm for arm in reversed(config.arms)}
+    first = {section.method: first[section.method] for section in config.peft if section.method in first}
     return {
         "task": task.name,
         "metric": main_metric(task.name, task.num_labels),
@@ -185,24 +194,28 @@ def _facts(config: ExperimentConfig, task: Task, models: dict[str, _MethodModels
         "validation_split": task.validation_split,
         "text_columns": list(task.text_columns),
         "num_labels": task.num_labels,
-        "model_type": next(iter(models.values())).baseline.config.model_type,
-        "adapters": {
-            method: _sizes(*(size_text(model.peft_config["default"]) for model in pair))
-            for method, pair in models.items()
-        },
-        "target_modules": {method: _targets(pair.baseline) for method, pair in models.items()},
+        "model_type": models.model_config.model_type,
+        "protocol": config.protocol,
+        "adapters": {method: _sizes(config, method, models) for method in first},
+        "target_modules": {method: _targets(models(arm)) for method, arm in first.items()},
         "init_lora_weights": config.lora.init_lora_weights,
         "num_samples": config.fish_tuning.num_samples,
-        "warmup_steps_before_scoring": {method: config.warmup_steps(method) for method in models},
+        "warmup_steps_before_scoring": {method: config.warmup_steps(method) for method in first},
         "device": _device(),
         "versions": {name: version(name) for name in RECORDED_PACKAGES} | {"python": platform.python_version()},
     }
 
 
-def _sizes(baseline: str, pooled: str) -> str:
-    if baseline == pooled:
-        return "one size" if baseline == "-" else baseline
-    return f"{baseline} (dense), {pooled} (pool of the masked arms)"
+def _sizes(config: ExperimentConfig, method: str, models: _Models) -> str:
+    """The sizes of a method's adapters, with what they are for where there are several."""
+    arms = [arm for arm in config.arms if ArmName.parse(arm).method == method]
+    dense, masked = (
+        [size_text(models.settings(arm)) for arm in arms if (ArmName.parse(arm).selection is None) == is_dense]
+        for is_dense in (True, False)
+    )
+    if len({*dense, *masked}) > 1:
+        return f"{dense[0]} (dense), {masked[0]} (pool of the masked arms)"
+    return "one size" if (dense or masked)[0] == "-" else (dense or masked)[0]
 
 
 def _targets(model: Any) -> list[str] | str | None:

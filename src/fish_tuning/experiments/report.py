@@ -31,10 +31,10 @@ def write_report(
     output_dir.mkdir(parents=True, exist_ok=True)
     summary = summarize(runs)
     pictures: list[Path] = []
-    if len(runs) >= len(config.fish_tuning.methods_to_run) * len(config.seeds):
+    if len(runs) >= len(config.arms) * len(config.seeds):
         from fish_tuning.experiments.figures import draw_figures
 
-        pictures = draw_figures(config.fish_tuning.methods_to_run, runs, output_dir)
+        pictures = draw_figures(config.arms, runs, output_dir)
     texts = {
         "results.json": _json(config, plan_facts, runs, summary),
         "results.csv": _csv(config.name, runs),
@@ -57,7 +57,7 @@ def report_notes(config: ExperimentConfig, facts: Mapping[str, Any], summary: Se
             "Intervals are Student's t over seeds: they cover what a seed changes (head, data order, masks), not the "
             "choice of examples or of the data set."
         )
-    planned = len(config.fish_tuning.methods_to_run) * len(config.seeds)
+    planned = len(config.arms) * len(config.seeds)
     finished = sum(arm.n_ok + arm.n_failed for arm in summary)
     if finished < planned:
         notes.append(f"{finished} of {planned} runs are in; the rest has not run yet.")

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 from fish_tuning.errors import FishTuningError
+from fish_tuning.experiments.arm_names import ArmName
 from fish_tuning.experiments.arms import ArmRun, Calibration
-from fish_tuning.experiments.config import LORA_METHODS, ExperimentConfig, selection_of
+from fish_tuning.experiments.config import LORA_METHODS, ExperimentConfig
 from fish_tuning.experiments.data import tokenize
 from fish_tuning.experiments.digests import data_digest
 from fish_tuning.experiments.files import write_atomically
@@ -105,7 +106,7 @@ def _config_hash(config: ExperimentConfig, arm: ArmPlan, seed: int, fixed: dict[
     parts |= fixed
     if arm.method in LORA_METHODS:
         parts["init_lora_weights"] = config.lora.init_lora_weights  # which settings, made without weights, lack
-    selection = selection_of(arm.arm)
+    selection = ArmName.parse(arm.arm).selection
     if selection is not None:
         parts["names_to_exclude"] = config.lora.names_to_exclude
         parts |= {"quotas": config.fish_tuning.quotas} if selection.quotas else {}

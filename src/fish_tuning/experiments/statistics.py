@@ -7,9 +7,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, stdev
 
+from fish_tuning.experiments.arm_names import baseline_of
 from fish_tuning.experiments.records import RunRecord
 
 FEWEST_FOR_INTERVAL = 3
+__all__ = [
+    "FEWEST_FOR_INTERVAL",
+    "ArmSummary",
+    "Interval",
+    "baseline_of",
+    "mean_interval",
+    "paired_difference",
+    "summarize",
+]
 
 
 @dataclass(frozen=True)
@@ -61,11 +71,6 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval
 
     half = float(t.ppf((1 + confidence) / 2, n - 1)) * stdev(values) / math.sqrt(n)
     return Interval(mean, mean - half, mean + half, n)
-
-
-def baseline_of(arm: str) -> str:
-    """The dense arm of the same method: `dora` for `dora-fish`."""
-    return arm.partition("-")[0]
 
 
 def paired_difference(runs: Sequence[RunRecord], arm: str, baseline: str) -> Interval:
