@@ -21,7 +21,12 @@ def training_arguments(
     config: ExperimentConfig, seed: int, folder: Path, extra: Mapping[str, Any] | None = None
 ) -> TrainingArguments:
     """The TrainingArguments of one seed. Raises ConfigurationError for values that transformers refuses."""
-    chosen = {"dataloader_pin_memory": torch.cuda.is_available(), **config.training.args_override, **(extra or {})}
+    chosen = {
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        **config.training.args_override,
+        **config.dataset.training_args,
+        **(extra or {}),
+    }
     try:
         arguments = TrainingArguments(output_dir=str(folder), seed=seed, disable_tqdm=True, **chosen)
     except (ValueError, TypeError, ImportError) as error:
@@ -29,6 +34,18 @@ def training_arguments(
     _check_numbers(arguments)
     _check_reports(arguments)
     return arguments
+
+
+def early_stopping_arguments(metric: str) -> dict[str, Any]:
+    """What transformers' EarlyStoppingCallback needs: an evaluation and a checkpoint an epoch, the best one back."""
+    return {
+        "eval_strategy": "epoch",
+        "save_strategy": "epoch",
+        "save_total_limit": 1,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": metric,
+        "greater_is_better": True,
+    }
 
 
 def _check_numbers(arguments: TrainingArguments) -> None:

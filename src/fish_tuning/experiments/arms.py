@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import (
     DataCollatorWithPadding,
+    EarlyStoppingCallback,
     PrinterCallback,
     Trainer,
     TrainerCallback,
@@ -30,7 +31,7 @@ from transformers import (
 
 from fish_tuning.budgets import matching_names, module_type
 from fish_tuning.errors import FishTuningError
-from fish_tuning.experiments.arguments import training_arguments
+from fish_tuning.experiments.arguments import early_stopping_arguments, training_arguments
 from fish_tuning.experiments.arm_names import ArmName, Selection
 from fish_tuning.experiments.config import ExperimentConfig, PeftMethodConfig
 from fish_tuning.experiments.measure import PeakMemory, optimizer_state_bytes
@@ -68,6 +69,7 @@ class ArmRun:
     validation: Dataset
     progress: TrainerCallback
     calibration: Calibration | None = None
+    learning_rate: float | None = None
 
     def run(self, folder: Path, config_hash: str) -> RunRecord:
         name = f"{self.arm.arm}-seed{self.seed}"
@@ -97,6 +99,8 @@ class ArmRun:
         train_seconds = time.perf_counter() - started
         peak_memory = peak.bytes()
         metrics = self._evaluate(trainer)
+        if self._patience:
+            shutil.rmtree(folder / "checkpoints" / name, ignore_errors=True)
         _remove_empty(folder / "checkpoints" / name)
         return RunRecord(
             arm=self.arm.arm,
@@ -136,7 +140,15 @@ class ArmRun:
         return self._selection is not None and self._selection.method != "rand"
 
     def _arguments(self, folder: Path, extra: Mapping[str, Any] | None = None) -> TrainingArguments:
-        return training_arguments(self.config, self.seed, folder, {**self._section.training_args, **(extra or {})})
+        chosen = {} if self.learning_rate is None else {"learning_rate": self.learning_rate}
+        stopping = early_stopping_arguments(self.plan.metric) if self._patience and not extra else {}
+        return training_arguments(
+            self.config, self.seed, folder, {**self._section.training_args, **chosen, **stopping, **(extra or {})}
+        )
+
+    @property
+    def _patience(self) -> int | None:
+        return self.config.training.early_stopping_patience
 
     def _mask(self, model: Any, initial_state: str, args: TrainingArguments) -> Mask | None:
         if self._selection is None:
@@ -194,6 +206,8 @@ class ArmRun:
         callbacks: list[TrainerCallback] = [self.progress]
         if mask is not None:
             callbacks.append(FishMaskCallback(mask))
+        if self._patience:
+            callbacks.append(EarlyStoppingCallback(early_stopping_patience=self._patience))
         return self._make_trainer(model, args, callbacks)
 
     def _make_trainer(self, model: Any, args: TrainingArguments, callbacks: list[TrainerCallback]) -> Trainer:

@@ -63,6 +63,14 @@ class DatasetConfig(Section):
     train_split: str | None = Field(default=None, description="the name of a split")
     validation_split: str | None = Field(default=None, description="the name of a split")
     max_train_samples: int | None = Field(default=None, ge=1, description="a whole number from 1, or null for all")
+    training_args: dict[str, Any] = Field(
+        default={}, description="changes to training.args_override for this data set, such as num_train_epochs"
+    )
+
+    @field_validator("training_args")
+    @classmethod
+    def _known_arguments(cls, value: dict[str, Any]) -> dict[str, Any]:
+        return _checked_arguments(value)
 
     @field_validator("load_args", mode="before")
     @classmethod
@@ -237,7 +245,25 @@ class TrainingConfig(Section):
 
     max_seq_length: int = Field(default=128, ge=1, description="a whole number from 1: tokens an example is cut to")
     output_dir: str = Field(default="results", min_length=1, description="a folder's name")
+    learning_rates: list[float] = Field(
+        default=[],
+        description="a list of numbers above 0: each arm's is chosen on a part of the training set; empty for the one "
+        "in args_override",
+    )
+    early_stopping_patience: int | None = Field(
+        default=None,
+        ge=1,
+        description="a whole number from 1: epochs without a better metric after which a run stops and goes back to "
+        "its best epoch; null to train to the end",
+    )
     args_override: dict[str, Any] = Field(default={}, description="names and values of transformers' TrainingArguments")
+
+    @field_validator("learning_rates")
+    @classmethod
+    def _positive(cls, value: list[float]) -> list[float]:
+        if not all(rate > 0 for rate in value):
+            raise ValueError("must be numbers above 0")
+        return _unique(value)
 
     @field_validator("args_override")
     @classmethod

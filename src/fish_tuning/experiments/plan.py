@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from fish_tuning.experiments.metrics import main_metric
 from fish_tuning.experiments.models import build_meta_model, load_config, load_tokenizer, read_config
 from fish_tuning.experiments.records import ArmPlan
 
+HELD_OUT = 0.2  # of the training set, where learning rates are chosen
 RECORDED_PACKAGES = ("fish-tuning", "torch", "transformers", "peft", "datasets")
 # Model types whose position embeddings start after the padding token's number.
 NUMBERED_AFTER_PADDING = (
@@ -70,13 +72,17 @@ def plan_experiment(config: ExperimentConfig) -> Plan:
         _check_length(config, task, tokenizer, model_config)
     models = _Models(config, model_config, task)
     arms = [_plan_arm(config, arm, models) for arm in config.arms]
-    if config.fish_tuning.num_samples > len(task.train):
-        raise ConfigurationError(
-            f"fish_tuning.num_samples={config.fish_tuning.num_samples} is more than the {len(task.train)} training "
-            "examples."
-        )
+    _check_samples(config, len(task.train))
     facts = _facts(config, task, models)
     return Plan(arms, facts, _notes(config, arms), task, tokenizer, model_config)
+
+
+def _check_samples(config: ExperimentConfig, examples: int) -> None:
+    asked, several = config.fish_tuning.num_samples, len(config.training.learning_rates) > 1
+    left = examples - math.ceil(HELD_OUT * examples) if several else examples
+    if asked > left:
+        where = f" that are left when {HELD_OUT:.0%} are held out to choose learning rates" if several else ""
+        raise ConfigurationError(f"fish_tuning.num_samples={asked} is more than the {left} training examples{where}.")
 
 
 def _check_length(config: ExperimentConfig, task: Task, tokenizer: Any, model_config: Any) -> None:

@@ -57,6 +57,16 @@ def report_notes(config: ExperimentConfig, facts: Mapping[str, Any], summary: Se
             "Intervals are Student's t over seeds: they cover what a seed changes (head, data order, masks), not the "
             "choice of examples or of the data set."
         )
+    if len(config.training.learning_rates) > 1:
+        rates = ", ".join(f"{arm} {rate:g}" for arm, rate in (facts.get("learning_rates") or {}).items())
+        notes.append(
+            "The learning rate of each arm was chosen on a fifth of the training set, with the first seed, among "
+            f"{', '.join(f'{rate:g}' for rate in config.training.learning_rates)}: {rates or 'none yet'}."
+        )
+    if config.training.early_stopping_patience:
+        notes.append(
+            "Early stopping: each run went back to its best epoch on the validation set, the one that is reported."
+        )
     planned = len(config.arms) * len(config.seeds)
     finished = sum(arm.n_ok + arm.n_failed for arm in summary)
     if finished < planned:
@@ -140,7 +150,8 @@ def _settings(config: ExperimentConfig, facts: Mapping[str, Any]) -> dict[str, A
     }
     chosen = ("learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "weight_decay")
     settings |= {key: str(training[key]) for key in chosen if key in training}
-    return settings | {key.replace("_", " "): value for key, value in facts.items() if key not in (*settings, "notes")}
+    told = (*settings, "notes", "learning_rates")
+    return settings | {key.replace("_", " "): value for key, value in facts.items() if key not in told}
 
 
 def _list(lines: Any) -> str:

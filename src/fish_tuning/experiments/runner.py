@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import gc
-import hashlib
 import json
 import logging
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
+from filelock import FileLock, Timeout
 
 from fish_tuning.errors import FishTuningError
-from fish_tuning.experiments.arm_names import ArmName
 from fish_tuning.experiments.arms import ArmRun, Calibration
-from fish_tuning.experiments.config import LORA_METHODS, ExperimentConfig
+from fish_tuning.experiments.config import ExperimentConfig
 from fish_tuning.experiments.data import tokenize
 from fish_tuning.experiments.digests import data_digest
 from fish_tuning.experiments.files import write_atomically
@@ -24,51 +24,136 @@ from fish_tuning.experiments.plan import Plan
 from fish_tuning.experiments.progress import RunProgress
 from fish_tuning.experiments.records import ArmPlan, RunRecord
 from fish_tuning.experiments.report import write_report
+from fish_tuning.experiments.run_keys import config_hash
+from fish_tuning.experiments.tuning import LearningRates
 
 logger = logging.getLogger(__name__)
 
 OnRun = Callable[[RunRecord, bool], None]
+WAIT_SECONDS = 2.0  # between two looks at what other processes are doing
 
 
-def run_experiment(config: ExperimentConfig, plan: Plan, on_run: OnRun | None = None) -> list[RunRecord]:
+class Shard(NamedTuple):
+    """Part `number` of `of` equal parts of the runs, from 1."""
+
+    number: int = 1
+    of: int = 1
+
+
+WHOLE = Shard()
+
+
+def run_experiment(
+    config: ExperimentConfig, plan: Plan, on_run: OnRun | None = None, shard: Shard = WHOLE
+) -> list[RunRecord]:
     """Run what is not finished yet and write the report after every run.
 
     Seeds are the outer loop, so that an interrupted experiment has whole comparisons. Within a seed every arm of a rank
     starts from the same adapter, all from the same head, and all see the data in the same order; arms of a seed share
-    their scores.
+    their scores. Several processes may run the same experiment in one folder: each takes runs that no other has, and
+    waits for those that others are at.
 
     Args:
         config: the experiment.
         plan: from `plan_experiment(config)`.
         on_run: called after each run with its record and whether it was there already.
+        shard: the part of the runs to do; the others are left alone, and reported where they are finished.
 
     Returns:
         One record for each arm and seed, in the order of the arms; failed runs have status "failed" and their error.
     """
-    folder = Path(config.training.output_dir)
-    (folder / "runs").mkdir(parents=True, exist_ok=True)
-    train, validation = tokenize(plan.task, plan.tokenizer, config.training.max_seq_length)
-    fixed = {"data": data_digest(train, validation), "versions": plan.facts["versions"]}
-    records: dict[tuple[str, int], RunRecord] = {}
-    with RunProgress(len(plan.arms) * len(config.seeds)) as progress:
-        for seed in config.seeds:
-            calibrations: dict[str, Calibration | None] = {}  # by PEFT method
-            for arm in plan.arms:
-                key = _config_hash(config, arm, seed, fixed)
-                record = _finished(folder, arm.arm, seed, key)
-                known = record is not None
-                progress.start(arm.arm, seed)
-                if record is None:
-                    run = ArmRun(config, plan, arm, seed, train, validation, progress, calibrations.get(arm.method))
-                    record = _attempt(run, folder, key)
-                    calibrations[arm.method] = run.calibration
-                    write_atomically(_run_file(folder, arm.arm, seed), json.dumps(record.to_dict(), indent=2).encode())
-                records[arm.arm, seed] = record
-                progress.finish()
-                if on_run is not None:
-                    on_run(record, known)
-                write_report(config, plan.facts, _in_order(records, plan), folder)
-    return _in_order(records, plan)
+    return _Session(config, plan, on_run, shard).run()
+
+
+class _Session:
+    """One process at work on an experiment's folder."""
+
+    def __init__(self, config: ExperimentConfig, plan: Plan, on_run: OnRun | None, shard: Shard) -> None:
+        self.config, self.plan, self.on_run, self.shard = config, plan, on_run, shard
+        self.folder = Path(config.training.output_dir)
+        for name in ("runs", "locks"):
+            (self.folder / name).mkdir(parents=True, exist_ok=True)
+        self.train, self.validation = tokenize(plan.task, plan.tokenizer, config.training.max_seq_length)
+        data = data_digest(self.train, self.validation)
+        plan.facts["data_fingerprint"] = data
+        self.fixed = {"data": data, "versions": plan.facts["versions"]}
+        self.calibrations: dict[tuple[int, str, float | None], Calibration | None] = {}
+        self.records: dict[tuple[str, int], RunRecord] = {}
+
+    def run(self) -> list[RunRecord]:
+        todo = [(arm, seed) for seed in self.config.seeds for arm in self.plan.arms]
+        mine = todo[self.shard.number - 1 :: self.shard.of]
+        with RunProgress(len(mine)) as self.progress:
+            self.tuner = LearningRates(self.config, self.plan, self.train, self.fixed, self.progress)
+            while mine:
+                left = [(arm, seed) for arm, seed in mine if not self._take(arm, seed)]
+                if len(left) == len(mine):
+                    time.sleep(WAIT_SECONDS)  # others are at the rest
+                mine = left
+        for arm, seed in todo:
+            if (arm.arm, seed) not in self.records:
+                self._read_of_other_shards(arm, seed)
+        self._report()
+        return _in_order(self.records, self.plan)
+
+    def _read_of_other_shards(self, arm: ArmPlan, seed: int) -> None:
+        rate = self.tuner.known(arm)
+        if rate is not None or not self.tuner.chooses:
+            key = config_hash(self.config, arm, seed, self.fixed, rate)
+            record = _finished(self.folder, arm.arm, seed, key)
+            if record is not None:
+                self.records[arm.arm, seed] = record
+
+    def _take(self, arm: ArmPlan, seed: int) -> bool:
+        """Do a run, or read it; False when another process is at it."""
+        path = _run_file(self.folder, arm.arm, seed)
+        try:
+            with FileLock(self.folder / "locks" / f"{path.stem}.lock", timeout=0):
+                record, known = self._record(arm, seed, path)
+        except Timeout:
+            return False
+        self.records[arm.arm, seed] = record
+        self.progress.finish()
+        if self.on_run is not None:
+            self.on_run(record, known)
+        self._report()
+        return True
+
+    def _record(self, arm: ArmPlan, seed: int, path: Path) -> tuple[RunRecord, bool]:
+        """The run's record and whether it was there already."""
+        self.progress.start(arm.arm, seed)
+        try:
+            rate = self.tuner(arm)
+        except FishTuningError as error:
+            return self._written(_failed(arm, seed, self.plan.metric, str(error)), path), False
+        key = config_hash(self.config, arm, seed, self.fixed, rate)
+        record = _finished(self.folder, arm.arm, seed, key)
+        if record is not None:
+            return record, True
+        shared = (seed, arm.method, rate)  # arms that agree in these share their scores
+        self.calibrations = {known: made for known, made in self.calibrations.items() if known[0] == seed}
+        run = ArmRun(
+            self.config,
+            self.plan,
+            arm,
+            seed,
+            self.train,
+            self.validation,
+            self.progress,
+            self.calibrations.get(shared),
+            rate,
+        )
+        record = _attempt(run, self.folder, key)
+        self.calibrations[shared] = run.calibration
+        return self._written(record, path), False
+
+    def _written(self, record: RunRecord, path: Path) -> RunRecord:
+        write_atomically(path, json.dumps(record.to_dict(), indent=2).encode())
+        return record
+
+    def _report(self) -> None:
+        self.plan.facts["learning_rates"] = self.tuner.chosen
+        write_report(self.config, self.plan.facts, _in_order(self.records, self.plan), self.folder)
 
 
 def _attempt(run: ArmRun, folder: Path, key: str) -> RunRecord:
@@ -83,36 +168,15 @@ def _attempt(run: ArmRun, folder: Path, key: str) -> RunRecord:
         logger.debug("%s with seed %d failed", run.arm.arm, run.seed, exc_info=True)
         reason = str(error).strip() or "no message"
         kind = "" if isinstance(error, FishTuningError) else f"{type(error).__name__}: "
-        return RunRecord(
-            arm=run.arm.arm,
-            seed=run.seed,
-            status="failed",
-            metric=run.plan.metric,
-            error=f"{kind}{reason} (traceback in {log})",
-            config_hash=key,
-        )
+        return _failed(run.arm, run.seed, run.plan.metric, f"{kind}{reason} (traceback in {log})", key)
     finally:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
 
-def _config_hash(config: ExperimentConfig, arm: ArmPlan, seed: int, fixed: dict[str, Any]) -> str:
-    """What a run depends on; a finished run is not repeated while this stays the same."""
-    parts = config.model_dump(mode="json", include={"model", "dataset", "training"})
-    del parts["training"]["output_dir"]
-    parts["training"]["args_override"] |= config.method_of(arm.arm).training_args
-    parts |= {"arm": arm.arm, "seed": seed, "settings": arm.settings, "trainable_parameters": arm.trainable_parameters}
-    parts |= fixed
-    if arm.method in LORA_METHODS:
-        parts["init_lora_weights"] = config.lora.init_lora_weights  # which settings, made without weights, lack
-    selection = ArmName.parse(arm.arm).selection
-    if selection is not None:
-        parts["names_to_exclude"] = config.lora.names_to_exclude
-        parts |= {"quotas": config.fish_tuning.quotas} if selection.quotas else {}
-        if selection.method != "rand":  # which needs no scores
-            parts |= {"num_samples": config.fish_tuning.num_samples, "warmup_steps": config.warmup_steps(arm.method)}
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+def _failed(arm: ArmPlan, seed: int, metric: str, error: str, key: str = "") -> RunRecord:
+    return RunRecord(arm=arm.arm, seed=seed, status="failed", metric=metric, error=error, config_hash=key)
 
 
 def _finished(folder: Path, arm: str, seed: int, key: str) -> RunRecord | None:
