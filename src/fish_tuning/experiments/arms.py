@@ -253,17 +253,12 @@ def _remove_empty(checkpoints: Path) -> None:
 
 
 def kept_shares(mask: Mask, names_to_exclude: Sequence[str]) -> list[KeptShare]:
-    """Kept and total entries for each tensor of the pool, by layer number and module type (`query.lora_A`)."""
-    shares = []
+    """Kept and total entries of the pool by layer number and module type (`query.lora_A`, weight and bias together)."""
+    counts: dict[tuple[int | None, str], list[int]] = {}
     for name in mask.keys() - matching_names(mask, names_to_exclude):
-        selected = mask[name]
-        layer = re.search(r"\.(\d+)\.", name)
-        shares.append(
-            KeptShare(
-                layer=int(layer.group(1)) if layer else None,
-                module=module_type(name),
-                kept=int(selected.sum()),
-                total=selected.numel(),
-            )
-        )
+        number = re.search(r"\.(\d+)\.", name)
+        count = counts.setdefault((int(number.group(1)) if number else None, module_type(name)), [0, 0])
+        count[0] += int(mask[name].sum())
+        count[1] += mask[name].numel()
+    shares = [KeptShare(layer, module, kept, total) for (layer, module), (kept, total) in counts.items()]
     return sorted(shares, key=lambda share: (-1 if share.layer is None else share.layer, share.module))

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 # Okabe and Ito's colours, which colour-blind readers tell apart.
 COLOURS = ("#000000", "#0072B2", "#E69F00", "#CC79A7", "#009E73", "#D55E00", "#56B4E9")
 DPI = 150
+MOST_COLUMNS = 30  # of heat maps side by side; more are stacked
 _GREY = "#666666"
 
 Shares = dict[tuple[int | None, str], float]
@@ -34,7 +35,7 @@ def draw_figures(arms: Sequence[str], runs: Sequence[RunRecord], output_dir: Pat
 def metric_figure(arms: Sequence[str], runs: Sequence[RunRecord]) -> Figure:
     """A column for each arm: a dot for each seed, the mean, and its 95 % interval."""
     summaries = {summary.arm: summary for summary in summarize(runs)}
-    figure, axes = _subplots(1, (max(4.5, 1.2 + 1.35 * len(arms)), 4.2))
+    figure, axes = _subplots((1, 1), (max(4.5, 1.2 + 1.35 * len(arms)), 4.2))
     ax = axes[0]
     labels = []
     for x, arm in enumerate(arms):
@@ -89,26 +90,31 @@ def kept_figure(arms: Sequence[str], runs: Sequence[RunRecord]) -> Figure | None
     layers = sorted({key[0] for shares in panels.values() for key in shares}, key=lambda n: -1 if n is None else n)
     # Arms of one method have the same modules; another method's would only leave empty columns.
     modules = {arm: sorted({module for _, module in shares}) for arm, shares in panels.items()}
-    columns = [len(names) for names in modules.values()]
+    widths = [len(names) for names in modules.values()]
+    stacked = sum(widths) > MOST_COLUMNS
     top = max(max(shares.values()) for shares in panels.values()) or 1.0
     cell_width, cell_height = 0.52, 0.34 if len(layers) > 12 else 0.42
-    width = sum(columns) * cell_width + len(panels) * 0.35 + 1.9
     height = max(1.5, len(layers) * cell_height) + 1.9
-    figure, axes = _subplots(len(panels), (max(width, 5.0), height), sharey=True, width_ratios=columns)
+    if stacked:
+        figure, axes = _subplots((len(panels), 1), (max(widths) * cell_width + 2.3, height * len(panels)))
+    else:
+        width = sum(widths) * cell_width + len(panels) * 0.35 + 1.9
+        figure, axes = _subplots((1, len(panels)), (max(width, 5.0), height), sharey=True, width_ratios=widths)
     image = None
     for ax, (arm, shares) in zip(axes, panels.items(), strict=True):
         grid = [[shares.get((layer, module), float("nan")) for module in modules[arm]] for layer in layers]
         image = ax.imshow(grid, cmap="cividis", vmin=0, vmax=top, aspect="auto")
         _write_numbers(ax, grid, top)
         ax.set_title(arm, fontsize=11)
-        ax.set_xticks(
-            range(len(modules[arm])), modules[arm], rotation=60, ha="right", rotation_mode="anchor", fontsize=9
-        )
+        ticks = range(len(modules[arm]))
+        ax.set_xticks(ticks, modules[arm], rotation=60, ha="right", rotation_mode="anchor", fontsize=9)
         ax.tick_params(length=0)
-    axes[0].set_yticks(range(len(layers)), ["-" if layer is None else str(layer) for layer in layers])
-    axes[0].set_ylabel("layer")
+    for ax in axes if stacked else axes[:1]:
+        ax.set_yticks(range(len(layers)), ["-" if layer is None else str(layer) for layer in layers])
+        ax.set_ylabel("layer")
     if image is not None:
-        bar = figure.colorbar(image, ax=axes, shrink=min(1.0, 3.0 / (height - 1.9) + 0.2), pad=0.02)
+        shrink = 0.5 if stacked else min(1.0, 3.0 / (height - 1.9) + 0.2)
+        bar = figure.colorbar(image, ax=axes, shrink=shrink, pad=0.02)
         bar.set_label("share of entries kept, %")
         bar.ax.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}")
     return figure
@@ -138,14 +144,14 @@ def _percent(share: float) -> str:
     return f"{percent:.0f}" if percent >= 9.95 or percent == 0 else f"{percent:.1f}"
 
 
-def _subplots(columns: int, size: tuple[float, float], **options: Any) -> tuple[Figure, list[Axes]]:
+def _subplots(shape: tuple[int, int], size: tuple[float, float], **options: Any) -> tuple[Figure, list[Axes]]:
     # A Figure of its own instead of pyplot: no global state, no display, and nothing to close.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = list(figure.subplots(1, columns, squeeze=False, **options)[0])
+    axes = list(figure.subplots(*shape, squeeze=False, **options).flat)
     for ax in axes:
         for side in ("top", "right"):
             ax.spines[side].set_visible(False)
