@@ -46,7 +46,9 @@ def invoke(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Res
                 raise plan
             return plan
 
-        def run_experiment(config: Any, plan: Any, on_run: Callable[[RunRecord, bool], None]) -> list[RunRecord]:
+        def run_experiment(
+            config: Any, plan: Any, on_run: Callable[[RunRecord, bool], None], shard: Any
+        ) -> list[RunRecord]:
             if isinstance(runs, BaseException):
                 raise runs
             for run in runs:
@@ -163,6 +165,20 @@ def test_a_wrong_key_is_told_without_importing_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "2 False\n"
+
+
+def test_each_data_set_is_an_experiment(invoke: Callable[..., Result]) -> None:
+    two = "dataset=[{load_args: [one/cola]}, {load_args: [two/rte], max_train_samples: 300}]"
+    done = invoke("run", "digits", two, "model.name=digits-vit", "--shard", "1/2", "--dry-run")
+    assert done.exit_code == 0
+    assert "digits-cola: what each arm would train" in done.output
+    assert "digits-rte: what each arm would train" in done.output
+
+
+def test_a_wrong_shard_is_told(invoke: Callable[..., Result]) -> None:
+    done = invoke("run", "digits", "--shard", "5/2")
+    assert done.exit_code == 2
+    assert "--shard 5/2: must be I/N" in done.output
 
 
 def test_script_does_the_same() -> None:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fish_tuning.experiments.config import ExperimentConfig
     from fish_tuning.experiments.plan import Plan
     from fish_tuning.experiments.records import RunRecord
+    from fish_tuning.experiments.shards import Shard
 
 OK, FAILED, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
 
@@ -64,14 +65,18 @@ def run(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what each arm would train, and train nothing.")
     ] = False,
+    shard: Annotated[
+        str | None, typer.Option(metavar="I/N", help="Do only the I-th of N parts of the runs, e.g. 1/4.")
+    ] = None,
 ) -> None:
     """Run an experiment: every arm with every seed.
 
-    It ends with a table, pictures and a conclusion.
+    It ends with a table, pictures and a conclusion. Started again, or on several machines with one output folder, it
+    goes on with what is not finished.
 
     Exit code: 0 all runs finished, 1 a run failed, 2 the configuration cannot work, 130 interrupted.
     """
-    raise typer.Exit(run_command(config, overrides or [], dry_run=dry_run))
+    raise typer.Exit(run_command(config, overrides or [], dry_run=dry_run, shard=shard))
 
 
 @app.command()
@@ -85,12 +90,36 @@ def configs() -> None:
         typer.echo(f"{name:<{width}}  {describe(path)}")
 
 
+@app.command()
+def inspect(
+    masks: Annotated[
+        list[str],
+        typer.Argument(metavar="MASK_OR_ADAPTER", help="Mask files, sparse deltas, adapter folders or checkpoints."),
+    ],
+    picture: Annotated[
+        str | None, typer.Option("--picture", metavar="FILE.png", help="Draw layers by modules to this file.")
+    ] = None,
+) -> None:
+    """Show where masks went: the kept entries by layer and module type, and how far several masks agree.
+
+    Exit code: 0, or 2 when a file is missing, is something else, or cannot be compared.
+    """
+    from fish_tuning.errors import FishTuningError
+    from fish_tuning.experiments.inspection import inspect_masks
+
+    try:
+        inspect_masks(_console(), masks, picture)
+    except FishTuningError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(WRONG_USE) from None
+
+
 def main() -> None:
     """The `fish-tuning` command."""
     app()
 
 
-def run_command(config: str, overrides: list[str], *, dry_run: bool = False) -> int:
+def run_command(config: str, overrides: list[str], *, dry_run: bool = False, shard: str | None = None) -> int:
     """What `fish-tuning run` and `scripts/run_experiment.py` both do. Returns the exit code."""
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
@@ -102,7 +131,7 @@ def run_command(config: str, overrides: list[str], *, dry_run: bool = False) -> 
             if not sys.warnoptions:
                 # What libraries will rename one day is nothing that a user of the command can act on.
                 warnings.simplefilter("ignore", FutureWarning)
-            return _run(config, overrides, dry_run)
+            return _run(config, overrides, dry_run, shard)
     except FishTuningError as error:
         typer.echo(f"error: {error}", err=True)
         return WRONG_USE
@@ -115,35 +144,44 @@ def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-def _run(config_name: str, overrides: list[str], dry_run: bool) -> int:
-    from fish_tuning.experiments.loading import load_experiment
+def _run(config_name: str, overrides: list[str], dry_run: bool, shard_text: str | None) -> int:
+    from fish_tuning.experiments.loading import load_experiments
 
-    config = load_experiment(config_name, overrides)  # before torch is imported: a wrong key is told at once
+    experiments = load_experiments(config_name, overrides)  # before torch is imported: a wrong key is told at once
 
-    from fish_tuning.experiments.plan import plan_experiment
-
-    plan = plan_experiment(config)
-    if dry_run:
-        _show_plan(_console(), config, plan)
-        return OK
     from fish_tuning.experiments.models import check_weights
+    from fish_tuning.experiments.plan import plan_experiment
+    from fish_tuning.experiments.shards import parse_shard
 
-    check_weights(config.model)
-    output_dir = _writable(Path(config.training.output_dir))
-    typer.echo(
-        f"{config.name}: {config.model.name} on {' '.join(config.dataset.load_args)}, {len(plan.arms)} arms x "
-        f"{len(config.seeds)} seeds"
-    )
+    shard = parse_shard(shard_text)
+    planned = []
+    for config in experiments:  # all of them, before the first is run
+        planned.append((config, plan_experiment(config)))
+        if dry_run:
+            _show_plan(_console(), *planned[-1])
+        else:
+            check_weights(config.model)
+    if dry_run:
+        return OK
+    return max([_run_one(config, plan, shard) for config, plan in planned])
 
+
+def _run_one(config: ExperimentConfig, plan: Plan, shard: Shard) -> int:
     from fish_tuning.experiments.runner import run_experiment
 
+    output_dir = _writable(Path(config.training.output_dir))
+    part = f", part {shard.number} of {shard.of}" if shard.of > 1 else ""
+    typer.echo(
+        f"{config.name}: {config.model.name} on {config.dataset.source}, {len(plan.arms)} arms x "
+        f"{len(config.seeds)} seeds{part}"
+    )
     try:
-        runs = run_experiment(config, plan, _show_run)
+        runs = run_experiment(config, plan, _show_run, shard)
     except KeyboardInterrupt:
         typer.echo(
             f"interrupted; finished runs are kept in {output_dir}, the same command goes on from there", err=True
         )
-        return INTERRUPTED
+        raise typer.Exit(INTERRUPTED) from None
     _show_results(_console(), config, plan, runs, output_dir)
     return FAILED if any(run.status == "failed" for run in runs) else OK
 

@@ -13,6 +13,7 @@ from fish_tuning.experiments.loading import (
     config_directory,
     describe,
     load_experiment,
+    load_experiments,
     merge,
     parse_override,
     shipped_experiments,
@@ -139,7 +140,10 @@ def test_environment_variables_are_expanded(experiment: Path, monkeypatch: pytes
         ("peft.training_args.evaluation_strategy=no", "write 'eval_strategy'"),
         ("fish_tuning.num_samples=0", "fish_tuning.num_samples=0: must be a whole number from 1"),
         ("fish_tuning.warmup_steps=-1", "fish_tuning.warmup_steps=-1: must be a whole number from 0"),
-        ("dataset.load_args=[]", "dataset.load_args=[]: must be the arguments of datasets.load_dataset"),
+        ("dataset.load_args=[]", "dataset: needs either load_args or data_files."),
+        ("dataset.data_files={train: a.csv}", "dataset: needs either load_args or data_files."),
+        ("training.learning_rates=[0.1, 0]", "must be numbers above 0"),
+        ("training.early_stopping_patience=0", "early_stopping_patience=0: must be a whole number from 1"),
         ("dataset.text_column=[a, b, c]", "or a list of two"),
         ("dataset.max_train_samples=0", "dataset.max_train_samples=0: must be a whole number from 1"),
         ("model=roberta-base", "model='roberta-base': must be a section with the keys name"),
@@ -247,6 +251,18 @@ def test_warm_up_is_what_the_start_needs_unless_it_is_set(overrides: list[str], 
     config = load_experiment("my_experiment", overrides)
     assert config.warmup_steps("lora") == steps
     assert (f"after {steps} warm-up" in config.start("lora")) == bool(steps)
+
+
+def test_several_data_sets_are_several_experiments(experiment: Path) -> None:
+    two = "dataset=[{load_args: [glue, cola]}, {data_files: {train: my/reviews/train.csv, validation: dev.csv}}]"
+    cola, reviews = load_experiments(experiment, [two, "dataset.max_train_samples=7", "name=mine"])
+    assert (cola.name, cola.training.output_dir) == ("mine-cola", "results/mine/cola")
+    assert (reviews.name, reviews.dataset.source) == ("mine-reviews", "my/reviews/train.csv, dev.csv")
+    assert cola.dataset.max_train_samples == reviews.dataset.max_train_samples == 7
+    with pytest.raises(ConfigurationError, match="lists 2 data sets; one was expected"):
+        load_experiment(experiment, [two])
+    with pytest.raises(ConfigurationError, match="dataset lists 'cola' twice"):
+        load_experiments(experiment, ["dataset=[{load_args: [glue, cola]}, {load_args: [mine/cola]}]"])
 
 
 def test_methods_bring_their_arms(experiment: Path) -> None:

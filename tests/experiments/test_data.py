@@ -8,8 +8,8 @@ from folders import write_bert, write_pairs, write_sentences
 from transformers import AutoTokenizer
 
 from fish_tuning.errors import ConfigurationError
-from fish_tuning.experiments.config import DatasetConfig
 from fish_tuning.experiments.data import Task, load_task, tokenize
+from fish_tuning.experiments.sections import DatasetConfig
 
 
 def task_of(folder: Path, **settings: object) -> Task:
@@ -182,3 +182,47 @@ def test_a_file_an_empty_folder_and_broken_files_are_told(tmp_path: Path) -> Non
         task_of(file)
     with pytest.raises(ConfigurationError, match="cannot be loaded: JSON parse error"):
         task_of(tmp_path)
+
+
+@pytest.mark.parametrize("ending", ["csv", "tsv", "jsonl", "parquet"])
+def test_single_files_are_splits(tmp_path: Path, ending: str) -> None:
+    rows = Dataset.from_dict({"text": ["good", "bad"] * 3, "label": [1, 0] * 3})
+    files = {}
+    for split in ("train", "validation"):
+        files[split] = str(tmp_path / f"{split}.{ending}")
+        if ending in ("csv", "tsv"):
+            rows.to_csv(files[split], sep="\t" if ending == "tsv" else ",")
+        else:
+            (rows.to_json if ending == "jsonl" else rows.to_parquet)(files[split])
+    task = load_task(DatasetConfig(data_files=files))
+    assert (task.name, task.text_columns, len(task.train), task.num_labels) == (tmp_path.name, ("text",), 6, 2)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("train.csv", "gone.csv"), r"there is no file '.*gone\.csv'"),
+        (("train.csv", "dev.jsonl"), "must be of one format"),
+        (("train.txt", "train.txt"), r"which the name's end tells: \.csv, \.tsv, \.json"),
+    ],
+)
+def test_files_that_cannot_be_splits_are_told(tmp_path: Path, names: tuple[str, str], message: str) -> None:
+    for name in names:
+        if "gone" not in name:
+            (tmp_path / name).write_text("text,label\na,1\n")
+    files = dict(zip(("train", "validation"), (str(tmp_path / name) for name in names), strict=True))
+    with pytest.raises(ConfigurationError, match=message):
+        load_task(DatasetConfig(data_files=files))
+
+
+def test_both_sets_of_mnli_are_kept(tmp_path: Path) -> None:
+    folder = tmp_path / "mnli"
+    (folder / "data").mkdir(parents=True)  # where split names may hold underscores
+    rows = Dataset.from_dict({"premise": ["a", "b", "c"], "hypothesis": ["d", "e", "f"], "label": [0, 1, 2]})
+    for split in ("train", "validation_matched", "validation_mismatched"):
+        rows.to_parquet(folder / "data" / f"{split}-00000-of-00001.parquet")
+    task = load_task(DatasetConfig(load_args=[str(folder)]))
+    assert (task.validation_split, list(task.more_validation)) == ("validation_matched", ["mismatched"])
+    assert "labels" in task.more_validation["mismatched"].column_names
+    alone = load_task(DatasetConfig(load_args=[str(folder)], validation_split="validation_mismatched"))
+    assert not alone.more_validation

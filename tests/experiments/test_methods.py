@@ -12,10 +12,11 @@ from transformers import AutoModelForSequenceClassification, ModernBertConfig, M
 
 from fish_tuning.errors import ConfigurationError
 from fish_tuning.experiments.arm_names import Variant
-from fish_tuning.experiments.config import ExperimentConfig, PeftMethodConfig
+from fish_tuning.experiments.config import ExperimentConfig
 from fish_tuning.experiments.methods import check_method, method_names, peft_config, size_text
 from fish_tuning.experiments.plan import plan_experiment
 from fish_tuning.experiments.runner import run_experiment
+from fish_tuning.experiments.sections import PeftMethodConfig
 
 MakeExperiment = Callable[..., ExperimentConfig]
 PAPER = ("lora", "dora", "serial_adapter", "prefix_tuning", "ia3", "unipelt")

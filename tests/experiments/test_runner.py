@@ -124,3 +124,11 @@ def test_a_diverged_run_has_failed(experiment: MakeExperiment) -> None:
     (record,), _ = run(experiment(wild, "fish_tuning.methods_to_run=[lora]"))
     assert record.status == "failed"
     assert "diverged" in (record.error or "")
+
+
+def test_further_validation_sets_are_measured_too(experiment: MakeExperiment) -> None:
+    config = experiment("fish_tuning.methods_to_run=[lora]")
+    plan = plan_experiment(config)
+    plan.task.more_validation["mismatched"] = plan.task.validation.select(range(10))
+    (record,) = run_experiment(config, plan)
+    assert record.metrics.keys() >= {"accuracy", "loss", "accuracy_mismatched", "loss_mismatched"}

@@ -13,7 +13,8 @@ from fish_tuning.errors import ConfigurationError
 from fish_tuning.experiments import tuning
 from fish_tuning.experiments.config import ExperimentConfig
 from fish_tuning.experiments.plan import plan_experiment
-from fish_tuning.experiments.runner import Shard, run_experiment
+from fish_tuning.experiments.runner import run_experiment
+from fish_tuning.experiments.shards import Shard, parse_shard
 
 MakeExperiment = Callable[..., ExperimentConfig]
 TWO_ARMS = "fish_tuning.methods_to_run=[lora, lora-fish]"
@@ -118,6 +119,13 @@ def test_shards_share_the_runs_and_the_last_one_reports_all(experiment: MakeExpe
     assert run(1) == done == [("lora", 1), ("lora", 2)]
     assert len(run(2)) == 4
     assert done == [("lora-fish", 1), ("lora-fish", 2)]
+
+
+def test_shards_are_written_as_a_fraction() -> None:
+    assert (parse_shard(None), parse_shard("2/4")) == (Shard(1, 1), Shard(2, 4))
+    for wrong in ("0/2", "3/2", "2", "a/b", "1/-2"):
+        with pytest.raises(ConfigurationError, match=f"--shard {wrong}: must be I/N"):
+            parse_shard(wrong)
 
 
 def _work(config: ExperimentConfig, queue: multiprocessing.Queue[tuple[str, int, bool]]) -> None:

@@ -10,7 +10,7 @@ import re
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +33,13 @@ from fish_tuning.budgets import matching_names, module_type
 from fish_tuning.errors import FishTuningError
 from fish_tuning.experiments.arguments import early_stopping_arguments, training_arguments
 from fish_tuning.experiments.arm_names import ArmName, Selection
-from fish_tuning.experiments.config import ExperimentConfig, PeftMethodConfig
+from fish_tuning.experiments.config import ExperimentConfig
 from fish_tuning.experiments.measure import PeakMemory, optimizer_state_bytes
 from fish_tuning.experiments.metrics import metric_function
 from fish_tuning.experiments.models import build_model, state_digest
 from fish_tuning.experiments.plan import Plan
 from fish_tuning.experiments.records import ArmPlan, KeptShare, RunRecord
+from fish_tuning.experiments.sections import PeftMethodConfig
 from fish_tuning.fisher import calculate_fisher_information
 from fish_tuning.selection import create_mask_from_fisher
 from fish_tuning.sparse import Mask, count_trainable_parameters
@@ -70,6 +71,7 @@ class ArmRun:
     progress: TrainerCallback
     calibration: Calibration | None = None
     learning_rate: float | None = None
+    more_validation: Mapping[str, Dataset] = field(default_factory=dict)
 
     def run(self, folder: Path, config_hash: str) -> RunRecord:
         name = f"{self.arm.arm}-seed{self.seed}"
@@ -228,6 +230,10 @@ class ArmRun:
         metrics = trainer.evaluate(metric_key_prefix="eval")
         names = (self.plan.metric, "loss", "accuracy", "f1", "matthews_correlation", "pearson", "spearman")
         found = {name: float(metrics[f"eval_{name}"]) for name in names if f"eval_{name}" in metrics}
+        for kind, split in self.more_validation.items():
+            prefix = f"eval_{kind}"
+            more = trainer.evaluate(split, metric_key_prefix=prefix)
+            found |= {f"{name}_{kind}": float(more[f"{prefix}_{name}"]) for name in names if f"{prefix}_{name}" in more}
         for name in ("loss", self.plan.metric):
             if not math.isfinite(found[name]):
                 raise FishTuningError(

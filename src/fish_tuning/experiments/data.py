@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,12 +13,22 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, load_dat
 from datasets.exceptions import DatasetNotFoundError, DatasetsError
 
 from fish_tuning.errors import ConfigurationError, did_you_mean
-from fish_tuning.experiments.builtin import PREFIX, resolve_builtin
-from fish_tuning.experiments.config import DatasetConfig
+from fish_tuning.experiments.builtin import resolve_builtin
+from fish_tuning.experiments.sections import DatasetConfig
 
 TRAIN_SPLITS = ("train",)
 VALIDATION_SPLITS = ("validation", "validation_matched", "dev", "val", "test")
+# MNLI is measured on texts like those of its training set and on others.
+MORE_VALIDATION = {"mismatched": "validation_mismatched"}
 LABEL_COLUMNS = ("label", "labels", "target", "class", "score")
+# datasets' builder and its options for each kind of file.
+FILE_FORMATS: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
+    ".csv": ("csv", ()),
+    ".tsv": ("csv", (("sep", "\t"),)),
+    ".json": ("json", ()),
+    ".jsonl": ("json", ()),
+    ".parquet": ("parquet", ()),
+}
 TEXT_TYPES = ("string", "large_string")
 # A data set that carries a model's main input is used as it is.
 READY_INPUTS: dict[str, Literal["text", "image"]] = {"input_ids": "text", "pixel_values": "image"}
@@ -36,6 +46,7 @@ class Task:
     validation_split: str
     text_columns: tuple[str, ...]  # empty: the data carries the model's inputs
     labels: tuple[str, ...] | None
+    more_validation: dict[str, Dataset] = field(default_factory=dict)  # further sets, by what tells them apart
 
     @property
     def num_labels(self) -> int:
@@ -44,7 +55,7 @@ class Task:
 
 def load_task(config: DatasetConfig) -> Task:
     """Load the data set and find out what it is. Raises ConfigurationError with the key to set when that fails."""
-    splits = _load(config.load_args)
+    splits = _load(config)
     train_split = _find("dataset.train_split", config.train_split, TRAIN_SPLITS, list(splits), "split")
     validation_split = _find(
         "dataset.validation_split", config.validation_split, VALIDATION_SPLITS, list(splits), "split"
@@ -52,7 +63,7 @@ def load_task(config: DatasetConfig) -> Task:
     train, validation = splits[train_split], splits[validation_split]
     for split, data in ((train_split, train), (validation_split, validation)):
         if not len(data):
-            raise ConfigurationError(f"The split {split!r} of {' '.join(config.load_args)} is empty.")
+            raise ConfigurationError(f"The split {split!r} of {config.task_name} is empty.")
     columns = train.column_names
     label_column = _find("dataset.label_column", config.label_column, LABEL_COLUMNS, columns, "column")
     # Of `label` and `labels` one is the label, and the other would take its place or pass for a text.
@@ -63,12 +74,14 @@ def load_task(config: DatasetConfig) -> Task:
     text_columns, kind = _inputs(config.text_column, label_column, train.features)
     for name, data in ((train_split, train), (validation_split, validation)):
         _check_filled(name, data, label_column, text_columns)
+    more = {} if config.validation_split else {name: splits[s] for name, s in MORE_VALIDATION.items() if s in splits}
+    more = {name: _labelled(train, split, label_column)[1] for name, split in more.items()}
     train, validation, labels = _labelled(train, validation, label_column)
     if config.max_train_samples is not None and config.max_train_samples < len(train):
         # The same part whatever the training seed, so that seeds differ in the training alone.
         train = train.shuffle(seed=0).select(range(config.max_train_samples))
     return Task(
-        name=Path(config.load_args[-1]).name.removeprefix(PREFIX),
+        name=config.task_name,
         kind=kind,
         train=train,
         validation=validation,
@@ -76,28 +89,32 @@ def load_task(config: DatasetConfig) -> Task:
         validation_split=validation_split,
         text_columns=text_columns,
         labels=labels,
+        more_validation=more,
     )
 
 
 def tokenize(task: Task, tokenizer: Any, max_length: int) -> tuple[Dataset, Dataset]:
-    """The task's splits with the columns that a model takes, and nothing else."""
+    """The task's training and validation split with the columns that a model takes, and nothing else."""
+    train, validation = (tokenize_split(task, split, tokenizer, max_length) for split in (task.train, task.validation))
+    return train, validation
+
+
+def tokenize_split(task: Task, split: Dataset, tokenizer: Any, max_length: int) -> Dataset:
+    """One of the task's splits, likewise."""
     if not task.text_columns:
         kept = {*READY_INPUTS, "attention_mask", "token_type_ids", "labels"}
-        splits = [
-            split.remove_columns(sorted(set(split.column_names) - kept)) for split in (task.train, task.validation)
-        ]
-        return splits[0], splits[1]
+        return split.remove_columns(sorted(set(split.column_names) - kept))
 
     def encode(rows: dict[str, list[Any]]) -> Any:
         return tokenizer(*(rows[column] for column in task.text_columns), truncation=True, max_length=max_length)
 
-    def apply(split: Dataset) -> Dataset:
-        return split.map(encode, batched=True, remove_columns=[c for c in split.column_names if c != "labels"])
-
-    return apply(task.train), apply(task.validation)
+    return split.map(encode, batched=True, remove_columns=[c for c in split.column_names if c != "labels"])
 
 
-def _load(load_args: Sequence[str]) -> DatasetDict:
+def _load(config: DatasetConfig) -> DatasetDict:
+    load_args = config.load_args
+    if config.data_files:
+        return _load_files(config.data_files)
     args = [resolve_builtin(argument) for argument in load_args]
     named = " ".join(load_args)
     if args[0].startswith((".", "/", "~")):
@@ -108,7 +125,7 @@ def _load(load_args: Sequence[str]) -> DatasetDict:
     if Path(args[0]).is_file():
         raise ConfigurationError(f"dataset.load_args: {load_args[0]!r} is a file; {needed}")
     try:
-        splits = load_dataset(*args)
+        splits = load_dataset(*args, **({"revision": config.revision} if config.revision else {}))
     except (DatasetNotFoundError, ConnectionError, FileNotFoundError) as error:
         if Path(args[0]).is_dir():
             raise ConfigurationError(
@@ -124,6 +141,26 @@ def _load(load_args: Sequence[str]) -> DatasetDict:
     if not isinstance(splits, DatasetDict):
         raise ConfigurationError(f"dataset.load_args: {named!r} names one split; name the data set, splits are found.")
     return splits
+
+
+def _load_files(files: Mapping[str, str]) -> DatasetDict:
+    """Splits from single files, all of one format."""
+    paths = {split: os.path.expanduser(path) for split, path in files.items()}
+    missing = [path for path in paths.values() if not Path(path).is_file()]
+    if missing:
+        raise ConfigurationError(f"dataset.data_files: there is no file {missing[0]!r} (from {os.curdir!r}).")
+    formats = {FILE_FORMATS.get(Path(path).suffix.lower()) for path in paths.values()}
+    if len(formats) != 1 or None in formats:
+        raise ConfigurationError(
+            f"dataset.data_files: {', '.join(paths.values())} must be of one format, which the name's end tells: "
+            f"{', '.join(FILE_FORMATS)}."
+        )
+    ((builder, options),) = formats  # type: ignore[misc]
+    try:
+        return load_dataset(builder, data_files=paths, **dict(options))
+    except (DatasetsError, ValueError, TypeError, RuntimeError, OSError) as error:
+        reason = str(error.__cause__ or error).strip()
+        raise ConfigurationError(f"dataset.data_files: {', '.join(paths.values())} cannot be read: {reason}") from error
 
 
 def _find(key: str, asked: str | None, usual: Sequence[str], found: Sequence[str], what: str) -> str:

@@ -19,7 +19,15 @@ _VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 
 
 def load_experiment(path_or_name: str | os.PathLike[str], overrides: Sequence[str] = ()) -> ExperimentConfig:
-    """Read an experiment: shipped defaults, then the file, then the overrides.
+    """The one experiment of a file; see `load_experiments`. ConfigurationError when it lists several data sets."""
+    experiments = load_experiments(path_or_name, overrides)
+    if len(experiments) > 1:
+        raise ConfigurationError(f"{os.fspath(path_or_name)} lists {len(experiments)} data sets; one was expected.")
+    return experiments[0]
+
+
+def load_experiments(path_or_name: str | os.PathLike[str], overrides: Sequence[str] = ()) -> list[ExperimentConfig]:
+    """Read an experiment file, one experiment for each of its data sets: shipped defaults, the file, the overrides.
 
     Args:
         path_or_name: a YAML file, or the name of a shipped experiment (`shipped_experiments()`).
@@ -35,11 +43,30 @@ def load_experiment(path_or_name: str | os.PathLike[str], overrides: Sequence[st
     for override in overrides:
         data = merge(data, parse_override(override))
     data = expand_variables({"name": path.stem} | data)
+    source = f"{path} with {' '.join(overrides)}" if overrides else str(path)
+    if not isinstance(data.get("dataset"), list):
+        return [_validated(data, source)]
+    experiments = [_validated({**data, "dataset": dataset}, source) for dataset in data["dataset"]]
+    names = [experiment.dataset.task_name for experiment in experiments]
+    repeated = [name for number, name in enumerate(names) if name in names[:number]]
+    if repeated or not names:
+        what = f"lists {repeated[0]!r} twice" if repeated else "lists no data set"
+        raise ConfigurationError(f"{source}:\ndataset {what}; each needs a folder of its own.")
+    return [_in_its_folder(experiment) for experiment in experiments]
+
+
+def _validated(data: dict[str, Any], source: str) -> ExperimentConfig:
     try:
         return ExperimentConfig.model_validate(data)
     except ValidationError as error:
-        source = f"{path} with {' '.join(overrides)}" if overrides else str(path)
         raise ConfigurationError(f"{source}:\n{readable(error, data)}") from error
+
+
+def _in_its_folder(experiment: ExperimentConfig) -> ExperimentConfig:
+    """One of several data sets: under its own name, in a folder of its own."""
+    task = experiment.dataset.task_name
+    training = experiment.training.model_copy(update={"output_dir": f"{experiment.training.output_dir}/{task}"})
+    return experiment.model_copy(update={"name": f"{experiment.name}-{task}", "training": training})
 
 
 def config_directory() -> Path:
@@ -61,12 +88,14 @@ def describe(path: Path) -> str:
 
 
 def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with `changes` over it, section by section. An empty section changes nothing."""
+    """`base` with `changes` over it, section by section, each of a list too. An empty section changes nothing."""
     merged = dict(base)
     for key, value in changes.items():
         before = merged.get(key)
         if isinstance(before, Mapping) and isinstance(value, Mapping | None):
             merged[key] = merge(before, value or {})
+        elif isinstance(value, Mapping) and isinstance(before, list) and all(isinstance(s, Mapping) for s in before):
+            merged[key] = [merge(section, value) for section in before]
         else:
             merged[key] = value
     return merged

@@ -15,7 +15,8 @@ from fish_tuning.adapters import AdapterError  # importing it makes its methods 
 from fish_tuning.adapters.families import find_family, layer_number, matching
 from fish_tuning.errors import ConfigurationError, did_you_mean
 from fish_tuning.experiments.arm_names import Variant
-from fish_tuning.experiments.config import ExperimentConfig, PeftMethodConfig
+from fish_tuning.experiments.config import ExperimentConfig
+from fish_tuning.experiments.sections import PeftMethodConfig
 from fish_tuning.experiments.targets import head_names, module_names, target_modules
 
 PREFIX_LENGTH = 30  # virtual tokens, as in the paper

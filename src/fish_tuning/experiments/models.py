@@ -30,9 +30,10 @@ from fish_tuning.adapters import AdapterError
 from fish_tuning.errors import ConfigurationError, did_you_mean
 from fish_tuning.experiments.arm_names import Variant
 from fish_tuning.experiments.builtin import resolve_builtin
-from fish_tuning.experiments.config import LORA_METHODS, ExperimentConfig, ModelConfig, PeftMethodConfig
+from fish_tuning.experiments.config import ExperimentConfig
 from fish_tuning.experiments.data import Task
 from fish_tuning.experiments.methods import peft_config
+from fish_tuning.experiments.sections import LORA_METHODS, ModelConfig, PeftMethodConfig
 from fish_tuning.experiments.targets import head_names, linear_names
 
 WEIGHTS_FILES = (
@@ -47,7 +48,7 @@ _LAYER_NUMBER = re.compile(r"\.\d+\.")
 
 def load_tokenizer(config: ModelConfig) -> Any:
     """The model's tokenizer, with a padding token (the end token where the model has none)."""
-    tokenizer = _from_hub(AutoTokenizer, config.name)
+    tokenizer = _from_hub(AutoTokenizer, config.name, revision=config.revision)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -55,7 +56,7 @@ def load_tokenizer(config: ModelConfig) -> Any:
 
 def read_config(config: ModelConfig) -> Any:
     """The model's configuration as it is stored. Raises ConfigurationError for a wrong name or an unknown override."""
-    loaded = _from_hub(AutoConfig, config.name)
+    loaded = _from_hub(AutoConfig, config.name, revision=config.revision)
     unknown = [key for key in config.config_overrides if not hasattr(loaded, key)]
     if unknown:
         raise ConfigurationError(
@@ -105,6 +106,7 @@ def build_model(
     base, loading = _from_hub(
         _auto_class(task),
         config.model.name,
+        revision=config.model.revision,
         config=copy.deepcopy(model_config),  # adapters may change it
         dtype=getattr(torch, config.model.dtype),
         ignore_mismatched_sizes=True,  # a head of another task's size is replaced by a new one
@@ -212,7 +214,9 @@ def _from_hub(auto_class: Any, name: str, **kwargs: Any) -> Any:
         raise ConfigurationError(f"model.name: there is no folder {name!r}.")
     try:
         with _quiet_hub():
-            return auto_class.from_pretrained(path, **kwargs)
+            return auto_class.from_pretrained(
+                path, **{key: value for key, value in kwargs.items() if value is not None}
+            )
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         hint = (
             ""

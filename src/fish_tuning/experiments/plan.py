@@ -16,12 +16,13 @@ from fish_tuning.budgets import matching_names, resolve_budget, split_budget
 from fish_tuning.errors import ConfigurationError, MaskError
 from fish_tuning.experiments.arguments import training_arguments
 from fish_tuning.experiments.arm_names import ArmName, Variant
-from fish_tuning.experiments.config import LORA_METHODS, STARTS_AT_ZERO, ExperimentConfig
+from fish_tuning.experiments.config import ExperimentConfig
 from fish_tuning.experiments.data import Task, load_task, tokenize
 from fish_tuning.experiments.methods import check_method, size_text
 from fish_tuning.experiments.metrics import main_metric
 from fish_tuning.experiments.models import build_meta_model, load_config, load_tokenizer, read_config
 from fish_tuning.experiments.records import ArmPlan
+from fish_tuning.experiments.sections import LORA_METHODS, STARTS_AT_ZERO
 
 HELD_OUT = 0.2  # of the training set, where learning rates are chosen
 RECORDED_PACKAGES = ("fish-tuning", "torch", "transformers", "peft", "datasets")
@@ -200,6 +201,7 @@ def _facts(config: ExperimentConfig, task: Task, models: _Models) -> dict[str, A
         "validation_split": task.validation_split,
         "text_columns": list(task.text_columns),
         "num_labels": task.num_labels,
+        "model_revision": getattr(models.model_config, "_commit_hash", None),
         "model_type": models.model_config.model_type,
         "protocol": config.protocol,
         "adapters": {method: _sizes(config, method, models) for method in first},

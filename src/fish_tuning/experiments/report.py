@@ -142,7 +142,7 @@ def _settings(config: ExperimentConfig, facts: Mapping[str, Any]) -> dict[str, A
     training = config.training.args_override
     settings: dict[str, Any] = {
         "model": f"{config.model.name} ({config.model.dtype})",
-        "data set": " ".join(config.dataset.load_args),
+        "data set": config.dataset.source,
         "adapters": facts.get("adapters"),
         "budget": f"{config.fish_tuning.prune_to_ratio_of_baseline:g} x the trainable parameters of the dense arm",
         "start": start_text(config),

@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from fish_tuning.experiments.arm_names import ArmName
-from fish_tuning.experiments.config import LORA_METHODS, ExperimentConfig
+from fish_tuning.experiments.config import ExperimentConfig
 from fish_tuning.experiments.records import ArmPlan
+from fish_tuning.experiments.sections import LORA_METHODS
 
 
 def config_hash(

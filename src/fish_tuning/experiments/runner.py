@@ -9,7 +9,6 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from filelock import FileLock, Timeout
@@ -17,7 +16,7 @@ from filelock import FileLock, Timeout
 from fish_tuning.errors import FishTuningError
 from fish_tuning.experiments.arms import ArmRun, Calibration
 from fish_tuning.experiments.config import ExperimentConfig
-from fish_tuning.experiments.data import tokenize
+from fish_tuning.experiments.data import tokenize, tokenize_split
 from fish_tuning.experiments.digests import data_digest
 from fish_tuning.experiments.files import write_atomically
 from fish_tuning.experiments.plan import Plan
@@ -25,22 +24,13 @@ from fish_tuning.experiments.progress import RunProgress
 from fish_tuning.experiments.records import ArmPlan, RunRecord
 from fish_tuning.experiments.report import write_report
 from fish_tuning.experiments.run_keys import config_hash
+from fish_tuning.experiments.shards import WHOLE, Shard
 from fish_tuning.experiments.tuning import LearningRates
 
 logger = logging.getLogger(__name__)
 
 OnRun = Callable[[RunRecord, bool], None]
 WAIT_SECONDS = 2.0  # between two looks at what other processes are doing
-
-
-class Shard(NamedTuple):
-    """Part `number` of `of` equal parts of the runs, from 1."""
-
-    number: int = 1
-    of: int = 1
-
-
-WHOLE = Shard()
 
 
 def run_experiment(
@@ -74,7 +64,11 @@ class _Session:
         for name in ("runs", "locks"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         self.train, self.validation = tokenize(plan.task, plan.tokenizer, config.training.max_seq_length)
-        data = data_digest(self.train, self.validation)
+        self.more_validation = {
+            name: tokenize_split(plan.task, split, plan.tokenizer, config.training.max_seq_length)
+            for name, split in plan.task.more_validation.items()
+        }
+        data = data_digest(self.train, self.validation, *self.more_validation.values())
         plan.facts["data_fingerprint"] = data
         self.fixed = {"data": data, "versions": plan.facts["versions"]}
         self.calibrations: dict[tuple[int, str, float | None], Calibration | None] = {}
@@ -142,6 +136,7 @@ class _Session:
             self.progress,
             self.calibrations.get(shared),
             rate,
+            self.more_validation,
         )
         record = _attempt(run, self.folder, key)
         self.calibrations[shared] = run.calibration
