@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 from collections.abc import Callable
@@ -173,6 +174,13 @@ def test_each_data_set_is_an_experiment(invoke: Callable[..., Result]) -> None:
     assert done.exit_code == 0
     assert "digits-cola: what each arm would train" in done.output
     assert "digits-rte: what each arm would train" in done.output
+
+
+def test_a_full_disk_is_told(invoke: Callable[..., Result]) -> None:
+    done = invoke("run", "digits", runs=OSError(errno.ENOSPC, "No space left on device"))
+    assert done.exit_code == 1
+    assert "the disk is full" in done.output
+    assert "What is finished is kept" in done.output
 
 
 def test_a_wrong_shard_is_told(invoke: Callable[..., Result]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -114,6 +115,32 @@ def inspect(
         raise typer.Exit(WRONG_USE) from None
 
 
+@app.command()
+def report(
+    folders: Annotated[
+        list[Path], typer.Argument(metavar="DIR", help="Output folders of experiments, or folders above them.")
+    ],
+    output: Annotated[
+        Path | None, typer.Option("--output", metavar="FOLDER", help="Where to write; the first DIR by default.")
+    ] = None,
+) -> None:
+    """Join the runs of one or more experiments into one page: report.html, and its numbers as .md, .tex and .csv.
+
+    Exit code: 0, or 2 when a folder is missing or has no run that can be read.
+    """
+    from fish_tuning.errors import FishTuningError
+    from fish_tuning.experiments.page import write_page
+
+    try:
+        written, notes = write_page(folders, output)
+    except FishTuningError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(WRONG_USE) from None
+    for note in notes:
+        typer.echo(f"note: {note}")
+    typer.echo(f"written: {', '.join(map(str, written))}")
+
+
 def main() -> None:
     """The `fish-tuning` command."""
     app()
@@ -135,6 +162,14 @@ def run_command(config: str, overrides: list[str], *, dry_run: bool = False, sha
     except FishTuningError as error:
         typer.echo(f"error: {error}", err=True)
         return WRONG_USE
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        typer.echo(
+            f"error: the disk is full ({error}). What is finished is kept; make room, and the same command goes on.",
+            err=True,
+        )
+        return FAILED
     except KeyboardInterrupt:
         typer.echo("interrupted before the first run", err=True)
         return INTERRUPTED

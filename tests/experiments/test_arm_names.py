@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+from folders import write_bert
 
 from fish_tuning.errors import ConfigurationError
 from fish_tuning.experiments.arm_names import ArmName, Selection, Variant, baseline_of
 from fish_tuning.experiments.config import ExperimentConfig
+from fish_tuning.experiments.loading import load_experiment
 from fish_tuning.experiments.plan import plan_experiment
 from fish_tuning.experiments.runner import run_experiment
 
@@ -78,6 +81,20 @@ def test_fixed_budget_names_layers_from_the_output(experiment: MakeExperiment) -
 def test_layers_that_are_not_there_are_told(experiment: MakeExperiment, overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         plan_experiment(experiment("protocol=fixed_budget", "fish_tuning.top_layers=[1]", *overrides))
+
+
+def test_the_papers_smallest_budget_comes_out(tmp_path: Path, sentences_folder: Path) -> None:
+    """6,146 parameters, 0.0057 % of BERT-base: LoRA r=1 on the top layer's query, key and value, and the head."""
+    sizes = {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072, "num_hidden_layers": 12}
+    folder = write_bert(tmp_path / "bert", weights=False, **sizes)
+    config = load_experiment(
+        "paper-fixed-budget",
+        [f"model.name={folder}", f"dataset=[{{load_args: [{sentences_folder}]}}]", "peft=[{method: lora}]",
+         "fish_tuning.num_samples=8", "fish_tuning.methods_to_run=[lora, lora-fish]"],
+    )  # fmt: skip
+    plan = {arm.arm: arm for arm in plan_experiment(config).arms}
+    assert plan["lora@top1"].trainable_parameters == plan["lora-fish@top1"].trainable_parameters == 6146
+    assert plan["lora-fish@top1"].pool == 5 * 4608
 
 
 def test_both_protocols_run(experiment: MakeExperiment) -> None:

@@ -71,7 +71,7 @@ def test_an_empty_section_keeps_the_defaults() -> None:
 
 @pytest.mark.parametrize("name", sorted(shipped_experiments()))
 def test_shipped_experiments_load_and_describe_themselves(name: str) -> None:
-    assert load_experiment(name) == load_experiment(shipped_experiments()[name])
+    assert load_experiments(name) == load_experiments(shipped_experiments()[name])
     assert describe(shipped_experiments()[name])
 
 

@@ -199,4 +199,10 @@ def _verdict(difference: Interval | None) -> str:
     if difference.includes_zero:
         return f"{text}: the interval includes zero, so this run does not tell them apart."
     better = "above" if difference.mean > 0 else "below"
-    return f"{text}: {better} the baseline on this data set, by more than seeds explain."
+    smallest = 2 / 2**difference.n  # of a two-sided sign-flip test, when all seeds agree
+    doubt = (
+        ""
+        if smallest <= 0.05
+        else f", though a permutation test of {difference.n} pairs cannot go below p = {smallest:.2g}"
+    )
+    return f"{text}: {better} the baseline on this data set, before any correction for other comparisons{doubt}."
