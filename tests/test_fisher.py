@@ -700,6 +700,20 @@ def test_on_quantised_base_weights(kind: str, tmp_path: Path, caplog: pytest.Log
     assert_scores_close(scores, scored(model, causal_batch(), method="loop"))
 
 
+def test_on_eight_bits_to_the_rounding_of_activations(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The forward pass itself rounds activations to 8 bits, a little differently in a batch than alone."""
+    pytest.importorskip("bitsandbytes", reason="base weights in 8 bits need bitsandbytes")
+    llama(hidden_size=64, intermediate_size=64).save_pretrained(tmp_path)
+    base = transformers.LlamaForCausalLM.from_pretrained(
+        tmp_path, quantization_config=transformers.BitsAndBytesConfig(load_in_8bit=True), dtype=torch.float32
+    )
+    model = lora(base)
+    with caplog.at_level(logging.INFO, "fish_tuning"):
+        scores = scored(model, causal_batch())
+    assert not looped_names(caplog)
+    assert_scores_close(scores, scored(model, causal_batch(), method="loop"), tolerance=0.2)
+
+
 def test_dtype_and_place_of_the_scores() -> None:
     model, batch = lora(bert()), classification_batch()
     reference = scored(model, rebatch(batch, 2))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from fish_tuning.errors import ConfigurationError
 from fish_tuning.experiments.page import write_page
 from fish_tuning.experiments.records import RunRecord
 
+NONE = "\N{EN DASH}"
 ARMS = ("lora", "lora-fish", "lora-fish-rand")
 # Eight seeds can be significant: the smallest p, 2/2^8, stays below 0.05 after correction for two arms.
 DENSE = [0.50, 0.51, 0.52, 0.53, 0.54, 0.55, 0.56, 0.57]
@@ -46,7 +48,9 @@ def section(page: Node, name: str) -> Node:
 
 @pytest.fixture
 def page(tmp_path: Path) -> Node:
-    return page_of(write_experiment(tmp_path / "a", complete(), settings=config("trial", ARMS, range(1, 9)), task="sst2"))
+    return page_of(
+        write_experiment(tmp_path / "a", complete(), settings=config("trial", ARMS, range(1, 9)), task="sst2")
+    )
 
 
 def test_the_four_files_are_written_and_nothing_unfinished(tmp_path: Path) -> None:
@@ -68,7 +72,7 @@ def test_headings_are_in_order_and_every_table_and_picture_is_named(page: Node) 
     levels = [int(level) for level in re.findall(r"<h([1-6])", _serialize(page))]
     assert levels[0] == 1
     assert levels.count(1) == 1
-    assert all(after <= before + 1 for before, after in zip(levels, levels[1:], strict=False))
+    assert all(after <= before + 1 for before, after in pairwise(levels))
     assert page.one("html").attributes["lang"] == "en"
     assert page.all("table")
     for table in page.all("table"):
@@ -150,13 +154,18 @@ def test_what_comes_from_runs_is_escaped(tmp_path: Path) -> None:
 
 
 def test_failed_and_missing_runs_are_seen_as_such(tmp_path: Path) -> None:
-    runs = [*scores("lora", DENSE[:3]), ok("lora-fish", 1, 0.6), failed("lora-fish", 2, "it broke"), failed("lora-fish", 3, "it broke")]
+    runs = [
+        *scores("lora", DENSE[:3]),
+        ok("lora-fish", 1, 0.6),
+        failed("lora-fish", 2, "it broke"),
+        failed("lora-fish", 3, "it broke"),
+    ]
     folder = write_experiment(tmp_path / "a", runs, settings=config("trial", ARMS, [1, 2, 3, 4]))
     page = page_of(folder)
     table = rows(section(page, "scores").one("table"))
     assert table["lora"][1] == "0.510 [0.485, 0.535] 1 of 4 not run"
     assert table["lora-fish"][1] == "0.600 1 seed, no interval 2 of 4 failed 1 of 4 not run"
-    assert table["lora-fish-rand"] == ["–", "– not run"]
+    assert table["lora-fish-rand"] == [NONE, f"{NONE} not run"]
     assert "2 runs failed. 6 planned runs not there yet." in section(page, "answer").text
     failures = section(page, "failures").text
     assert "lora-fish on trial, seeds 2, 3 it broke" in failures
@@ -179,7 +188,7 @@ def test_one_arm_and_nothing_but_failures_still_make_a_page(tmp_path: Path) -> N
     assert "nothing to compare" in section(alone, "answer").text
     assert "no other arm" in section(alone, "differences").text
     broken = page_of(write_experiment(tmp_path / "b", [failed("lora", 1), failed("lora-fish", 1)]))
-    assert rows(section(broken, "scores").one("table"))["lora"] == ["–", "– 1 of 1 failed"]
+    assert rows(section(broken, "scores").one("table"))["lora"] == [NONE, f"{NONE} 1 of 1 failed"]
     assert "No run finished" in section(broken, "costs").text
 
 
@@ -208,7 +217,7 @@ def test_an_arm_that_lacks_a_task_has_no_average(tmp_path: Path) -> None:
     write_experiment(tmp_path / "all" / "rte", complete(task="rte"))
     write_experiment(tmp_path / "all" / "cola", [*scores("lora", DENSE, task="cola")])
     table = rows(section(page_of(tmp_path / "all"), "scores").one("table"))
-    assert table["lora-fish"][1:] == ["– not planned", table["lora-fish"][2], "– not all tasks"]
+    assert table["lora-fish"][1:] == [f"{NONE} not planned", table["lora-fish"][2], f"{NONE} not all tasks"]
     assert table["lora"][3].startswith("0.535")
 
 
