@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from fish_tuning.cli import run_command
+from fish_tuning.cli import How, run_command
 
 
 def main(
@@ -21,7 +21,7 @@ def main(
     ] = False,
 ) -> None:
     """Run an experiment: every arm with every seed, then a table, pictures and a conclusion."""
-    raise typer.Exit(run_command(config, overrides or [], dry_run=dry_run))
+    raise typer.Exit(run_command(config, overrides or [], How(dry_run)))
 
 
 if __name__ == "__main__":

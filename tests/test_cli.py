@@ -48,7 +48,7 @@ def invoke(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Res
             return plan
 
         def run_experiment(
-            config: Any, plan: Any, on_run: Callable[[RunRecord, bool], None], shard: Any
+            config: Any, plan: Any, on_run: Callable[[RunRecord, bool], None], shard: Any, since: float
         ) -> list[RunRecord]:
             if isinstance(runs, BaseException):
                 raise runs
@@ -181,6 +181,12 @@ def test_a_full_disk_is_told(invoke: Callable[..., Result]) -> None:
     assert done.exit_code == 1
     assert "the disk is full" in done.output
     assert "What is finished is kept" in done.output
+
+
+def test_a_wrong_engine_is_told(invoke: Callable[..., Result]) -> None:
+    done = invoke("run", "digits", "--engine", "slurm")
+    assert done.exit_code == 2
+    assert "--engine slurm: allowed are here, ray" in done.output
 
 
 def test_a_wrong_shard_is_told(invoke: Callable[..., Result]) -> None:

@@ -6,9 +6,10 @@ import errno
 import os
 import signal
 import sys
+import time
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
@@ -37,6 +38,18 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+
+class How(NamedTuple):
+    """How an experiment is run; the options of `fish-tuning run`."""
+
+    dry_run: bool = False
+    shard: str | None = None
+    engine: str = "here"
+    workers: int | None = None
+
+
+HERE = How()
 
 
 def _show_version(wanted: bool) -> None:
@@ -69,6 +82,10 @@ def run(
     shard: Annotated[
         str | None, typer.Option(metavar="I/N", help="Do only the I-th of N parts of the runs, e.g. 1/4.")
     ] = None,
+    engine: Annotated[str, typer.Option(help="What does the runs: here, or workers on a ray cluster.")] = "here",
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Workers of the engine; by default one a GPU, else one a CPU.")
+    ] = None,
 ) -> None:
     """Run an experiment: every arm with every seed.
 
@@ -77,7 +94,8 @@ def run(
 
     Exit code: 0 all runs finished, 1 a run failed, 2 the configuration cannot work, 130 interrupted.
     """
-    raise typer.Exit(run_command(config, overrides or [], dry_run=dry_run, shard=shard))
+    how = How(dry_run, shard, engine, workers)
+    raise typer.Exit(run_command(config, overrides or [], how))
 
 
 @app.command()
@@ -146,7 +164,7 @@ def main() -> None:
     app()
 
 
-def run_command(config: str, overrides: list[str], *, dry_run: bool = False, shard: str | None = None) -> int:
+def run_command(config: str, overrides: list[str], how: How = HERE) -> int:
     """What `fish-tuning run` and `scripts/run_experiment.py` both do. Returns the exit code."""
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
@@ -158,7 +176,7 @@ def run_command(config: str, overrides: list[str], *, dry_run: bool = False, sha
             if not sys.warnoptions:
                 # What libraries will rename one day is nothing that a user of the command can act on.
                 warnings.simplefilter("ignore", FutureWarning)
-            return _run(config, overrides, dry_run, shard)
+            return _run(config, overrides, how)
     except FishTuningError as error:
         typer.echo(f"error: {error}", err=True)
         return WRONG_USE
@@ -179,7 +197,8 @@ def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-def _run(config_name: str, overrides: list[str], dry_run: bool, shard_text: str | None) -> int:
+def _run(config_name: str, overrides: list[str], how: How) -> int:
+    from fish_tuning.experiments.engines import check_engine
     from fish_tuning.experiments.loading import load_experiments
 
     experiments = load_experiments(config_name, overrides)  # before torch is imported: a wrong key is told at once
@@ -188,20 +207,22 @@ def _run(config_name: str, overrides: list[str], dry_run: bool, shard_text: str 
     from fish_tuning.experiments.plan import plan_experiment
     from fish_tuning.experiments.shards import parse_shard
 
-    shard = parse_shard(shard_text)
+    shard = parse_shard(how.shard)
+    check_engine(how.engine)
     planned = []
     for config in experiments:  # all of them, before the first is run
         planned.append((config, plan_experiment(config)))
-        if dry_run:
+        if how.dry_run:
             _show_plan(_console(), *planned[-1])
         else:
             check_weights(config.model)
-    if dry_run:
+    if how.dry_run:
         return OK
-    return max([_run_one(config, plan, shard) for config, plan in planned])
+    return max([_run_one(config, plan, how, shard) for config, plan in planned])
 
 
-def _run_one(config: ExperimentConfig, plan: Plan, shard: Shard) -> int:
+def _run_one(config: ExperimentConfig, plan: Plan, how: How, shard: Shard) -> int:
+    from fish_tuning.experiments.engines import run_on_ray
     from fish_tuning.experiments.runner import run_experiment
 
     output_dir = _writable(Path(config.training.output_dir))
@@ -210,8 +231,11 @@ def _run_one(config: ExperimentConfig, plan: Plan, shard: Shard) -> int:
         f"{config.name}: {config.model.name} on {config.dataset.source}, {len(plan.arms)} arms x "
         f"{len(config.seeds)} seeds{part}"
     )
+    began = time.time()
     try:
-        runs = run_experiment(config, plan, _show_run, shard)
+        if how.engine == "ray":
+            run_on_ray(config, how.workers, began)
+        runs = run_experiment(config, plan, _show_run, shard, began)
     except KeyboardInterrupt:
         typer.echo(
             f"interrupted; finished runs are kept in {output_dir}, the same command goes on from there", err=True

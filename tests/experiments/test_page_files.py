@@ -78,7 +78,7 @@ def test_experiments_on_one_task_share_a_column_unless_they_contradict(tmp_path:
     assert shared.comparisons[0].n == 2
     write_experiment(tmp_path / "three", scores("lora", [0.5, 0.9], task="rte"))
     apart = join_results(load_experiments([tmp_path])[0])
-    assert apart.tasks == ("rte, one", "rte, three", "rte, two")
+    assert apart.tasks == ("rte (one)", "rte (three)", "rte (two)")
     assert apart.averages == {}
     assert any("column of its own" in note for note in apart.notes)
 
@@ -86,7 +86,7 @@ def test_experiments_on_one_task_share_a_column_unless_they_contradict(tmp_path:
 def test_one_task_with_two_models_has_two_columns(tmp_path: Path) -> None:
     for model in ("org/tiny", "org/base"):
         write_experiment(tmp_path / model, scores("lora", [0.5, 0.6], task="rte", model=model))
-    assert join_results(load_experiments([tmp_path])[0]).tasks == ("rte, base", "rte, tiny")
+    assert join_results(load_experiments([tmp_path])[0]).tasks == ("rte (base)", "rte (tiny)")
 
 
 def test_arms_stand_by_method_choice_and_budget(tmp_path: Path) -> None:
@@ -96,6 +96,21 @@ def test_arms_stand_by_method_choice_and_budget(tmp_path: Path) -> None:
         *("dora", "dora-fish"),
         *("lora", "lora-fish@0.05", "lora-fish@0.5", "lora-fish", "lora-fish-rand"),
     )
+
+
+def test_on_each_task_p_is_corrected_over_all_tasks(tmp_path: Path) -> None:
+    for task in ("a", "b", "c", "d"):
+        better = [0.6 + seed / 100 for seed in range(7)]
+        runs = [
+            *scores("lora", [0.5 + seed / 90 for seed in range(7)], task=task),
+            *scores("lora-fish", better, task=task),
+        ]
+        write_experiment(tmp_path / task, runs)
+    results = join_results(load_experiments([tmp_path])[0])
+    alone = results.by_task["lora-fish", "a"]
+    assert alone.p == pytest.approx(2 / 2**7)  # significant alone, but not as one of four
+    assert (alone.p_corrected, alone.verdict) == (pytest.approx(8 / 2**7), "no difference shown")
+    assert results.comparisons[0].verdict == "better"
 
 
 def test_overlap_of_masks_beside_chance(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -133,6 +134,24 @@ def _work(config: ExperimentConfig, queue: multiprocessing.Queue[tuple[str, int,
 
     torch.set_num_threads(1)
     run_experiment(config, plan_experiment(config), lambda record, known: queue.put((record.arm, record.seed, known)))
+
+
+def test_what_failed_since_the_work_began_is_not_tried_again(
+    experiment: MakeExperiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = experiment("fish_tuning.methods_to_run=[lora]")
+    plan, tried = plan_experiment(config), []
+
+    def fails(self: object, folder: Path, key: str) -> None:
+        tried.append(key)
+        raise RuntimeError("it broke")
+
+    monkeypatch.setattr("fish_tuning.experiments.arms.ArmRun.run", fails)
+    began = time.time() - 1
+    for since in (began, began, None):
+        (record,) = run_experiment(config, plan, since=since)
+        assert record.status == "failed"
+    assert len(tried) == 2  # at first, and in the later session
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import math
 import time
 import traceback
 from collections.abc import Callable
@@ -34,7 +35,11 @@ WAIT_SECONDS = 2.0  # between two looks at what other processes are doing
 
 
 def run_experiment(
-    config: ExperimentConfig, plan: Plan, on_run: OnRun | None = None, shard: Shard = WHOLE
+    config: ExperimentConfig,
+    plan: Plan,
+    on_run: OnRun | None = None,
+    shard: Shard = WHOLE,
+    since: float | None = None,
 ) -> list[RunRecord]:
     """Run what is not finished yet and write the report after every run.
 
@@ -48,18 +53,20 @@ def run_experiment(
         plan: from `plan_experiment(config)`.
         on_run: called after each run with its record and whether it was there already.
         shard: the part of the runs to do; the others are left alone, and reported where they are finished.
+        since: when the work began, as `time.time()` gives it; now if not given. Runs that failed since then, in this or
+            another process, are not tried again.
 
     Returns:
         One record for each arm and seed, in the order of the arms; failed runs have status "failed" and their error.
     """
-    return _Session(config, plan, on_run, shard).run()
+    return _Session(config, plan, on_run, shard, time.time() if since is None else since).run()
 
 
 class _Session:
     """One process at work on an experiment's folder."""
 
-    def __init__(self, config: ExperimentConfig, plan: Plan, on_run: OnRun | None, shard: Shard) -> None:
-        self.config, self.plan, self.on_run, self.shard = config, plan, on_run, shard
+    def __init__(self, config: ExperimentConfig, plan: Plan, on_run: OnRun | None, shard: Shard, since: float) -> None:
+        self.config, self.plan, self.on_run, self.shard, self.since = config, plan, on_run, shard, since
         self.folder = Path(config.training.output_dir)
         for name in ("runs", "locks"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
@@ -121,7 +128,7 @@ class _Session:
         except FishTuningError as error:
             return self._written(_failed(arm, seed, self.plan.metric, str(error)), path), False
         key = config_hash(self.config, arm, seed, self.fixed, rate)
-        record = _finished(self.folder, arm.arm, seed, key)
+        record = _finished(self.folder, arm.arm, seed, key, self.since)
         if record is not None:
             return record, True
         shared = (seed, arm.method, rate)  # arms that agree in these share their scores
@@ -174,12 +181,15 @@ def _failed(arm: ArmPlan, seed: int, metric: str, error: str, key: str = "") -> 
     return RunRecord(arm=arm.arm, seed=seed, status="failed", metric=metric, error=error, config_hash=key)
 
 
-def _finished(folder: Path, arm: str, seed: int, key: str) -> RunRecord | None:
+def _finished(folder: Path, arm: str, seed: int, key: str, since: float = math.inf) -> RunRecord | None:
+    """The record of a run with this key that is finished, or has failed since a time."""
+    path = _run_file(folder, arm, seed)
     try:
-        record = RunRecord.from_dict(json.loads(_run_file(folder, arm, seed).read_text()))
+        record = RunRecord.from_dict(json.loads(path.read_text()))
+        failed_now = path.stat().st_mtime >= since
     except (OSError, ValueError, TypeError, AttributeError):  # none, torn, or not a record
         return None
-    return record if record.status == "ok" and record.config_hash == key else None
+    return record if record.config_hash == key and (record.status == "ok" or failed_now) else None
 
 
 def _run_file(folder: Path, arm: str, seed: int) -> Path:
