@@ -198,11 +198,11 @@ def _interrupt(*_: object) -> None:
 
 
 def _run(config_name: str, overrides: list[str], how: How) -> int:
-    from fish_tuning.experiments.engines import check_engine
     from fish_tuning.experiments.loading import load_experiments
 
     experiments = load_experiments(config_name, overrides)  # before torch is imported: a wrong key is told at once
 
+    from fish_tuning.experiments.engines import check_engine
     from fish_tuning.experiments.models import check_weights
     from fish_tuning.experiments.plan import plan_experiment
     from fish_tuning.experiments.shards import parse_shard
