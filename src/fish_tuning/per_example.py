@@ -126,7 +126,9 @@ def _embedding(module: nn.Module, ids: Tensor, g: Tensor) -> dict[str, Tensor]:
         gradients[cells % vocabulary == module.padding_idx] = 0
     rows, inverse = (cells % vocabulary).unique(return_inverse=True)
     squares = _scatter_add(len(rows), inverse, gradients.square_())
-    return {"weight": torch.sparse_coo_tensor(rows[None], squares, (vocabulary, width), is_coalesced=True)}
+    shape = (vocabulary, width)
+    sparse = torch.sparse_coo_tensor(rows[None], squares, shape, is_coalesced=True, check_invariants=False)
+    return {"weight": sparse}
 
 
 def _by_normalized_shape(module: nn.Module, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:

@@ -37,16 +37,16 @@ def cluster() -> Iterator[None]:
     ray.shutdown()
 
 
-def kill_a_worker(runs: Path, killed: list[int]) -> None:
+def kill_a_worker(runs: Path, killed: list[int], over: threading.Event) -> None:
     """Kill a worker once it is in the middle of the work: some runs are written, some are not."""
-    for _ in range(600):
+    while not over.is_set():
         if len(list(runs.glob("*.json"))) >= 1:
             for process in psutil.Process().children(recursive=True):
                 if process.is_running() and "ray::_work" in " ".join(process.cmdline()):
                     process.kill()
                     killed.append(process.pid)
                     return
-        time.sleep(0.1)
+        time.sleep(0.05)
 
 
 @pytest.mark.slow
@@ -56,9 +56,11 @@ def test_a_cluster_does_every_run_though_a_worker_is_killed(
     arms = "fish_tuning.methods_to_run=[lora, lora-fish]"
     config = experiment(arms, "seeds=[1, 2]")
     killed: list[int] = []
-    killer = threading.Thread(target=kill_a_worker, args=(tmp_path / "results" / "runs", killed))
+    over = threading.Event()
+    killer = threading.Thread(target=kill_a_worker, args=(tmp_path / "results" / "runs", killed, over))
     killer.start()
     engines.run_on_ray(config, workers=2)
+    over.set()
     killer.join()
     assert killed
     known = []
