@@ -372,7 +372,7 @@ def introduction() -> str:
     return f"""# PEFT methods
 
 What can be masked, of all that PEFT {peft_version()} has. The test suite tries every row on a tiny random model.
-It passes with PEFT 0.18 too, and fails when PEFT brings a method that is not listed. `python tests/shelf.py` writes
+It fails when PEFT brings a method that is not listed. `python tests/shelf.py` writes
 this file.
 
 - *scored by*: rules score the adapter's tensors in batches, the loop takes one example at a time. Both give the same
