@@ -12,9 +12,9 @@ from transformers import AutoModelForSequenceClassification, TrainerCallback
 from fish_tuning import load_mask
 from fish_tuning.experiments.arms import ArmRun, Calibration, kept_shares
 from fish_tuning.experiments.config import ExperimentConfig
-from fish_tuning.experiments.data import tokenize
 from fish_tuning.experiments.plan import Plan, plan_experiment
 from fish_tuning.experiments.records import KeptShare, RunRecord
+from fish_tuning.experiments.tasks import encode
 
 MakeExperiment = Callable[..., ExperimentConfig]
 
@@ -36,7 +36,7 @@ class Spy(ArmRun):
 
 
 def arms(config: ExperimentConfig, plan: Plan, folder: Path) -> dict[str, tuple[RunRecord, Spy]]:
-    train, validation = tokenize(plan.task, plan.tokenizer, 16)
+    train, validation = encode(plan.task, plan.processing_class, 16)[:2]
     calibration: Calibration | None = None
     done = {}
     for arm in plan.arms:
@@ -99,7 +99,7 @@ def test_warm_up_scores_elsewhere_but_trains_from_the_start(experiment: MakeExpe
 def test_scores_of_another_start_are_refused(experiment: MakeExperiment, tmp_path: Path) -> None:
     config = experiment("fish_tuning.methods_to_run=[lora-fish]")
     plan = plan_experiment(config)
-    train, validation = tokenize(plan.task, plan.tokenizer, 16)
+    train, validation = encode(plan.task, plan.processing_class, 16)[:2]
     other = Calibration({}, 0.0, "another")
     run = ArmRun(config, plan, plan.arms[0], 1, train, validation, TrainerCallback(), other)
     with pytest.raises(Exception, match="another starting point"):

@@ -13,7 +13,6 @@ from tiny import llama_classifier
 from fish_tuning.errors import ConfigurationError
 from fish_tuning.experiments.arm_names import Variant
 from fish_tuning.experiments.config import ExperimentConfig
-from fish_tuning.experiments.data import load_task
 from fish_tuning.experiments.models import (
     build_meta_model,
     build_model,
@@ -22,6 +21,7 @@ from fish_tuning.experiments.models import (
     load_tokenizer,
     state_digest,
 )
+from fish_tuning.experiments.tasks import load_task
 
 MakeExperiment = Callable[..., ExperimentConfig]
 

@@ -22,7 +22,7 @@ def test_minilm_runs_from_local_folders(
                  f"training.output_dir={tmp_path}"]  # fmt: skip
     config = load_experiment(f"minilm-{task}", overrides)
     plan = plan_experiment(config)
-    assert plan.task.text_columns == columns
+    assert plan.task.columns == columns
     (record,) = run_experiment(config, plan)
     assert record.status == "ok", record.error
     # Rank 4 on query, key and value of six layers, 384 wide, and the head.

@@ -19,13 +19,11 @@ from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import (
-    DataCollatorWithPadding,
     EarlyStoppingCallback,
     PrinterCallback,
     Trainer,
     TrainerCallback,
     TrainingArguments,
-    default_data_collator,
     set_seed,
 )
 
@@ -35,7 +33,6 @@ from fish_tuning.experiments.arguments import early_stopping_arguments, training
 from fish_tuning.experiments.arm_names import ArmName, Selection
 from fish_tuning.experiments.config import ExperimentConfig
 from fish_tuning.experiments.measure import PeakMemory, optimizer_state_bytes
-from fish_tuning.experiments.metrics import metric_function
 from fish_tuning.experiments.models import build_model, state_digest
 from fish_tuning.experiments.plan import Plan
 from fish_tuning.experiments.records import ArmPlan, KeptShare, RunRecord
@@ -144,9 +141,8 @@ class ArmRun:
     def _arguments(self, folder: Path, extra: Mapping[str, Any] | None = None) -> TrainingArguments:
         chosen = {} if self.learning_rate is None else {"learning_rate": self.learning_rate}
         stopping = early_stopping_arguments(self.plan.metric) if self._patience and not extra else {}
-        return training_arguments(
-            self.config, self.seed, folder, {**self._section.training_args, **chosen, **stopping, **(extra or {})}
-        )
+        own = {**self.plan.task.training_arguments, **self._section.training_args}
+        return training_arguments(self.config, self.seed, folder, {**own, **chosen, **stopping, **(extra or {})})
 
     @property
     def _patience(self) -> int | None:
@@ -198,11 +194,8 @@ class ArmRun:
         if "input_ids" in examples.column_names:
             lengths = [len(ids) for ids in examples["input_ids"]]
             examples = examples.select(sorted(range(len(examples)), key=lengths.__getitem__))
-        return DataLoader(examples, batch_size=batch_size, collate_fn=self._collator)
-
-    @property
-    def _collator(self) -> Any:
-        return DataCollatorWithPadding(self.plan.tokenizer) if self.plan.tokenizer else default_data_collator
+        collator = self.plan.task.collator(self.plan.processing_class)
+        return DataLoader(examples, batch_size=batch_size, collate_fn=collator)
 
     def _trainer(self, model: Any, args: TrainingArguments, mask: Mask | None) -> Trainer:
         callbacks: list[TrainerCallback] = [self.progress]
@@ -213,14 +206,12 @@ class ArmRun:
         return self._make_trainer(model, args, callbacks)
 
     def _make_trainer(self, model: Any, args: TrainingArguments, callbacks: list[TrainerCallback]) -> Trainer:
-        trainer = Trainer(
+        trainer = self.plan.task.make_trainer(
             model=model,
             args=args,
             train_dataset=self.train,
             eval_dataset=self.validation,
-            data_collator=self._collator,
-            processing_class=self.plan.tokenizer,
-            compute_metrics=metric_function(self.plan.task.num_labels),
+            processing_class=self.plan.processing_class,
             callbacks=callbacks,
         )
         trainer.remove_callback(PrinterCallback)  # it prints every log to standard output
@@ -228,7 +219,7 @@ class ArmRun:
 
     def _evaluate(self, trainer: Trainer) -> dict[str, float]:
         metrics = trainer.evaluate(metric_key_prefix="eval")
-        names = (self.plan.metric, "loss", "accuracy", "f1", "matthews_correlation", "pearson", "spearman")
+        names = ("loss", *self.plan.task.metrics, "perplexity")
         found = {name: float(metrics[f"eval_{name}"]) for name in names if f"eval_{name}" in metrics}
         for kind, split in self.more_validation.items():
             prefix = f"eval_{kind}"

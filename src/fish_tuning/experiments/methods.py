@@ -17,7 +17,7 @@ from fish_tuning.errors import ConfigurationError, did_you_mean
 from fish_tuning.experiments.arm_names import Variant
 from fish_tuning.experiments.config import ExperimentConfig
 from fish_tuning.experiments.sections import PeftMethodConfig
-from fish_tuning.experiments.targets import head_names, module_names, target_modules
+from fish_tuning.experiments.targets import head_names, is_language_model, module_names, target_modules
 
 PREFIX_LENGTH = 30  # virtual tokens, as in the paper
 PROMPT_LENGTH = 20
@@ -100,7 +100,9 @@ def _defaults(config: ExperimentConfig, method: str, base: nn.Module, *, small: 
     }
     if method in PROMPT_METHODS:
         length = PREFIX_LENGTH if method == "prefix_tuning" else PROMPT_LENGTH
-        return {"task_type": "SEQ_CLS", "num_virtual_tokens": length}
+        return {"task_type": _peft_task(base), "num_virtual_tokens": length}
+    if is_language_model(base):
+        values["task_type"] = "CAUSAL_LM"
     if "modules_to_save" in names:
         values["modules_to_save"] = head_names(base)
     if method in ("lora", "dora"):
@@ -113,6 +115,11 @@ def _defaults(config: ExperimentConfig, method: str, base: nn.Module, *, small: 
     elif "target_modules" in names and method not in OWN_TARGETS:
         values["target_modules"] = target_modules(config.lora.target_modules, base)
     return values
+
+
+def _peft_task(base: nn.Module) -> str:
+    name = type(base).__name__
+    return "CAUSAL_LM" if is_language_model(base) else "TOKEN_CLS" if "TokenClassification" in name else "SEQ_CLS"
 
 
 def _ia3_targets(base: nn.Module) -> dict[str, str]:

@@ -13,28 +13,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub.errors import StrictDataclassError
 from huggingface_hub.utils import logging as hub_logging
 from peft import get_peft_model
 from safetensors import SafetensorError
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForImageClassification,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    set_seed,
-)
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, set_seed
 
 from fish_tuning.adapters import AdapterError
 from fish_tuning.errors import ConfigurationError, did_you_mean
 from fish_tuning.experiments.arm_names import Variant
 from fish_tuning.experiments.builtin import resolve_builtin
 from fish_tuning.experiments.config import ExperimentConfig
-from fish_tuning.experiments.data import Task
 from fish_tuning.experiments.methods import peft_config
 from fish_tuning.experiments.sections import LORA_METHODS, ModelConfig, PeftMethodConfig
 from fish_tuning.experiments.targets import head_names, linear_names
+from fish_tuning.experiments.tasks import Task
 
 WEIGHTS_FILES = (
     "model.safetensors",
@@ -46,11 +41,25 @@ WEIGHTS_FILES = (
 _LAYER_NUMBER = re.compile(r"\.\d+\.")
 
 
+def load_processing_class(config: ModelConfig, task: Task) -> Any:
+    """The model's tokenizer or image processor, or None where the data carries the model's inputs."""
+    if task.processor is None or not task.encodes:
+        return None
+    if task.processor == "image":
+        return _from_hub(AutoImageProcessor, config.name, revision=config.revision)
+    return load_tokenizer(config)
+
+
 def load_tokenizer(config: ModelConfig) -> Any:
     """The model's tokenizer, with a padding token (the end token where the model has none)."""
     tokenizer = _from_hub(AutoTokenizer, config.name, revision=config.revision)
     if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    if tokenizer.pad_token is None:
+        raise ConfigurationError(
+            f"model.name: the tokenizer of {config.name!r} has neither a padding token nor an end token to pad with. "
+            "Set pad_token in its tokenizer_config.json."
+        )
     return tokenizer
 
 
@@ -80,14 +89,8 @@ def load_config(config: ModelConfig, task: Task, pad_token_id: int | None, loade
     """The transformers configuration (`loaded`, where it was read already) with the task's labels and the overrides."""
     if loaded is None:
         loaded = read_config(config)
-    if task.labels:
-        loaded.id2label = dict(enumerate(task.labels))
-        loaded.label2id = {label: number for number, label in enumerate(task.labels)}
-        loaded.problem_type = "single_label_classification"
-    else:
-        loaded.num_labels = 1
-        loaded.problem_type = "regression"
-    if getattr(loaded, "pad_token_id", None) is None and pad_token_id is not None:
+    task.configure(loaded)
+    if pad_token_id is not None:  # a decoder that classifies reads its last token before the padding
         loaded.pad_token_id = pad_token_id
     for key, value in config.config_overrides.items():
         try:
@@ -205,7 +208,7 @@ def _check_loaded(config: ModelConfig, base: Any, loading: dict[str, Any]) -> No
 
 
 def _auto_class(task: Task) -> Any:
-    return AutoModelForImageClassification if task.kind == "image" else AutoModelForSequenceClassification
+    return getattr(transformers, task.auto_class)
 
 
 def _from_hub(auto_class: Any, name: str, **kwargs: Any) -> Any:

@@ -17,12 +17,11 @@ from fish_tuning.errors import ConfigurationError, MaskError
 from fish_tuning.experiments.arguments import training_arguments
 from fish_tuning.experiments.arm_names import ArmName, Variant
 from fish_tuning.experiments.config import ExperimentConfig
-from fish_tuning.experiments.data import Task, load_task, tokenize
 from fish_tuning.experiments.methods import check_method, size_text
-from fish_tuning.experiments.metrics import main_metric
-from fish_tuning.experiments.models import build_meta_model, load_config, load_tokenizer, read_config
+from fish_tuning.experiments.models import build_meta_model, load_config, load_processing_class, read_config
 from fish_tuning.experiments.records import ArmPlan
 from fish_tuning.experiments.sections import LORA_METHODS, STARTS_AT_ZERO
+from fish_tuning.experiments.tasks import Task, encode, load_task
 
 HELD_OUT = 0.2  # of the training set, where learning rates are chosen
 RECORDED_PACKAGES = ("fish-tuning", "torch", "transformers", "peft", "datasets")
@@ -41,12 +40,12 @@ class Plan:
     facts: dict[str, Any]
     notes: list[str]
     task: Task
-    tokenizer: Any
+    processing_class: Any  # the model's tokenizer or image processor; None where the data is ready
     model_config: Any
 
     @property
     def metric(self) -> str:
-        return main_metric(self.task.name, self.task.num_labels)
+        return self.task.metric
 
 
 def plan_experiment(config: ExperimentConfig) -> Plan:
@@ -67,15 +66,16 @@ def plan_experiment(config: ExperimentConfig) -> Plan:
         )
     stored = read_config(config.model)
     task = load_task(config.dataset)
-    tokenizer = load_tokenizer(config.model) if task.text_columns else None
-    model_config = load_config(config.model, task, getattr(tokenizer, "pad_token_id", None), stored)
-    if task.text_columns:
-        _check_length(config, task, tokenizer, model_config)
+    processing_class = load_processing_class(config.model, task)
+    model_config = load_config(config.model, task, getattr(processing_class, "pad_token_id", None), stored)
+    task.check(processing_class, config.training.max_seq_length)
+    if task.processor == "tokenizer" and processing_class is not None:
+        _check_length(config, task, processing_class, model_config)
     models = _Models(config, model_config, task)
     arms = [_plan_arm(config, arm, models) for arm in config.arms]
     _check_samples(config, len(task.train))
     facts = _facts(config, task, models)
-    return Plan(arms, facts, _notes(config, arms), task, tokenizer, model_config)
+    return Plan(arms, facts, _notes(config, arms), task, processing_class, model_config)
 
 
 def _check_samples(config: ExperimentConfig, examples: int) -> None:
@@ -92,7 +92,8 @@ def _check_length(config: ExperimentConfig, task: Task, tokenizer: Any, model_co
     positions = _positions(model_config)
     if positions is None or asked <= positions:
         return
-    longest = max(len(ids) for split in tokenize(task, tokenizer, asked) for ids in split["input_ids"])
+    encoded = encode(task, tokenizer, asked)
+    longest = max(len(ids) for split in (encoded.train, encoded.validation) for ids in split["input_ids"])
     if longest > positions:
         raise ConfigurationError(
             f"training.max_seq_length={asked} lets a text of {longest} tokens pass, more than the {positions} "
@@ -195,11 +196,12 @@ def _facts(config: ExperimentConfig, task: Task, models: _Models) -> dict[str, A
     first = {section.method: first[section.method] for section in config.peft if section.method in first}
     return {
         "task": task.name,
-        "metric": main_metric(task.name, task.num_labels),
+        "task_kind": task.kind,
+        "metric": task.metric,
         "train_examples": len(task.train),
         "validation_examples": len(task.validation),
         "validation_split": task.validation_split,
-        "text_columns": list(task.text_columns),
+        "columns": list(task.columns),
         "num_labels": task.num_labels,
         "model_revision": getattr(models.model_config, "_commit_hash", None),
         "model_type": models.model_config.model_type,

@@ -17,7 +17,6 @@ from filelock import FileLock, Timeout
 from fish_tuning.errors import FishTuningError
 from fish_tuning.experiments.arms import ArmRun, Calibration
 from fish_tuning.experiments.config import ExperimentConfig
-from fish_tuning.experiments.data import tokenize, tokenize_split
 from fish_tuning.experiments.digests import data_digest
 from fish_tuning.experiments.files import write_atomically
 from fish_tuning.experiments.plan import Plan
@@ -26,6 +25,7 @@ from fish_tuning.experiments.records import ArmPlan, RunRecord
 from fish_tuning.experiments.report import write_report
 from fish_tuning.experiments.run_keys import config_hash
 from fish_tuning.experiments.shards import WHOLE, Shard
+from fish_tuning.experiments.tasks import encode
 from fish_tuning.experiments.tuning import LearningRates
 
 logger = logging.getLogger(__name__)
@@ -70,11 +70,9 @@ class _Session:
         self.folder = Path(config.training.output_dir)
         for name in ("runs", "locks"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
-        self.train, self.validation = tokenize(plan.task, plan.tokenizer, config.training.max_seq_length)
-        self.more_validation = {
-            name: tokenize_split(plan.task, split, plan.tokenizer, config.training.max_seq_length)
-            for name, split in plan.task.more_validation.items()
-        }
+        self.train, self.validation, self.more_validation = encode(
+            plan.task, plan.processing_class, config.training.max_seq_length
+        )
         data = data_digest(self.train, self.validation, *self.more_validation.values())
         plan.facts["data_fingerprint"] = data
         self.fixed = {"data": data, "versions": plan.facts["versions"]}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from pathlib import PurePath
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -28,6 +28,11 @@ STARTS_AWAY_FROM_ZERO = ("ia3", "ln_tuning", "prefix_tuning", "prompt_tuning", "
 # PEFT's initialisations by name that need neither data nor settings of their own.
 INITIALISATIONS = ("gaussian", "pissa", "olora", "orthogonal")
 _PISSA_NITER = re.compile(r"pissa_niter_[1-9]\d*")
+
+
+# What a data set asks of a model.
+TaskKind = Literal["text_classification", "image_classification", "token_classification", "causal_lm"]
+TASK_KINDS: tuple[TaskKind, ...] = get_args(TaskKind)
 
 
 class Section(BaseModel):
@@ -64,11 +69,27 @@ class DatasetConfig(Section):
         description="names of splits and their csv, tsv, json, jsonl or parquet files, in place of load_args",
     )
     revision: str | None = Field(default=None, description="a branch, tag or commit of the hub's data set")
+    task: TaskKind | None = Field(
+        default=None, description=f"{', '.join(TASK_KINDS)}, or null to find it from the data"
+    )
+    metric: str | None = Field(default=None, description="a metric's name, or null for the task's usual one")
     text_column: str | list[str] | None = Field(default=None, description="the name of a text column, or a list of two")
+    image_column: str | None = Field(default=None, description="the name of a column of images")
     label_column: str | None = Field(default=None, description="the name of a column")
+    prompt_column: str | list[str] | None = Field(
+        default=None, description="the name of a column of questions or instructions, or a list of such columns"
+    )
+    completion_column: str | None = Field(default=None, description="the name of a column of answers")
+    chat_template: bool | None = Field(
+        default=None, description="true, false, or null for the tokenizer's chat template where it has one"
+    )
+    max_new_tokens: int = Field(default=256, ge=1, description="a whole number from 1: tokens of a generated answer")
     train_split: str | None = Field(default=None, description="the name of a split")
-    validation_split: str | None = Field(default=None, description="the name of a split")
+    validation_split: str | float | None = Field(
+        default=None, description="the name of a split, or a share of the training split to hold out"
+    )
     max_train_samples: int | None = Field(default=None, ge=1, description="a whole number from 1, or null for all")
+    max_validation_samples: int | None = Field(default=None, ge=1, description="a whole number from 1, or null for all")
     training_args: dict[str, Any] = Field(
         default={}, description="changes to training.args_override for this data set, such as num_train_epochs"
     )
@@ -105,6 +126,20 @@ class DatasetConfig(Section):
     def _filled(cls, value: list[str]) -> list[str]:
         if not all(value):
             raise ValueError("must not hold an empty name")
+        return value
+
+    @field_validator("validation_split")
+    @classmethod
+    def _share(cls, value: str | float | None) -> str | float | None:
+        if isinstance(value, float) and not 0 < value < 1:
+            raise ValueError("a share must be above 0 and below 1")
+        return value
+
+    @field_validator("prompt_column")
+    @classmethod
+    def _some(cls, value: str | list[str] | None) -> str | list[str] | None:
+        if value is not None and not value:
+            raise ValueError("must name at least one column")
         return value
 
     @field_validator("text_column")

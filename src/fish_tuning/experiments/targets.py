@@ -9,6 +9,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 
 from fish_tuning.errors import ConfigurationError, did_you_mean
+from fish_tuning.losses import loss_type_of
 
 # The attention input projections under the names that model families give them; the first set found is the default.
 ATTENTION_PROJECTIONS = (
@@ -52,12 +53,21 @@ def _present(asked: Sequence[str], model: nn.Module) -> list[str]:
 
 
 def head_names(base: Any) -> list[str]:
-    """The modules beside the encoder: those that the task brings, new and trained as a whole."""
+    """The modules beside the encoder: those that the task brings, new and trained as a whole.
+
+    A causal language model brings none: its head is pretrained.
+    """
+    if is_language_model(base):
+        return []
     return [
         name
         for name, child in base.named_children()
         if name != base.base_model_prefix and any(True for _ in child.parameters())
     ]
+
+
+def is_language_model(base: Any) -> bool:
+    return loss_type_of(base) == "ForCausalLM"
 
 
 def linear_names(model: nn.Module) -> list[str]:

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
-from folders import write_bert, write_pairs, write_sentences
+from folders import write_bert, write_pairs
 from transformers import AutoTokenizer
 
 from fish_tuning.errors import ConfigurationError
-from fish_tuning.experiments.data import Task, load_task, tokenize
 from fish_tuning.experiments.sections import DatasetConfig
+from fish_tuning.experiments.tasks import Task, encode, load_task
 
 
 def task_of(folder: Path, **settings: object) -> Task:
@@ -23,7 +23,7 @@ def write_split(folder: Path, split: str, columns: dict[str, list[object]], feat
 
 def test_a_single_text_column_is_found(sentences_folder: Path) -> None:
     task = task_of(sentences_folder)
-    assert (task.name, task.kind, task.text_columns) == ("reviews", "text", ("text",))
+    assert (task.name, task.kind, task.columns) == ("reviews", "text_classification", ("text",))
     assert (task.train_split, task.validation_split) == ("train", "validation")
     assert (task.labels, task.num_labels) == (("0", "1"), 2)
     assert "labels" in task.train.column_names
@@ -31,7 +31,7 @@ def test_a_single_text_column_is_found(sentences_folder: Path) -> None:
 
 def test_a_pair_and_a_float_label_are_a_pair_regression(tmp_path: Path) -> None:
     task = task_of(write_pairs(tmp_path / "pairs"))
-    assert task.text_columns == ("sentence1", "sentence2")
+    assert task.columns == ("sentence1", "sentence2")
     assert (task.labels, task.num_labels) == (None, 1)
 
 
@@ -50,26 +50,20 @@ def test_class_names_of_the_data_set_are_kept(tmp_path: Path) -> None:
     assert task_of(tmp_path / "d").labels == ("neg", "pos", "unclear")
 
 
-def test_the_training_part_is_the_same_every_time(sentences_folder: Path) -> None:
-    one, two = (task_of(sentences_folder, max_train_samples=10).train["text"] for _ in range(2))
-    assert list(one) == list(two)
-    assert len(one) == 10
-
-
 def test_ready_inputs_are_used_as_they_are(tmp_path: Path) -> None:
     for split in ("train", "validation"):
         columns = {"input_ids": [[1, 2], [3, 4]], "label": [0, 1], "idx": [0, 1]}
         write_split(tmp_path / "d", split, columns)  # type: ignore[arg-type]
     task = task_of(tmp_path / "d")
-    assert (task.kind, task.text_columns) == ("text", ())
-    train, _ = tokenize(task, None, 8)
+    assert (task.kind, task.columns, task.encodes) == ("text_classification", (), False)
+    train = encode(task, None, 8).train
     assert sorted(train.column_names) == ["input_ids", "labels"]
 
 
 def test_tokenized_splits_hold_model_inputs_alone_and_are_cut(tmp_path: Path) -> None:
     task = task_of(write_pairs(tmp_path / "pairs"))
     tokenizer = AutoTokenizer.from_pretrained(write_bert(tmp_path / "bert", weights=False))
-    train, validation = tokenize(task, tokenizer, 6)
+    train, validation, _ = encode(task, tokenizer, 6)
     assert set(train.column_names) == {"input_ids", "token_type_ids", "attention_mask", "labels"}
     assert max(map(len, [*train["input_ids"], *validation["input_ids"]])) == 6
     assert {1} < set(train["token_type_ids"][0])  # the second sentence is there
@@ -88,16 +82,6 @@ def test_what_is_not_there_is_told_with_the_nearest(
 ) -> None:
     with pytest.raises(ConfigurationError, match=message):
         task_of(sentences_folder, **settings)
-
-
-def test_a_missing_folder_is_told(tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match="there is no folder"):
-        task_of(tmp_path / "nowhere")
-
-
-def test_an_unknown_hub_name_is_told() -> None:
-    with pytest.raises(ConfigurationError, match="no-such-data"):
-        load_task(DatasetConfig(load_args=["no-such-data"]))
 
 
 @pytest.mark.parametrize(
@@ -133,13 +117,6 @@ def test_a_validation_label_that_training_lacks_is_refused(tmp_path: Path) -> No
         task_of(tmp_path / "d")
 
 
-def test_one_split_alone_is_refused(tmp_path: Path) -> None:
-    folder = write_sentences(tmp_path / "d")
-    (folder / "validation.parquet").unlink()
-    with pytest.raises(ConfigurationError, match=r"dataset\.validation_split: none of the usual names"):
-        task_of(folder)
-
-
 def test_true_and_false_are_classes(tmp_path: Path) -> None:
     for split in ("train", "validation"):
         write_split(tmp_path / "d", split, {"text": ["a", "b"], "label": [True, False]})
@@ -171,48 +148,6 @@ def test_a_text_column_must_hold_texts(sentences_folder: Path, tmp_path: Path) -
         write_split(tmp_path / "d", split, {"text": ["a", "b"], "number": [1, 2], "label": [0, 1]})
     with pytest.raises(ConfigurationError, match=r"'number' is Value\('int64'\); a column of texts"):
         task_of(tmp_path / "d", text_column=["text", "number"])
-
-
-def test_a_file_an_empty_folder_and_broken_files_are_told(tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match=r"no data was found .*; a folder of csv, json or parquet"):
-        task_of(tmp_path)
-    file = tmp_path / "train.json"
-    file.write_text('{"text": "a"')
-    with pytest.raises(ConfigurationError, match="is a file; a folder of csv, json or parquet"):
-        task_of(file)
-    with pytest.raises(ConfigurationError, match="cannot be loaded: JSON parse error"):
-        task_of(tmp_path)
-
-
-@pytest.mark.parametrize("ending", ["csv", "tsv", "jsonl", "parquet"])
-def test_single_files_are_splits(tmp_path: Path, ending: str) -> None:
-    rows = Dataset.from_dict({"text": ["good", "bad"] * 3, "label": [1, 0] * 3})
-    files = {}
-    for split in ("train", "validation"):
-        files[split] = str(tmp_path / f"{split}.{ending}")
-        if ending in ("csv", "tsv"):
-            rows.to_csv(files[split], sep="\t" if ending == "tsv" else ",")
-        else:
-            (rows.to_json if ending == "jsonl" else rows.to_parquet)(files[split])
-    task = load_task(DatasetConfig(data_files=files))
-    assert (task.name, task.text_columns, len(task.train), task.num_labels) == (tmp_path.name, ("text",), 6, 2)
-
-
-@pytest.mark.parametrize(
-    ("names", "message"),
-    [
-        (("train.csv", "gone.csv"), r"there is no file '.*gone\.csv'"),
-        (("train.csv", "dev.jsonl"), "must be of one format"),
-        (("train.txt", "train.txt"), r"which the name's end tells: \.csv, \.tsv, \.json"),
-    ],
-)
-def test_files_that_cannot_be_splits_are_told(tmp_path: Path, names: tuple[str, str], message: str) -> None:
-    for name in names:
-        if "gone" not in name:
-            (tmp_path / name).write_text("text,label\na,1\n")
-    files = dict(zip(("train", "validation"), (str(tmp_path / name) for name in names), strict=True))
-    with pytest.raises(ConfigurationError, match=message):
-        load_task(DatasetConfig(data_files=files))
 
 
 def test_both_sets_of_mnli_are_kept(tmp_path: Path) -> None:
