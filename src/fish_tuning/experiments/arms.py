@@ -34,7 +34,7 @@ from fish_tuning.experiments.arm_names import ArmName, Selection
 from fish_tuning.experiments.config import ExperimentConfig
 from fish_tuning.experiments.measure import PeakMemory, optimizer_state_bytes
 from fish_tuning.experiments.models import build_model, state_digest
-from fish_tuning.experiments.plan import Plan
+from fish_tuning.experiments.plan import Plan, names_outside_pool
 from fish_tuning.experiments.records import ArmPlan, KeptShare, RunRecord
 from fish_tuning.experiments.sections import PeftMethodConfig
 from fish_tuning.fisher import calculate_fisher_information
@@ -115,7 +115,7 @@ class ArmRun:
             peak_memory_of=peak.of,
             optimizer_state_bytes=optimizer_state_bytes(trainer.optimizer) if trainer.optimizer else 0,
             adapter_bytes=_save(model, mask, adapter),
-            kept=kept_shares(mask, self.config.lora.names_to_exclude) if mask else [],
+            kept=kept_shares(mask, names_outside_pool(self.config, self.plan.task)) if mask else [],
             config_hash=config_hash,
             initial_state=initial_state,
             experiment=self.config.name,
@@ -161,7 +161,7 @@ class ArmRun:
             scores = {n: torch.zeros(()).expand(p.shape) for n, p in model.named_parameters() if p.requires_grad}
         return create_mask_from_fisher(
             scores,
-            names_to_exclude=self.config.lora.names_to_exclude,
+            names_to_exclude=names_outside_pool(self.config, self.plan.task),
             num_trainable=self.arm.trainable_parameters,
             method=self._selection.method,
             quotas=(self.config.fish_tuning.quotas or "module_type") if self._selection.quotas else None,

@@ -20,7 +20,7 @@ from fish_tuning.experiments.config import ExperimentConfig
 from fish_tuning.experiments.methods import check_method, size_text
 from fish_tuning.experiments.models import build_meta_model, load_config, load_processing_class, read_config
 from fish_tuning.experiments.records import ArmPlan
-from fish_tuning.experiments.sections import LORA_METHODS, STARTS_AT_ZERO
+from fish_tuning.experiments.sections import HEAD_PATTERN, LORA_METHODS, STARTS_AT_ZERO
 from fish_tuning.experiments.tasks import Task, encode, load_task
 
 HELD_OUT = 0.2  # of the training set, where learning rates are chosen
@@ -132,7 +132,7 @@ class _Models:
 def _plan_arm(config: ExperimentConfig, arm: str, models: _Models) -> ArmPlan:
     name = ArmName.parse(arm)
     sizes = _trainable_sizes(models(arm))
-    outside = matching_names(sizes, config.lora.names_to_exclude)
+    outside = matching_names(sizes, names_outside_pool(config, models.task))
     dense = sum(sizes[tensor] for tensor in outside)
     pool = {tensor: size for tensor, size in sizes.items() if tensor not in outside}
     total = sum(pool.values())
@@ -150,6 +150,12 @@ def _plan_arm(config: ExperimentConfig, arm: str, models: _Models) -> ArmPlan:
         kept=kept,
         dense=dense,
     )
+
+
+def names_outside_pool(config: ExperimentConfig, task: Task) -> list[str]:
+    """`lora.names_to_exclude` without the pattern for new heads where the task brings none."""
+    patterns = config.lora.names_to_exclude
+    return patterns if task.brings_head else [pattern for pattern in patterns if pattern != HEAD_PATTERN]
 
 
 def _budget(config: ExperimentConfig, name: ArmName, models: _Models, pool: int, dense: int) -> int:

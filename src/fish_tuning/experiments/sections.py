@@ -30,6 +30,8 @@ INITIALISATIONS = ("gaussian", "pissa", "olora", "orthogonal")
 _PISSA_NITER = re.compile(r"pissa_niter_[1-9]\d*")
 
 
+HEAD_PATTERN = "modules_to_save"  # where PEFT keeps the head that a task brings
+
 # What a data set asks of a model.
 TaskKind = Literal["text_classification", "image_classification", "token_classification", "causal_lm"]
 TASK_KINDS: tuple[TaskKind, ...] = get_args(TaskKind)
@@ -163,7 +165,7 @@ class LoraSection(Section):
         default=None, description="a list of module names, a regular expression, or null to find them from the model"
     )
     names_to_exclude: list[str] = Field(
-        default=["modules_to_save"], description="a list of regular expressions for tensors that train densely"
+        default=[HEAD_PATTERN], description="a list of regular expressions for tensors that train densely"
     )
     init_lora_weights: bool | str = Field(
         default=True, description=f"true, false, {', '.join(INITIALISATIONS)} or pissa_niter_[number]"

@@ -28,7 +28,7 @@ class Task(ABC):
 
     kind: ClassVar[TaskKind]
     auto_class: ClassVar[str]  # of transformers
-    peft_type: ClassVar[str | None]  # PEFT's name for the task
+    brings_head: ClassVar[bool] = True  # a new one, which trains as a whole
     processor: ClassVar[str | None] = "tokenizer"  # what turns a row into a model's inputs: "tokenizer", "image", None
     training_arguments: ClassVar[Mapping[str, Any]] = {}  # that this kind cannot do without
 

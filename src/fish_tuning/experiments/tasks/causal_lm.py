@@ -45,7 +45,7 @@ class CausalLM(Task):
 
     kind: ClassVar[TaskKind] = "causal_lm"
     auto_class: ClassVar[str] = "AutoModelForCausalLM"
-    peft_type: ClassVar[str | None] = "CAUSAL_LM"
+    brings_head: ClassVar[bool] = False
 
     completion: str
     chat_template: bool | None

@@ -96,7 +96,6 @@ class TextClassification(Classification):
 
     kind: ClassVar[TaskKind] = "text_classification"
     auto_class: ClassVar[str] = "AutoModelForSequenceClassification"
-    peft_type: ClassVar[str | None] = "SEQ_CLS"
     model_inputs: ClassVar[tuple[str, ...]] = ("input_ids", "attention_mask", "token_type_ids")
 
     @classmethod
@@ -135,7 +134,6 @@ class ImageClassification(Classification):
 
     kind: ClassVar[TaskKind] = "image_classification"
     auto_class: ClassVar[str] = "AutoModelForImageClassification"
-    peft_type: ClassVar[str | None] = None
     processor: ClassVar[str | None] = "image"
     training_arguments: ClassVar[Mapping[str, Any]] = {"remove_unused_columns": False}  # models take no `image`
     model_inputs: ClassVar[tuple[str, ...]] = ("pixel_values",)

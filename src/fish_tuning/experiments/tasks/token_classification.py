@@ -28,7 +28,6 @@ class TokenClassification(Task):
 
     kind: ClassVar[TaskKind] = "token_classification"
     auto_class: ClassVar[str] = "AutoModelForTokenClassification"
-    peft_type: ClassVar[str | None] = "TOKEN_CLS"
 
     @classmethod
     def read(cls, config: DatasetConfig, splits: Splits) -> Task:
