@@ -14,6 +14,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import pytest
 import torch
+from recorder import Recorder
+from transformers.integrations import integration_utils
 
 torch.set_num_threads(1)
 
@@ -44,3 +46,11 @@ def python_environment() -> dict[str, str]:
 
     folders = [str(Path(fish_tuning.__file__).parents[1]), str(Path(__file__).parent)]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(folders), "CUDA_VISIBLE_DEVICES": ""}
+
+
+@pytest.fixture
+def recorders(monkeypatch: pytest.MonkeyPatch) -> list[Recorder]:
+    """Makes `report_to="recorder"` possible; the recorders that Trainers have made of it, in order."""
+    monkeypatch.setattr(Recorder, "made", [], raising=False)
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "recorder", Recorder)
+    return Recorder.made

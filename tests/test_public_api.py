@@ -22,6 +22,7 @@ MODULES = [
     "losses",
     "per_example",
     "probes",
+    "reporting",
     "scoring_state",
     "selection",
     "shira",

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     )
     from fish_tuning.fisher import calculate_fisher_information
     from fish_tuning.per_example import register_rule
+    from fish_tuning.reporting import report_figures
     from fish_tuning.selection import create_mask_from_fisher, register_method
     from fish_tuning.shira import create_shira_config
     from fish_tuning.sparse import (
@@ -48,6 +49,7 @@ _PUBLIC = {
     # train
     "FishTuningTrainer": "trainer",
     "FishMaskCallback": "trainer",
+    "report_figures": "reporting",
     "apply_mask": "sparse",
     "remove_mask": "sparse",
     "synchronize_mask": "sparse",
@@ -96,6 +98,7 @@ __all__ = [
     "register_rule",
     "remove_delta",
     "remove_mask",
+    "report_figures",
     "save_delta",
     "save_mask",
     "synchronize_mask",

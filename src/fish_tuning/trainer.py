@@ -12,6 +12,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from fish_tuning.errors import MaskError
+from fish_tuning.reporting import report_figures
 from fish_tuning.sparse import apply_mask, get_mask, is_masked, replaced_parameters, synchronize_mask
 from fish_tuning.storage import MASK_FILE_NAME, load_mask, save_mask
 
@@ -20,7 +21,7 @@ class FishMaskCallback(TrainerCallback):
     """Applies a mask when a Trainer (SFTTrainer, or any other subclass) has been made, before its optimizer is.
 
     Every checkpoint gets the mask beside it as `fish_mask.safetensors`; the adapter in it stays an ordinary PEFT
-    adapter.
+    adapter. `report_figures(trainer)` brings the mask's figures into the loggers that `report_to` names.
 
     Args:
         mask: {parameter name: bool tensor}, from `create_mask_from_fisher`.
@@ -88,10 +89,13 @@ class FishMaskCallback(TrainerCallback):
 class FishTuningTrainer(Trainer):
     """transformers' Trainer that trains only the entries a mask selects; all its other arguments are Trainer's own.
 
+    The number of trainable parameters and the keep ratio go with the logs to all that `report_to` names.
+
     Args:
         model: the PEFT model (or any model) the mask was made for; `apply_mask` changes it in place.
         args: TrainingArguments.
         mask: {parameter name: bool tensor}, from `create_mask_from_fisher`.
+        figures: further figures to log, such as `{"fisher_seconds": seconds}`; see `report_figures`.
         **kwargs: everything else that Trainer takes (`train_dataset`, `processing_class`, `data_collator`, ...), but
             `model_init`: a mask belongs to one model.
 
@@ -106,13 +110,20 @@ class FishTuningTrainer(Trainer):
     """
 
     def __init__(
-        self, model: Any = None, args: TrainingArguments | None = None, *, mask: Mapping[str, Tensor], **kwargs: Any
+        self,
+        model: Any = None,
+        args: TrainingArguments | None = None,
+        *,
+        mask: Mapping[str, Tensor],
+        figures: Mapping[str, float] | None = None,
+        **kwargs: Any,
     ) -> None:
         if kwargs.get("model_init") is not None:
             raise MaskError("FishTuningTrainer takes no model_init: a mask belongs to the one model it was made for.")
         callbacks = [FishMaskCallback(mask), *(kwargs.pop("callbacks", None) or ())]
         self.mask = dict(mask)
         super().__init__(model=model, args=args, callbacks=callbacks, **kwargs)
+        report_figures(self, figures)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         if isinstance(resume_from_checkpoint, str | Path):

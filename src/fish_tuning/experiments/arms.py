@@ -32,6 +32,7 @@ from fish_tuning.errors import FishTuningError
 from fish_tuning.experiments.arguments import early_stopping_arguments, training_arguments
 from fish_tuning.experiments.arm_names import ArmName, Selection
 from fish_tuning.experiments.config import ExperimentConfig
+from fish_tuning.experiments.loggers import NO_REPORTS, open_loggers, run_name
 from fish_tuning.experiments.measure import PeakMemory, optimizer_state_bytes
 from fish_tuning.experiments.models import build_model, state_digest
 from fish_tuning.experiments.plan import Plan, names_outside_pool
@@ -69,6 +70,7 @@ class ArmRun:
     calibration: Calibration | None = None
     learning_rate: float | None = None
     more_validation: Mapping[str, Dataset] = field(default_factory=dict)
+    reports: bool = True  # to the loggers that `report_to` names
 
     def run(self, folder: Path, config_hash: str) -> RunRecord:
         name = f"{self.arm.arm}-seed{self.seed}"
@@ -93,11 +95,12 @@ class ArmRun:
             )
         set_seed(self.seed)  # the same data order and dropout in every arm, whatever scoring drew
         peak = PeakMemory()
-        started = time.perf_counter()
-        trainer.train()
-        train_seconds = time.perf_counter() - started
-        peak_memory = peak.bytes()
-        metrics = self._evaluate(trainer)
+        with open_loggers(trainer, folder / "logs" / name, self._figures):
+            started = time.perf_counter()
+            trainer.train()
+            train_seconds = time.perf_counter() - started
+            peak_memory = peak.bytes()
+            metrics = self._evaluate(trainer)
         if self._patience:
             shutil.rmtree(folder / "checkpoints" / name, ignore_errors=True)
         _remove_empty(folder / "checkpoints" / name)
@@ -110,7 +113,7 @@ class ArmRun:
             metrics=metrics,
             trainable_parameters=trainable,
             train_seconds=train_seconds,
-            fisher_seconds=self.calibration.seconds if self.calibration and self._needs_scores else 0.0,
+            fisher_seconds=self._figures["fisher_seconds"],
             peak_memory_bytes=peak_memory,
             peak_memory_of=peak.of,
             optimizer_state_bytes=optimizer_state_bytes(trainer.optimizer) if trainer.optimizer else 0,
@@ -121,7 +124,7 @@ class ArmRun:
             experiment=self.config.name,
             task=self.plan.task.name,
             model=self.config.model.name,
-            keep_ratio=None if mask is None else self.arm.kept / self.arm.pool,
+            keep_ratio=self._figures.get("keep_ratio"),
             learning_rate=args.learning_rate,
             loss_curve=[(int(entry["step"]), entry["loss"]) for entry in trainer.state.log_history if "loss" in entry],
         )
@@ -138,11 +141,22 @@ class ArmRun:
     def _needs_scores(self) -> bool:
         return self._selection is not None and self._selection.method != "rand"
 
+    @property
+    def _figures(self) -> dict[str, float]:
+        seconds = self.calibration.seconds if self.calibration and self._needs_scores else 0.0
+        ratio = {} if self._selection is None else {"keep_ratio": self.arm.kept / self.arm.pool}
+        return {**ratio, "fisher_seconds": seconds}
+
     def _arguments(self, folder: Path, extra: Mapping[str, Any] | None = None) -> TrainingArguments:
         chosen = {} if self.learning_rate is None else {"learning_rate": self.learning_rate}
         stopping = early_stopping_arguments(self.plan.metric) if self._patience and not extra else {}
+        reports = {} if self.reports else NO_REPORTS
         own = {**self.plan.task.training_arguments, **self._section.training_args}
-        return training_arguments(self.config, self.seed, folder, {**own, **chosen, **stopping, **(extra or {})})
+        arguments = training_arguments(
+            self.config, self.seed, folder, {**own, **chosen, **stopping, **reports, **(extra or {})}
+        )
+        arguments.run_name = run_name(self.config, self.arm.arm, self.seed, arguments.run_name)
+        return arguments
 
     @property
     def _patience(self) -> int | None:
@@ -184,7 +198,8 @@ class ArmRun:
 
     def _warm_up(self, model: Any, folder: str, steps: int) -> None:
         """Some dense steps, so that no factor is zero when it is scored; undone afterwards."""
-        arguments = self._arguments(Path(folder), {"max_steps": steps, "eval_strategy": "no", "save_strategy": "no"})
+        settings = {"max_steps": steps, "eval_strategy": "no", "save_strategy": "no", **NO_REPORTS}
+        arguments = self._arguments(Path(folder), settings)
         set_seed(self.seed)
         self._make_trainer(model, arguments, []).train()
 

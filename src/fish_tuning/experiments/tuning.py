@@ -100,7 +100,7 @@ class LearningRates:
     def _trial(self, arm: ArmPlan, rate: float) -> dict[str, Any]:
         run = ArmRun(
             self.config, self.plan, arm, self.config.seeds[0], self.train, self.held_out, self.progress,
-            self.calibrations.get((arm.method, rate)), rate,
+            self.calibrations.get((arm.method, rate)), rate, reports=False,
         )  # fmt: skip
         self.progress.start(f"{arm.arm}, learning rate {rate:g}", self.config.seeds[0])
         work = self.folder / "work" / arm.arm
