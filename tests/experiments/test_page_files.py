@@ -7,6 +7,7 @@ import io
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -75,12 +76,30 @@ def test_experiments_on_one_task_share_a_column_unless_they_contradict(tmp_path:
     write_experiment(tmp_path / "two", scores("lora-fish", [0.5, 0.6], task="rte"))
     shared = join_results(load_experiments([tmp_path])[0])
     assert shared.tasks == ("rte",)
-    assert shared.comparisons[0].n == 2
+    assert shared.to_dense.overall[0].n == 2
     write_experiment(tmp_path / "three", scores("lora", [0.5, 0.9], task="rte"))
     apart = join_results(load_experiments([tmp_path])[0])
     assert apart.tasks == ("rte (one)", "rte (three)", "rte (two)")
     assert apart.averages == {}
     assert any("column of its own" in note for note in apart.notes)
+
+
+def test_a_run_that_failed_in_one_folder_and_finished_in_another_counts_as_finished(tmp_path: Path) -> None:
+    first = [ok("lora", 1, 0.5, task="rte"), *(replace(failed("lora", seed), task="rte") for seed in (2, 3))]
+    write_experiment(tmp_path / "a", first)
+    write_experiment(tmp_path / "b", [ok("lora", 2, 0.6, task="rte")])
+    for folders in (["a", "b"], ["b", "a"]):
+        results = join_results(load_experiments([tmp_path / name for name in folders])[0])
+        assert results.tasks == ("rte",)
+        score = results.scores["lora", "rte"]
+        assert (sorted(score.values), score.n_failed) == ([0.5, 0.6], 1)
+
+
+def test_a_failed_run_with_another_metric_is_no_contradiction(tmp_path: Path) -> None:
+    runs = [replace(ok("lora", 1, 0.5, task="cola"), metric="matthews"), replace(failed("lora", 2), task="cola")]
+    (experiment,), _ = load_experiments([write_experiment(tmp_path / "a", runs)])
+    results = join_results([experiment])
+    assert (results.tasks, results.notes) == (("cola",), ())
 
 
 def test_one_task_with_two_models_has_two_columns(tmp_path: Path) -> None:
@@ -107,10 +126,10 @@ def test_on_each_task_p_is_corrected_over_all_tasks(tmp_path: Path) -> None:
         ]
         write_experiment(tmp_path / task, runs)
     results = join_results(load_experiments([tmp_path])[0])
-    alone = results.by_task["lora-fish", "a"]
+    alone = results.to_dense.by_task["lora-fish", "lora", "a"]
     assert alone.p == pytest.approx(2 / 2**7)  # significant alone, but not as one of four
-    assert (alone.p_corrected, alone.verdict) == (pytest.approx(8 / 2**7), "no difference shown")
-    assert results.comparisons[0].verdict == "better"
+    assert (alone.p_corrected, alone.verdict) == (pytest.approx(8 / 2**7), "too few seeds")
+    assert results.to_dense.overall[0].verdict == "better"
 
 
 def test_overlap_of_masks_beside_chance(tmp_path: Path) -> None:
@@ -191,18 +210,21 @@ def texts(tmp_path: Path) -> dict[str, str]:
 def test_latex_is_balanced_and_escaped(texts: dict[str, str]) -> None:
     text = texts[".tex"]
     body = re.sub(r"(?m)^%.*$", "", text)
+    body = body.replace(r"\ifdim\wd0>\linewidth", "")
     bare = re.sub(r"\\[\\{}$&%#_]", "", body)
     assert bare.count("{") == bare.count("}")
     assert bare.count("$") % 2 == 0
     assert not re.search(r"[#%~<>]", bare)
-    assert re.findall(r"\\begin\{(\w+)\}", text) == re.findall(r"\\end\{(\w+)\}", text)[::-1] == ["table", "tabular"]
-    columns = re.search(r"\\begin\{tabular\}\{(\w+)\}", text)
-    assert columns is not None
-    lines = text[text.index(r"\toprule") : text.index(r"\bottomrule")].splitlines()
-    table = [line for line in lines if line.endswith(r"\\")]
-    assert len(table) == 4
-    for line in table:
-        assert len(re.findall(r"(?<!\\)&", line)) == len(columns[1]) - 1
+    assert re.findall(r"\\begin\{(\w+)\}", text) == ["table", "tabular"] * 3
+    assert re.findall(r"\\end\{(\w+)\}", text) == ["tabular", "table"] * 3
+    tables = re.findall(r"(?s)\\begin\{tabular\}\{(\w+)\}(.*?)\\end\{tabular\}", text)
+    for (columns, content), length in zip(tables, (4, 3, 2), strict=True):  # scores, to dense, of choice
+        lines = [line for line in content.splitlines() if line.endswith(r"\\")]
+        assert len(lines) == length
+        for line in lines:
+            assert len(re.findall(r"(?<!\\)&", line)) == len(columns) - 1
+    assert r"lora-fish & lora & $+0.197^{*}$ &" in text
+    assert r"{\footnotesize 2 seeds; at least 3 are needed." in text
     assert r"$0.730 \pm 0.020^{*}$" in text
     assert r"$0.550$ (1 failed)" in text
 
@@ -214,7 +236,8 @@ def test_latex_escape() -> None:
 def test_markdown_keeps_its_tables_whole(texts: dict[str, str]) -> None:
     text = texts[".md"]
     widths = {len(re.findall(r"(?<!\\)\|", line)) for line in text.splitlines() if line.startswith("|")}
-    assert widths == {4, 7, 9}  # scores, costs, differences
+    assert widths == {4, 7, 11}  # scores, costs, differences and choices
+    assert "narrower than it should be" in text
     assert "| lora-fish | 1,000 | 0.730 ▲ [0.710, 0.750] |" in text
     assert "2 seeds, no interval, 1 of 3 failed" in text
     assert "<t>" not in text.replace(r"\<t\>", "")
@@ -222,11 +245,16 @@ def test_markdown_keeps_its_tables_whole(texts: dict[str, str]) -> None:
 
 def test_csv_has_a_line_for_each_arm_and_task(texts: dict[str, str]) -> None:
     rows = list(csv.DictReader(io.StringIO(texts[".csv"])))
-    assert [row["arm"] for row in rows] == ["lora", "lora-fish", "lora-fish-rand"]
-    fish, random = rows[1:]
+    assert [row["arm"] for row in rows] == ["lora", "lora-fish", "lora-fish-rand", "lora-fish"]
+    assert [row["family"] for row in rows] == ["", "dense", "dense", "choice"]
+    fish, random, choice = rows[1:]
     assert (fish["task"], fish["n_ok"], fish["verdict"], fish["baseline"]) == (EVIL, "7", "better", "lora")
     assert float(fish["p_corrected"]) == pytest.approx(2 / 2**7 * 2)
+    assert float(fish["difference_low"]) < float(fish["bootstrap_low"]) < float(fish["difference"])
     assert (random["low"], random["n_failed"], random["verdict"]) == ("", "1", "too few seeds")
+    assert random["bootstrap_low"] == ""
+    assert random["remark"].startswith("2 seeds; at least 3 are needed.")
+    assert (choice["baseline"], choice["n_pairs"], choice["mean"]) == ("lora-fish-rand", "2", "")
 
 
 def test_the_command_writes_and_tells(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -36,6 +37,10 @@ class Experiment:
         """Planned runs that left no record."""
         done = {(run.arm, run.seed) for run in self.runs}
         return [run for run in self.planned if run not in done]
+
+
+def finished(run: RunRecord) -> bool:
+    return run.status == "ok" and run.value is not None and math.isfinite(run.value)
 
 
 def load_experiments(folders: Sequence[Path]) -> tuple[list[Experiment], list[str]]:
