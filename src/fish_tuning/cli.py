@@ -291,9 +291,10 @@ def _show_run(run: RunRecord, already_there: bool) -> None:
 def _show_results(
     console: Console, config: ExperimentConfig, plan: Plan, runs: list[RunRecord], output_dir: Path
 ) -> None:
+    from fish_tuning.experiments.conclusions import conclusion
     from fish_tuning.experiments.report import FILES, report_notes, start_text
     from fish_tuning.experiments.statistics import summarize
-    from fish_tuning.experiments.tables import conclusion, console_tables
+    from fish_tuning.experiments.tables import console_tables
 
     summary = summarize(runs)
     console.print()
@@ -305,4 +306,4 @@ def _show_results(
     written = [str(output_dir / name) for name in FILES if (output_dir / name).exists()]
     console.print(f"written: {', '.join(written)}", soft_wrap=True)
     console.print()
-    console.print(conclusion(summary))
+    console.print(conclusion(runs))
