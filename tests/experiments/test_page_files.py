@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import re
 import subprocess
@@ -290,6 +291,34 @@ def test_an_output_that_cannot_be_made_is_exit_code_2(tmp_path: Path) -> None:
     )
     assert result.exit_code == 2
     assert "cannot write to" in result.stderr
+
+
+def full_disk(path: Path, data: bytes) -> int:
+    with path.open("wb") as file:
+        file.write(data[:10])
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_is_exit_code_1_and_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_experiment(tmp_path / "a", scores("lora", [0.5, 0.6, 0.7]))
+    write_page([folder])
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    monkeypatch.setattr(Path, "write_bytes", full_disk)
+    result = CliRunner().invoke(app, ["report", str(folder)], catch_exceptions=False)
+    assert result.exit_code == 1
+    assert "error: the disk is full" in result.stderr
+    assert "--output" in result.stderr
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("text", ['{"experiment": "x", "config": {', "[]"])
+def test_results_json_that_says_nothing_is_not_called_missing(tmp_path: Path, text: str) -> None:
+    folder = write_experiment(tmp_path / "a", scores("lora", [0.5]))
+    (folder / "results.json").write_text(text)
+    experiments, notes = load_experiments([folder])
+    assert len(experiments[0].runs) == 1
+    assert any("holds no configuration that can be read" in note for note in notes)
+    assert not any("There is no results.json" in note for note in notes)
 
 
 def test_a_page_without_masks_needs_no_torch(tmp_path: Path) -> None:
