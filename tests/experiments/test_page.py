@@ -219,7 +219,7 @@ def test_a_mean_without_an_interval_says_why(tmp_path: Path) -> None:
     table = rows(section(page_of(tmp_path / "all"), "scores").one("table"))
     assert table["lora"][2:] == [
         "0.550 2 seeds, no interval",
-        "0.563 seeds all equal, no interval",
+        "0.563 all seeds equal",
         "0.571 a task has 2 seeds, no interval",
     ]
 

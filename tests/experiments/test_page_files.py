@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 from fish_tuning import save_mask
 from fish_tuning.cli import app
 from fish_tuning.experiments.page import write_page
+from fish_tuning.experiments.page.forest import signed
 from fish_tuning.experiments.page.heat import colour, mean_shares, percent
 from fish_tuning.experiments.page.load import load_experiments
 from fish_tuning.experiments.page.marks import looks
@@ -163,6 +164,13 @@ def test_a_broken_mask_file_is_a_note(tmp_path: Path) -> None:
 def test_a_weight_counts_with_its_bias_in_a_heat_map() -> None:
     shares = [KeptShare(0, "dense", 10, 10), KeptShare(0, "dense", 0, 90)]
     assert mean_shares([ok("lora-fish", 1, 0.5, kept=shares)]) == {(0, "dense"): 0.1}
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.0124, "+0.012"), (-0.0124, "\N{MINUS SIGN}0.012"), (-0.0004, "+0.000"), (0.0, "+0.000")]
+)
+def test_what_rounds_to_nothing_has_no_minus(value: float, text: str) -> None:
+    assert signed(value) == text
 
 
 @pytest.mark.parametrize(

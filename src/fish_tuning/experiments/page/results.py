@@ -139,7 +139,7 @@ def _score(runs: Sequence[RunRecord], missing: Sequence[tuple[str, str, int]], a
         seeds = "1 seed" if len(values) == 1 else f"{len(values)} seeds"
         return Score(interval.mean, None, None, values, failed, absent, f"{seeds}, no interval")
     if not _spread(values):  # an interval of no width would claim to be sure
-        return Score(interval.mean, None, None, values, failed, absent, "seeds all equal, no interval")
+        return Score(interval.mean, None, None, values, failed, absent, "all seeds equal")
     return Score(interval.mean, interval.low, interval.high, values, failed, absent)
 
 
@@ -157,7 +157,7 @@ def _average(scores: Sequence[Score]) -> Score:
         reason = f"a task has {fewest} {'seed' if fewest == 1 else 'seeds'}, no interval"
         return Score(fmean(means), None, None, means, failed, missing, reason)
     if not any(_spread(score.values) for score in scores):
-        return Score(fmean(means), None, None, means, failed, missing, "seeds all equal, no interval")
+        return Score(fmean(means), None, None, means, failed, missing, "all seeds equal")
     low, high = stratified_interval([score.values for score in scores])
     return Score(fmean(means), low, high, means, failed, missing)
 

@@ -51,7 +51,7 @@ def markdown_text(results: Results, notes: Sequence[str]) -> str:
         markdown_table(["arm", "trainable parameters", *(_line(_header(results, each)) for each in columns)], scores),
         f"{words.BETTER_MARK} significantly better, {words.WORSE_MARK} significantly worse than the dense arm of the "
         "same method (paired sign-flip test, p at most 0.05 after Holm's correction); no mark: no difference is shown. "
-        "Fewer than three seeds give no interval.",
+        "Fewer than three seeds, or seeds that are all equal, give no interval.",
     ]
     for heading, family in _families(results).items():
         parts += [f"## {heading}", markdown_table(*_differences(family.overall))]

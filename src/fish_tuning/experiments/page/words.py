@@ -7,7 +7,7 @@ from pathlib import PurePath
 
 from fish_tuning.experiments.arm_names import CONTROLS, ArmName
 from fish_tuning.experiments.comparisons import Comparison
-from fish_tuning.experiments.page.forest import spoken_difference
+from fish_tuning.experiments.page.forest import signed, spoken_difference
 from fish_tuning.experiments.page.results import Results, Score
 from fish_tuning.experiments.tables import human_bytes
 
@@ -145,10 +145,6 @@ def parameters_text(span: tuple[int, int] | None) -> str:
 def number(value: float) -> str:
     text = f"{value:.3f}" if abs(value) < 100 else f"{value:,.1f}"
     return text.replace("-", "\N{MINUS SIGN}")
-
-
-def signed(value: float) -> str:
-    return f"{value:+.3f}".replace("-", "\N{MINUS SIGN}")
 
 
 def p_text(p: float | None) -> str:
