@@ -24,7 +24,7 @@ from fish_tuning.experiments.page.forest import signed
 from fish_tuning.experiments.page.heat import colour, mean_shares, percent
 from fish_tuning.experiments.page.load import load_experiments
 from fish_tuning.experiments.page.marks import looks
-from fish_tuning.experiments.page.masks import agreements
+from fish_tuning.experiments.page.masks import agreements, joined
 from fish_tuning.experiments.page.results import join_results
 from fish_tuning.experiments.page.svg import element, log_ticks, ticks
 from fish_tuning.experiments.page.texts import latex_escape
@@ -150,6 +150,28 @@ def test_overlap_of_masks_beside_chance(tmp_path: Path) -> None:
     assert seeds.jaccard == pytest.approx(1 / 3)
     assert seeds.by_chance == pytest.approx(0.5 / 3.5)  # two of eight twice: half an entry in common
     assert (random.other, random.pairs, random.jaccard) == ("lora-fish-rand", 1, 0.0)
+
+
+def test_overlaps_of_several_experiments_are_joined(tmp_path: Path) -> None:
+    for name, second in (("a", [0, 1]), ("b", [2, 3])):
+        folder = write_experiment(
+            tmp_path / name, [ok("lora-fish", seed, 0.5, task=name, kept=kept(1, 2)) for seed in (1, 2)]
+        )
+        for seed, entries in ((1, [0, 1]), (2, second)):
+            mask = torch.zeros(8, dtype=torch.bool)
+            mask[entries] = True
+            (folder / "adapters" / f"lora-fish-seed{seed}").mkdir(parents=True)
+            path = folder / "adapters" / f"lora-fish-seed{seed}" / "fish_mask.safetensors"
+            save_mask({"base_model.x.lora_A.weight": mask}, path)
+    found, _ = agreements(load_experiments([tmp_path])[0])
+    assert [(each.experiment, each.jaccard) for each in found] == [("a", 1.0), ("b", 0.0)]
+    (both,) = joined(found)
+    assert (both.arm, both.other, both.pairs, both.jaccard) == ("lora-fish", "other seeds", 2, 0.5)
+    write_page([tmp_path])
+    masks = parse((tmp_path / "report.html").read_text()).one("section", id="masks")
+    whole, apart = (table for table in masks.all("table") if "Jaccard" in table.one("caption").text)
+    assert len(whole.one("tbody").all("tr")) == 1
+    assert len(apart.one("tbody").all("tr")) == 2
 
 
 def test_a_broken_mask_file_is_a_note(tmp_path: Path) -> None:

@@ -70,9 +70,9 @@ def _share(ratio: float) -> str:
 def _verdict(subject: str, each: Comparison | None) -> str:
     if each is None or each.mean_difference is None or each.p_corrected is None:
         return "They have no finished seed in common, so there is no paired difference."
-    text = f"{subject} over {each.n} paired {'seed' if each.n == 1 else 'seeds'} is {each.mean_difference:+.3f}"
-    if each.low is not None:
-        text += f", 95 % interval [{each.low:+.3f}, {each.high:+.3f}]"
+    text = f"{subject} over {each.n} paired {'seed' if each.n == 1 else 'seeds'} is {_signed(each.mean_difference)}"
+    if each.low is not None and each.high is not None:
+        text += f", 95 % interval [{_signed(each.low)}, {_signed(each.high)}]"
     p = f"p = {each.p_corrected:.2g} after correction"
     if each.verdict in ("better", "worse"):
         return f"{text}: significantly {'above' if each.verdict == 'better' else 'below'} zero on this data set, {p}."
@@ -81,3 +81,7 @@ def _verdict(subject: str, each: Comparison | None) -> str:
     if each.verdict == "all pairs equal":
         return f"{text}: every pair is equal."
     return f"{text}, and this run does not tell them apart: {each.reason}"
+
+
+def _signed(value: float) -> str:
+    return f"{round(value, 3) + 0.0:+.3f}"  # no minus before zero

@@ -21,7 +21,7 @@ from fish_tuning.experiments.page.forest import Words, bars, forest, spoken_boun
 from fish_tuning.experiments.page.heat import Shares, colour, factor_shares, heat_map, mean_shares, percent
 from fish_tuning.experiments.page.load import Experiment
 from fish_tuning.experiments.page.marks import Look, looks, mark
-from fish_tuning.experiments.page.masks import agreements
+from fish_tuning.experiments.page.masks import agreements, joined
 from fish_tuning.experiments.page.results import Family, Results, Score
 from fish_tuning.experiments.page.scatter import Point, scatter
 from fish_tuning.experiments.page.svg import element
@@ -69,7 +69,8 @@ def html_page(results: Results, experiments: Sequence[Experiment], notes: Sequen
         budgets=len(set(look.values())) < len(look),
         scale=[Markup("rgb({},{},{})").format(*colour(step / 20)) for step in range(21)],
         factors=_factors(results),
-        overlaps=overlaps,
+        overlaps=joined(overlaps),
+        overlaps_apart=overlaps,
         costs=(measured := costs(results)),
         bars=_bars(measured),
         words=words,

@@ -67,7 +67,9 @@ def _answer(comparisons: Sequence[Comparison]) -> str:
         if (members := by_verdict[verdict])
     ]
     why = {each.reason for each in by_verdict["too few seeds"]}
-    return " ".join([*parts, *(reason for reason in why if reason and len(why) == 1)])
+    if len(why) > 1:
+        return " ".join([*parts, "Why, stands below the table of differences."])
+    return " ".join([*parts, *(reason for reason in why if reason)])
 
 
 _SENTENCES = {
