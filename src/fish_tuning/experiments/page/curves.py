@@ -14,7 +14,7 @@ from fish_tuning.experiments.page.svg import element, line, linear, padded, pict
 from fish_tuning.experiments.records import RunRecord
 
 Curve = list[tuple[int, float]]
-_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 14, 12, 44
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 14, 12, 44
 
 
 def mean_curve(runs: Sequence[RunRecord]) -> Curve:
