@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import signal
 import sys
@@ -121,7 +120,7 @@ def inspect(
 ) -> None:
     """Show where masks went: the kept entries by layer and module type, and how far several masks agree.
 
-    Exit code: 0, or 2 when a file is missing, is something else, or cannot be compared.
+    Exit code: 0, 1 when the disk is full, or 2 when a file is missing, is something else, or cannot be compared.
     """
     from fish_tuning.errors import FishTuningError
     from fish_tuning.experiments.inspection import inspect_masks
@@ -131,6 +130,8 @@ def inspect(
     except FishTuningError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(WRONG_USE) from None
+    except OSError as error:
+        raise typer.Exit(_told_full(error, "Make room, or draw to another disk.")) from None
 
 
 @app.command()
@@ -144,7 +145,7 @@ def report(
 ) -> None:
     """Join the runs of one or more experiments into one page: report.html, and its numbers as .md, .tex and .csv.
 
-    Exit code: 0, or 2 when a folder is missing or has no run that can be read.
+    Exit code: 0, 1 when the disk is full, or 2 when a folder is missing or has no run that can be read.
     """
     from fish_tuning.errors import FishTuningError
     from fish_tuning.experiments.page import write_page
@@ -154,6 +155,8 @@ def report(
     except FishTuningError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(WRONG_USE) from None
+    except OSError as error:
+        raise typer.Exit(_told_full(error, "Make room, or write elsewhere with --output.")) from None
     for note in notes:
         typer.echo(f"note: {note}")
     typer.echo(f"written: {', '.join(map(str, written))}")
@@ -181,16 +184,20 @@ def run_command(config: str, overrides: list[str], how: How = HERE) -> int:
         typer.echo(f"error: {error}", err=True)
         return WRONG_USE
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        typer.echo(
-            f"error: the disk is full ({error}). What is finished is kept; make room, and the same command goes on.",
-            err=True,
-        )
-        return FAILED
+        return _told_full(error, "What is finished is kept; make room, and the same command goes on.")
     except KeyboardInterrupt:
         typer.echo("interrupted before the first run", err=True)
         return INTERRUPTED
+
+
+def _told_full(error: OSError, way_out: str) -> int:
+    """Tell of a full disk; any other error is raised."""
+    from fish_tuning.experiments.files import DISK_FULL
+
+    if error.errno not in DISK_FULL:
+        raise error
+    typer.echo(f"error: the disk is full ({error}). {way_out}", err=True)
+    return FAILED
 
 
 def _interrupt(*_: object) -> None:
@@ -291,9 +298,10 @@ def _show_run(run: RunRecord, already_there: bool) -> None:
 def _show_results(
     console: Console, config: ExperimentConfig, plan: Plan, runs: list[RunRecord], output_dir: Path
 ) -> None:
+    from fish_tuning.experiments.conclusions import conclusion
     from fish_tuning.experiments.report import FILES, report_notes, start_text
     from fish_tuning.experiments.statistics import summarize
-    from fish_tuning.experiments.tables import conclusion, console_tables
+    from fish_tuning.experiments.tables import console_tables
 
     summary = summarize(runs)
     console.print()
@@ -305,4 +313,4 @@ def _show_results(
     written = [str(output_dir / name) for name in FILES if (output_dir / name).exists()]
     console.print(f"written: {', '.join(written)}", soft_wrap=True)
     console.print()
-    console.print(conclusion(summary))
+    console.print(conclusion(runs))

@@ -13,15 +13,20 @@ from fakes import failed, ok, scores
 
 from fish_tuning.errors import ConfigurationError
 from fish_tuning.experiments.comparisons import (
+    Comparison,
+    choice_pairs,
+    compare,
+    compare_by_task,
+    label,
+    task_table,
+)
+from fish_tuning.experiments.paired_tests import (
     EXACT,
     MONTE_CARLO,
-    Comparison,
-    compare,
+    bootstrap_interval,
     holm,
-    label,
     sign_flip_p,
     stratified_interval,
-    task_table,
 )
 from fish_tuning.experiments.records import RunRecord
 from fish_tuning.experiments.statistics import mean_interval
@@ -131,6 +136,62 @@ def test_interval_of_two_tasks_is_welchs() -> None:
     steady = stratified_interval([[1.0, 2.0, 3.0], [5.0, 5.0, 5.0]])
     assert steady == pytest.approx((3.5 - 4.302653 / math.sqrt(3) / 2, 3.5 + 4.302653 / math.sqrt(3) / 2))
     assert stratified_interval([[1.0, 2.0, 3.0]] * 2)[1] == pytest.approx(2 + 2.776445 * math.sqrt(2 / 3) / 2)
+
+
+def test_bootstrap_interval_agrees_with_scipy() -> None:
+    import numpy as np
+    from scipy.stats import bootstrap
+
+    def mean_of_means(*tasks: np.ndarray, axis: int = -1) -> np.ndarray:
+        return np.mean([task.mean(axis=axis) for task in tasks], axis=0)
+
+    tasks = [[0.01, 0.05, -0.02, 0.04], [0.3, 0.1, 0.25], [0.0, 0.01, -0.01]]
+    slow = bootstrap(tasks, mean_of_means, n_resamples=9999, method="percentile", vectorized=True).confidence_interval
+    assert bootstrap_interval(tasks) == pytest.approx((slow.low, slow.high), abs=0.004)
+    assert bootstrap_interval(tasks) == bootstrap_interval(tasks)
+    assert bootstrap_interval(tasks) != bootstrap_interval(tasks, seed=1)
+
+
+def test_bootstrap_of_three_values_is_their_27_resamples() -> None:
+    means = sorted(sum(drawn) / 3 for drawn in itertools.product([0.0, 1.0, 2.0], repeat=3))
+    assert bootstrap_interval([[0.0, 1.0, 2.0]]) == pytest.approx((means[0], means[-1]))  # 1 of 27 is more than 2.5 %
+    assert bootstrap_interval([[0.0, 1.0, 2.0]], 0.9) == pytest.approx((means[1], means[-2]))
+
+
+def test_bootstrap_stands_beside_the_interval_and_is_absent_with_it() -> None:
+    comparison = one(differing([0.01, 0.05, -0.02]))
+    assert comparison.low is not None
+    assert comparison.bootstrap_low is not None
+    assert comparison.bootstrap_high is not None
+    assert comparison.low < comparison.bootstrap_low < 0.0133 < comparison.bootstrap_high
+    for without in (differing(UP_6[:2]), differing([0.0] * 4), [*differing(UP_6, "cola"), *differing(UP_6[:2], "rte")]):
+        few = one(without)
+        assert (few.low, few.bootstrap_low, few.bootstrap_high) == (None, None, None)
+
+
+def test_choices_are_compared_at_the_same_budget_of_the_same_method() -> None:
+    arms = ["lora", "lora-fish@0.1", "lora-fish@0.01", "lora-fish-rand@0.1", "lora-fish-rev@0.01", "dora-fish-rand@0.1"]
+    assert choice_pairs(arms) == [
+        ("lora-fish@0.1", "lora-fish-rand@0.1"),
+        ("lora-fish@0.01", "lora-fish-rev@0.01"),
+    ]
+    variants = ["lora-fish-quota", "lora-fish", "lora-fish-norm", "lora-fish-rand"]
+    assert choice_pairs(variants) == [(arm, "lora-fish-rand") for arm in variants[:3]]
+    assert choice_pairs(["lora", "dora"]) == []
+
+
+def test_by_task_p_is_corrected_over_all_tasks_and_pairs() -> None:
+    runs = [run for task in ("a", "b", "c", "d") for run in differing([*UP_6, 0.07], task)]
+    found = compare_by_task(runs)
+    assert [task for task, _ in found] == ["a", "b", "c", "d"]
+    for _, each in found:
+        assert (each.p, each.p_corrected) == (2 / 2**7, 8 / 2**7)
+        assert each.verdict == "too few seeds"  # seven pairs can reach 0.016, and four such only 0.063
+        assert each.reason is not None
+        assert "after correction for 4 comparisons" in each.reason
+    only_there = [*runs, *scores("lora-fish-rand", [0.5] * 7, task="b")]
+    pairs = [("lora-fish", "lora-fish-rand")]
+    assert [(task, each.baseline) for task, each in compare_by_task(only_there, pairs)] == [("b", "lora-fish-rand")]
 
 
 def test_steady_gain_is_better_and_steady_loss_is_worse() -> None:
@@ -300,11 +361,14 @@ def test_invariances() -> None:
     assert narrower.low > base.low
 
 
-def test_seed_of_the_draws_decides_the_monte_carlo_p_alone() -> None:
+def test_seed_decides_the_bootstrap_and_the_monte_carlo_p_alone() -> None:
     generator = random.Random(0)
     runs = differing([generator.gauss(0.1, 0.5) for _ in range(25)])
     assert compare(runs) == compare(runs, seed=0) == compare(runs[::-1])
-    assert compare(runs)[0].p != compare(runs, seed=1)[0].p
+    first, second = compare(runs)[0], compare(runs, seed=1)[0]
+    assert first.p != second.p
+    assert first.bootstrap_low != second.bootstrap_low
+    assert (first.low, first.wins) == (second.low, second.wins)
 
 
 def test_default_pairs_are_each_arm_with_the_dense_arm_of_its_method() -> None:

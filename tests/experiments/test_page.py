@@ -113,7 +113,37 @@ def test_what_is_not_significant_is_no_win_in_words_or_colour(page: Node) -> Non
     assert cells["lora-fish"].all("span", class_="mark-up")
     assert cells["lora-fish-rand"].text == "no difference shown"
     assert not cells["lora-fish-rand"].all("span", class_="mark-up")
-    assert rows(table)["lora-fish-rand minus lora"][2] == "4 / 0 / 4"
+    assert rows(table)["lora-fish-rand minus lora"][3] == "4 / 0 / 4"
+
+
+def test_choices_are_a_family_of_their_own(page: Node) -> None:
+    choice = section(page, "choice")
+    (row,) = choice.one("table").one("tbody").all("tr")
+    assert row.one("th").text == "lora-fish minus lora-fish-rand"
+    cells = [cell.text for cell in row.all("td")]
+    assert cells[0].startswith("+0.009 [")
+    assert cells[2:4] == ["8", "4 / 0 / 4"]
+    assert cells[4] == cells[5]  # one comparison: nothing to correct for, whatever the other table holds
+    assert cells[-1] == "no difference shown"
+    assert "corrected over them alone" in choice.text
+    assert "Against as many entries chosen at random. No difference is shown" in section(page, "answer").text
+    assert "does it matter how they are chosen?" in page.one("header").text
+    assert "lora-fish \N{MINUS SIGN} random" in [text.text for text in choice.all("svg")[0].all("text")]
+
+
+def test_without_controls_there_is_no_question_of_choice(tmp_path: Path) -> None:
+    page = page_of(write_experiment(tmp_path / "a", [*scores("lora", DENSE), *scores("lora-fish", BETTER)]))
+    assert not page.all("section", id="choice")
+    assert "how they are chosen" not in page.one("header").text
+
+
+def test_the_bootstrap_stands_beside_the_interval_with_its_warning(page: Node) -> None:
+    differences = section(page, "differences")
+    cells = rows(differences.one("table"))["lora-fish minus lora"]
+    low, high = (float(bound) for bound in cells[1].strip("[]").replace("\N{MINUS SIGN}", "-").split(", "))
+    assert 0.1 < low < 0.1035 < high < 0.108
+    assert "narrower than it should be" in differences.text
+    assert "narrower than it should be" not in section(page, "choice").text  # once is enough
 
 
 def test_pictures_of_masks_and_costs(page: Node) -> None:
@@ -183,6 +213,32 @@ def test_few_seeds_give_no_interval_and_say_why(tmp_path: Path) -> None:
     assert not page.one("main").all("span", class_="mark-up") or "better" not in section(page, "answer").text
 
 
+def test_a_mean_without_an_interval_says_why(tmp_path: Path) -> None:
+    for task, values in (("cola", [0.5, 0.6, 0.7]), ("rte", [0.5, 0.6]), ("wnli", [0.563] * 3)):
+        write_experiment(tmp_path / "all" / task, scores("lora", values, task=task))
+    table = rows(section(page_of(tmp_path / "all"), "scores").one("table"))
+    assert table["lora"][2:] == [
+        "0.550 2 seeds, no interval",
+        "0.563 all seeds equal",
+        "0.571 a task has 2 seeds, no interval",
+    ]
+
+
+def test_maps_have_a_scale_for_each_budget(tmp_path: Path) -> None:
+    arms = {"lora-fish@0.5": kept(2, 10), "lora-fish@0.01": kept(0, 1), "lora-fish-rand@0.01": kept(1, 1)}
+    page = page_of(write_experiment(tmp_path / "a", [ok(arm, 1, 0.5, kept=each) for arm, each in arms.items()]))
+    masks = section(page, "masks")
+    assert [scale.text for scale in masks.all("div", class_="scale")] == ["@0.01 0 % 10 %", "@0.5 0 % 100 %"]
+    assert "Maps of one budget have one scale" in masks.text
+
+
+def test_curves_of_one_mark_are_told_apart_by_their_budget(tmp_path: Path) -> None:
+    arms = ("lora", "lora-fish@0.5", "lora-fish@0.01")
+    page = page_of(write_experiment(tmp_path / "a", [ok(arm, 1, 0.5, loss_curve=[(1, 0.7), (2, 0.6)]) for arm in arms]))
+    curves = section(page, "curves").all("svg", class_="curves")[0]
+    assert [text.text for text in curves.all("text", class_="small")] == ["0.01", "0.5"]
+
+
 def test_one_arm_and_nothing_but_failures_still_make_a_page(tmp_path: Path) -> None:
     alone = page_of(write_experiment(tmp_path / "a", scores("lora", DENSE)))
     assert "nothing to compare" in section(alone, "answer").text
@@ -211,6 +267,9 @@ def test_tasks_are_columns_with_their_average(tmp_path: Path) -> None:
     assert len(section(page, "curves").all("svg", class_="curves")) == 2
     apart = section(page, "differences").one("details").one("table")
     assert len(apart.one("tbody").all("tr")) == 4
+    choices = section(page, "choice").one("details").one("table")
+    assert list(rows(choices)) == ["lora-fish \N{MINUS SIGN} random"]
+    assert len(choices.one("tbody").all("tr")) == 2
 
 
 def test_an_arm_that_lacks_a_task_has_no_average(tmp_path: Path) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,10 +20,11 @@ from typer.testing import CliRunner
 from fish_tuning import save_mask
 from fish_tuning.cli import app
 from fish_tuning.experiments.page import write_page
+from fish_tuning.experiments.page.forest import signed
 from fish_tuning.experiments.page.heat import colour, mean_shares, percent
 from fish_tuning.experiments.page.load import load_experiments
 from fish_tuning.experiments.page.marks import looks
-from fish_tuning.experiments.page.masks import agreements
+from fish_tuning.experiments.page.masks import agreements, joined
 from fish_tuning.experiments.page.results import join_results
 from fish_tuning.experiments.page.svg import element, log_ticks, ticks
 from fish_tuning.experiments.page.texts import latex_escape
@@ -75,12 +78,30 @@ def test_experiments_on_one_task_share_a_column_unless_they_contradict(tmp_path:
     write_experiment(tmp_path / "two", scores("lora-fish", [0.5, 0.6], task="rte"))
     shared = join_results(load_experiments([tmp_path])[0])
     assert shared.tasks == ("rte",)
-    assert shared.comparisons[0].n == 2
+    assert shared.to_dense.overall[0].n == 2
     write_experiment(tmp_path / "three", scores("lora", [0.5, 0.9], task="rte"))
     apart = join_results(load_experiments([tmp_path])[0])
     assert apart.tasks == ("rte (one)", "rte (three)", "rte (two)")
     assert apart.averages == {}
     assert any("column of its own" in note for note in apart.notes)
+
+
+def test_a_run_that_failed_in_one_folder_and_finished_in_another_counts_as_finished(tmp_path: Path) -> None:
+    first = [ok("lora", 1, 0.5, task="rte"), *(replace(failed("lora", seed), task="rte") for seed in (2, 3))]
+    write_experiment(tmp_path / "a", first)
+    write_experiment(tmp_path / "b", [ok("lora", 2, 0.6, task="rte")])
+    for folders in (["a", "b"], ["b", "a"]):
+        results = join_results(load_experiments([tmp_path / name for name in folders])[0])
+        assert results.tasks == ("rte",)
+        score = results.scores["lora", "rte"]
+        assert (sorted(score.values), score.n_failed) == ([0.5, 0.6], 1)
+
+
+def test_a_failed_run_with_another_metric_is_no_contradiction(tmp_path: Path) -> None:
+    runs = [replace(ok("lora", 1, 0.5, task="cola"), metric="matthews"), replace(failed("lora", 2), task="cola")]
+    (experiment,), _ = load_experiments([write_experiment(tmp_path / "a", runs)])
+    results = join_results([experiment])
+    assert (results.tasks, results.notes) == (("cola",), ())
 
 
 def test_one_task_with_two_models_has_two_columns(tmp_path: Path) -> None:
@@ -107,10 +128,10 @@ def test_on_each_task_p_is_corrected_over_all_tasks(tmp_path: Path) -> None:
         ]
         write_experiment(tmp_path / task, runs)
     results = join_results(load_experiments([tmp_path])[0])
-    alone = results.by_task["lora-fish", "a"]
+    alone = results.to_dense.by_task["lora-fish", "lora", "a"]
     assert alone.p == pytest.approx(2 / 2**7)  # significant alone, but not as one of four
-    assert (alone.p_corrected, alone.verdict) == (pytest.approx(8 / 2**7), "no difference shown")
-    assert results.comparisons[0].verdict == "better"
+    assert (alone.p_corrected, alone.verdict) == (pytest.approx(8 / 2**7), "too few seeds")
+    assert results.to_dense.overall[0].verdict == "better"
 
 
 def test_overlap_of_masks_beside_chance(tmp_path: Path) -> None:
@@ -131,6 +152,28 @@ def test_overlap_of_masks_beside_chance(tmp_path: Path) -> None:
     assert (random.other, random.pairs, random.jaccard) == ("lora-fish-rand", 1, 0.0)
 
 
+def test_overlaps_of_several_experiments_are_joined(tmp_path: Path) -> None:
+    for name, second in (("a", [0, 1]), ("b", [2, 3])):
+        folder = write_experiment(
+            tmp_path / name, [ok("lora-fish", seed, 0.5, task=name, kept=kept(1, 2)) for seed in (1, 2)]
+        )
+        for seed, entries in ((1, [0, 1]), (2, second)):
+            mask = torch.zeros(8, dtype=torch.bool)
+            mask[entries] = True
+            (folder / "adapters" / f"lora-fish-seed{seed}").mkdir(parents=True)
+            path = folder / "adapters" / f"lora-fish-seed{seed}" / "fish_mask.safetensors"
+            save_mask({"base_model.x.lora_A.weight": mask}, path)
+    found, _ = agreements(load_experiments([tmp_path])[0])
+    assert [(each.experiment, each.jaccard) for each in found] == [("a", 1.0), ("b", 0.0)]
+    (both,) = joined(found)
+    assert (both.arm, both.other, both.pairs, both.jaccard) == ("lora-fish", "other seeds", 2, 0.5)
+    write_page([tmp_path])
+    masks = parse((tmp_path / "report.html").read_text()).one("section", id="masks")
+    whole, apart = (table for table in masks.all("table") if "Jaccard" in table.one("caption").text)
+    assert len(whole.one("tbody").all("tr")) == 1
+    assert len(apart.one("tbody").all("tr")) == 2
+
+
 def test_a_broken_mask_file_is_a_note(tmp_path: Path) -> None:
     folder = write_experiment(tmp_path / "a", [ok("lora-fish", seed, 0.5, kept=kept(1, 2)) for seed in (1, 2)])
     path = folder / "adapters" / "lora-fish-seed1"
@@ -143,6 +186,13 @@ def test_a_broken_mask_file_is_a_note(tmp_path: Path) -> None:
 def test_a_weight_counts_with_its_bias_in_a_heat_map() -> None:
     shares = [KeptShare(0, "dense", 10, 10), KeptShare(0, "dense", 0, 90)]
     assert mean_shares([ok("lora-fish", 1, 0.5, kept=shares)]) == {(0, "dense"): 0.1}
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.0124, "+0.012"), (-0.0124, "\N{MINUS SIGN}0.012"), (-0.0004, "+0.000"), (0.0, "+0.000")]
+)
+def test_what_rounds_to_nothing_has_no_minus(value: float, text: str) -> None:
+    assert signed(value) == text
 
 
 @pytest.mark.parametrize(
@@ -191,18 +241,21 @@ def texts(tmp_path: Path) -> dict[str, str]:
 def test_latex_is_balanced_and_escaped(texts: dict[str, str]) -> None:
     text = texts[".tex"]
     body = re.sub(r"(?m)^%.*$", "", text)
+    body = body.replace(r"\ifdim\wd0>\linewidth", "")
     bare = re.sub(r"\\[\\{}$&%#_]", "", body)
     assert bare.count("{") == bare.count("}")
     assert bare.count("$") % 2 == 0
     assert not re.search(r"[#%~<>]", bare)
-    assert re.findall(r"\\begin\{(\w+)\}", text) == re.findall(r"\\end\{(\w+)\}", text)[::-1] == ["table", "tabular"]
-    columns = re.search(r"\\begin\{tabular\}\{(\w+)\}", text)
-    assert columns is not None
-    lines = text[text.index(r"\toprule") : text.index(r"\bottomrule")].splitlines()
-    table = [line for line in lines if line.endswith(r"\\")]
-    assert len(table) == 4
-    for line in table:
-        assert len(re.findall(r"(?<!\\)&", line)) == len(columns[1]) - 1
+    assert re.findall(r"\\begin\{(\w+)\}", text) == ["table", "tabular"] * 3
+    assert re.findall(r"\\end\{(\w+)\}", text) == ["tabular", "table"] * 3
+    tables = re.findall(r"(?s)\\begin\{tabular\}\{(\w+)\}(.*?)\\end\{tabular\}", text)
+    for (columns, content), length in zip(tables, (4, 3, 2), strict=True):  # scores, to dense, of choice
+        lines = [line for line in content.splitlines() if line.endswith(r"\\")]
+        assert len(lines) == length
+        for line in lines:
+            assert len(re.findall(r"(?<!\\)&", line)) == len(columns) - 1
+    assert r"lora-fish & lora & $+0.197^{*}$ &" in text
+    assert r"{\footnotesize 2 seeds; at least 3 are needed." in text
     assert r"$0.730 \pm 0.020^{*}$" in text
     assert r"$0.550$ (1 failed)" in text
 
@@ -214,7 +267,8 @@ def test_latex_escape() -> None:
 def test_markdown_keeps_its_tables_whole(texts: dict[str, str]) -> None:
     text = texts[".md"]
     widths = {len(re.findall(r"(?<!\\)\|", line)) for line in text.splitlines() if line.startswith("|")}
-    assert widths == {4, 7, 9}  # scores, costs, differences
+    assert widths == {4, 7, 11}  # scores, costs, differences and choices
+    assert "narrower than it should be" in text
     assert "| lora-fish | 1,000 | 0.730 ▲ [0.710, 0.750] |" in text
     assert "2 seeds, no interval, 1 of 3 failed" in text
     assert "<t>" not in text.replace(r"\<t\>", "")
@@ -222,11 +276,16 @@ def test_markdown_keeps_its_tables_whole(texts: dict[str, str]) -> None:
 
 def test_csv_has_a_line_for_each_arm_and_task(texts: dict[str, str]) -> None:
     rows = list(csv.DictReader(io.StringIO(texts[".csv"])))
-    assert [row["arm"] for row in rows] == ["lora", "lora-fish", "lora-fish-rand"]
-    fish, random = rows[1:]
+    assert [row["arm"] for row in rows] == ["lora", "lora-fish", "lora-fish-rand", "lora-fish"]
+    assert [row["family"] for row in rows] == ["", "dense", "dense", "choice"]
+    fish, random, choice = rows[1:]
     assert (fish["task"], fish["n_ok"], fish["verdict"], fish["baseline"]) == (EVIL, "7", "better", "lora")
     assert float(fish["p_corrected"]) == pytest.approx(2 / 2**7 * 2)
+    assert float(fish["difference_low"]) < float(fish["bootstrap_low"]) < float(fish["difference"])
     assert (random["low"], random["n_failed"], random["verdict"]) == ("", "1", "too few seeds")
+    assert random["bootstrap_low"] == ""
+    assert random["remark"].startswith("2 seeds; at least 3 are needed.")
+    assert (choice["baseline"], choice["n_pairs"], choice["mean"]) == ("lora-fish-rand", "2", "")
 
 
 def test_the_command_writes_and_tells(tmp_path: Path) -> None:
@@ -262,6 +321,34 @@ def test_an_output_that_cannot_be_made_is_exit_code_2(tmp_path: Path) -> None:
     )
     assert result.exit_code == 2
     assert "cannot write to" in result.stderr
+
+
+def full_disk(path: Path, data: bytes) -> int:
+    with path.open("wb") as file:
+        file.write(data[:10])
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_is_exit_code_1_and_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_experiment(tmp_path / "a", scores("lora", [0.5, 0.6, 0.7]))
+    write_page([folder])
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    monkeypatch.setattr(Path, "write_bytes", full_disk)
+    result = CliRunner().invoke(app, ["report", str(folder)], catch_exceptions=False)
+    assert result.exit_code == 1
+    assert "error: the disk is full" in result.stderr
+    assert "--output" in result.stderr
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("text", ['{"experiment": "x", "config": {', "[]"])
+def test_results_json_that_says_nothing_is_not_called_missing(tmp_path: Path, text: str) -> None:
+    folder = write_experiment(tmp_path / "a", scores("lora", [0.5]))
+    (folder / "results.json").write_text(text)
+    experiments, notes = load_experiments([folder])
+    assert len(experiments[0].runs) == 1
+    assert any("holds no configuration that can be read" in note for note in notes)
+    assert not any("There is no results.json" in note for note in notes)
 
 
 def test_a_page_without_masks_needs_no_torch(tmp_path: Path) -> None:

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 from fakes import SEEDS, experiment, failed, kept, ok, scores
 
+from fish_tuning.experiments.conclusions import conclusion
 from fish_tuning.experiments.figures import kept_figure, metric_figure
 from fish_tuning.experiments.report import report_notes, write_report
 from fish_tuning.experiments.statistics import summarize
-from fish_tuning.experiments.tables import conclusion, console_tables, fact_text, human_bytes, table_rows
+from fish_tuning.experiments.tables import console_tables, fact_text, human_bytes, table_rows
 
 RUNS = [*scores("lora", [0.5, 0.6, 0.7]), *scores("lora-fish", [0.6, 0.7, 0.8], kept=kept(1, 9))]
 RUN_KEYS = {
@@ -75,7 +76,7 @@ def test_a_metric_that_is_not_a_number_leaves_valid_json(tmp_path: Path) -> None
     written = write_report(experiment(), {}, runs, tmp_path)
     assert "NaN" not in written[0].read_text()
     assert json.loads(written[0].read_text())["runs"][0]["value"] is None
-    assert "no paired difference" in written[2].read_text()
+    assert "over 2 paired seeds" in written[2].read_text()
 
 
 def test_table_has_the_columns_in_order() -> None:
@@ -128,37 +129,50 @@ def test_facts_read_well() -> None:
     assert [fact_text(value) for value in (True, None, 12345, [])] == ["true", "none", "12,345", "none"]
 
 
-def test_conclusion_of_a_steady_difference() -> None:
-    runs = [
-        *scores("lora", [0.5, 0.6, 0.7]),
-        *scores("lora-fish", [0.6, 0.701, 0.8]),
-        *scores("lora-fish-rev", [0.1] * 3),
-    ]
-    text = conclusion(summarize(runs))
-    assert text.startswith("lora-fish reaches accuracy 0.700 and lora 0.600, each with 1,000 trainable parameters.")
-    assert "+0.100, 95 % interval [+0.099, +0.102]: above the baseline" in text
+def test_conclusion_of_a_significant_difference() -> None:
+    dense = [0.50, 0.51, 0.52, 0.53, 0.54, 0.55, 0.56, 0.57]
+    better = [value + 0.1 + shift / 1000 for shift, value in enumerate(dense)]
+    text = conclusion([*scores("lora", dense), *scores("lora-fish", better), *scores("lora-fish-rev", [0.1] * 8)])
+    assert text.startswith("lora-fish reaches accuracy 0.638 and lora 0.535, each with 1,000 trainable parameters.")
+    assert "The mean difference over 8 paired seeds is +0.103, 95 % interval [+0.101, +0.106]: significantly " in text
+    assert "significantly above zero on this data set, p = 0.016 after correction." in text
+    assert "The mean difference to as many entries chosen in reverse over 8 paired seeds is +0.5" in text
     assert text.endswith("The other arms: lora-fish-rev 0.100.")
+    worse = conclusion([*scores("lora", better), *scores("lora-fish", dense)])
+    assert "significantly below zero" in worse
 
 
-def test_conclusion_calls_nothing_a_win_that_zero_explains() -> None:
-    text = conclusion(summarize([*scores("lora", [0.5, 0.6, 0.7]), *scores("lora-fish", [0.9, 0.5, 0.8])]))
-    assert "the interval includes zero, so this run does not tell them apart" in text
-    assert "above" not in text
+def test_conclusion_calls_nothing_a_win_that_is_not_significant() -> None:
+    steady = [*scores("lora", [0.5, 0.6, 0.7]), *scores("lora-fish", [0.6, 0.701, 0.8])]
+    text = conclusion(steady)  # Student's t is sure of it
+    assert "+0.100, 95 % interval [+0.099, +0.102], and this run does not tell them apart: 3 pairs cannot be" in text
+    noise = conclusion([*scores("lora", [0.5] * 6), *scores("lora-fish", [0.8, 0.3, 0.75, 0.4, 0.7, 0.35])])
+    assert "not significant (p = 0." in noise
+    assert "does not tell them apart" in noise
+    equal = conclusion([*scores("lora", [0.5] * 3), *scores("lora-fish", [0.5] * 3)])
+    assert "+0.000: every pair is equal." in equal
+    assert not any("above" in each or "below" in each for each in (text, noise, equal))
 
 
 def test_conclusion_calls_nothing_a_win_with_two_seeds() -> None:
     half = scores("lora-fish", [0.9, 0.91], trainable_parameters=500)
-    text = conclusion(summarize([*scores("lora", [0.5, 0.6]), *half]))
+    text = conclusion([*scores("lora", [0.5, 0.6]), *half])
     assert "with half the trainable parameters of lora (500 against 1,000)" in text
-    assert "fewer than 3 seeds give no interval, so this run does not tell them apart" in text
+    assert "+0.355, and this run does not tell them apart: 2 seeds; at least 3 are needed." in text
     assert "above" not in text
+    assert "[" not in text
 
 
 def test_conclusion_without_a_pair() -> None:
-    assert "nothing to compare" in conclusion(summarize([ok("lora", 1, 0.5), failed("lora-fish", 1)]))
+    assert "nothing to compare" in conclusion([ok("lora", 1, 0.5), failed("lora-fish", 1)])
     assert "nothing to compare" in conclusion([])
-    apart = conclusion(summarize([ok("lora", 1, 0.5), ok("lora-fish", 2, 0.9)]))
+    apart = conclusion([ok("lora", 1, 0.5), ok("lora-fish", 2, 0.9)])
     assert "no finished seed in common" in apart
+
+
+def test_conclusion_pairs_runs_whose_records_name_their_task_and_those_that_do_not() -> None:
+    runs = [ok("lora", 1, 0.5, task="sst2", model="m"), ok("lora-fish", 1, 0.6), failed("lora-fish", 2)]
+    assert "over 1 paired seed is +0.100" in conclusion(runs)
 
 
 def test_notes_say_why_there_is_no_interval() -> None:

@@ -21,6 +21,7 @@ SELECTIONS = {
     "fish-quota": Selection("fish", quotas=True),
     "fish-norm": Selection("fish", normalize=True),
 }
+CONTROLS = ("fish-rand", "fish-rev")  # the same budget of the same pool, chosen without or against the scores
 
 
 @dataclass(frozen=True)

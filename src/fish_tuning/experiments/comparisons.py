@@ -8,25 +8,30 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from statistics import fmean, variance
+from statistics import fmean
 from typing import Literal, NamedTuple
 
 from fish_tuning.errors import ConfigurationError, did_you_mean
+from fish_tuning.experiments.arm_names import CONTROLS, ArmName
+from fish_tuning.experiments.paired_tests import (
+    EXACT,
+    EXACT_PAIRS,
+    MONTE_CARLO,
+    TIE,
+    bootstrap_interval,
+    holm,
+    sign_flip_p,
+    stratified_interval,
+)
 from fish_tuning.experiments.records import RunRecord
 from fish_tuning.experiments.statistics import FEWEST_FOR_INTERVAL, baseline_of
-
-TIE = 1e-12  # differences below this are rounding
-EXACT_PAIRS = 20  # up to here all sign flips are enumerated: half a million sums
-MONTE_CARLO_DRAWS = 19_999
-EXACT = "exact sign-flip permutation"
-MONTE_CARLO = f"Monte Carlo sign-flip permutation, {MONTE_CARLO_DRAWS:,} draws"
 
 Verdict = Literal["better", "worse", "no difference shown", "too few seeds", "all pairs equal", "no pairs"]
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """`arm` minus `baseline`. The interval is of this comparison alone; the verdict follows `p_corrected`."""
+    """`arm` minus `baseline`. The intervals are of this comparison alone; the verdict follows `p_corrected`."""
 
     arm: str
     baseline: str
@@ -36,8 +41,10 @@ class Comparison:
     n: int  # pairs
     n_seeds: int  # pairs of the task that has the fewest
     mean_difference: float | None
-    low: float | None
+    low: float | None  # Student's t over tasks: the interval to go by
     high: float | None
+    bootstrap_low: float | None  # too narrow where seeds are few: see `stratified_interval`
+    bootstrap_high: float | None
     p: float | None  # two-sided
     p_corrected: float | None  # over all comparisons returned with this one
     p_method: str | None
@@ -86,19 +93,43 @@ def compare(
     """Each arm against its baseline; p-values are corrected by Holm's method over all of them.
 
     `pairs` names the arms and their baselines; the default is every other arm against the dense arm of its method.
-    `seed` matters only where there are too many pairs to enumerate the sign flips. A difference is called better or
-    worse when the corrected p is at most `1 - confidence`. An interval may leave out zero without that.
+    `seed` matters for the bootstrap, and for p where there are too many pairs to enumerate the sign flips. A difference
+    is better or worse when the corrected p is at most `1 - confidence`. An interval may leave out zero without that.
 
     Raises ConfigurationError for arms that have no run, and for runs that contradict each other.
     """
-    if not 0 < confidence < 1:
-        raise ConfigurationError(f"compare: confidence is a share between 0 and 1, such as 0.95; it is {confidence}.")
-    scores = _finished(runs)
-    compared = [
-        _uncorrected(arm, baseline, *_pair(runs, scores, arm, baseline), confidence, seed)
-        for arm, baseline in _known_pairs(runs, pairs)
-    ]
-    return [_judged(one, [other for other in compared if other is not one], 1 - confidence) for one in compared]
+    return _judged(_uncorrected(runs, pairs, confidence, seed), confidence)
+
+
+def compare_by_task(
+    runs: Sequence[RunRecord],
+    pairs: Iterable[tuple[str, str]] | None = None,
+    *,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> list[tuple[str, Comparison]]:
+    """As `compare`, on each task alone; p-values are corrected over all arms and tasks, so that each means as much.
+
+    Of `pairs`, a task has those whose arms both have runs there.
+    """
+    chosen = None if pairs is None else list(pairs)
+    found = []
+    for task in dict.fromkeys(run.task for run in runs):
+        here = [run for run in runs if run.task == task]
+        arms = {label(run) for run in here}
+        known = None if chosen is None else [pair for pair in chosen if arms.issuperset(pair)]
+        found += [(task, each) for each in _uncorrected(here, known, confidence, seed)]
+    judged = _judged([each for _, each in found], confidence)
+    return [(task, each) for (task, _), each in zip(found, judged, strict=True)]
+
+
+def choice_pairs(arms: Iterable[str]) -> list[tuple[str, str]]:
+    """Each arm that Fisher scores choose, with those of its method and budget chosen at random and in reverse."""
+    known = list(dict.fromkeys(arms))
+    names = [ArmName.parse(arm) for arm in known]
+    chosen = [name for name in names if name.selection is not None and name.selection.method == "fish"]
+    pairs = [(str(name), str(replace(name, suffix=control))) for control in CONTROLS for name in chosen]
+    return [pair for pair in pairs if pair[1] in known]
 
 
 def task_table(runs: Sequence[RunRecord]) -> TaskTable:
@@ -111,64 +142,6 @@ def task_table(runs: Sequence[RunRecord]) -> TaskTable:
     averages = {arm: fmean(values) if len(values) == len(tasks) else None for arm, values in known.items()}
     missing = {arm: tuple(task for task in tasks if means[task, arm].mean is None) for arm in arms}
     return TaskTable(tasks, arms, means, averages, missing)
-
-
-def stratified_interval(by_task: Sequence[Sequence[float]], confidence: float = 0.95) -> tuple[float, float]:
-    """Interval of the mean of the task means: Student's t, degrees of freedom by Satterthwaite.
-
-    With K tasks of n_k values and variance s_k^2, a_k = s_k^2 / n_k: the standard error is sqrt(sum a_k) / K, with
-    (sum a_k)^2 / sum(a_k^2 / (n_k - 1)) degrees of freedom (Satterthwaite 1946, Welch 1947). For one task this is
-    `mean_interval`. Needs two values a task, and one task whose values differ.
-
-    Not a bootstrap: from so few seeds its intervals are far too narrow or, studentized, endless. How many of
-    10,000 (one task) and 6,000 (six tasks) simulated 95 % intervals held the true mean, in percent, for normal
-    differences, with six tasks also for standard deviations up to ten times apart ("uneven"):
-
-    | tasks, seeds | percentile | BCa | bootstrap-t | this |
-    |---|---:|---:|---:|---:|
-    | 1, 3 | 75.7 | 73.2 | 99.8, most of them endless | 94.7 |
-    | 1, 5 | 83.9 | 83.7 | 95.1, a third wider | 95.3 |
-    | 6, 3 | 85.1 (uneven 82.1) | 84.8 (82.0) | 96.5 (96.5) | 96.0 (95.4) |
-    | 6, 5 | 90.0 (uneven 88.4) | 90.1 (88.2) | 95.2 (95.2) | 95.2 (95.2) |
-
-    This falls to 87 to 94 for exponential differences, or where one seed in twenty collapses.
-    """
-    from scipy.stats import t
-
-    shares = [variance(values) / len(values) for values in by_task]
-    degrees = sum(shares) ** 2 / sum(a * a / (len(values) - 1) for a, values in zip(shares, by_task, strict=True))
-    mean = fmean(fmean(values) for values in by_task)
-    half = float(t.ppf((1 + confidence) / 2, degrees)) * math.sqrt(sum(shares)) / len(by_task)
-    return mean - half, mean + half
-
-
-def sign_flip_p(by_task: Sequence[Sequence[float]], *, seed: int = 0) -> float:
-    """Two-sided p of the mean of the task means when every paired difference may as well have the other sign.
-
-    Fisher's randomization test (1935): the share of all sign patterns with a mean at least as far from zero. Exact up
-    to `EXACT_PAIRS` differences that are no ties; beyond, (hits + 1) / (draws + 1) (Phipson and Smyth 2010).
-    """
-    import numpy as np
-
-    terms = np.array([d / len(values) for values in by_task for d in values if abs(d) >= TIE])
-    reached = abs(terms.sum()) - 1e-12 * np.abs(terms).sum()  # sums that are equal but for rounding count as hits
-    if len(terms) > EXACT_PAIRS:
-        flips = np.random.default_rng(seed).integers(0, 2, (MONTE_CARLO_DRAWS, len(terms)), dtype=np.int8)
-        hits = int((np.abs(terms.sum() - 2 * flips @ terms) >= reached).sum())
-        return (hits + 1) / (MONTE_CARLO_DRAWS + 1)
-    sums = terms[:1].sum(keepdims=True)  # the first sign stays: flipping all of them changes no distance
-    for term in terms[1:]:
-        sums = np.concatenate([sums + term, sums - term])
-    return float((np.abs(sums) >= reached).mean())
-
-
-def holm(p: Sequence[float]) -> list[float]:
-    """Step-down p-values that bound the chance of any false finding in the family (Holm 1979), in the given order."""
-    corrected, highest = [0.0] * len(p), 0.0
-    for rank, index in enumerate(sorted(range(len(p)), key=p.__getitem__)):
-        highest = max(highest, min(1.0, (len(p) - rank) * p[index]))
-        corrected[index] = highest
-    return corrected
 
 
 class Score(NamedTuple):
@@ -227,13 +200,27 @@ def _pair(runs: Sequence[RunRecord], scores: Scores, arm: str, baseline: str) ->
 
 
 def _uncorrected(
+    runs: Sequence[RunRecord], pairs: Iterable[tuple[str, str]] | None, confidence: float, seed: int
+) -> list[Comparison]:
+    if not 0 < confidence < 1:
+        raise ConfigurationError(f"compare: confidence is a share between 0 and 1, such as 0.95; it is {confidence}.")
+    scores = _finished(runs)
+    return [
+        _measured(arm, baseline, *_pair(runs, scores, arm, baseline), confidence, seed)
+        for arm, baseline in _known_pairs(runs, pairs)
+    ]
+
+
+def _measured(
     arm: str, baseline: str, by_task: Differences, metrics: set[str], confidence: float, seed: int
 ) -> Comparison:
     filled = [values for values in by_task.values() if values]
     differences = [d for values in filled for d in values]
     n_seeds = min(map(len, filled), default=0)
     varied = any(max(values) - min(values) >= TIE for values in filled)
-    interval = stratified_interval(filled, confidence) if n_seeds >= FEWEST_FOR_INTERVAL and varied else (None, None)
+    enough = n_seeds >= FEWEST_FOR_INTERVAL and varied
+    interval = stratified_interval(filled, confidence) if enough else (None, None)
+    bootstrap = bootstrap_interval(filled, confidence, seed=seed) if enough else (None, None)
     wins, losses = sum(d >= TIE for d in differences), sum(d <= -TIE for d in differences)
     return Comparison(
         arm=arm,
@@ -246,6 +233,8 @@ def _uncorrected(
         mean_difference=fmean(map(fmean, filled)) if filled else None,
         low=interval[0],
         high=interval[1],
+        bootstrap_low=bootstrap[0],
+        bootstrap_high=bootstrap[1],
         p=sign_flip_p(filled, seed=seed) if filled else None,
         p_corrected=None,
         p_method=None if not filled else EXACT if wins + losses <= EXACT_PAIRS else MONTE_CARLO,
@@ -257,7 +246,12 @@ def _uncorrected(
     )
 
 
-def _judged(one: Comparison, others: Sequence[Comparison], alpha: float) -> Comparison:
+def _judged(compared: Sequence[Comparison], confidence: float) -> list[Comparison]:
+    """A family: all p-values are corrected for each other."""
+    return [_verdict(one, [other for other in compared if other is not one], 1 - confidence) for one in compared]
+
+
+def _verdict(one: Comparison, others: Sequence[Comparison], alpha: float) -> Comparison:
     if one.p is None or one.mean_difference is None:
         return one
     family = [other.p for other in others if other.p is not None]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from fish_tuning.budgets import module_type
 from fish_tuning.errors import ConfigurationError
 from fish_tuning.experiments.figures import DPI, kept_figure
-from fish_tuning.experiments.files import write_atomically
+from fish_tuning.experiments.files import DISK_FULL, write_atomically
 from fish_tuning.experiments.mask_files import HEAD, Inspected, read_mask, short_names
 from fish_tuning.experiments.overlaps import LEGEND, overlap, overlap_table, percent
 from fish_tuning.experiments.records import KeptShare, RunRecord
@@ -177,4 +177,6 @@ def _draw(masks: Sequence[Inspected], file: Path) -> Path:
     try:
         return write_atomically(file, content.getvalue())
     except OSError as error:
+        if error.errno in DISK_FULL:
+            raise
         raise ConfigurationError(f"--picture: cannot write {file}: {error.strerror}") from error

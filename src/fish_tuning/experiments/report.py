@@ -11,11 +11,12 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from fish_tuning.experiments.conclusions import conclusion
 from fish_tuning.experiments.config import ExperimentConfig
 from fish_tuning.experiments.files import write_atomically
 from fish_tuning.experiments.records import RunRecord
 from fish_tuning.experiments.statistics import FEWEST_FOR_INTERVAL, ArmSummary, summarize
-from fish_tuning.experiments.tables import conclusion, fact_text, markdown_table, table_rows
+from fish_tuning.experiments.tables import fact_text, markdown_table, table_rows
 
 FILES = ("results.json", "results.csv", "results.md", "metric.png", "kept.png")
 _NOT_IN_CSV = ("kept", "metrics", "loss_curve", "experiment")  # tables of their own; they are in results.json
@@ -38,7 +39,7 @@ def write_report(
     texts = {
         "results.json": _json(config, plan_facts, runs, summary),
         "results.csv": _csv(config.name, runs),
-        "results.md": _markdown(config, plan_facts, summary, pictures),
+        "results.md": _markdown(config, plan_facts, runs, pictures),
     }
     for name, text in texts.items():
         write_atomically(output_dir / name, text.encode())
@@ -110,8 +111,9 @@ def _csv(name: str, runs: Sequence[RunRecord]) -> str:
 
 
 def _markdown(
-    config: ExperimentConfig, facts: Mapping[str, Any], summary: Sequence[ArmSummary], pictures: Sequence[Path]
+    config: ExperimentConfig, facts: Mapping[str, Any], runs: Sequence[RunRecord], pictures: Sequence[Path]
 ) -> str:
+    summary = summarize(runs)
     headers, rows = table_rows(summary)
     captions = {
         "metric.png": "The metric of every arm: a dot for each seed, the mean with its 95 % interval.",
@@ -121,7 +123,7 @@ def _markdown(
         f"# {config.name}",
         _list(f"{key}: {fact_text(value)}" for key, value in _settings(config, facts).items()),
         markdown_table(headers, rows),
-        conclusion(summary),
+        conclusion(runs),
     ]
     notes = report_notes(config, facts, summary)
     if notes:

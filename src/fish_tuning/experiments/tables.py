@@ -1,12 +1,11 @@
-"""The one results table, for Markdown and for the terminal, and what it says in a sentence."""
+"""The one results table, for Markdown and for the terminal."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from fish_tuning.experiments.statistics import FEWEST_FOR_INTERVAL, ArmSummary, Interval, baseline_of
+from fish_tuning.experiments.statistics import ArmSummary
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -142,67 +141,3 @@ def fact_text(value: Any) -> str:
     if value is None:
         return "none"
     return f"{value:,}" if isinstance(value, int) else str(value)
-
-
-def conclusion(summary: Sequence[ArmSummary]) -> str:
-    """For each method one or two plain sentences: its FISH arm against its dense arm, then its other arms' means.
-
-    A difference is called one only where its 95 % interval leaves out zero.
-    """
-    if not summary:
-        return "No arm has run, so there is nothing to compare."
-    methods = dict.fromkeys(baseline_of(arm.arm) for arm in summary)
-    return " ".join(
-        _conclusion([arm for arm in summary if baseline_of(arm.arm) == method], method) for method in methods
-    )
-
-
-def _conclusion(summary: Sequence[ArmSummary], baseline: str) -> str:
-    reference = next((arm for arm in summary if arm.arm == baseline), None)
-    finished = [arm for arm in summary if arm.arm != baseline and arm.mean is not None]
-    if reference is None or reference.mean is None or not finished:
-        return f"There is no finished pair of {baseline} and another arm, so there is nothing to compare."
-    main = next((arm for arm in finished if arm.arm == f"{baseline}-fish"), finished[0])
-    others = [f"{arm.arm} {arm.mean:.3f}" for arm in finished if arm is not main]
-    first = f"{_comparison(main, reference)} {_verdict(main.difference)}"
-    return f"{first} The other arms: {', '.join(others)}." if others else first
-
-
-def _comparison(arm: ArmSummary, reference: ArmSummary) -> str:
-    ours, theirs = arm.trainable_parameters, reference.trainable_parameters
-    reached = f"{arm.arm} reaches {arm.metric} {arm.mean:.3f}"
-    if not ours or not theirs or ours == theirs:
-        size = f", each with {ours:,} trainable parameters" if ours else ""
-        return f"{reached} and {reference.arm} {reference.mean:.3f}{size}."
-    size = f"with {_share(ours / theirs)} the trainable parameters of {reference.arm} ({ours:,} against {theirs:,})"
-    return f"{reached} {size}, which reaches {reference.mean:.3f}."
-
-
-def _share(ratio: float) -> str:
-    if abs(ratio - 0.5) < 0.005:
-        return "half"
-    if abs(ratio - 0.25) < 0.0025:
-        return "a quarter of"
-    return f"{ratio:.0%} of" if ratio < 1 else f"{ratio:.2f} times"
-
-
-def _verdict(difference: Interval | None) -> str:
-    if difference is None or difference.mean is None or not math.isfinite(difference.mean):
-        return "They have no finished seed in common, so there is no paired difference."
-    text = f"The mean difference over {difference.n} paired {'seed' if difference.n == 1 else 'seeds'} is "
-    text += f"{difference.mean:+.3f}"
-    if difference.low is None or difference.high is None:
-        return f"{text}; fewer than {FEWEST_FOR_INTERVAL} seeds give no interval, so this run does not tell them apart."
-    text += f", 95 % interval [{difference.low:+.3f}, {difference.high:+.3f}]"
-    if difference.low == difference.high:
-        return f"{text}: every seed gave the same difference, which says nothing about their spread."
-    if difference.includes_zero:
-        return f"{text}: the interval includes zero, so this run does not tell them apart."
-    better = "above" if difference.mean > 0 else "below"
-    smallest = 2 / 2**difference.n  # of a two-sided sign-flip test, when all seeds agree
-    doubt = (
-        ""
-        if smallest <= 0.05
-        else f", though a permutation test of {difference.n} pairs cannot go below p = {smallest:.2g}"
-    )
-    return f"{text}: {better} the baseline on this data set, before any correction for other comparisons{doubt}."

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fish_tuning.errors import ConfigurationError
-from fish_tuning.experiments.files import write_atomically
+from fish_tuning.experiments.files import DISK_FULL, write_atomically
 from fish_tuning.experiments.page.html import html_page
 from fish_tuning.experiments.page.load import load_experiments
 from fish_tuning.experiments.page.results import join_results
@@ -24,6 +24,7 @@ def write_page(folders: Sequence[Path], output: Path | None = None) -> tuple[lis
 
     Raises:
         ConfigurationError: a folder is missing or has no readable run, or `output` cannot be written.
+        OSError: the disk is full; what was there before is kept.
     """
     experiments, notes = load_experiments(folders)
     results = join_results(experiments)
@@ -39,4 +40,6 @@ def write_page(folders: Sequence[Path], output: Path | None = None) -> tuple[lis
         target.mkdir(parents=True, exist_ok=True)
         return [write_atomically(target / name, text.encode()) for name, text in texts.items()], notes
     except OSError as error:
+        if error.errno in DISK_FULL:
+            raise
         raise ConfigurationError(f"report: cannot write to {target}: {error.strerror}") from error

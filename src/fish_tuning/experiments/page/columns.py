@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path, PurePath
 
-from fish_tuning.experiments.page.load import Experiment
+from fish_tuning.experiments.page.load import Experiment, finished
 from fish_tuning.experiments.records import RunRecord
 
 
@@ -46,8 +46,11 @@ def _key(experiment: Experiment) -> tuple[str, str]:
 
 
 def _contradict(members: Sequence[Experiment]) -> bool:
+    """Whether experiments have different results for one arm and seed; a failed run is no result."""
+    if len(members) == 1:
+        return False
     known: dict[tuple[str, int], RunRecord] = {}
-    for run in (run for member in members for run in member.runs):
+    for run in (run for member in members for run in member.runs if finished(run)):
         other = known.setdefault((run.arm, run.seed), run)
         if (other.value, other.metric, other.config_hash) != (run.value, run.metric, run.config_hash):
             return True

@@ -8,12 +8,13 @@ from statistics import fmean
 
 from markupsafe import Markup
 
+from fish_tuning.experiments.arm_names import ArmName
 from fish_tuning.experiments.page.marks import Look, mark
 from fish_tuning.experiments.page.svg import element, line, linear, padded, picture, text, tick_text, ticks
 from fish_tuning.experiments.records import RunRecord
 
 Curve = list[tuple[int, float]]
-_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 14, 12, 44
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 14, 12, 44
 
 
 def mean_curve(runs: Sequence[RunRecord]) -> Curve:
@@ -59,11 +60,17 @@ def curves(drawn: Mapping[str, Curve], look: Mapping[str, Look], title: str, wid
                     stroke_dasharray=look[arm].dash,
                 ),
                 mark(across(point[0]), up(point[1]), look[arm], 4.0),
+                _budget(arm, across(point[0]), up(point[1])) if list(look.values()).count(look[arm]) > 1 else "",
             )
             for (arm, curve), point in zip(drawn.items(), _marked(drawn), strict=True)
         ),
         class_="curves",
     )
+
+
+def _budget(arm: str, x: float, y: float) -> Markup:
+    """Beside the mark, which arms that only differ by it share."""
+    return text(x, y - 8, ArmName.parse(arm).budget, "middle", "name small")
 
 
 def _marked(drawn: Mapping[str, Curve]) -> list[tuple[int, float]]:

@@ -1,8 +1,9 @@
-"""Differences to the dense arm, a row each; and bars of seconds. Both put names above where there is little room."""
+"""Paired differences, a row each; and bars of seconds. Both put names above where there is little room."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from markupsafe import Markup
 
@@ -24,12 +25,21 @@ _NARROW = 480  # below, names stand above their rows
 _CHARACTER = 6.7  # width of one at the font size of the pictures
 
 
+class Words(NamedTuple):
+    """The title of a picture of differences, and what lies on either side of zero."""
+
+    title: str
+    below: str
+    above: str
+
+
 def forest(
-    comparisons: Sequence[Comparison], look: Mapping[str, Look], width: int, verdicts: Mapping[str, str]
+    comparisons: Sequence[Comparison], names: Sequence[str], look: Mapping[str, Look], width: int, words: Words
 ) -> Markup:
-    """A row for each arm: the mean difference and its interval; `verdicts` are words by arm."""
-    drawn = [each for each in comparisons if each.mean_difference is not None]
-    left, row, top = _layout([each.arm for each in drawn], width)
+    """A row for each comparison, with its name: the mean difference and its interval."""
+    rows = [(each, name) for each, name in zip(comparisons, names, strict=True) if each.mean_difference is not None]
+    drawn = [each for each, _ in rows]
+    left, row, top = _layout([name for _, name in rows], width)
     bounds = [value for each in drawn for value in (each.low, each.mean_difference, each.high) if value is not None]
     low, high = padded([0.0, *bounds])
     across = linear(low, high, left, width - 12)
@@ -37,20 +47,18 @@ def forest(
     return picture(
         width,
         base + 44,
-        "Difference to the dense arm",
-        "; ".join(
-            f"{each.arm} minus {each.baseline}: {spoken_difference(each)}, {verdicts[each.arm]}" for each in drawn
-        ),
+        words.title,
+        "; ".join(map(_told, drawn)),
         *(
             _column(across(tick), tick_text(tick), top, base)
             for tick in ticks(low, high, max(3, int(width - left) // 75))
         ),
         line(across(0), top, across(0), base, class_="zero"),
-        text(left, base + 36, "← dense arm better", class_="label"),
-        text(width - 12, base + 36, "this arm better →", "end", "label"),
+        text(left, base + 36, f"← {words.below}", class_="label"),
+        text(width - 12, base + 36, f"{words.above} →", "end", "label"),
         *(
-            _row(each, across, top + row * number, row, left, look[each.arm], verdicts[each.arm])
-            for number, each in enumerate(drawn)
+            _row(each, name, across, top + row * number, row, left, look[each.arm])
+            for number, (each, name) in enumerate(rows)
         ),
         class_="forest",
     )
@@ -91,8 +99,17 @@ def spoken_difference(comparison: Comparison) -> str:
     """`-0.012 [-0.028, +0.005]`, without the brackets where there is no interval."""
     if comparison.mean_difference is None:
         return "no pair"
-    bounds = "" if comparison.low is None else f" [{comparison.low:+.3f}, {comparison.high:+.3f}]"
-    return f"{comparison.mean_difference:+.3f}{bounds}".replace("-", "\N{MINUS SIGN}")
+    return f"{signed(comparison.mean_difference)} {spoken_bounds(comparison.low, comparison.high)}".strip()
+
+
+def spoken_bounds(low: float | None, high: float | None) -> str:
+    """`[-0.028, +0.005]`, or nothing."""
+    return "" if low is None or high is None else f"[{signed(low)}, {signed(high)}]"
+
+
+def signed(value: float) -> str:
+    """`+0.012`, and `+0.000` for what rounds to nothing."""
+    return f"{round(value, 3) + 0.0:+.3f}".replace("-", "\N{MINUS SIGN}")
 
 
 def _layout(names: Sequence[str], width: int) -> tuple[float, float, float]:
@@ -113,15 +130,19 @@ def _name(name: str, y: float, row: float, left: float) -> tuple[Markup, float]:
     return text(left - 14, y + row / 2 + 4, name, "end", "name"), y + row / 2
 
 
-def _row(each: Comparison, across: Scale, y: float, row: float, left: float, look: Look, verdict: str) -> Markup:
-    name, middle = _name(each.arm, y, row, left)
+def _told(each: Comparison) -> str:
+    return f"{each.arm} minus {each.baseline}: {spoken_difference(each)}, {each.verdict}"
+
+
+def _row(each: Comparison, name: str, across: Scale, y: float, row: float, left: float, look: Look) -> Markup:
+    label, middle = _name(name, y, row, left)
     whisker = Markup()
     if each.low is not None and each.high is not None:
         x1, x2 = across(each.low), across(each.high)
         ends = "".join(f"M{x:.1f},{middle - 4:.1f}v8" for x in (x1, x2))
         whisker = element("path", d=f"M{x1:.1f},{middle:.1f}H{x2:.1f}{ends}", class_=f"whisker {look.css}")
-    told = element("title", f"{each.arm} minus {each.baseline}: {spoken_difference(each)}, {verdict}")
-    return element("g", told, name, whisker, mark(across(each.mean_difference or 0.0), middle, look))
+    told = element("title", _told(each))
+    return element("g", told, label, whisker, mark(across(each.mean_difference or 0.0), middle, look))
 
 
 def _bar(each: tuple[str, float, float], across: Scale, y: float, row: float, left: float, pattern: str) -> Markup:

@@ -12,7 +12,7 @@ from fish_tuning.experiments.page.svg import element, picture, text
 from fish_tuning.experiments.records import RunRecord
 
 Shares = dict[tuple[int | None, str], float]
-_CELL, _ROW, _TOP = 36, 24, 30
+_CELL, _ROW, _TOP = 34, 24, 30  # two maps of twelve layers stand side by side
 _CHARACTER = 6.7
 # Six of matplotlib's cividis, from nothing to all: even steps for the eye, whatever colours it tells apart.
 _CIVIDIS = ((0, 34, 78), (53, 69, 108), (102, 105, 112), (148, 142, 119), (200, 184, 102), (254, 232, 56))

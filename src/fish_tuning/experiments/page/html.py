@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +17,19 @@ from fish_tuning.experiments.arm_names import ArmName
 from fish_tuning.experiments.page import words
 from fish_tuning.experiments.page.costs import Cost, costs
 from fish_tuning.experiments.page.curves import curves, mean_curve
-from fish_tuning.experiments.page.forest import bars, forest, spoken_difference
+from fish_tuning.experiments.page.forest import Words, bars, forest, spoken_bounds, spoken_difference
 from fish_tuning.experiments.page.heat import Shares, colour, factor_shares, heat_map, mean_shares, percent
 from fish_tuning.experiments.page.load import Experiment
 from fish_tuning.experiments.page.marks import Look, looks, mark
-from fish_tuning.experiments.page.masks import agreements
-from fish_tuning.experiments.page.results import Results, Score
+from fish_tuning.experiments.page.masks import agreements, joined
+from fish_tuning.experiments.page.results import Family, Results, Score
 from fish_tuning.experiments.page.scatter import Point, scatter
 from fish_tuning.experiments.page.svg import element
 from fish_tuning.experiments.tables import fact_text
 
 WIDE, NARROW, PANEL = 700, 330, 330
+_TO_DENSE = Words("Difference to the dense arm", "dense arm better", "this arm better")
+_OF_CHOICE = Words("Difference to other choices at the same budget", "other choice better", "Fisher better")
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,6 @@ def html_page(results: Results, experiments: Sequence[Experiment], notes: Sequen
     overlaps, unread = agreements(experiments)
     look = looks(results.arms)
     shares = {arm: found for arm in results.arms if (found := mean_shares(results.of_arm(arm)))}
-    top = max((share for each in shares.values() for share in each.values()), default=0.0)
     return template.render(
         results=results,
         experiments=[_settings(experiment) for experiment in experiments],
@@ -60,16 +62,19 @@ def html_page(results: Results, experiments: Sequence[Experiment], notes: Sequen
         cells={arm: _cells(results, arm) for arm in results.arms},
         legend=_legend(look),
         scatters=_scatters(results, look),
-        forest=_forest(results, look),
+        differences=_forest(results.to_dense, look, _TO_DENSE),
+        choices=_forest(results.of_choice, look, _OF_CHOICE),
         curves=_curves(results, look),
-        heats=_heats(shares, top),
-        top=top,
+        heats=_heats(shares),
+        budgets=len(set(look.values())) < len(look),
         scale=[Markup("rgb({},{},{})").format(*colour(step / 20)) for step in range(21)],
         factors=_factors(results),
-        overlaps=overlaps,
+        overlaps=joined(overlaps),
+        overlaps_apart=overlaps,
         costs=(measured := costs(results)),
         bars=_bars(measured),
         words=words,
+        bounds=spoken_bounds,
         spoken=spoken_difference,
         percent=percent,
         version=__version__,
@@ -81,7 +86,10 @@ def html_page(results: Results, experiments: Sequence[Experiment], notes: Sequen
 
 def _title(experiments: Sequence[Experiment]) -> str:
     names = list(dict.fromkeys(experiment.name for experiment in experiments))
-    return names[0] if len(names) == 1 else f"{len(experiments)} experiments" if len(names) > 3 else words.listed(names)
+    if len(names) <= 3:
+        return words.listed(names)
+    shared = commonprefix(names).rpartition("-")[0]  # noqa: RUF071 - of words, not of paths
+    return f"{shared}: {len(experiments)} experiments" if shared else f"{len(experiments)} experiments"
 
 
 def _cells(results: Results, arm: str) -> list[dict[str, Any]]:
@@ -143,12 +151,12 @@ def _scatters(results: Results, look: dict[str, Look]) -> list[Figure]:
     return figures
 
 
-def _forest(results: Results, look: dict[str, Look]) -> Figure | None:
-    verdicts = {each.arm: each.verdict for each in results.comparisons}
-    if not any(each.mean_difference is not None for each in results.comparisons):
+def _forest(family: Family, look: dict[str, Look], title: Words) -> Figure | None:
+    if not any(each.mean_difference is not None for each in family.overall):
         return None
-    wide, narrow = (forest(results.comparisons, look, width, verdicts) for width in (WIDE, NARROW))
-    return Figure("Difference to the dense arm", wide, narrow)
+    names = [words.row_name(each) for each in family.overall]
+    wide, narrow = (forest(family.overall, names, look, width, title) for width in (WIDE, NARROW))
+    return Figure(title.title, wide, narrow)
 
 
 def _curves(results: Results, look: dict[str, Look]) -> list[Figure]:
@@ -169,8 +177,20 @@ def _curves(results: Results, look: dict[str, Look]) -> list[Figure]:
     return figures
 
 
-def _heats(shares: Mapping[str, Shares], top: float) -> list[Figure]:
-    return [Figure(arm, heat_map(each, f"Share of entries that {arm} keeps", top)) for arm, each in shares.items()]
+def _heats(shares: Mapping[str, Shares]) -> list[tuple[str, float, list[Figure]]]:
+    """The maps by budget, each budget with the share that its scale ends with: next to a large one all else is dark."""
+    budgets: dict[str, dict[str, Shares]] = {}
+    for arm, each in shares.items():
+        budgets.setdefault(ArmName.parse(arm).budget, {})[arm] = each
+    tops = {budget: max(max(each.values()) for each in arms.values()) for budget, arms in budgets.items()}
+    return [
+        (budget, tops[budget], [_heat(arm, each, tops[budget]) for arm, each in arms.items()])
+        for budget, arms in budgets.items()
+    ]
+
+
+def _heat(arm: str, shares: Shares, top: float) -> Figure:
+    return Figure(arm, heat_map(shares, f"Share of entries that {arm} keeps", top))
 
 
 def _factors(results: Results) -> list[tuple[str, dict[str, tuple[int, int]]]]:

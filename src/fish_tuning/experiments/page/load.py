@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -38,6 +39,10 @@ class Experiment:
         return [run for run in self.planned if run not in done]
 
 
+def finished(run: RunRecord) -> bool:
+    return run.status == "ok" and run.value is not None and math.isfinite(run.value)
+
+
 def load_experiments(folders: Sequence[Path]) -> tuple[list[Experiment], list[str]]:
     """All experiments, in the order of `folders` and then of their paths, and notes on what could not be read."""
     notes: list[str] = []
@@ -68,8 +73,7 @@ def read_experiment(folder: Path, notes: list[str]) -> Experiment:
     runs = [run for data, source in zip(parts, sources, strict=True) if (run := _record(data, source, notes))]
     planned = _planned(config)
     if not planned:
-        what = "The configuration stored there is not one of this version" if config else "There is no results.json"
-        notes.append(f"{what}, so it is not known whether runs are missing: {folder}.")
+        notes.append(f"{_why_no_plan(folder, config)}, so it is not known whether runs are missing: {folder}.")
     name = str(results.get("experiment") or config.get("name") or (runs and runs[0].experiment) or folder.name)
     if files and isinstance(listed, list):
         notes += _leftovers(folder, runs, listed)
@@ -87,6 +91,13 @@ def _experiment_folders(top: Path) -> Iterator[Path]:
 
 def _read_results(path: Path, notes: list[str]) -> dict[str, Any]:
     return _mapping(_read_json(path, notes)) if path.is_file() else {}
+
+
+def _why_no_plan(folder: Path, config: dict[str, Any]) -> str:
+    if config:
+        return "The configuration stored there is not one of this version"
+    there = (folder / "results.json").is_file()
+    return "Its results.json holds no configuration that can be read" if there else "There is no results.json"
 
 
 def _mapping(value: Any) -> dict[str, Any]:

@@ -45,6 +45,24 @@ def agreements(experiments: Sequence[Experiment]) -> tuple[list[Agreement], list
     return found, notes
 
 
+def joined(found: Sequence[Agreement]) -> list[Agreement]:
+    """Over all experiments: the pairs added up, the indices as means, every experiment with the same weight."""
+    groups: dict[tuple[str, str], list[Agreement]] = {}
+    for each in found:
+        groups.setdefault((each.arm, each.other), []).append(each)
+    return [
+        Agreement(
+            "",
+            *key,
+            pairs=sum(each.pairs for each in members),
+            jaccard=fmean(each.jaccard for each in members),
+            by_chance=fmean(each.by_chance for each in members),
+            by_chance_per_tensor=fmean(each.by_chance_per_tensor for each in members),
+        )
+        for key, members in groups.items()
+    ]
+
+
 def _of_experiment(experiment: Experiment) -> list[Agreement]:
     found: list[Agreement] = []
     for arm in dict.fromkeys(run.arm for run in experiment.runs if run.status == "ok" and run.kept):

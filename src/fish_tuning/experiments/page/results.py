@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 
-from fish_tuning.experiments.arm_names import SELECTIONS, ArmName
-from fish_tuning.experiments.comparisons import TIE, Comparison, compare, holm, stratified_interval
+from fish_tuning.experiments.arm_names import SELECTIONS, ArmName, baseline_of
+from fish_tuning.experiments.comparisons import Comparison, choice_pairs, compare, compare_by_task
 from fish_tuning.experiments.page.columns import column_labels
-from fish_tuning.experiments.page.load import Experiment
+from fish_tuning.experiments.page.load import Experiment, finished
+from fish_tuning.experiments.paired_tests import TIE, stratified_interval
 from fish_tuning.experiments.records import RunRecord
 from fish_tuning.experiments.statistics import FEWEST_FOR_INTERVAL, mean_interval
 
-ALPHA = 0.05
 NOT_A_NUMBER = "The metric is not a number."
 
 
@@ -28,6 +28,15 @@ class Score:
     values: tuple[float, ...]  # of the seeds; of an average: the means of the tasks
     n_failed: int = 0
     n_missing: int = 0
+    reason: str = ""  # why a mean has no interval
+
+
+@dataclass(frozen=True)
+class Family:
+    """Comparisons that are corrected together: `overall` over all tasks, and apart from that `by_task`."""
+
+    overall: tuple[Comparison, ...]
+    by_task: dict[tuple[str, str, str], Comparison]  # arm, baseline, task; corrected over all of them
 
 
 @dataclass(frozen=True)
@@ -40,8 +49,8 @@ class Results:
     metrics: dict[str, str]  # task -> metric
     scores: dict[tuple[str, str], Score]  # arm, task
     averages: dict[str, Score]  # empty when there is one task, or one task under several settings
-    comparisons: tuple[Comparison, ...]  # of each arm over all tasks
-    by_task: dict[tuple[str, str], Comparison]  # arm, task; corrected over all arms and tasks
+    to_dense: Family  # each arm minus the dense arm of its method
+    of_choice: Family  # each arm chosen by Fisher scores minus those of its budget chosen at random or in reverse
     missing: tuple[tuple[str, str, int], ...]  # task, arm, seed
     notes: tuple[str, ...]
 
@@ -58,22 +67,21 @@ class Results:
         known = [int(run.trainable_parameters) for run in self.of_arm(arm) if run.trainable_parameters]
         return (min(known), max(known)) if known else None
 
-    def comparison(self, arm: str) -> Comparison | None:
-        return next((comparison for comparison in self.comparisons if comparison.arm == arm), None)
-
-
-def finished(run: RunRecord) -> bool:
-    return run.status == "ok" and run.value is not None and math.isfinite(run.value)
+    def comparison(self, arm: str, task: str | None = None) -> Comparison | None:
+        """An arm with its dense arm, over all tasks or on one."""
+        if task is None or len(self.tasks) == 1:
+            return next((each for each in self.to_dense.overall if each.arm == arm), None)
+        return self.to_dense.by_task.get((arm, baseline_of(arm), task))
 
 
 def join_results(experiments: Sequence[Experiment]) -> Results:
     """Join the runs; see `column_labels` for which experiments share a column."""
     labels, notes = column_labels(experiments)
-    unique = {
-        (labels[experiment.folder], run.arm, run.seed): replace(run, task=labels[experiment.folder])
-        for experiment in experiments
-        for run in experiment.runs
-    }
+    unique: dict[tuple[str, str, int], RunRecord] = {}
+    for label, run in ((labels[experiment.folder], run) for experiment in experiments for run in experiment.runs):
+        key = label, run.arm, run.seed
+        if key not in unique or finished(run):  # a run that failed in one folder may have finished in another
+            unique[key] = replace(run, task=label)
     runs = [run if finished(run) else replace(run, error=run.error or NOT_A_NUMBER) for run in unique.values()]
     planned = [(labels[each.folder], arm, seed) for each in experiments for arm, seed in each.planned]
     missing = [key for key in dict.fromkeys(planned) if key not in unique]
@@ -95,8 +103,8 @@ def join_results(experiments: Sequence[Experiment]) -> Results:
         metrics={run.task: run.metric for run in reversed(runs)},
         scores=scores,
         averages=averages,
-        comparisons=tuple(sorted(compare(runs), key=lambda comparison: arms.index(comparison.arm))),
-        by_task=_by_task(runs, tasks),
+        to_dense=_family(runs, arms, None),
+        of_choice=_family(runs, arms, choice_pairs(arm for arm in arms if any(run.arm == arm for run in runs))),
         missing=tuple(missing),
         notes=tuple(notes),
     )
@@ -126,8 +134,17 @@ def _score(runs: Sequence[RunRecord], missing: Sequence[tuple[str, str, int]], a
     mine = [run for run in runs if (run.arm, run.task) == (arm, task)]
     values = tuple(run.value for run in mine if finished(run) and run.value is not None)
     interval = mean_interval(values)
-    absent = sum((name, where) == (arm, task) for where, name, _ in missing)
-    return Score(interval.mean, interval.low, interval.high, values, len(mine) - len(values), absent)
+    failed, absent = len(mine) - len(values), sum((name, where) == (arm, task) for where, name, _ in missing)
+    if len(values) < FEWEST_FOR_INTERVAL:
+        seeds = "1 seed" if len(values) == 1 else f"{len(values)} seeds"
+        return Score(interval.mean, None, None, values, failed, absent, f"{seeds}, no interval")
+    if not _spread(values):  # an interval of no width would claim to be sure
+        return Score(interval.mean, None, None, values, failed, absent, "all seeds equal")
+    return Score(interval.mean, interval.low, interval.high, values, failed, absent)
+
+
+def _spread(values: Sequence[float]) -> bool:
+    return max(values) - min(values) >= TIE
 
 
 def _average(scores: Sequence[Score]) -> Score:
@@ -136,19 +153,16 @@ def _average(scores: Sequence[Score]) -> Score:
     means = tuple(score.mean for score in scores if score.mean is not None)
     if len(means) < len(scores):
         return Score(None, None, None, means, failed, missing)
-    enough = all(len(score.values) >= FEWEST_FOR_INTERVAL for score in scores)
-    spread = any(max(score.values) - min(score.values) >= TIE for score in scores)
-    low, high = stratified_interval([score.values for score in scores]) if enough and spread else (None, None)
+    if (fewest := min(len(score.values) for score in scores)) < FEWEST_FOR_INTERVAL:
+        reason = f"a task has {fewest} {'seed' if fewest == 1 else 'seeds'}, no interval"
+        return Score(fmean(means), None, None, means, failed, missing, reason)
+    if not any(_spread(score.values) for score in scores):
+        return Score(fmean(means), None, None, means, failed, missing, "all seeds equal")
+    low, high = stratified_interval([score.values for score in scores])
     return Score(fmean(means), low, high, means, failed, missing)
 
 
-def _by_task(runs: Sequence[RunRecord], tasks: Sequence[str]) -> dict[tuple[str, str], Comparison]:
-    """Each arm on each task alone; p-values are corrected over all of them, so that a mark means as much anywhere."""
-    compared = [(task, each) for task in tasks for each in compare([run for run in runs if run.task == task])]
-    corrected = iter(holm([each.p for _, each in compared if each.p is not None]))
-    return {(each.arm, task): _with_p(each, None if each.p is None else next(corrected)) for task, each in compared}
-
-
-def _with_p(comparison: Comparison, p: float | None) -> Comparison:
-    lost = p is not None and p > ALPHA and comparison.verdict in ("better", "worse")
-    return replace(comparison, p_corrected=p, verdict="no difference shown" if lost else comparison.verdict)
+def _family(runs: Sequence[RunRecord], arms: Sequence[str], pairs: Sequence[tuple[str, str]] | None) -> Family:
+    by_task = {(each.arm, each.baseline, task): each for task, each in compare_by_task(runs, pairs)}
+    overall = compare(runs, pairs)
+    return Family(tuple(overall if pairs else sorted(overall, key=lambda each: arms.index(each.arm))), by_task)

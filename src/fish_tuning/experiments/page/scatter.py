@@ -24,7 +24,7 @@ from fish_tuning.experiments.page.svg import (
     ticks,
 )
 
-_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 12, 12, 44
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 12, 44
 
 
 class Point(NamedTuple):

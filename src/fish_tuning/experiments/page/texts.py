@@ -9,16 +9,17 @@ from collections.abc import Sequence
 from fish_tuning.experiments.comparisons import Comparison
 from fish_tuning.experiments.page import words
 from fish_tuning.experiments.page.costs import costs
-from fish_tuning.experiments.page.forest import spoken_difference
-from fish_tuning.experiments.page.results import Results, Score
+from fish_tuning.experiments.page.forest import spoken_bounds, spoken_difference
+from fish_tuning.experiments.page.results import Family, Results, Score
 from fish_tuning.experiments.tables import markdown_table
 
 AVERAGE = "average"
 _CSV = (
     *("arm", "task", "metric", "trainable_parameters", "mean", "low", "high", "n_ok", "n_failed", "n_missing"),
-    *("baseline", "n_pairs", "difference", "difference_low", "difference_high", "p", "p_corrected"),
-    *("wins", "ties", "losses", "verdict"),
+    *("family", "baseline", "n_pairs", "difference", "difference_low", "difference_high"),
+    *("bootstrap_low", "bootstrap_high", "p", "p_corrected", "wins", "ties", "losses", "verdict", "remark"),
 )
+_LATEX_FIT = r"  \ifdim\wd0>\linewidth\resizebox{\linewidth}{!}{\usebox0}\else\usebox0\fi"
 _LATEX = str.maketrans(
     {
         "\\": r"\textbackslash{}",
@@ -45,15 +46,21 @@ def markdown_text(results: Results, notes: Sequence[str]) -> str:
     parts = [
         "# Report",
         _plain(words.question(results)),
-        *(_plain(f"Against {base}. {text}" if base else text) for base, text in words.answers(results)),
+        *(f"**{_plain(head)}** {_plain(text)}" if head else _plain(text) for head, text in words.answers(results)),
         "## Scores",
         markdown_table(["arm", "trainable parameters", *(_line(_header(results, each)) for each in columns)], scores),
         f"{words.BETTER_MARK} significantly better, {words.WORSE_MARK} significantly worse than the dense arm of the "
         "same method (paired sign-flip test, p at most 0.05 after Holm's correction); no mark: no difference is shown. "
-        "Fewer than three seeds give no interval.",
+        "Fewer than three seeds, or seeds that are all equal, give no interval.",
     ]
-    if results.comparisons:
-        parts += ["## Differences to the dense arm", markdown_table(*_differences(results.comparisons))]
+    for heading, family in _families(results).items():
+        parts += [f"## {heading}", markdown_table(*_differences(family.overall))]
+    if results.to_dense.overall:
+        parts += [
+            "p is corrected by Holm's method over the rows of each table by itself. Only the verdict tells a win."
+        ]
+    if any(each.low is not None for family in _families(results).values() for each in family.overall):
+        parts += [words.BOOTSTRAP]
     measured = [
         [
             *(_line(cost.arm), words.seconds_text(cost.scoring), words.seconds_text(cost.training)),
@@ -72,8 +79,14 @@ def markdown_text(results: Results, notes: Sequence[str]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def _families(results: Results) -> dict[str, Family]:
+    titles = ("Differences to the dense arm", "Chosen by Fisher scores, against other choices of the same budget")
+    families = zip(titles, (results.to_dense, results.of_choice), strict=True)
+    return {title: family for title, family in families if family.overall}
+
+
 def latex_text(results: Results) -> str:
-    """A table for booktabs: `0.818 ± 0.007`, half the 95 % interval."""
+    """Tables for booktabs: the scores, as `0.818 ± 0.007` with half the 95 % interval, and the paired differences."""
     columns = _columns(results)
     rows = [
         " & ".join(
@@ -85,26 +98,71 @@ def latex_text(results: Results) -> str:
     ]
     headers = " & ".join(latex_escape(header) for header in ("arm", "parameters", *columns))
     caption = (
-        "Mean over seeds and half its 95 % interval, where three seeds finished. Difference to the dense arm of the "
-        "same method significantly above (*) or below (+) zero: paired sign-flip test, p at most 0.05 after Holm's "
-        "correction."
+        "Mean over seeds and half its 95 % interval, where three seeds finished and differ. Difference to the dense "
+        "arm of the same method significantly above (*) or below (+) zero: paired sign-flip test, p at most 0.05 after "
+        "Holm's correction."
     )
-    caption = latex_escape(caption).replace("(*)", r"($^{*}$)").replace("(+)", r"($^{\dagger}$)")
+    caption = _latex_marks(latex_escape(caption))
+    tables = [_latex_table(caption, "l" + "r" * (len(columns) + 1), headers, rows)]
+    tables += [_latex_differences(heading, family.overall) for heading, family in _families(results).items()]
+    return "\n".join([r"% needs \usepackage{booktabs,graphicx}; a table that is too wide is made smaller", *tables])
+
+
+def _latex_table(caption: str, columns: str, headers: str, rows: Sequence[str], remarks: Sequence[str] = ()) -> str:
     lines = [
-        r"% needs \usepackage{booktabs}",
         r"\begin{table}",
         r"  \centering",
         r"  \caption{" + caption + "}",
-        r"  \begin{tabular}{l" + "r" * (len(columns) + 1) + "}",
+        r"  \smallskip",
+        r"  \sbox0{\begin{tabular}{" + columns + "}",
         r"    \toprule",
         f"    {headers} \\\\",
         r"    \midrule",
         *(f"    {row}" for row in rows),
         r"    \bottomrule",
-        r"  \end{tabular}",
+        r"  \end{tabular}}",
+        _LATEX_FIT,
+        *(rf"  \par\smallskip{{\footnotesize {latex_escape(remark)}\par}}" for remark in remarks),
         r"\end{table}",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _latex_differences(heading: str, comparisons: Sequence[Comparison]) -> str:
+    """Difference, interval, bootstrap, pairs, wins/ties/losses and p for each."""
+    headers = ("arm", "minus", "difference", "95 % interval", "bootstrap", "w/t/l", "p", "corrected")
+    rows = [
+        " & ".join(
+            [latex_escape(each.arm), latex_escape(each.baseline), _latex_difference(each)]
+            + [latex_escape(spoken_bounds(low, high) or "--") for low, high in _intervals(each)]
+            + [f"{each.wins}/{each.ties}/{each.losses}"]
+            + [latex_escape(words.p_text(p)) for p in (each.p, each.p_corrected)]
+        )
+        + r" \\"
+        for each in comparisons
+    ]
+    caption = latex_escape(
+        f"{heading}: means of paired differences, Student's t and percentile bootstrap intervals, wins, ties and "
+        "losses, and p of a sign-flip test, as it is and after Holm's correction over these rows. Significantly above "
+        "(*) or below (+) zero: corrected p at most 0.05."
+    )
+    told = [f"{arms}: {why}" if arms else why for why, arms in words.reasons(comparisons)]
+    return _latex_table(_latex_marks(caption), "llrrrrrr", " & ".join(map(latex_escape, headers)), rows, told)
+
+
+def _latex_difference(each: Comparison) -> str:
+    if each.mean_difference is None:
+        return "--"
+    sign = {"better": "^{*}", "worse": r"^{\dagger}"}.get(each.verdict, "")
+    return f"${each.mean_difference:+.3f}{sign}$"
+
+
+def _intervals(each: Comparison) -> list[tuple[float | None, float | None]]:
+    return [(each.low, each.high), (each.bootstrap_low, each.bootstrap_high)]
+
+
+def _latex_marks(caption: str) -> str:
+    return caption.replace("(*)", r"($^{*}$)").replace("(+)", r"($^{\dagger}$)")
 
 
 def latex_escape(text: str) -> str:
@@ -113,14 +171,26 @@ def latex_escape(text: str) -> str:
 
 
 def csv_text(results: Results) -> str:
-    """A line for each arm and task, and for each arm's average."""
+    """A line for each arm and task and for each arm's average, then a line for each comparison of choices.
+
+    The second kind has "choice" as its `family` and no scores, which stand in the first.
+    """
     text = io.StringIO()
     writer = csv.DictWriter(text, _CSV, lineterminator="\n")
     writer.writeheader()
-    for arm in results.arms:
-        for column in _columns(results):
-            writer.writerow(_csv_row(results, arm, column))
+    columns = _columns(results)
+    writer.writerows(_csv_row(results, arm, column) for arm in results.arms for column in columns)
+    for one in results.of_choice.overall:
+        for column in columns:
+            each = _on(results.of_choice, one, column) if column in results.tasks and len(results.tasks) > 1 else one
+            if each is not None:
+                row: dict[str, object] = {"arm": each.arm, "task": column, "metric": results.metrics.get(column, "")}
+                writer.writerow(row | _csv_comparison("choice", each))
     return text.getvalue()
+
+
+def _on(family: Family, one: Comparison, task: str) -> Comparison | None:
+    return family.by_task.get((one.arm, one.baseline, task))
 
 
 def _columns(results: Results) -> list[str]:
@@ -157,12 +227,14 @@ def _latex_cell(results: Results, arm: str, column: str) -> str:
 
 
 def _differences(comparisons: Sequence[Comparison]) -> tuple[list[str], list[list[str]]]:
-    headers = ["arm", "baseline", "difference", "pairs", "wins / ties / losses", "p corrected", "verdict", "remark"]
+    headers = ["arm", "baseline", "difference", "bootstrap", "pairs", "wins / ties / losses", "p", "p corrected"]
+    headers += ["verdict", "remark"]
     rows = [
         [
-            *(_line(each.arm), _line(each.baseline), spoken_difference(each), str(each.n)),
-            *(f"{each.wins} / {each.ties} / {each.losses}", words.p_text(each.p_corrected), each.verdict),
-            _line(each.reason or ""),
+            *(_line(each.arm), _line(each.baseline), spoken_difference(each)),
+            *(spoken_bounds(each.bootstrap_low, each.bootstrap_high) or "\N{EN DASH}", str(each.n)),
+            *(f"{each.wins} / {each.ties} / {each.losses}", words.p_text(each.p), words.p_text(each.p_corrected)),
+            *(each.verdict, _line(each.reason or "")),
         ]
         for each in comparisons
     ]
@@ -171,19 +243,24 @@ def _differences(comparisons: Sequence[Comparison]) -> tuple[list[str], list[lis
 
 def _csv_row(results: Results, arm: str, column: str) -> dict[str, object]:
     score, size = _score(results, arm, column), results.parameters(arm)
-    one = column not in results.tasks or len(results.tasks) == 1
-    each = results.comparison(arm) if one else results.by_task.get((arm, column))
+    each = results.comparison(arm, column if column in results.tasks else None)
     row: dict[str, object] = {
         **{"arm": arm, "task": column, "metric": results.metrics.get(column, ""), "mean": score.mean},
         **{"low": score.low, "high": score.high, "n_failed": score.n_failed, "n_missing": score.n_missing},
         "n_ok": len(score.values) if column in results.tasks else "",
         "trainable_parameters": size[1] if size else None,
     }
-    if each is not None:
-        row |= {"baseline": each.baseline, "n_pairs": each.n, "difference": each.mean_difference}
-        row |= {"difference_low": each.low, "difference_high": each.high, "p": each.p, "p_corrected": each.p_corrected}
-        row |= {"wins": each.wins, "ties": each.ties, "losses": each.losses, "verdict": each.verdict}
-    return row
+    return row if each is None else row | _csv_comparison("dense", each)
+
+
+def _csv_comparison(family: str, each: Comparison) -> dict[str, object]:
+    return {
+        **{"family": family, "baseline": each.baseline, "n_pairs": each.n, "difference": each.mean_difference},
+        **{"difference_low": each.low, "difference_high": each.high},
+        **{"bootstrap_low": each.bootstrap_low, "bootstrap_high": each.bootstrap_high},
+        **{"p": each.p, "p_corrected": each.p_corrected, "wins": each.wins, "ties": each.ties},
+        **{"losses": each.losses, "verdict": each.verdict, "remark": each.reason},
+    }
 
 
 def _plain(text: str) -> str:
