@@ -7,8 +7,16 @@ import random
 from pathlib import Path
 
 import torch
-from datasets import Dataset
-from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast, LlamaConfig
+from datasets import ClassLabel, Dataset, Features, List, Value
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertTokenizerFast,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 WORDS = ["good", "fine", "great", "nice", "bad", "poor", "awful", "dull", "film", "story", "plot", "it", "was", "very"]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -80,4 +88,66 @@ def write_pairs(folder: Path, number: int = 24) -> Path:
             for i, (text, label) in enumerate(zip(texts, labels, strict=True))
         ]
         (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|{{ m.role }}|> {{ m.content }} </s> {% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|> {% endif %}"
+)
+
+
+def write_llama(folder: Path, chat: bool = False) -> Path:
+    """A tiny random Llama whose tokenizer knows whole words and single digits."""
+    folder.mkdir(parents=True, exist_ok=True)
+    words = ["<pad>", "<s>", "</s>", "<unk>", "<|user|>", "<|assistant|>", *WORDS, *"0123456789", "plus", "is"]
+    model = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
+    model.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=model, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE if chat else None
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(words),
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def write_sums(folder: Path, number: int = 24) -> Path:
+    """Questions whose answers end with a number, as parquet."""
+    folder.mkdir(parents=True, exist_ok=True)
+    chooser = random.Random(0)
+    for split in ("train", "test"):
+        pairs = [(chooser.randint(0, 4), chooser.randint(0, 4)) for _ in range(number)]
+        rows = {
+            "question": [f"{a} plus {b}" for a, b in pairs],
+            "answer": [f"it is {a + b}" for a, b in pairs],
+        }
+        Dataset.from_dict(rows).to_parquet(folder / f"{split}.parquet")
+    return folder
+
+
+def write_entities(folder: Path, number: int = 24, names: list[str] | None = None) -> Path:
+    """Sentences in words with a tag each, where the words tell the tag; as parquet."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = names or ["O", "B-PER", "I-PER"]
+    features = Features({"tokens": List(Value("string")), "ner_tags": List(ClassLabel(names=names))})
+    for split, seed in (("train", 0), ("validation", 1)):
+        texts, _ = sentences(number, seed)
+        words = [text.split() for text in texts]
+        tags = [[1 if word in WORDS[:4] else 2 if word in WORDS[4:8] else 0 for word in row] for row in words]
+        Dataset.from_dict({"tokens": words, "ner_tags": tags}, features=features).to_parquet(
+            folder / f"{split}.parquet"
+        )
     return folder

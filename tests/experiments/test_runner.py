@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from folders import write_sentences
+from safetensors import SafetensorError
 
 from fish_tuning.experiments import arms
 from fish_tuning.experiments.config import ExperimentConfig
@@ -80,6 +82,25 @@ def test_a_failed_arm_stops_no_other_and_is_tried_again(
     assert [record.status for record in records] == ["ok"] * 4
     assert [known for *_, known in seen] == [True, False, True, False]
     assert not log.exists()
+
+
+def test_a_full_disk_stops_the_experiment_and_keeps_what_is_finished(
+    experiment: MakeExperiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = arms._save
+
+    def full(model: object, mask: object, folder: Path) -> int:
+        if "fish" in folder.name:  # as safetensors tells of it
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        return save(model, mask, folder)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(arms, "_save", full)
+        with pytest.raises(OSError, match="No space left") as raised:
+            run(experiment())
+    assert raised.value.errno == errno.ENOSPC
+    _, seen = run(experiment())
+    assert [known for *_, known in seen][:2] == [True, False]
 
 
 def test_an_interruption_keeps_what_is_finished(experiment: MakeExperiment, monkeypatch: pytest.MonkeyPatch) -> None:

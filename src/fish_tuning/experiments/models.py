@@ -194,7 +194,7 @@ def _check_loaded(config: ModelConfig, base: Any, loading: dict[str, Any]) -> No
     layers = [name for name in missing if _LAYER_NUMBER.search(name)]
     if mismatched:
         wrong, names = "have another shape than the model", mismatched
-    elif layers or 2 * lacking > sum(sizes[name] for name in outside(set(sizes))):
+    elif layers or (missing and not head) or 2 * lacking > sum(sizes[name] for name in outside(set(sizes))):
         wrong, names = "are not among them", layers or missing
     else:
         return

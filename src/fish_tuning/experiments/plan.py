@@ -68,14 +68,14 @@ def plan_experiment(config: ExperimentConfig) -> Plan:
     task = load_task(config.dataset)
     processing_class = load_processing_class(config.model, task)
     model_config = load_config(config.model, task, getattr(processing_class, "pad_token_id", None), stored)
-    task.check(processing_class, config.training.max_seq_length)
+    notes = task.check(processing_class, model_config, config.training.max_seq_length)
     if task.processor == "tokenizer" and processing_class is not None:
         _check_length(config, task, processing_class, model_config)
     models = _Models(config, model_config, task)
     arms = [_plan_arm(config, arm, models) for arm in config.arms]
     _check_samples(config, len(task.train))
     facts = _facts(config, task, models)
-    return Plan(arms, facts, _notes(config, arms), task, processing_class, model_config)
+    return Plan(arms, facts, [*notes, *_notes(config, arms)], task, processing_class, model_config)
 
 
 def _check_samples(config: ExperimentConfig, examples: int) -> None:

@@ -18,7 +18,7 @@ from fish_tuning.errors import FishTuningError
 from fish_tuning.experiments.arms import ArmRun, Calibration
 from fish_tuning.experiments.config import ExperimentConfig
 from fish_tuning.experiments.digests import data_digest
-from fish_tuning.experiments.files import write_atomically
+from fish_tuning.experiments.files import disk_full, write_atomically
 from fish_tuning.experiments.plan import Plan
 from fish_tuning.experiments.progress import RunProgress
 from fish_tuning.experiments.records import ArmPlan, RunRecord
@@ -124,7 +124,7 @@ class _Session:
         try:
             rate = self.tuner(arm)
         except FishTuningError as error:
-            return self._written(_failed(arm, seed, self.plan.metric, str(error)), path), False
+            return self._written(_failed(self.config, self.plan, arm, seed, str(error)), path), False
         key = config_hash(self.config, arm, seed, self.fixed, rate)
         record = _finished(self.folder, arm.arm, seed, key, self.since)
         if record is not None:
@@ -164,19 +164,31 @@ def _attempt(run: ArmRun, folder: Path, key: str) -> RunRecord:
         log.unlink(missing_ok=True)
         return record
     except Exception as error:  # whatever stops one arm must not stop the others; nothing is hidden: it is in the table
+        if full := disk_full(error):
+            raise full from error  # which would stop every other arm too, after training it for nothing
         log.write_text(traceback.format_exc())
         logger.debug("%s with seed %d failed", run.arm.arm, run.seed, exc_info=True)
         reason = str(error).strip() or "no message"
         kind = "" if isinstance(error, FishTuningError) else f"{type(error).__name__}: "
-        return _failed(run.arm, run.seed, run.plan.metric, f"{kind}{reason} (traceback in {log})", key)
+        return _failed(run.config, run.plan, run.arm, run.seed, f"{kind}{reason} (traceback in {log})", key)
     finally:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
 
-def _failed(arm: ArmPlan, seed: int, metric: str, error: str, key: str = "") -> RunRecord:
-    return RunRecord(arm=arm.arm, seed=seed, status="failed", metric=metric, error=error, config_hash=key)
+def _failed(config: ExperimentConfig, plan: Plan, arm: ArmPlan, seed: int, error: str, key: str = "") -> RunRecord:
+    return RunRecord(
+        arm=arm.arm,
+        seed=seed,
+        status="failed",
+        metric=plan.metric,
+        error=error,
+        config_hash=key,
+        experiment=config.name,
+        task=plan.task.name,
+        model=config.model.name,
+    )
 
 
 def _finished(folder: Path, arm: str, seed: int, key: str, since: float = math.inf) -> RunRecord | None:

@@ -69,8 +69,9 @@ class Task(ABC):
         """Whether rows need the model's tokenizer or image processor."""
         return bool(self.columns)
 
-    def check(self, processing_class: Any, max_length: int) -> None:  # noqa: B027  # most kinds have nothing to check
-        """Raise ConfigurationError for what would only fail once training is prepared."""
+    def check(self, processing_class: Any, model_config: Any, max_length: int) -> list[str]:
+        """Raise ConfigurationError for what would only fail once training is prepared; returns notes for the user."""
+        return []
 
     def usable(self, split: str, encoded: Dataset) -> Dataset:
         """The encoded rows that can be used; ConfigurationError where a row must not be left out."""

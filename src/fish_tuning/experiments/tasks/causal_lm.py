@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -20,8 +19,8 @@ from fish_tuning.experiments.tasks.chats import Chat, ChatTemplateError, Tokens,
 from fish_tuning.experiments.tasks.classification import check_texts
 from fish_tuning.losses import IGNORED
 
-logger = logging.getLogger(__name__)
-
+# Decoders although their configurations say is_decoder=False.
+DECODERS = ("gpt_neox", "gpt_neox_japanese", "reformer")
 CONVERSATION_COLUMN = "messages"
 # Usual names of a prompt's columns, of which those after the first may be missing or empty, and of its completion.
 PROMPTS_AND_COMPLETIONS = (
@@ -91,14 +90,25 @@ class CausalLM(Task):
         """Whether answers are generated to be compared with the references."""
         return self.metric in GENERATED_METRICS
 
-    def check(self, processing_class: Any, max_length: int) -> None:
+    def check(self, processing_class: Any, model_config: Any, max_length: int) -> list[str]:
         if find_spec("trl") is None:
             raise ConfigurationError(
                 "dataset.task=causal_lm trains with trl, which is not installed: pip install 'fish-tuning[trl]'."
             )
-        self._uses_template(processing_class)
-        for name, split in ((self.train_split, self.train), (self.validation_split, self.validation)):
-            self.usable(name, self.encode(split, processing_class, max_length))
+        if getattr(model_config, "is_decoder", True) is False and model_config.model_type not in DECODERS:
+            raise ConfigurationError(
+                f"model.name: a {model_config.model_type!r} is an encoder that sees the tokens it is "
+                "to write. Use a model that is made for writing, or set model.config_overrides.is_decoder=true."
+            )
+        train, validation = (self.encode(part, processing_class, max_length) for part in (self.train, self.validation))
+        self.usable(self.validation_split, validation)
+        left_out = len(train) - len(self.usable(self.train_split, train))
+        if not left_out:
+            return []
+        return [
+            f"{left_out} of {len(train)} training rows are left out: their prompt alone is as long as "
+            f"training.max_seq_length={max_length}."
+        ]
 
     def encode(self, split: Dataset, processing_class: Any, max_length: int) -> Dataset:
         with_template = self._uses_template(processing_class)
@@ -124,12 +134,6 @@ class CausalLM(Task):
             raise ConfigurationError(
                 f"training.max_seq_length leaves {lost} of the {len(encoded)} rows of the split {split!r} no token of "
                 "their completion. Raise it to more than the longest prompt, or take these rows out."
-            )
-        if lost:
-            logger.warning(
-                "%d of %d training rows are left out: their prompt alone is as long as training.max_seq_length.",
-                lost,
-                len(encoded),
             )
         return used
 

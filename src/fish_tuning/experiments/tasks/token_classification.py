@@ -58,12 +58,13 @@ class TokenClassification(Task):
     def metrics(self) -> tuple[str, ...]:
         return ENTITY_METRICS if self.labels and are_entity_tags(self.labels) else TOKEN_METRICS
 
-    def check(self, processing_class: Any, max_length: int) -> None:
+    def check(self, processing_class: Any, model_config: Any, max_length: int) -> list[str]:
         if not processing_class.is_fast:
             raise ConfigurationError(
                 f"model.name: token classification needs a fast tokenizer, which tells the word of each token; "
                 f"{type(processing_class).__name__} is none."
             )
+        return []
 
     def encode(self, split: Dataset, processing_class: Any, max_length: int) -> Dataset:
         (words,) = self.columns
