@@ -83,3 +83,24 @@ def test_files_that_cannot_be_splits_are_told(tmp_path: Path, names: tuple[str, 
     files = dict(zip(("train", "validation"), (str(tmp_path / name) for name in names), strict=True))
     with pytest.raises(ConfigurationError, match=message):
         load_task(DatasetConfig(data_files=files))
+
+
+def test_a_share_of_the_training_split_can_be_held_out(tmp_path: Path) -> None:
+    folder = write_sentences(tmp_path / "d", train=40)
+    (folder / "validation.parquet").unlink()
+    one, two = (task_of(folder, validation_split=0.25) for _ in range(2))
+    assert (len(one.train), len(one.validation)) == (30, 10)
+    assert list(one.validation["text"]) == list(two.validation["text"])
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0, 1.5])
+def test_a_share_that_is_none_is_refused(share: float) -> None:
+    with pytest.raises(ValueError, match="above 0 and below 1"):
+        DatasetConfig(load_args=["d"], validation_split=share)
+
+
+def test_a_share_that_leaves_nothing_is_refused(sentences_folder: Path) -> None:
+    with pytest.raises(
+        ConfigurationError, match=r"validation_split=0\.001: of the 48 rows of 'train' that leaves none"
+    ):
+        task_of(sentences_folder, validation_split=0.001)

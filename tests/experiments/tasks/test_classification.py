@@ -1,13 +1,21 @@
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from datasets import ClassLabel, Dataset, Features, Value
-from folders import write_bert, write_pairs
-from transformers import AutoTokenizer
+from folders import write_bert, write_llama, write_pairs
+from transformers import AutoTokenizer, EvalPrediction
 
 from fish_tuning.errors import ConfigurationError
+from fish_tuning.experiments.config import ExperimentConfig
+from fish_tuning.experiments.metrics import class_metrics
+from fish_tuning.experiments.models import build_model
+from fish_tuning.experiments.plan import plan_experiment
 from fish_tuning.experiments.sections import DatasetConfig
 from fish_tuning.experiments.tasks import Task, encode, load_task
 
@@ -96,7 +104,8 @@ def test_what_is_not_there_is_told_with_the_nearest(
         ),
         ({"text": ["x", "y"], "label": [0, None]}, r"label_column: the column 'label' is empty \(null\) in 1 of"),
         ({"text": ["x", "y"], "label": [0.5, float("nan")]}, "not finite"),
-        ({"text": ["x", "y"], "label": [1, 1]}, "one class only"),
+        ({"text": ["x", "y"], "label": [1, 1]}, "the 2 rows of the split 'train' have one class only"),
+        ({"text": ["x", "y"], "label": [0.5, 0.5]}, "the split 'train' have one value only; there is nothing to learn"),
         ({"text": ["x", "y"], "other": [1, 1]}, "none of the usual names"),
         ({"text": [], "label": []}, "is empty|no data"),
     ],
@@ -161,3 +170,60 @@ def test_both_sets_of_mnli_are_kept(tmp_path: Path) -> None:
     assert "labels" in task.more_validation["mismatched"].column_names
     alone = load_task(DatasetConfig(load_args=[str(folder)], validation_split="validation_mismatched"))
     assert not alone.more_validation
+
+
+def test_one_class_in_the_validation_rows_is_refused(sentences_folder: Path) -> None:
+    with pytest.raises(
+        ConfigurationError, match=r"the 1 rows of the split 'validation' have one class only; .*measure"
+    ):
+        task_of(sentences_folder, max_validation_samples=1)
+    assert len(task_of(sentences_folder, max_validation_samples=12).validation) == 12
+
+
+@pytest.mark.parametrize(
+    ("metric", "message"),
+    [
+        (
+            "pearson",
+            "does not fit reviews, which is text classification with 2 classes; what fits is accuracy, matthews",
+        ),
+        ("acuracy", "Did you mean 'accuracy'"),
+    ],
+)
+def test_a_metric_that_does_not_fit_is_refused(sentences_folder: Path, metric: str, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        task_of(sentences_folder, metric=metric)
+
+
+def test_a_metric_may_be_asked_for(sentences_folder: Path) -> None:
+    assert task_of(sentences_folder, metric="f1").metric == "f1"
+
+
+def test_predictions_are_measured_by_all_metrics_that_fit(sentences_folder: Path, tmp_path: Path) -> None:
+    logits, labels = np.array([[2.0, 1.0], [0.0, 1.0], [0.0, 3.0], [1.0, 0.0]]), np.array([0, 1, 0, 0])
+    task = task_of(sentences_folder)
+    metrics = task.compute_metrics(EvalPrediction(logits, labels))
+    assert metrics == class_metrics(np.array([0, 1, 1, 0]), labels, 2)
+    assert metrics.keys() == set(task.metrics)
+    # A decoder's cache comes after the logits.
+    assert task.compute_metrics(EvalPrediction((logits, np.zeros(3)), labels)) == metrics
+    pairs = task_of(write_pairs(tmp_path / "pairs"))
+    assert pairs.compute_metrics(EvalPrediction(logits[:, :1], logits[:, 0] * 2))["pearson"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_decoder_classifies_by_its_last_token_on_whatever_side_it_is_padded(
+    experiment: Callable[..., ExperimentConfig], tmp_path: Path, side: str
+) -> None:
+    folder = write_llama(tmp_path / "llama")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings |= {"padding_side": side, "pad_token": "<unk>"}  # another one than the model's configuration names
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    config = experiment(f"model.name={folder}", "fish_tuning.methods_to_run=[lora]")
+    plan = plan_experiment(config)
+    model = build_model(config, plan.model_config, plan.task, config.peft[0], config.variant_of("lora"), seed=0).eval()
+    rows = [{"input_ids": ids} for ids in ([5, 6, 7], [8, 9, 10, 11, 12], [13])]
+    batch = plan.task.collator(plan.processing_class)(rows)
+    assert (batch["input_ids"][2, 0] == 13) == (side == "right")
+    alone = [model(input_ids=torch.tensor([row["input_ids"]])).logits[0] for row in rows]
+    assert torch.allclose(model(**batch).logits, torch.stack(alone), atol=1e-6)

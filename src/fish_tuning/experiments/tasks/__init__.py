@@ -27,13 +27,15 @@ def load_task(config: DatasetConfig) -> Task:
     splits = load_splits(config)
     kind = config.task or _kind_of(config, splits.all[splits.train].features)
     task = _KINDS[kind].read(config, splits)
-    return replace(
+    task = replace(
         task,
         metric=choose_metric(task, config.metric),
         train=_part(task.train, config.max_train_samples),
         validation=_part(task.validation, config.max_validation_samples),
         more_validation={n: _part(split, config.max_validation_samples) for n, split in task.more_validation.items()},
     )
+    task.check_labels()
+    return task
 
 
 class Encoded(NamedTuple):

@@ -69,6 +69,9 @@ class Task(ABC):
         """Whether rows need the model's tokenizer or image processor."""
         return bool(self.columns)
 
+    def check_labels(self) -> None:  # noqa: B027  # not every kind has labels
+        """Raise ConfigurationError where the rows that are used cannot be learned from, or measured on."""
+
     def check(self, processing_class: Any, model_config: Any, max_length: int) -> list[str]:
         """Raise ConfigurationError for what would only fail once training is prepared; returns notes for the user."""
         return []

@@ -79,6 +79,18 @@ class Classification(Task):
             return regression_metrics(logits, prediction.label_ids)
         return class_metrics(logits.argmax(-1), prediction.label_ids, self.num_labels)
 
+    def check_labels(self) -> None:
+        for split, data, what in (
+            (self.train_split, self.train, "learn"),
+            (self.validation_split, self.validation, "measure"),
+        ):
+            if len(set(data["labels"])) < 2:
+                raise ConfigurationError(
+                    f"dataset.label_column: the {len(data)} rows of the split {split!r} have "
+                    f"{'one class' if self.labels else 'one value'} only; there is nothing to {what}. Use another "
+                    "split, or more of its rows (dataset.max_train_samples, dataset.max_validation_samples)."
+                )
+
     def configure(self, model_config: Any) -> None:
         super().configure(model_config)
         if not self.labels:

@@ -37,10 +37,7 @@ def labelled(train: Dataset, validation: Dataset, column: str) -> tuple[Dataset,
         return train, validation, None
     if not isinstance(feature, ClassLabel) and not (isinstance(feature, Value) and "int" in feature.dtype):
         raise ConfigurationError(f"dataset.label_column: {column!r} is {feature}; classes or numbers are needed.")
-    names = class_names(feature, set(train["labels"]), set(validation["labels"]))
-    if len(set(train["labels"])) < 2:
-        raise ConfigurationError(f"dataset.label_column: {column!r} has one class only; there is nothing to learn.")
-    return train, validation, names
+    return train, validation, class_names(feature, set(train["labels"]), set(validation["labels"]))
 
 
 def class_names(feature: Any, train: set[int], validation: set[int]) -> tuple[str, ...]:
