@@ -90,10 +90,17 @@ def _check_length(config: ExperimentConfig, task: Task, tokenizer: Any, model_co
     """Refuse texts longer than the model's positions; tokenises only where max_seq_length would let such texts pass."""
     asked = config.training.max_seq_length
     positions = _positions(model_config)
-    if positions is None or asked <= positions:
+    if positions is None or asked + task.tokens_written <= positions:
         return
     encoded = encode(task, tokenizer, asked)
     longest = max(len(ids) for split in (encoded.train, encoded.validation) for ids in split["input_ids"])
+    prompt = task.longest_prompt(encoded.validation)
+    if prompt + task.tokens_written > positions:
+        raise ConfigurationError(
+            f"dataset.max_new_tokens={task.tokens_written} after a prompt of {prompt} tokens is more than the "
+            f"{positions} positions of {config.model.name!r}; set it to {positions - prompt} or less, or leave out "
+            "long prompts."
+        )
     if longest > positions:
         raise ConfigurationError(
             f"training.max_seq_length={asked} lets a text of {longest} tokens pass, more than the {positions} "
@@ -207,7 +214,7 @@ def _facts(config: ExperimentConfig, task: Task, models: _Models) -> dict[str, A
         "train_examples": len(task.train),
         "validation_examples": len(task.validation),
         "validation_split": task.validation_split,
-        "columns": list(task.columns),
+        "columns": list(task.used_columns),
         "num_labels": task.num_labels,
         "model_revision": getattr(models.model_config, "_commit_hash", None),
         "model_type": models.model_config.model_type,
@@ -218,8 +225,12 @@ def _facts(config: ExperimentConfig, task: Task, models: _Models) -> dict[str, A
         "num_samples": config.fish_tuning.num_samples,
         "warmup_steps_before_scoring": {method: config.warmup_steps(method) for method in first},
         "device": _device(),
-        "versions": {name: version(name) for name in RECORDED_PACKAGES} | {"python": platform.python_version()},
+        "versions": {name: version(name) for name in _recorded_packages(task)} | {"python": platform.python_version()},
     }
+
+
+def _recorded_packages(task: Task) -> tuple[str, ...]:
+    return (*RECORDED_PACKAGES, "trl") if task.kind == "causal_lm" else RECORDED_PACKAGES
 
 
 def _sizes(config: ExperimentConfig, method: str, models: _Models) -> str:

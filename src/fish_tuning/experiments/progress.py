@@ -22,6 +22,8 @@ class RunProgress(TrainerCallback):
             bar_format="{desc} |{bar:20}| {percentage:3.0f}% [{elapsed}<{remaining}]",
         )
         self.begun = 0.0
+        self.run = ""
+        self.evaluated = 0
 
     def __enter__(self) -> RunProgress:
         transformers_logging.disable_progress_bar()  # one bar is enough
@@ -31,7 +33,8 @@ class RunProgress(TrainerCallback):
         self.bar.close()
 
     def start(self, arm: str, seed: int) -> None:
-        self.bar.set_description_str(f"{arm}, seed {seed}")
+        self.run = f"{arm}, seed {seed}"
+        self._describe(0)
 
     def finish(self) -> None:
         self.begun += 1
@@ -40,6 +43,18 @@ class RunProgress(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.max_steps > 0:
             self._show(self.begun + min(1.0, state.global_step / state.max_steps))
+        if self.evaluated:
+            self._describe(0)
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self._describe(self.evaluated + 1)
+
+    def _describe(self, evaluated: int) -> None:
+        """The run at hand, and how many batches of its evaluation are done: generating answers takes its time."""
+        self.evaluated = evaluated
+        self.bar.set_description_str(self.run + (f", evaluating: batch {evaluated}" if evaluated else ""))
 
     def _show(self, amount: float) -> None:
         self.bar.n = max(self.bar.n, round(amount, 3))

@@ -32,6 +32,8 @@ _PISSA_NITER = re.compile(r"pissa_niter_[1-9]\d*")
 
 HEAD_PATTERN = "modules_to_save"  # where PEFT keeps the head that a task brings
 
+UNNAMED_CONFIGURATIONS = ("main", "default", "plain_text")  # of a data set that has but one
+
 # What a data set asks of a model.
 TaskKind = Literal["text_classification", "image_classification", "token_classification", "causal_lm"]
 TASK_KINDS: tuple[TaskKind, ...] = get_args(TaskKind)
@@ -114,8 +116,9 @@ class DatasetConfig(Section):
 
     @property
     def task_name(self) -> str:
-        """What the data set is called in tables and folders: the last part of its name."""
-        last = self.load_args[-1] if self.load_args else PurePath(next(iter(self.data_files.values()))).parent.name
+        """What the data set is called in tables and folders: the last part of its name, or of its configuration's."""
+        named = [name for name in self.load_args[1:] if name not in UNNAMED_CONFIGURATIONS] or self.load_args
+        last = named[0] if named else PurePath(next(iter(self.data_files.values()))).parent.name
         return PurePath(last).name.removeprefix("builtin:") or "data"
 
     @field_validator("load_args", mode="before")

@@ -231,6 +231,13 @@ def test_other_methods_adapt_language_models(
     assert record.status == "ok", record.error
 
 
+def test_answers_that_outgrow_the_model_are_refused(experiment: MakeExperiment, tmp_path: Path, llama: Path) -> None:
+    settings = ["dataset.metric=exact_match", "dataset.max_new_tokens=62", "training.max_seq_length=16"]
+    config = experiment_on(experiment, llama, write_sums(tmp_path / "sums"), *settings)
+    with pytest.raises(ConfigurationError, match=r"max_new_tokens=62 after a prompt of 3 tokens .* the 64 positions"):
+        plan_experiment(config)
+
+
 def test_an_encoder_is_no_language_model(experiment: MakeExperiment, tmp_path: Path) -> None:
     config = experiment_on(experiment, write_bert(tmp_path / "bert"), write_sums(tmp_path / "sums"))
     with pytest.raises(ConfigurationError, match="an encoder that sees the tokens it is to write"):

@@ -96,8 +96,23 @@ class Task(ABC):
         )
 
     @property
-    def num_labels(self) -> int:
+    def num_labels(self) -> int | None:
+        """How many classes, 1 for a number, None where the task is neither."""
         return len(self.labels) if self.labels else 1
+
+    @property
+    def used_columns(self) -> tuple[str, ...]:
+        """The columns that are read, but for labels."""
+        return self.columns
+
+    @property
+    def tokens_written(self) -> int:
+        """How many tokens a model may write after a prompt when it is measured; 0 where it writes none."""
+        return 0
+
+    def longest_prompt(self, encoded: Dataset) -> int:
+        """Tokens of the longest text that the model writes after; 0 where it writes none."""
+        return 0
 
 
 def choose_metric(task: Task, asked: str | None) -> str:

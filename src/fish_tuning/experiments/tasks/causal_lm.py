@@ -86,9 +86,19 @@ class CausalLM(Task):
         return True
 
     @property
-    def generates(self) -> bool:
-        """Whether answers are generated to be compared with the references."""
-        return self.metric in GENERATED_METRICS
+    def num_labels(self) -> int | None:
+        return None
+
+    @property
+    def used_columns(self) -> tuple[str, ...]:
+        return (*self.columns, self.completion)
+
+    @property
+    def tokens_written(self) -> int:
+        return self.max_new_tokens if self.metric in GENERATED_METRICS else 0
+
+    def longest_prompt(self, encoded: Dataset) -> int:
+        return max(map(len, encoded[PROMPT])) if self.tokens_written else 0
 
     def check(self, processing_class: Any, model_config: Any, max_length: int) -> list[str]:
         if find_spec("trl") is None:
@@ -122,7 +132,7 @@ class CausalLM(Task):
                 ) from error
             ids, labels = [*prompt, *completion], [IGNORED] * len(prompt) + completion
             kept = {"input_ids": ids[:max_length], "labels": labels[:max_length]}
-            return kept | ({PROMPT: prompt, REFERENCE: self._reference(row)} if self.generates else {})
+            return kept | ({PROMPT: prompt, REFERENCE: self._reference(row)} if self.tokens_written else {})
 
         return split.map(tokens, remove_columns=split.column_names)
 
@@ -150,7 +160,7 @@ class CausalLM(Task):
             processing_class=processing_class,
             data_collator=self.collator(processing_class),
             args=args,
-            max_new_tokens=self.max_new_tokens if self.generates else 0,
+            max_new_tokens=self.tokens_written,
             **arguments,
         )
 

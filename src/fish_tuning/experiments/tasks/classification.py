@@ -77,7 +77,7 @@ class Classification(Task):
         logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
         if not self.labels:
             return regression_metrics(logits, prediction.label_ids)
-        return class_metrics(logits.argmax(-1), prediction.label_ids, self.num_labels)
+        return class_metrics(logits.argmax(-1), prediction.label_ids, len(self.labels))
 
     def check_labels(self) -> None:
         for split, data, what in (
