@@ -257,3 +257,17 @@ def test_gsm8k_with_the_real_small_llama(real_data: Path, experiment: MakeExperi
     assert record.status == "ok", record.error
     assert record.value == 0  # it knows children's stories only
     assert record.metrics["token_accuracy"] > 0.05
+
+
+def test_a_template_that_writes_prompts_otherwise_is_told_once(
+    tmp_path: Path, chat_llama: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(chat_llama)
+    # What the generation prompt ends with is not there when an answer follows.
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|assistant|> {% endif", "<|assistant|> story {% endif")
+    task = task_of(write(tmp_path / "d", prompt=["good", "bad"], completion=["it", "was"]))
+    with caplog.at_level("WARNING", logger="fish_tuning"):
+        rows = encode(task, tokenizer, 32).train
+    assert [words(tokenizer, row)[1] for row in rows] == ["it </s>", "was </s>"]
+    (record,) = caplog.records
+    assert "what is generated from ends with 'story'" in record.getMessage()

@@ -15,7 +15,7 @@ from fish_tuning.experiments.metrics import GENERATED_METRICS, LIKELIHOOD_METRIC
 from fish_tuning.experiments.sections import DatasetConfig, TaskKind
 from fish_tuning.experiments.splits import Splits, find
 from fish_tuning.experiments.tasks.base import Task, check_filled, is_text
-from fish_tuning.experiments.tasks.chats import Chat, ChatTemplateError, Tokens, plain_tokens, template_tokens
+from fish_tuning.experiments.tasks.chats import ChatTemplateError, Rows
 from fish_tuning.experiments.tasks.classification import check_texts
 from fish_tuning.losses import IGNORED
 
@@ -121,18 +121,19 @@ class CausalLM(Task):
         ]
 
     def encode(self, split: Dataset, processing_class: Any, max_length: int) -> Dataset:
-        with_template = self._uses_template(processing_class)
+        rows = Rows(self.columns, self.completion, self._uses_template(processing_class))
+        for_answers = self.tokens_written > 0
 
         def tokens(row: Mapping[str, Any]) -> dict[str, Any]:
             try:
-                prompt, completion = self._tokens(row, processing_class, with_template)
+                prompt, completion = rows.tokens(row, processing_class)
             except ChatTemplateError as error:
                 raise ConfigurationError(
-                    f"dataset.{'messages' if not self.columns else 'chat_template'}: {error}"
+                    f"dataset.{'chat_template' if rows.prompt else 'messages'}: {error}"
                 ) from error
             ids, labels = [*prompt, *completion], [IGNORED] * len(prompt) + completion
             kept = {"input_ids": ids[:max_length], "labels": labels[:max_length]}
-            return kept | ({PROMPT: prompt, REFERENCE: self._reference(row)} if self.tokens_written else {})
+            return kept | ({PROMPT: prompt, REFERENCE: rows.reference(row)} if for_answers else {})
 
         return split.map(tokens, remove_columns=split.column_names)
 
@@ -182,27 +183,6 @@ class CausalLM(Task):
                 "dataset.prompt_column and dataset.completion_column with dataset.chat_template=false."
             )
         return bool(asked)
-
-    def _tokens(self, row: Mapping[str, Any], tokenizer: Any, with_template: bool) -> Tokens:
-        if with_template:
-            return template_tokens(self._chat(row), tokenizer)
-        return plain_tokens(self._prompt(row) + "\n" if self.columns else "", row[self.completion], tokenizer)
-
-    def _chat(self, row: Mapping[str, Any]) -> Chat:
-        if not self.columns:
-            messages = row[self.completion]
-            return Chat(list(messages[:-1]), messages[-1:])
-        return Chat(
-            [{"role": "user", "content": self._prompt(row)}],
-            [{"role": "assistant", "content": row[self.completion]}],
-        )
-
-    def _prompt(self, row: Mapping[str, Any]) -> str:
-        return "\n\n".join(text for text in (row.get(column) for column in self.columns) if text)
-
-    def _reference(self, row: Mapping[str, Any]) -> str:
-        completion = row[self.completion]
-        return completion if isinstance(completion, str) else completion[-1]["content"]
 
 
 def has_completions(features: Features) -> bool:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
@@ -61,13 +63,51 @@ def template_tokens(chat: Chat, tokenizer: Any) -> Tokens:
         (n for n, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), min(len(prompt), len(whole))
     )
     if shared < len(prompt):
-        logger.warning(
-            "The chat template writes a prompt otherwise when its answer follows; what is generated from ends with %r, "
-            "what is trained on does not.",
-            tokenizer.decode(prompt[shared:]),
-        )
+        _warn_once(tokenizer.decode(prompt[shared:]))
     return Tokens(whole[:shared], whole[shared:])
+
+
+@functools.cache  # each ending once, not for every row
+def _warn_once(ending: str) -> None:
+    logger.warning(
+        "The chat template writes a prompt otherwise when its answer follows: what is generated from ends with %r, what "
+        "is trained on does not.",
+        ending,
+    )
 
 
 def _written(tokenizer: Any, messages: list[Message], **options: Any) -> list[int]:
     return list(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)["input_ids"])
+
+
+@dataclass(frozen=True)
+class Rows:
+    """How a data set's rows are read: the prompt's columns, that of the completion, and whether as chats.
+
+    Without a prompt's columns a row is a conversation, or with no template a plain text.
+    """
+
+    prompt: tuple[str, ...]
+    completion: str
+    with_template: bool
+
+    def tokens(self, row: Mapping[str, Any], tokenizer: Any) -> Tokens:
+        if self.with_template:
+            return template_tokens(self._chat(row), tokenizer)
+        return plain_tokens(self._asked(row) + "\n" if self.prompt else "", row[self.completion], tokenizer)
+
+    def reference(self, row: Mapping[str, Any]) -> str:
+        """The completion as text."""
+        completion = row[self.completion]
+        return completion if isinstance(completion, str) else str(completion[-1]["content"])
+
+    def _asked(self, row: Mapping[str, Any]) -> str:
+        return "\n\n".join(text for text in (row.get(column) for column in self.prompt) if text)
+
+    def _chat(self, row: Mapping[str, Any]) -> Chat:
+        if not self.prompt:
+            return Chat(list(row[self.completion][:-1]), row[self.completion][-1:])
+        return Chat(
+            [{"role": "user", "content": self._asked(row)}],
+            [{"role": "assistant", "content": row[self.completion]}],
+        )

@@ -131,8 +131,10 @@ class TextClassification(Classification):
         if not self.columns:
             return self._ready(split)
 
+        columns = self.columns  # alone, or the map would take the whole task along
+
         def tokens(rows: Mapping[str, list[Any]]) -> Any:
-            return processing_class(*(rows[c] for c in self.columns), truncation=True, max_length=max_length)
+            return processing_class(*(rows[column] for column in columns), truncation=True, max_length=max_length)
 
         return split.map(tokens, batched=True, remove_columns=[c for c in split.column_names if c != "labels"])
 
