@@ -3,21 +3,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from datasets import Dataset, Features
+from datasets import Dataset
 from folders import write_sentences
+from task_helpers import task_of
 
 from fish_tuning.errors import ConfigurationError
 from fish_tuning.experiments.sections import DatasetConfig
-from fish_tuning.experiments.tasks import Task, load_task
-
-
-def task_of(folder: Path, **settings: object) -> Task:
-    return load_task(DatasetConfig(load_args=[str(folder)], **settings))  # type: ignore[arg-type]
-
-
-def write_split(folder: Path, split: str, columns: dict[str, list[object]], features: Features | None = None) -> None:
-    folder.mkdir(exist_ok=True)
-    Dataset.from_dict(columns, features=features).to_parquet(folder / f"{split}.parquet")
+from fish_tuning.experiments.tasks import load_task
 
 
 def test_the_training_part_is_the_same_every_time(sentences_folder: Path) -> None:

@@ -9,14 +9,14 @@ import torch
 from datasets import Dataset
 from folders import write_bert, write_llama, write_sums
 from peft import AutoPeftModelForCausalLM
+from task_helpers import task_of
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from fish_tuning.errors import ConfigurationError
 from fish_tuning.experiments.config import ExperimentConfig
 from fish_tuning.experiments.plan import plan_experiment
 from fish_tuning.experiments.runner import run_experiment
-from fish_tuning.experiments.sections import DatasetConfig
-from fish_tuning.experiments.tasks import Task, encode, load_task
+from fish_tuning.experiments.tasks import encode
 
 pytest.importorskip("trl", reason="needs trl: pip install 'fish-tuning[trl]'")
 
@@ -31,10 +31,6 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def chat_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_llama(tmp_path_factory.mktemp("models") / "chat-llama", chat=True)
-
-
-def task_of(folder: Path, **settings: object) -> Task:
-    return load_task(DatasetConfig(load_args=[str(folder)], **settings))  # type: ignore[arg-type]
 
 
 def write(folder: Path, **columns: list[Any]) -> Path:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Value
 from folders import write_bert, write_llama, write_pairs
+from task_helpers import task_of, write_split
 from transformers import AutoTokenizer, EvalPrediction
 
 from fish_tuning.errors import ConfigurationError
@@ -17,16 +18,7 @@ from fish_tuning.experiments.metrics import class_metrics
 from fish_tuning.experiments.models import build_model
 from fish_tuning.experiments.plan import plan_experiment
 from fish_tuning.experiments.sections import DatasetConfig
-from fish_tuning.experiments.tasks import Task, encode, load_task
-
-
-def task_of(folder: Path, **settings: object) -> Task:
-    return load_task(DatasetConfig(load_args=[str(folder)], **settings))  # type: ignore[arg-type]
-
-
-def write_split(folder: Path, split: str, columns: dict[str, list[object]], features: Features | None = None) -> None:
-    folder.mkdir(exist_ok=True)
-    Dataset.from_dict(columns, features=features).to_parquet(folder / f"{split}.parquet")
+from fish_tuning.experiments.tasks import encode, load_task
 
 
 def test_a_single_text_column_is_found(sentences_folder: Path) -> None:

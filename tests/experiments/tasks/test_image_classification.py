@@ -8,6 +8,7 @@ import pytest
 import torch
 from datasets import Dataset
 from PIL import Image
+from task_helpers import task_of
 from transformers import AutoImageProcessor, ViTConfig, ViTForImageClassification
 
 from fish_tuning.errors import ConfigurationError
@@ -15,8 +16,7 @@ from fish_tuning.experiments.config import ExperimentConfig
 from fish_tuning.experiments.digests import data_digest
 from fish_tuning.experiments.plan import plan_experiment
 from fish_tuning.experiments.runner import run_experiment
-from fish_tuning.experiments.sections import DatasetConfig
-from fish_tuning.experiments.tasks import Task, encode, load_task
+from fish_tuning.experiments.tasks import encode
 
 
 def write_images(folder: Path, number: int = 12, shade: int = 200) -> Path:
@@ -41,10 +41,6 @@ def write_vit(folder: Path) -> Path:
         '{"image_processor_type": "ViTImageProcessor", "size": {"height": 8, "width": 8}}'
     )
     return folder
-
-
-def task_of(folder: Path, **settings: object) -> Task:
-    return load_task(DatasetConfig(load_args=[str(folder)], **settings))  # type: ignore[arg-type]
 
 
 def test_a_folder_of_images_is_found_and_made_into_pixels(tmp_path: Path) -> None:

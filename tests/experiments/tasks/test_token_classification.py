@@ -6,18 +6,14 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 from folders import write_bert, write_entities
+from task_helpers import task_of
 from transformers import AutoTokenizer
 
 from fish_tuning.errors import ConfigurationError
 from fish_tuning.experiments.config import ExperimentConfig
 from fish_tuning.experiments.plan import plan_experiment
 from fish_tuning.experiments.runner import run_experiment
-from fish_tuning.experiments.sections import DatasetConfig
-from fish_tuning.experiments.tasks import Task, encode, load_task
-
-
-def task_of(folder: Path, **settings: object) -> Task:
-    return load_task(DatasetConfig(load_args=[str(folder)], **settings))  # type: ignore[arg-type]
+from fish_tuning.experiments.tasks import encode
 
 
 def write(folder: Path, train: dict[str, list[object]], validation: dict[str, list[object]] | None = None) -> Path:

@@ -47,6 +47,18 @@ class Task(ABC):
     def read(cls, config: DatasetConfig, splits: Splits) -> Task:
         """The task, with its columns found and checked. Raises ConfigurationError with the key to set."""
 
+    @classmethod
+    def _made(cls, config: DatasetConfig, splits: Splits, train: Dataset, validation: Dataset, **others: Any) -> Task:
+        """The task of what was found."""
+        return cls(
+            name=config.task_name,
+            train=train,
+            validation=validation,
+            train_split=splits.train,
+            validation_split=splits.validation,
+            **others,
+        )
+
     @property
     @abstractmethod
     def metrics(self) -> tuple[str, ...]:

@@ -65,12 +65,11 @@ class CausalLM(Task):
         needed = [*prompt, completion]
         if not prompt and is_text(train.features[completion]):
             train, validation = (_without_blanks(split, completion) for split in (train, validation))
-        return cls(
-            name=config.task_name,
-            train=train.select_columns(needed),
-            validation=validation.select_columns([column for column in needed if column in validation.column_names]),
-            train_split=splits.train,
-            validation_split=splits.validation,
+        return cls._made(
+            config,
+            splits,
+            train.select_columns(needed),
+            validation.select_columns([column for column in needed if column in validation.column_names]),
             columns=prompt,
             completion=completion,
             chat_template=config.chat_template,

@@ -70,8 +70,8 @@ def template_tokens(chat: Chat, tokenizer: Any) -> Tokens:
 @functools.cache  # each ending once, not for every row
 def _warn_once(ending: str) -> None:
     logger.warning(
-        "The chat template writes a prompt otherwise when its answer follows: what is generated from ends with %r, what "
-        "is trained on does not.",
+        "The chat template writes a prompt otherwise when its answer follows: what is generated from ends with %r, "
+        "what is trained on does not.",
         ending,
     )
 

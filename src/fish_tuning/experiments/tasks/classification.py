@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -34,9 +35,9 @@ class Classification(Task):
     model_inputs: ClassVar[tuple[str, ...]]  # that a data set may carry ready-made
 
     @classmethod
+    @abstractmethod
     def input_columns(cls, config: DatasetConfig, label_column: str, features: Features) -> tuple[str, ...]:
         """The columns of inputs; empty when the data carries the model's inputs."""
-        raise NotImplementedError
 
     @classmethod
     def read(cls, config: DatasetConfig, splits: Splits) -> Task:
@@ -55,16 +56,7 @@ class Classification(Task):
         more = {} if asked else {name: splits.all[s] for name, s in MORE_VALIDATION.items() if s in splits.all}
         more = {name: labelled(train, split, label_column)[1] for name, split in more.items()}
         train, validation, labels = labelled(train, validation, label_column)
-        return cls(
-            name=config.task_name,
-            train=train,
-            validation=validation,
-            train_split=splits.train,
-            validation_split=splits.validation,
-            columns=columns,
-            labels=labels,
-            more_validation=more,
-        )
+        return cls._made(config, splits, train, validation, columns=columns, labels=labels, more_validation=more)
 
     @property
     def metrics(self) -> tuple[str, ...]:

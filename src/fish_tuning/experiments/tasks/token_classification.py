@@ -44,15 +44,7 @@ class TokenClassification(Task):
             _check_lengths(name, split, words, tags)
         names = _names(train, validation, tags)
         train, validation = (_numbered(split, words, tags, names) for split in (train, validation))
-        return cls(
-            name=config.task_name,
-            train=train,
-            validation=validation,
-            train_split=splits.train,
-            validation_split=splits.validation,
-            columns=(words,),
-            labels=names,
-        )
+        return cls._made(config, splits, train, validation, columns=(words,), labels=names)
 
     @property
     def metrics(self) -> tuple[str, ...]:
