@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -171,6 +172,8 @@ def run_command(config: str, overrides: list[str], how: How = HERE) -> int:
     """What `fish-tuning run` and `scripts/run_experiment.py` both do. Returns the exit code."""
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
+    # Where bitsandbytes is installed it warns of a faster kernel at every start, wanted or not.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from fish_tuning.errors import FishTuningError
 
     signal.signal(signal.SIGTERM, _interrupt)  # batch systems stop a job with it
