@@ -43,9 +43,9 @@ _LAYER_NUMBER = re.compile(r"\.\d+\.")
 
 def load_processing_class(config: ModelConfig, task: Task) -> Any:
     """The model's tokenizer or image processor, or None where the data carries the model's inputs."""
-    if task.processor is None or not task.encodes:
+    if not task.encodes:
         return None
-    if task.processor == "image":
+    if task.processor == "image_processor":
         return _from_hub(AutoImageProcessor, config.name, revision=config.revision)
     return load_tokenizer(config)
 

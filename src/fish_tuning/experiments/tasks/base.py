@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from datasets import Dataset, Value
 from transformers import Trainer
@@ -29,7 +29,7 @@ class Task(ABC):
     kind: ClassVar[TaskKind]
     auto_class: ClassVar[str]  # of transformers
     brings_head: ClassVar[bool] = True  # a new one, which trains as a whole
-    processor: ClassVar[str | None] = "tokenizer"  # what turns a row into a model's inputs: "tokenizer", "image", None
+    processor: ClassVar[Literal["tokenizer", "image_processor"]] = "tokenizer"  # makes a row a model's inputs
     training_arguments: ClassVar[Mapping[str, Any]] = {}  # that this kind cannot do without
 
     name: str

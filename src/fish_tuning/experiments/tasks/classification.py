@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from datasets import Dataset, Features, Image
 from transformers import DataCollatorWithPadding, default_data_collator
@@ -140,7 +140,7 @@ class ImageClassification(Classification):
 
     kind: ClassVar[TaskKind] = "image_classification"
     auto_class: ClassVar[str] = "AutoModelForImageClassification"
-    processor: ClassVar[str | None] = "image"
+    processor: ClassVar[Literal["tokenizer", "image_processor"]] = "image_processor"
     training_arguments: ClassVar[Mapping[str, Any]] = {"remove_unused_columns": False}  # models take no `image`
     model_inputs: ClassVar[tuple[str, ...]] = ("pixel_values",)
 
