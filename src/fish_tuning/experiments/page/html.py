@@ -116,7 +116,10 @@ def _legend(look: Mapping[str, Look]) -> list[tuple[str, Markup]]:
     for arm, each in look.items():
         arms.setdefault(each, []).append(arm)
     return [
-        (", ".join([first, *(f"@{ArmName.parse(arm).budget}" for arm in others)]), _swatch(each))
+        (
+            ", ".join([first, *(f"@{name.budget}" if (name := ArmName.parse(arm)).budget else arm for arm in others)]),
+            _swatch(each),
+        )
         for each, (first, *others) in arms.items()
     ]
 

@@ -26,15 +26,14 @@ def question(results: Results) -> str:
     """What was compared on what, in a sentence."""
     methods = list(dict.fromkeys(ArmName.parse(arm).method for arm in results.arms))
     masked = [arm for arm in results.arms if ArmName.parse(arm).suffix]
-    seeds = sorted({run.seed for run in results.runs})
     models = list(dict.fromkeys(PurePath(run.model).name for run in results.runs if run.model))
     where = f"on {listed(results.tasks)}" + (f" with {listed(models)}" if models else "")
     if len(results.arms) == 1:
-        return f"How well does {results.arms[0]} do? It ran {where}, {_seeds(seeds)}."
+        return f"How well does {results.arms[0]} do? It ran {where}, {_seeds(results)}."
     asked = "Does an adapter do as well when only chosen entries of it are trained?" if masked else "Which does better?"
     if results.of_choice.overall:
         asked = f"{asked[:-1]}, and does it matter how they are chosen?"
-    return f"{asked} {len(results.arms)} arms of {listed(methods)} compared {where}, {_seeds(seeds)}."
+    return f"{asked} {len(results.arms)} arms of {listed(methods)} compared {where}, {_seeds(results)}."
 
 
 def answers(results: Results) -> list[tuple[str, str]]:
@@ -172,7 +171,13 @@ def listed(words: Sequence[str]) -> str:
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
-def _seeds(seeds: Sequence[int]) -> str:
+def _seeds(results: Results) -> str:
+    by_task: dict[str, set[int]] = {}
+    for run in results.runs:
+        by_task.setdefault(run.task, set()).add(run.seed)
+    fewest, seeds = min(map(len, by_task.values()), default=0), sorted(set().union(*by_task.values()))
+    if fewest < len(seeds):
+        return f"with {fewest} to {len(seeds)} seeds a task"
     if len(seeds) == 1:
         return f"with seed {seeds[0]} alone"
     row = list(range(seeds[0], seeds[-1] + 1)) == list(seeds) if seeds else False
