@@ -165,6 +165,7 @@ def experiment_on(experiment: MakeExperiment, model: Path, data: Path, *override
     return experiment(f"model.name={model}", f"dataset.load_args=[{data}]", *overrides)
 
 
+@pytest.mark.slow
 def test_answers_are_learned_written_and_measured(experiment: MakeExperiment, tmp_path: Path, llama: Path) -> None:
     config = experiment_on(
         experiment, llama, write_sums(tmp_path / "sums"),
