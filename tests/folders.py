@@ -97,15 +97,20 @@ CHAT_TEMPLATE = (
 )
 
 
+def word_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
+    """A tokenizer of whole words, the four usual special ones among them."""
+    model = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
+    model.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=model, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
 def write_llama(folder: Path, chat: bool = False) -> Path:
     """A tiny random Llama whose tokenizer knows whole words and single digits."""
     folder.mkdir(parents=True, exist_ok=True)
     words = ["<pad>", "<s>", "</s>", "<unk>", "<|user|>", "<|assistant|>", *WORDS, *"0123456789", "plus", "is"]
-    model = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
-    model.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=model, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
+    tokenizer = word_tokenizer(words)
     tokenizer.chat_template = CHAT_TEMPLATE if chat else None
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from folders import word_tokenizer
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import VOCABULARY, assert_only_selected_moved, llama, lora, random_mask, tensors
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from fish_tuning import (
@@ -47,13 +47,9 @@ WORDS = [
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    vocabulary = {word: number for number, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *WORDS])}
-    assert len(vocabulary) <= VOCABULARY
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
+    words = ["<pad>", "<s>", "</s>", "<unk>", *WORDS]
+    assert len(words) <= VOCABULARY
+    return word_tokenizer(words)
 
 
 def texts() -> Any:

@@ -18,7 +18,6 @@ from fish_tuning.experiments.comparisons import (
     compare,
     compare_by_task,
     label,
-    task_table,
 )
 from fish_tuning.experiments.paired_tests import (
     EXACT,
@@ -396,19 +395,3 @@ def test_what_cannot_be_compared_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="the same metric and the same model"):
         compare([replace(run, model="bert") if run.arm == "lora" else run for run in runs])
     assert compare([*runs, failed("lora-fish", 1)]) == compare(runs)  # a first attempt that failed is no contradiction
-
-
-def test_table_of_tasks_and_arms() -> None:
-    runs = [*scores("lora", [0.5, 0.6], task="rte"), ok("lora", 1, 0.9, task="cola"), failed("lora-fish", 1)]
-    runs = [*runs[:3], replace(runs[3], task="cola"), *scores("lora-fish", [0.7, math.nan], task="rte")]
-    table = task_table([*runs, replace(ok("dora", 1, 0.2, task="cola"), metric="matthews_correlation")])
-    assert (table.tasks, table.arms) == (("rte", "cola"), ("lora", "lora-fish", "dora"))
-    assert table.means["rte", "lora"].mean == pytest.approx(0.55)
-    assert (table.means["rte", "lora-fish"].mean, table.means["rte", "lora-fish"].n_ok) == (0.7, 1)
-    assert [table.means["cola", arm].n_failed for arm in table.arms] == [0, 1, 0]
-    assert table.means["rte", "lora-fish"].n_failed == 1  # a score that is not a number
-    assert table.means["rte", "dora"].metric is None
-    assert table.means["cola", "dora"].metric == "matthews_correlation"
-    assert table.averages == {"lora": pytest.approx((0.55 + 0.9) / 2), "lora-fish": None, "dora": None}
-    assert table.missing_tasks == {"lora": (), "lora-fish": ("cola",), "dora": ("rte",)}
-    assert task_table([]).averages == {}

@@ -55,29 +55,6 @@ class Comparison:
     reason: str | None  # why there is no interval, why significance is out of reach, which tasks are missing
 
 
-@dataclass(frozen=True)
-class TaskMean:
-    """One arm on one task over its finished seeds; `mean` is None when there are none."""
-
-    task: str
-    arm: str
-    metric: str | None
-    mean: float | None
-    n_ok: int
-    n_failed: int
-
-
-@dataclass(frozen=True)
-class TaskTable:
-    """Tasks and arms in the order in which they first appear; `means[task, arm]` has every combination."""
-
-    tasks: tuple[str, ...]
-    arms: tuple[str, ...]
-    means: dict[tuple[str, str], TaskMean]
-    averages: dict[str, float | None]  # of an arm's task means, each with equal weight; None when tasks are missing
-    missing_tasks: dict[str, tuple[str, ...]]  # those in which an arm has no finished seed
-
-
 def label(run: RunRecord) -> str:
     """What a run is compared as."""
     return run.arm
@@ -130,18 +107,6 @@ def choice_pairs(arms: Iterable[str]) -> list[tuple[str, str]]:
     chosen = [name for name in names if name.selection is not None and name.selection.method == "fish"]
     pairs = [(str(name), str(replace(name, suffix=control))) for control in CONTROLS for name in chosen]
     return [pair for pair in pairs if pair[1] in known]
-
-
-def task_table(runs: Sequence[RunRecord]) -> TaskTable:
-    """The mean of every arm on every task, and the average of each arm that finished a seed of all tasks."""
-    tasks = tuple(dict.fromkeys(run.task for run in runs))
-    arms = tuple(dict.fromkeys(label(run) for run in runs))
-    scores = _finished(runs)
-    means = {(task, arm): _task_mean(runs, scores, task, arm) for task in tasks for arm in arms}
-    known = {arm: [mean for task in tasks if (mean := means[task, arm].mean) is not None] for arm in arms}
-    averages = {arm: fmean(values) if len(values) == len(tasks) else None for arm, values in known.items()}
-    missing = {arm: tuple(task for task in tasks if means[task, arm].mean is None) for arm in arms}
-    return TaskTable(tasks, arms, means, averages, missing)
 
 
 class Score(NamedTuple):
@@ -283,11 +248,3 @@ def _reasons(one: Comparison, possible: float, lowest: float, tests: int, alpha:
         pairs = f"{one.n - one.ties} {'untied ' if one.ties else ''}{'pair' if one.n - one.ties == 1 else 'pairs'}"
         corrected = f", {lowest:.3g} after correction for {tests} comparisons" if lowest > possible else ""
         yield f"{pairs} cannot be significant: the smallest p is {possible:.3g}{corrected}."
-
-
-def _task_mean(runs: Sequence[RunRecord], scores: Scores, task: str, arm: str) -> TaskMean:
-    mine = [run for run in runs if (run.task, label(run)) == (task, arm)]
-    seeds = {run.seed for run in mine}
-    values = [scores[arm, task, seed].value for seed in sorted(seeds) if (arm, task, seed) in scores]
-    mean = fmean(values) if values else None
-    return TaskMean(task, arm, mine[0].metric if mine else None, mean, len(values), len(seeds) - len(values))

@@ -31,8 +31,8 @@ KEYS_AND_VALUES = ("key", "value", "k_proj", "v_proj", "k_lin", "v_lin", "key_pr
 REFUSED = {
     "adalora": "it prunes its own tensors while it trains; use lora",
     "xlora": "it mixes LoRA adapters that are trained already",
-    "trainable_tokens": "it trains rows of the embedding that belong to new tokens, which a classifier has none of",
-    "adaption_prompt": "it is made for LLaMA language models, not for classifiers",
+    "trainable_tokens": "it trains rows of the embedding that belong to new tokens, and no task here adds any",
+    "adaption_prompt": "it is made for LLaMA language models alone; use prefix_tuning",
     "multitask_prompt_tuning": "it needs a task for each example",
     "cpt": "it needs a context of its own",
     "cartridge": "it needs a context of its own",
