@@ -44,7 +44,7 @@ from fish_tuning import (
     count_trainable_parameters,
     create_mask_from_fisher,
 )
-from fish_tuning.experiments.measure import optimizer_state_bytes
+from fish_tuning.experiments.run.measure import optimizer_state_bytes
 
 KEEP, RANK = 0.005, 8
 LORA, MASKED, BIASES, FULL = "LoRA r=8, all linear", "0.5 % of all weights", "all biases (BitFit)", "all weights"

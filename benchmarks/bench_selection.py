@@ -14,7 +14,7 @@ import torch
 from common import machine, print_table
 
 from fish_tuning import create_mask_from_fisher
-from fish_tuning.experiments.measure import PeakMemory
+from fish_tuning.experiments.run.measure import PeakMemory
 
 TENSORS = 20
 

@@ -32,7 +32,7 @@ from common import (
 )
 
 from fish_tuning import apply_mask, count_trainable_parameters, create_mask_from_fisher
-from fish_tuning.experiments.measure import optimizer_state_bytes
+from fish_tuning.experiments.run.measure import optimizer_state_bytes
 
 ARMS: dict[str, float | None] = {"plain LoRA": None, "keep 50 %": 0.5, "keep 5 %": 0.05, "keep 0.5 %": 0.005}
 

@@ -18,7 +18,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import BertConfig, BertForSequenceClassification
 
-from fish_tuning.experiments.measure import PeakMemory
+from fish_tuning.experiments.run.measure import PeakMemory
 
 EXAMPLES, TOKENS, RANK = 64, 64, 16
 

@@ -12,8 +12,8 @@ import argparse
 import json
 from pathlib import Path
 
-from fish_tuning.experiments.loading import load_experiment
-from fish_tuning.experiments.statistics import mean_interval
+from fish_tuning.experiments.compare.summaries import mean_interval
+from fish_tuning.experiments.config.loading import load_experiment
 
 # Name in the table -> overrides.
 STARTS = {
@@ -42,8 +42,8 @@ def folder_of(output: Path, task: str, start: str, learning_rate: str) -> Path:
 
 
 def run(output: Path, task: str) -> None:
-    from fish_tuning.experiments.plan import plan_experiment
-    from fish_tuning.experiments.runner import run_experiment
+    from fish_tuning.experiments.run.plan import plan_experiment
+    from fish_tuning.experiments.run.runner import run_experiment
 
     for start, overrides in STARTS.items():
         for learning_rate in LEARNING_RATES[task]:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-sys.path.insert(0, str(Path(__file__).parent))
 
 import pytest
 import torch
@@ -44,7 +42,7 @@ def python_environment() -> dict[str, str]:
     """The environment for a Python process of its own that imports the package and the tests' helpers."""
     import fish_tuning
 
-    folders = [str(Path(fish_tuning.__file__).parents[1]), str(Path(__file__).parent)]
+    folders = [str(Path(fish_tuning.__file__).parents[1]), str(Path(__file__).parent / "helpers")]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(folders), "CUDA_VISIBLE_DEVICES": ""}
 
 

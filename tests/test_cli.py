@@ -16,8 +16,8 @@ from typer.testing import CliRunner, Result
 import fish_tuning
 from fish_tuning.cli import app
 from fish_tuning.errors import ConfigurationError
-from fish_tuning.experiments.records import ArmPlan, RunRecord
-from fish_tuning.experiments.report import write_report
+from fish_tuning.experiments.records.run_record import ArmPlan, RunRecord
+from fish_tuning.experiments.report.results_files import write_report
 
 PLAN = SimpleNamespace(
     arms=[
@@ -57,7 +57,7 @@ def invoke(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Res
             write_report(config, plan.facts, runs, Path(config.training.output_dir))
             return runs
 
-        for name, function in (("plan", plan_experiment), ("runner", run_experiment)):
+        for name, function in (("run.plan", plan_experiment), ("run.runner", run_experiment)):
             module = ModuleType(f"fish_tuning.experiments.{name}")
             setattr(module, function.__name__, function)
             monkeypatch.setitem(sys.modules, module.__name__, module)

@@ -14,21 +14,21 @@ import pytest
 import fish_tuning
 
 MODULES = [
-    "batches",
-    "budgets",
-    "delta",
+    "scores.batches",
+    "masks.budgets",
+    "sparse.delta",
     "errors",
-    "fisher",
-    "losses",
-    "per_example",
-    "probes",
-    "reporting",
-    "scoring_state",
-    "selection",
-    "shira",
-    "sparse",
-    "storage",
-    "trainer",
+    "scores.fisher",
+    "scores.losses",
+    "scores.layer_rules",
+    "scores.probes",
+    "training.reporting",
+    "scores.scoring_state",
+    "masks.selection",
+    "sparse.shira",
+    "sparse.masked_tensors",
+    "files.mask_file",
+    "training.trainer",
 ]
 
 

@@ -10,7 +10,6 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fish_tuning.delta import Delta, add_delta, load_delta, merge_delta, remove_delta, save_delta
     from fish_tuning.errors import (
         ConfigurationError,
         FisherError,
@@ -19,12 +18,12 @@ if TYPE_CHECKING:
         MaskError,
         ZeroScoresError,
     )
-    from fish_tuning.fisher import calculate_fisher_information
-    from fish_tuning.per_example import register_rule
-    from fish_tuning.reporting import report_figures
-    from fish_tuning.selection import create_mask_from_fisher, register_method
-    from fish_tuning.shira import create_shira_config
-    from fish_tuning.sparse import (
+    from fish_tuning.files.mask_file import load_mask, save_mask
+    from fish_tuning.masks.selection import create_mask_from_fisher, register_method
+    from fish_tuning.scores.fisher import calculate_fisher_information
+    from fish_tuning.scores.layer_rules import register_rule
+    from fish_tuning.sparse.delta import Delta, add_delta, load_delta, merge_delta, remove_delta, save_delta
+    from fish_tuning.sparse.masked_tensors import (
         apply_mask,
         count_trainable_parameters,
         get_mask,
@@ -32,38 +31,39 @@ if TYPE_CHECKING:
         remove_mask,
         synchronize_mask,
     )
-    from fish_tuning.storage import load_mask, save_mask
-    from fish_tuning.trainer import FishMaskCallback, FishTuningTrainer
+    from fish_tuning.sparse.shira import create_shira_config
+    from fish_tuning.training.reporting import report_figures
+    from fish_tuning.training.trainer import FishMaskCallback, FishTuningTrainer
 
 __version__ = "0.1.0"
 
 _PUBLIC = {
     # score
-    "calculate_fisher_information": "fisher",
-    "register_rule": "per_example",
+    "calculate_fisher_information": "scores.fisher",
+    "register_rule": "scores.layer_rules",
     # select
-    "create_mask_from_fisher": "selection",
-    "register_method": "selection",
-    "save_mask": "storage",
-    "load_mask": "storage",
+    "create_mask_from_fisher": "masks.selection",
+    "register_method": "masks.selection",
+    "save_mask": "files.mask_file",
+    "load_mask": "files.mask_file",
     # train
-    "FishTuningTrainer": "trainer",
-    "FishMaskCallback": "trainer",
-    "report_figures": "reporting",
-    "apply_mask": "sparse",
-    "remove_mask": "sparse",
-    "synchronize_mask": "sparse",
-    "get_mask": "sparse",
-    "is_masked": "sparse",
-    "count_trainable_parameters": "sparse",
+    "FishTuningTrainer": "training.trainer",
+    "FishMaskCallback": "training.trainer",
+    "report_figures": "training.reporting",
+    "apply_mask": "sparse.masked_tensors",
+    "remove_mask": "sparse.masked_tensors",
+    "synchronize_mask": "sparse.masked_tensors",
+    "get_mask": "sparse.masked_tensors",
+    "is_masked": "sparse.masked_tensors",
+    "count_trainable_parameters": "sparse.masked_tensors",
     # carry what was trained
-    "Delta": "delta",
-    "save_delta": "delta",
-    "load_delta": "delta",
-    "add_delta": "delta",
-    "remove_delta": "delta",
-    "merge_delta": "delta",
-    "create_shira_config": "shira",
+    "Delta": "sparse.delta",
+    "save_delta": "sparse.delta",
+    "load_delta": "sparse.delta",
+    "add_delta": "sparse.delta",
+    "remove_delta": "sparse.delta",
+    "merge_delta": "sparse.delta",
+    "create_shira_config": "sparse.shira",
     # what can go wrong
     "FishTuningError": "errors",
     "ConfigurationError": "errors",

@@ -16,10 +16,10 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from fish_tuning.experiments.config import ExperimentConfig
-    from fish_tuning.experiments.plan import Plan
-    from fish_tuning.experiments.records import RunRecord
-    from fish_tuning.experiments.shards import Shard
+    from fish_tuning.experiments.config.experiment import ExperimentConfig
+    from fish_tuning.experiments.records.run_record import RunRecord
+    from fish_tuning.experiments.run.plan import Plan
+    from fish_tuning.experiments.run.shards import Shard
 
 OK, FAILED, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
 
@@ -101,7 +101,7 @@ def run(
 @app.command()
 def configs() -> None:
     """List the shipped experiments."""
-    from fish_tuning.experiments.loading import describe, shipped_experiments
+    from fish_tuning.experiments.config.loading import describe, shipped_experiments
 
     shipped = shipped_experiments()
     width = max(map(len, shipped), default=0)
@@ -124,7 +124,7 @@ def inspect(
     Exit code: 0, 1 when the disk is full, or 2 when a file is missing, is something else, or cannot be compared.
     """
     from fish_tuning.errors import FishTuningError
-    from fish_tuning.experiments.inspection import inspect_masks
+    from fish_tuning.experiments.masks.inspection import inspect_masks
 
     try:
         inspect_masks(_console(), masks, picture)
@@ -149,7 +149,7 @@ def report(
     Exit code: 0, 1 when the disk is full, or 2 when a folder is missing or has no run that can be read.
     """
     from fish_tuning.errors import FishTuningError
-    from fish_tuning.experiments.page import write_page
+    from fish_tuning.experiments.report.page import write_page
 
     try:
         written, notes = write_page(folders, output)
@@ -195,7 +195,7 @@ def run_command(config: str, overrides: list[str], how: How = HERE) -> int:
 
 def _told_full(error: OSError, way_out: str) -> int:
     """Tell of a full disk; any other error is raised."""
-    from fish_tuning.experiments.files import DISK_FULL
+    from fish_tuning.files.atomic import DISK_FULL
 
     if error.errno not in DISK_FULL:
         raise error
@@ -208,14 +208,14 @@ def _interrupt(*_: object) -> None:
 
 
 def _run(config_name: str, overrides: list[str], how: How) -> int:
-    from fish_tuning.experiments.loading import load_experiments
+    from fish_tuning.experiments.config.loading import load_experiments
 
     experiments = load_experiments(config_name, overrides)  # before torch is imported: a wrong key is told at once
 
-    from fish_tuning.experiments.engines import check_engine
-    from fish_tuning.experiments.models import check_weights
-    from fish_tuning.experiments.plan import plan_experiment
-    from fish_tuning.experiments.shards import parse_shard
+    from fish_tuning.experiments.models.building import check_weights
+    from fish_tuning.experiments.run.engines import check_engine
+    from fish_tuning.experiments.run.plan import plan_experiment
+    from fish_tuning.experiments.run.shards import parse_shard
 
     shard = parse_shard(how.shard)
     check_engine(how.engine)
@@ -232,8 +232,8 @@ def _run(config_name: str, overrides: list[str], how: How) -> int:
 
 
 def _run_one(config: ExperimentConfig, plan: Plan, how: How, shard: Shard) -> int:
-    from fish_tuning.experiments.engines import run_on_ray
-    from fish_tuning.experiments.runner import run_experiment
+    from fish_tuning.experiments.run.engines import run_on_ray
+    from fish_tuning.experiments.run.runner import run_experiment
 
     output_dir = _writable(Path(config.training.output_dir))
     part = f", part {shard.number} of {shard.of}" if shard.of > 1 else ""
@@ -275,7 +275,7 @@ def _console() -> Console:
 
 
 def _show_plan(console: Console, config: ExperimentConfig, plan: Plan) -> None:
-    from fish_tuning.experiments.tables import fact_text, plain_table, plan_rows
+    from fish_tuning.experiments.report.tables import fact_text, plain_table, plan_rows
 
     console.print(plain_table(*plan_rows(plan.arms), title=f"{config.name}: what each arm would train"))
     console.print()
@@ -301,10 +301,10 @@ def _show_run(run: RunRecord, already_there: bool) -> None:
 def _show_results(
     console: Console, config: ExperimentConfig, plan: Plan, runs: list[RunRecord], output_dir: Path
 ) -> None:
-    from fish_tuning.experiments.conclusions import conclusion
-    from fish_tuning.experiments.report import FILES, report_notes, start_text
-    from fish_tuning.experiments.statistics import summarize
-    from fish_tuning.experiments.tables import console_tables
+    from fish_tuning.experiments.compare.conclusions import conclusion
+    from fish_tuning.experiments.compare.summaries import summarize
+    from fish_tuning.experiments.report.results_files import FILES, report_notes, start_text
+    from fish_tuning.experiments.report.tables import console_tables
 
     summary = summarize(runs)
     console.print()

@@ -7,8 +7,8 @@ import pytest
 import yaml
 from folders import write_bert, write_sentences
 
-from fish_tuning.experiments.config import ExperimentConfig
-from fish_tuning.experiments.loading import load_experiment
+from fish_tuning.experiments.config.experiment import ExperimentConfig
+from fish_tuning.experiments.config.loading import load_experiment
 
 Settings = dict[str, object]
 

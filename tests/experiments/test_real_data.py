@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from fish_tuning.experiments.loading import load_experiment
-from fish_tuning.experiments.plan import plan_experiment
-from fish_tuning.experiments.runner import run_experiment
+from fish_tuning.experiments.config.loading import load_experiment
+from fish_tuning.experiments.run.plan import plan_experiment
+from fish_tuning.experiments.run.runner import run_experiment
 
 
 @pytest.mark.real_data

@@ -16,7 +16,7 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import sdpa_mask
 
 from fish_tuning.adapters.errors import AdapterError
-from fish_tuning.per_example import register_rule
+from fish_tuning.scores.layer_rules import register_rule
 
 ATTENTION = "fish_prefix"
 

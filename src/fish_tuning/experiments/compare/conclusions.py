@@ -1,0 +1,87 @@
+"""What a finished experiment says, in a few sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from fish_tuning.experiments.compare.comparisons import Comparison, choice_pairs, compare
+from fish_tuning.experiments.compare.summaries import ArmSummary, baseline_of, summarize
+from fish_tuning.experiments.config.arm_names import CONTROLS, ArmName
+from fish_tuning.experiments.records.run_record import RunRecord
+
+_CHOSEN = dict(zip(CONTROLS, ("at random", "in reverse"), strict=True))
+
+
+def conclusion(runs: Sequence[RunRecord]) -> str:
+    """For each method: its FISH arm against its dense arm and against other choices, then its other arms' means.
+
+    A difference is called one only where it is significant: a sign-flip test, p at most 0.05 after correction for all
+    arms (those of other choices are corrected apart, as in the report).
+    """
+    summary = summarize(runs)
+    if not summary:
+        return "No arm has run, so there is nothing to compare."
+    # One experiment has one task and model, whatever records of other versions say of it.
+    finished = [replace(run, task="", model="") for run in runs if run.status == "ok"]
+    compared = [*compare(finished), *compare(finished, choice_pairs(run.arm for run in finished))]
+    methods = dict.fromkeys(baseline_of(arm.arm) for arm in summary)
+    return " ".join(
+        _of_method([arm for arm in summary if baseline_of(arm.arm) == method], method, compared) for method in methods
+    )
+
+
+def _of_method(summary: Sequence[ArmSummary], baseline: str, compared: Sequence[Comparison]) -> str:
+    reference = next((arm for arm in summary if arm.arm == baseline), None)
+    finished = [arm for arm in summary if arm.arm != baseline and arm.mean is not None]
+    if reference is None or reference.mean is None or not finished:
+        return f"There is no finished pair of {baseline} and another arm, so there is nothing to compare."
+    main = next((arm for arm in finished if arm.arm == f"{baseline}-fish"), finished[0])
+    others = [f"{arm.arm} {arm.mean:.3f}" for arm in finished if arm is not main]
+    mine = {each.baseline: each for each in compared if each.arm == main.arm}
+    sentences = [_reached(main, reference), _verdict("The mean difference", mine.get(baseline))]
+    for name, each in mine.items():
+        if name != baseline and each.n:
+            chosen = _CHOSEN[ArmName.parse(name).suffix]
+            sentences.append(_verdict(f"The mean difference to as many entries chosen {chosen}", each))
+    if others:
+        sentences.append(f"The other arms: {', '.join(others)}.")
+    return " ".join(sentences)
+
+
+def _reached(arm: ArmSummary, reference: ArmSummary) -> str:
+    ours, theirs = arm.trainable_parameters, reference.trainable_parameters
+    reached = f"{arm.arm} reaches {arm.metric} {arm.mean:.3f}"
+    if not ours or not theirs or ours == theirs:
+        size = f", each with {ours:,} trainable parameters" if ours else ""
+        return f"{reached} and {reference.arm} {reference.mean:.3f}{size}."
+    size = f"with {_share(ours / theirs)} the trainable parameters of {reference.arm} ({ours:,} against {theirs:,})"
+    return f"{reached} {size}, which reaches {reference.mean:.3f}."
+
+
+def _share(ratio: float) -> str:
+    if abs(ratio - 0.5) < 0.005:
+        return "half"
+    if abs(ratio - 0.25) < 0.0025:
+        return "a quarter of"
+    return f"{ratio:.0%} of" if ratio < 1 else f"{ratio:.2f} times"
+
+
+def _verdict(subject: str, each: Comparison | None) -> str:
+    if each is None or each.mean_difference is None or each.p_corrected is None:
+        return "They have no finished seed in common, so there is no paired difference."
+    text = f"{subject} over {each.n} paired {'seed' if each.n == 1 else 'seeds'} is {_signed(each.mean_difference)}"
+    if each.low is not None and each.high is not None:
+        text += f", 95 % interval [{_signed(each.low)}, {_signed(each.high)}]"
+    p = f"p = {each.p_corrected:.2g} after correction"
+    if each.verdict in ("better", "worse"):
+        return f"{text}: significantly {'above' if each.verdict == 'better' else 'below'} zero on this data set, {p}."
+    if each.verdict == "no difference shown":
+        return f"{text}: not significant ({p}), so this run does not tell them apart."
+    if each.verdict == "all pairs equal":
+        return f"{text}: every pair is equal."
+    return f"{text}, and this run does not tell them apart: {each.reason}"
+
+
+def _signed(value: float) -> str:
+    return f"{round(value, 3) + 0.0:+.3f}"  # no minus before zero

@@ -1,0 +1,75 @@
+"""Names of arms: a PEFT method, how its entries are chosen, and how many, as in `lora-fish-rand@0.1`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+class Selection(NamedTuple):
+    """How a masked arm chooses its entries; see `create_mask_from_fisher`."""
+
+    method: str
+    quotas: bool = False
+    normalize: bool = False
+
+
+SELECTIONS = {
+    "fish": Selection("fish"),
+    "fish-rand": Selection("rand"),
+    "fish-rev": Selection("rev"),
+    "fish-quota": Selection("fish", quotas=True),
+    "fish-norm": Selection("fish", normalize=True),
+}
+HEAD_ALONE = "head"  # an arm that trains the task's head and nothing of an adapter
+CONTROLS = ("fish-rand", "fish-rev")  # the same budget of the same pool, chosen without or against the scores
+
+
+@dataclass(frozen=True)
+class ArmName:
+    """An arm's name in its parts; empty where there is none.
+
+    Args:
+        method: of PEFT, such as `lora`.
+        suffix: one of `SELECTIONS`, or empty for a dense arm, which trains all of its adapter.
+        budget: a keep ratio (`0.1`: that share of the pool), or `top2`: as many as in the top two layers.
+    """
+
+    method: str
+    suffix: str = ""
+    budget: str = ""
+
+    @classmethod
+    def parse(cls, text: str) -> ArmName:
+        arm, _, budget = text.partition("@")
+        method, _, suffix = arm.partition("-")
+        return cls(method, suffix, budget)
+
+    def __str__(self) -> str:
+        return self.method + (f"-{self.suffix}" if self.suffix else "") + (f"@{self.budget}" if self.budget else "")
+
+    @property
+    def selection(self) -> Selection | None:
+        """How its entries are chosen; None for a dense arm."""
+        return SELECTIONS.get(self.suffix)
+
+    @property
+    def top_layers(self) -> int | None:
+        return int(self.budget.removeprefix("top")) if self.budget.startswith("top") else None
+
+    @property
+    def baseline(self) -> str:
+        """The dense arm that this one is compared with: of the same method, and of the same layers if they are few."""
+        return str(ArmName(self.method, budget=self.budget if self.top_layers else ""))
+
+
+def baseline_of(arm: str) -> str:
+    """The dense arm of the same method: `dora` for `dora-fish`, `lora@top2` for `lora-fish@top2`."""
+    return ArmName.parse(arm).baseline
+
+
+class Variant(NamedTuple):
+    """Which of a method's adapters: the smaller one of the baseline or the pool, in all layers or in the top ones."""
+
+    small: bool = False
+    top_layers: int | None = None

@@ -1,0 +1,136 @@
+"""What an experiment file holds as a whole: its sections, and the arms that follow from them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from fish_tuning.errors import did_you_mean
+from fish_tuning.experiments.config.arm_names import SELECTIONS, ArmName, Variant
+from fish_tuning.experiments.config.sections import (
+    DEFAULT_SELECTIONS,
+    LORA_METHODS,
+    STARTS_AT_ZERO,
+    STARTS_AWAY_FROM_ZERO,
+    WARMUP_STEPS,
+    DatasetConfig,
+    FishTuningConfig,
+    LoraSection,
+    ModelConfig,
+    PeftMethodConfig,
+    Section,
+    TrainingConfig,
+    unique,
+)
+
+
+class ExperimentConfig(Section):
+    """A whole experiment: one model, one data set, the arms, and the seeds each of them runs with."""
+
+    name: str = Field(default="experiment", pattern=r"^[^/\\]+$", description="a name without slashes")
+    model: ModelConfig = Field(description="a section with the key name")
+    dataset: DatasetConfig = Field(description="a section with the key load_args, or a list of them")
+    peft: list[PeftMethodConfig] = Field(
+        default=[PeftMethodConfig()], min_length=1, description="a section with the key method, or a list of them"
+    )
+    protocol: Literal["ratio_of_baseline", "fixed_layers", "fixed_budget"] = Field(
+        default="ratio_of_baseline", description="ratio_of_baseline, fixed_layers or fixed_budget"
+    )
+    lora: LoraSection = LoraSection()
+    fish_tuning: FishTuningConfig = Field(description="a section")  # always there: its arms follow from peft
+    training: TrainingConfig = TrainingConfig()
+    seeds: list[int] = Field(default=[42, 43, 44], min_length=1, description="a list of different whole numbers from 0")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, data: Any) -> Any:
+        """What depends on other sections: `training.output_dir` is `results/<name>`, and each method has four arms."""
+        if not isinstance(data, dict):
+            return data
+        methods = data.get("peft")
+        methods = [{}] if methods is None else methods if isinstance(methods, list) else [methods]
+        names = [method.get("method", "lora") for method in methods if isinstance(method, dict)] or ["lora"]
+        return {
+            **data,
+            "peft": methods,
+            "training": _with_default(
+                data.get("training", {}), "output_dir", f"results/{data.get('name', 'experiment')}"
+            ),
+            "fish_tuning": _with_default(
+                data.get("fish_tuning", {}),
+                "methods_to_run",
+                [f"{name}{selection}" for name in names for selection in DEFAULT_SELECTIONS],
+            ),
+        }
+
+    @model_validator(mode="after")
+    def _arms_of_methods(self) -> ExperimentConfig:
+        names = unique([method.method for method in self.peft])
+        allowed = [f"{name}{selection}" for name in names for selection in ("", *(f"-{s}" for s in SELECTIONS))]
+        for arm in self.fish_tuning.methods_to_run:
+            if arm not in allowed:
+                raise ValueError(
+                    f"fish_tuning.methods_to_run: {arm!r} is no arm; allowed are {', '.join(allowed)}."
+                    f"{did_you_mean(arm, allowed)} Other methods are named in the section peft."
+                )
+        return self
+
+    @property
+    def arms(self) -> list[str]:
+        """The names of all arms: those of `methods_to_run`, at every budget of the protocol."""
+        names = [ArmName.parse(arm) for arm in self.fish_tuning.methods_to_run]
+        if self.protocol == "fixed_layers":
+            budgets = [f"{ratio:g}" for ratio in self.fish_tuning.keep_ratio]
+            dense = [str(name) for name in names if name.selection is None]
+            masked = [name for name in names if name.selection is not None]
+            return dense + [str(replace(name, budget=budget)) for budget in budgets for name in masked]
+        if self.protocol == "fixed_budget":
+            budgets = [f"top{number}" for number in self.fish_tuning.top_layers]
+            return [str(replace(name, budget=budget)) for budget in budgets for name in names]
+        return [str(name) for name in names]
+
+    def variant_of(self, arm: str) -> Variant:
+        """The adapter that an arm trains, or chooses its entries from."""
+        name = ArmName.parse(arm)
+        if self.protocol == "fixed_budget":
+            return Variant(top_layers=name.top_layers if name.selection is None else self.fish_tuning.pool_layers)
+        return Variant(small=name.selection is None and self.protocol == "ratio_of_baseline")
+
+    def method_of(self, arm: str) -> PeftMethodConfig:
+        """The PEFT method that an arm trains."""
+        return next(method for method in self.peft if method.method == ArmName.parse(arm).method)
+
+    def warmup_steps(self, method: str) -> int:
+        """Dense steps before scoring: as asked for, else what the method's start needs."""
+        if self.fish_tuning.warmup_steps is not None:
+            return self.fish_tuning.warmup_steps
+        if method in LORA_METHODS:
+            return WARMUP_STEPS if self.lora.init_lora_weights in STARTS_AT_ZERO else 0
+        return 0 if method in STARTS_AWAY_FROM_ZERO else WARMUP_STEPS
+
+    def start(self, method: str) -> str:
+        """The starting point of a method's adapter and of the scores, in words."""
+        init = self.lora.init_lora_weights
+        text = f"init_lora_weights {str(init).lower() if isinstance(init, bool) else init}"
+        words = [text] if method in LORA_METHODS else []
+        steps = self.warmup_steps(method)
+        scored = f"scored after {steps} warm-up steps" if steps else "scored at its start"
+        return ", ".join([*words, scored] if steps or not words else words)
+
+    @field_validator("seeds", mode="before")
+    @classmethod
+    def _wrap(cls, value: Any) -> Any:
+        return [value] if type(value) is int else value
+
+    @field_validator("seeds")
+    @classmethod
+    def _usable_seeds(cls, value: list[int]) -> list[int]:
+        if not all(0 <= seed < 2**32 for seed in value):
+            raise ValueError("must be whole numbers from 0 to 4294967295")
+        return unique(value)
+
+
+def _with_default(section: Any, key: str, value: Any) -> Any:
+    return {key: value, **section} if isinstance(section, dict) else section

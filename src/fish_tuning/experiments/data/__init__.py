@@ -1,0 +1,1 @@
+"""The data: splits, built-in data, metrics, tasks and digests."""

@@ -1,0 +1,1 @@
+"""Masks that lie in files: where they went and how far they agree."""

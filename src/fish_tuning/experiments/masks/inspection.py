@@ -1,0 +1,182 @@
+"""What a mask selected, told in the terminal and drawn: its kept entries by layer and module type."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from itertools import combinations
+from math import ceil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fish_tuning.errors import ConfigurationError
+from fish_tuning.experiments.masks.mask_files import HEAD, Inspected, read_mask, short_names
+from fish_tuning.experiments.masks.overlaps import LEGEND, overlap, overlap_table, percent
+from fish_tuning.experiments.records.run_record import KeptShare, RunRecord
+from fish_tuning.experiments.report.pictures import DPI, kept_figure
+from fish_tuning.experiments.report.tables import plain_table
+from fish_tuning.files.atomic import DISK_FULL, write_atomically
+from fish_tuning.masks.budgets import module_type
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from rich.console import Console
+    from rich.table import Table
+
+
+def inspect_masks(console: Console, paths: Sequence[str], picture: str | None = None) -> None:
+    """Print where each mask went and how far each pair agrees, and draw the picture when a file is named."""
+    masks = [read_mask(path) for path in paths]
+    pairs = {(a, b): overlap(masks[a], masks[b]) for a, b in combinations(range(len(masks)), 2)}
+    drawn = _draw(masks, Path(picture)) if picture is not None else None
+    for number, mask in enumerate(masks, 1):
+        console.print(f"{number}: {mask.path}" if pairs else str(mask.path), soft_wrap=True)
+        for part in describe(mask, console.width):
+            console.print(part)
+        console.print()
+    if pairs:
+        console.print("overlap of the kept entries")
+        console.print(overlap_table(pairs))
+        console.print(LEGEND)
+        for (a, b), pair in pairs.items():
+            if pair.left_out:
+                console.print(f"note: {a + 1}, {b + 1}: {pair.left_out} tensors that only one has are left out.")
+    if drawn is not None:
+        console.print(f"written: {drawn}", soft_wrap=True)
+
+
+def kept_shares(mask: Inspected) -> list[KeptShare]:
+    """One share for each layer and module type; a weight and its bias, or two modules of a type, count together."""
+    kept: Counter[tuple[int, str]] = Counter()
+    total: Counter[tuple[int, str]] = Counter()
+    for name, tensor in mask.masked.items():
+        layer = re.search(r"(?:^|\.)(\d+)\.", name)
+        key = (int(layer.group(1)) if layer else -1, module_type(name))
+        kept[key] += int(tensor.sum())
+        total[key] += tensor.numel()
+    return [KeptShare(None if key[0] < 0 else key[0], key[1], kept[key], total[key]) for key in sorted(total)]
+
+
+def describe(mask: Inspected, width: int) -> list[str | Table]:
+    """Counts, tables and sentences on one mask for a terminal of `width` columns."""
+    shares = kept_shares(mask)
+    parts: list[str | Table] = [_counts(mask, shares), _dense_line(mask)]
+    if mask.note:
+        parts.append(mask.note)
+    if not shares:
+        return parts
+    parts += ["", _totals(shares), "", "share of entries kept by layer, %"]
+    for table in layer_tables(shares, width):
+        parts += [table, ""]
+    return parts + [line for line in (_factors(mask), _extremes(shares)) if line]
+
+
+def _counts(mask: Inspected, shares: Sequence[KeptShare]) -> str:
+    if not shares:
+        return "masked tensors: none"
+    kept, total = _sums(shares)
+    whole = sum(bool(tensor.all()) for tensor in mask.masked.values())
+    untouched = sum(not tensor.any() for tensor in mask.masked.values())
+    return (
+        f"masked tensors: {len(mask.masked):,} with {total:,} entries, {kept:,} kept ({kept / max(total, 1):.1%}); "
+        f"{whole} kept whole, {untouched} not at all"
+    )
+
+
+def _dense_line(mask: Inspected) -> str:
+    sizes: Counter[str] = Counter()
+    for name in sorted(mask.dense):
+        before, head, _ = name.partition(HEAD)
+        sizes[f"head {before.rsplit('.', 1)[-1]}" if head else module_type(name)] += mask.tensors[name].numel()
+    listed = ", ".join(f"{kind} {size:,}" for kind, size in sizes.items())
+    return (
+        f"dense tensors: {len(mask.dense):,} with {sizes.total():,} entries ({listed})"
+        if sizes
+        else "dense tensors: none"
+    )
+
+
+def _totals(shares: Sequence[KeptShare]) -> Table:
+    everything, _ = _sums(shares)
+    rows = []
+    for module in sorted({share.module for share in shares}):
+        kept, total = _sums(share for share in shares if share.module == module)
+        rows.append([module, f"{total:,}", f"{kept:,}", f"{percent(kept, total)}%", f"{percent(kept, everything)}%"])
+    return plain_table(["module type", "entries", "kept", "share kept", "of total"], rows)
+
+
+def layer_tables(shares: Sequence[KeptShare], width: int) -> list[Table]:
+    """Layers down and module types across, or the other way round in blocks of layers where that is too wide."""
+    cells = {(share.layer, share.module): percent(share.kept, share.total) for share in shares}
+    layers, modules = list(dict.fromkeys(layer for layer, _ in cells)), sorted({module for _, module in cells})
+    rows = [[_layer(layer), *(cells.get((layer, module), "") for module in modules)] for layer in layers]
+    upright = plain_table(["layer", *(module.replace(".", " ") for module in modules)], rows)
+    if sum(column.width or 0 for column in upright.columns) + 2 * len(modules) <= width:  # two between columns
+        return [upright]
+    room = max(1, (width - max(map(len, modules))) // (2 + max(map(len, cells.values()))))
+    size = ceil(len(layers) / ceil(len(layers) / room))
+    blocks = [layers[start : start + size] for start in range(0, len(layers), size)]
+    return [
+        plain_table(
+            ["layer", *map(_layer, block)],
+            [[module, *(cells.get((layer, module), "") for layer in block)] for module in modules],
+        )
+        for block in blocks
+    ]
+
+
+def _factors(mask: Inspected) -> str:
+    kept = {factor: [t for name, t in mask.masked.items() if f"lora_{factor}" in name] for factor in "AB"}
+    if not kept["A"] or not kept["B"]:
+        return ""
+    (a, all_a), (b, all_b) = ((sum(int(t.sum()) for t in ts), sum(t.numel() for t in ts)) for ts in kept.values())
+    ratio = f", {a / b:.2f} of A for each of B" if b else ""
+    return f"LoRA: kept {a:,} of A ({percent(a, all_a)}%) and {b:,} of B ({percent(b, all_b)}%){ratio}."
+
+
+def _extremes(shares: Sequence[KeptShare]) -> str:
+    sums = {layer: _sums(s for s in shares if s.layer == layer) for layer in dict.fromkeys(s.layer for s in shares)}
+    parts = {layer: kept / total for layer, (kept, total) in sums.items() if layer is not None and total}
+    if len(parts) < 2:
+        return ""
+    most, least = max(parts, key=parts.__getitem__), min(parts, key=parts.__getitem__)
+    if parts[most] == parts[least]:
+        return f"Every layer keeps the same share of its entries, {percent(*sums[most])}%."
+    return (
+        f"Layer {most} keeps the largest share of its entries, {percent(*sums[most])}%, "
+        f"layer {least} the smallest, {percent(*sums[least])}%."
+    )
+
+
+def _layer(layer: int | None) -> str:
+    return "-" if layer is None else str(layer)
+
+
+def _sums(shares: Iterable[KeptShare]) -> tuple[int, int]:
+    counted = [(share.kept, share.total) for share in shares]
+    return sum(kept for kept, _ in counted), sum(total for _, total in counted)
+
+
+def kept_picture(masks: Sequence[Inspected]) -> Figure:
+    """A heat map of layers and module types for each mask, in a report's look and on one colour scale."""
+    labels = short_names([mask.path for mask in masks])
+    runs = [RunRecord(label, 0, "ok", "", kept=kept_shares(mask)) for label, mask in zip(labels, masks, strict=True)]
+    figure = kept_figure(labels, runs)
+    if figure is None:
+        raise ConfigurationError("--picture: no tensor is masked, so there is nothing to draw.")
+    return figure
+
+
+def _draw(masks: Sequence[Inspected], file: Path) -> Path:
+    if file.suffix.lower() != ".png":
+        raise ConfigurationError(f"--picture {file}: the picture is a PNG, so its name must end in .png.")
+    content = io.BytesIO()
+    kept_picture(masks).savefig(content, format="png", dpi=DPI)
+    try:
+        return write_atomically(file, content.getvalue())
+    except OSError as error:
+        if error.errno in DISK_FULL:
+            raise
+        raise ConfigurationError(f"--picture: cannot write {file}: {error.strerror}") from error

@@ -1,0 +1,120 @@
+"""The files that hold a mask: a mask's own, a sparse delta, an adapter's folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from fish_tuning.errors import MaskError
+from fish_tuning.files.mask_file import MASK_FILE_NAME, load_mask
+from fish_tuning.sparse.delta import load_delta
+
+_ADAPTER_FILE = "adapter_model.safetensors"
+HEAD = ".modules_to_save."
+
+
+@dataclass(frozen=True)
+class Inspected:
+    """A mask as it was found: bool tensors by name; `dense` names those that train whole, outside the selection."""
+
+    path: Path
+    tensors: dict[str, Tensor]
+    dense: frozenset[str]
+    note: str = ""
+
+    @property
+    def masked(self) -> dict[str, Tensor]:
+        return {name: tensor for name, tensor in self.tensors.items() if name not in self.dense}
+
+
+def read_mask(path: str) -> Inspected:
+    """The mask at `path`: a mask file, a sparse delta, or a folder with a mask or a PEFT adapter."""
+    file = Path(path)
+    if file.is_dir():
+        if not (file / MASK_FILE_NAME).is_file():
+            return _without_mask(file)
+        file = file / MASK_FILE_NAME
+    kind = _format(file)
+    if kind.startswith("fish_tuning.mask."):
+        tensors = load_mask(file)
+    elif kind.startswith("fish_tuning.delta."):
+        tensors = _selected(file)
+    else:
+        raise MaskError(
+            f"{str(file)!r} holds weights, but is neither a mask nor a sparse delta of fish-tuning. For an adapter, "
+            f"give the folder that {_ADAPTER_FILE} and {MASK_FILE_NAME} lie in."
+        )
+    if not tensors:
+        raise MaskError(f"{str(file)!r} holds no tensors.")
+    note = "A delta leaves out tensors without a kept entry: shares are of those it has." if "delta" in kind else ""
+    return Inspected(
+        file, tensors, frozenset(name for name, tensor in tensors.items() if _is_dense(name, tensor)), note
+    )
+
+
+def _is_dense(name: str, tensor: Tensor) -> bool:
+    # A wholly kept tensor of a PEFT method was selected as a whole; any other, a head or a bias, was excluded.
+    return bool(tensor.all()) and (HEAD in name or not name.startswith("base_model."))
+
+
+def _format(file: Path) -> str:
+    if not file.is_file():
+        raise MaskError(f"There is no file or folder at {str(file)!r}.")
+    try:
+        with safe_open(file, framework="pt") as content:
+            return str((content.metadata() or {}).get("format", ""))
+    except (SafetensorError, OSError) as error:
+        raise MaskError(f"{str(file)!r} is not a readable safetensors file: {error}") from error
+
+
+def _selected(file: Path) -> dict[str, Tensor]:
+    """The mask that a sparse delta was trained with."""
+    selected = {}
+    for name, tensor in load_delta(file).tensors.items():
+        flat = torch.full((tensor.shape.numel(),), tensor.index is None)
+        if tensor.index is not None:
+            flat[tensor.index.long()] = True
+        selected[name] = flat.reshape(tensor.shape)
+    return selected
+
+
+def _without_mask(folder: Path) -> Inspected:
+    file = folder / _ADAPTER_FILE
+    if not file.is_file():
+        below = sorted(found for depth in ("*", "*/*") for found in folder.glob(f"{depth}/{MASK_FILE_NAME}"))
+        hint = f" Folders below have masks, e.g. {str(below[0].parent)!r}." if below else ""
+        raise MaskError(f"The folder {str(folder)!r} has neither {MASK_FILE_NAME} nor {_ADAPTER_FILE}.{hint}")
+    _format(file)  # tells an unreadable one
+    heads = _heads(folder / "adapter_config.json")
+    with safe_open(file, framework="pt") as content:
+        shapes = {name: content.get_slice(name).get_shape() for name in content.keys()}  # noqa: SIM118
+    tensors = {_full_name(name, heads): torch.tensor(True).expand(shape) for name, shape in shapes.items()}
+    return Inspected(file, tensors, frozenset(tensors), f"No {MASK_FILE_NAME} lies beside it: nothing is masked.")
+
+
+def _heads(config: Path) -> list[str]:
+    try:
+        return (json.loads(config.read_text()).get("modules_to_save") or []) if config.is_file() else []
+    except ValueError as error:
+        raise MaskError(f"{str(config)!r} is not readable JSON: {error}") from error
+
+
+def _full_name(name: str, heads: Sequence[str]) -> str:
+    """PEFT leaves out of a file's names which of them are heads; the configuration beside it tells."""
+    return next((name.replace(f".{head}.", f".{head}{HEAD}") for head in heads if f".{head}." in name), name)
+
+
+def short_names(paths: Sequence[Path]) -> list[str]:
+    """The ends of the paths that tell them apart: the folder's name for a mask in an adapter folder."""
+    parts = [(path.parent if path.name == MASK_FILE_NAME else path).resolve().parts for path in paths]
+    for depth in range(1, max(map(len, parts))):
+        names = ["/".join(part[-depth:]) for part in parts]
+        if len(set(names)) == len(set(parts)):
+            break
+    return names

@@ -1,0 +1,1 @@
+"""The models: their targets, their PEFT configurations, and building them."""

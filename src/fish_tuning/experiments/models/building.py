@@ -1,0 +1,245 @@
+"""From a model's name or folder to a PEFT model."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import logging
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.utils import logging as hub_logging
+from peft import get_peft_model
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, set_seed
+
+from fish_tuning.adapters import AdapterError
+from fish_tuning.errors import ConfigurationError, did_you_mean
+from fish_tuning.experiments.config.arm_names import Variant
+from fish_tuning.experiments.config.experiment import ExperimentConfig
+from fish_tuning.experiments.config.sections import LORA_METHODS, ModelConfig, PeftMethodConfig
+from fish_tuning.experiments.data.builtin import resolve_builtin
+from fish_tuning.experiments.data.tasks import Task
+from fish_tuning.experiments.models.peft_methods import peft_config
+from fish_tuning.experiments.models.targets import head_names, linear_names
+
+WEIGHTS_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+# A part of a tensor's name that counts layers.
+_LAYER_NUMBER = re.compile(r"\.\d+\.")
+
+
+def load_processing_class(config: ModelConfig, task: Task) -> Any:
+    """The model's tokenizer or image processor, or None where the data carries the model's inputs."""
+    if not task.encodes:
+        return None
+    if task.processor == "image_processor":
+        return _from_hub(AutoImageProcessor, config.name, revision=config.revision)
+    return load_tokenizer(config)
+
+
+def load_tokenizer(config: ModelConfig) -> Any:
+    """The model's tokenizer, with a padding token (the end token where the model has none)."""
+    tokenizer = _from_hub(AutoTokenizer, config.name, revision=config.revision)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    if tokenizer.pad_token is None:
+        raise ConfigurationError(
+            f"model.name: the tokenizer of {config.name!r} has neither a padding token nor an end token to pad with. "
+            "Set pad_token in its tokenizer_config.json."
+        )
+    return tokenizer
+
+
+def read_config(config: ModelConfig) -> Any:
+    """The model's configuration as it is stored. Raises ConfigurationError for a wrong name or an unknown override."""
+    loaded = _from_hub(AutoConfig, config.name, revision=config.revision)
+    unknown = [key for key in config.config_overrides if not hasattr(loaded, key)]
+    if unknown:
+        raise ConfigurationError(
+            f"model.config_overrides: {type(loaded).__name__} has no {unknown[0]!r}."
+            f"{did_you_mean(unknown[0], loaded.to_dict())}"
+        )
+    return loaded
+
+
+def check_weights(config: ModelConfig) -> None:
+    """Refuse a local folder without weights; counting does not need them, training does."""
+    folder = Path(os.path.expanduser(config.name))
+    if folder.is_dir() and not any((folder / name).is_file() for name in WEIGHTS_FILES):
+        raise ConfigurationError(
+            f"model.name: the folder {config.name!r} holds no weights; one of {', '.join(WEIGHTS_FILES)} is needed. "
+            "Save the model there with save_pretrained, or use --dry-run, which counts without weights."
+        )
+
+
+def load_config(config: ModelConfig, task: Task, pad_token_id: int | None, loaded: Any = None) -> Any:
+    """The transformers configuration (`loaded`, where it was read already) with the task's labels and the overrides."""
+    if loaded is None:
+        loaded = read_config(config)
+    task.configure(loaded)
+    if pad_token_id is not None:  # a decoder that classifies reads its last token before the padding
+        loaded.pad_token_id = pad_token_id
+    for key, value in config.config_overrides.items():
+        try:
+            setattr(loaded, key, value)
+        except (StrictDataclassError, ValueError, TypeError, AttributeError) as error:
+            reason = " ".join(str(error).split())
+            raise ConfigurationError(f"model.config_overrides.{key}={value!r} is not allowed: {reason}") from error
+    return loaded
+
+
+def build_model(
+    config: ExperimentConfig, model_config: Any, task: Task, section: PeftMethodConfig, variant: Variant, *, seed: int
+) -> Any:
+    """The PEFT model that an arm starts from. The same seed and method give the same model, bit for bit."""
+    set_seed(seed)
+    base, loading = _from_hub(
+        _auto_class(task),
+        config.model.name,
+        revision=config.model.revision,
+        config=copy.deepcopy(model_config),  # adapters may change it
+        dtype=getattr(torch, config.model.dtype),
+        ignore_mismatched_sizes=True,  # a head of another task's size is replaced by a new one
+        output_loading_info=True,
+    )
+    _check_loaded(config.model, base, loading)
+    set_seed(seed)
+    return get_peft_model(base, peft_config(config, section, base, variant))
+
+
+def build_meta_model(
+    config: ExperimentConfig, model_config: Any, task: Task, section: PeftMethodConfig, variant: Variant
+) -> Any:
+    """The same model without weights, to count on: costs no memory and needs no weights file.
+
+    A method that computes with weights when it is put on gets random ones.
+    """
+    try:
+        return _counting_model(config, model_config, task, section, variant, "meta")
+    except _NoAdapter:
+        return _counting_model(config, model_config, task, section, variant, "cpu")
+
+
+class _NoAdapter(ConfigurationError):
+    """The adapter could not be put on the model."""
+
+
+def _counting_model(
+    config: ExperimentConfig, model_config: Any, task: Task, section: PeftMethodConfig, variant: Variant, device: str
+) -> Any:
+    with torch.device(device):
+        try:
+            base = _auto_class(task).from_config(copy.deepcopy(model_config), dtype=getattr(torch, config.model.dtype))
+        except (ValueError, TypeError, RuntimeError, KeyError, ZeroDivisionError) as error:
+            raise ConfigurationError(
+                f"model.name: no model can be made from the configuration of {config.model.name!r} with "
+                f"model.config_overrides={config.model.config_overrides}: {_first_line(error)}"
+            ) from error
+        adapter = peft_config(config, section, base, variant)
+        if section.method in LORA_METHODS:
+            vars(adapter)["init_lora_weights"] = True  # the others compute with weights, which are not there
+        try:
+            return get_peft_model(base, adapter)
+        except AdapterError as error:  # names what there is and what to set by itself
+            raise _NoAdapter(f"peft.method={section.method!r}: {error}") from error
+        except Exception as error:  # PEFT's methods raise whatever comes: the user needs the reason, not the place
+            reason = f"peft.method={section.method!r} cannot adapt {type(base).__name__}: {_first_line(error)}"
+            targets = getattr(adapter, "target_modules", None)
+            if targets and "target" in str(error):
+                reason = (
+                    f"{reason.rstrip('.')}. Asked for were {targets if isinstance(targets, str) else sorted(targets)}; "
+                    f"its linear layers are {', '.join(linear_names(base))}. Set lora.target_modules or "
+                    "peft.args.target_modules."
+                )
+            raise _NoAdapter(reason) from error
+
+
+def state_digest(model: nn.Module) -> str:
+    """Digest of every trainable tensor, to tell whether two arms start from the same one."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        if parameter.requires_grad:
+            digest.update(name.encode())
+            digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _check_loaded(config: ModelConfig, base: Any, loading: dict[str, Any]) -> None:
+    """Refuse an encoder that was not loaded: transformers fills what does not fit with random numbers.
+
+    Some checkpoints lack a small part such as the pooler, so that alone is fine; a numbered layer must be there.
+    """
+    head = head_names(base)
+
+    def outside(names: set[str]) -> list[str]:
+        return sorted(name for name in names if name.partition(".")[0] not in head)
+
+    sizes = {name: tensor.numel() for name, tensor in base.state_dict().items()}
+    mismatched = outside({name for name, *_ in loading["mismatched_keys"]})
+    missing = outside(loading["missing_keys"])
+    lacking = sum(sizes.get(name, 0) for name in missing)
+    layers = [name for name in missing if _LAYER_NUMBER.search(name)]
+    if mismatched:
+        wrong, names = "have another shape than the model", mismatched
+    elif layers or (missing and not head) or 2 * lacking > sum(sizes[name] for name in outside(set(sizes))):
+        wrong, names = "are not among them", layers or missing
+    else:
+        return
+    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    overrides = f" with model.config_overrides={config.config_overrides}" if config.config_overrides else ""
+    raise ConfigurationError(
+        f"model.name: the weights of {config.name!r} do not fit {type(base).__name__}{overrides}: outside the head, "
+        f"{len(names)} of its {len(sizes)} tensors {wrong} ({shown}); they would be random. Give the model's own "
+        "weights, and leave its sizes out of model.config_overrides."
+    )
+
+
+def _auto_class(task: Task) -> Any:
+    return getattr(transformers, task.auto_class)
+
+
+def _from_hub(auto_class: Any, name: str, **kwargs: Any) -> Any:
+    path = os.path.expanduser(resolve_builtin(name, weights=auto_class is not AutoConfig))
+    if path.startswith((".", "/")) and not Path(path).is_dir():
+        raise ConfigurationError(f"model.name: there is no folder {name!r}.")
+    try:
+        with _quiet_hub():
+            return auto_class.from_pretrained(
+                path, **{key: value for key, value in kwargs.items() if value is not None}
+            )
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        hint = (
+            ""
+            if Path(path).is_dir()
+            else " Give a local folder's path or a hub name; without network, HF_HUB_OFFLINE=1 uses what is cached "
+            "and does not wait."
+        )
+        raise ConfigurationError(f"model.name: {name!r} cannot be loaded: {_first_line(error)}{hint}") from error
+
+
+@contextmanager
+def _quiet_hub() -> Iterator[None]:
+    """Without the hub's warning at each retry: what went wrong in the end is told once."""
+    level = hub_logging.get_verbosity()
+    hub_logging.set_verbosity(logging.ERROR)
+    try:
+        yield
+    finally:
+        hub_logging.set_verbosity(level)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

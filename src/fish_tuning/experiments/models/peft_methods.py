@@ -1,0 +1,186 @@
+"""From a PEFT method's name and arguments to its PEFT configuration for one model, checked beforehand."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import fields
+from typing import Any
+
+from peft import PeftConfig, PeftType
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LNTUNING_TARGET_MODULES_MAPPING
+from torch import nn
+
+from fish_tuning.adapters import AdapterError  # importing it makes its methods known to PEFT
+from fish_tuning.adapters.families import find_family, layer_number, matching
+from fish_tuning.errors import ConfigurationError, did_you_mean
+from fish_tuning.experiments.config.arm_names import Variant
+from fish_tuning.experiments.config.experiment import ExperimentConfig
+from fish_tuning.experiments.config.sections import PeftMethodConfig
+from fish_tuning.experiments.models.targets import head_names, is_language_model, module_names, target_modules
+
+PREFIX_LENGTH = 30  # virtual tokens, as in the paper
+PROMPT_LENGTH = 20
+# Methods that put virtual tokens in front of the text; PEFT needs to know their task.
+PROMPT_METHODS = ("prefix_tuning", "prompt_tuning", "p_tuning")
+NOT_A_RANK = ("oft",)  # whose r is a number of blocks, of which more mean fewer parameters
+# Methods that find their own targets; the others adapt the attention's input projections, as LoRA does.
+OWN_TARGETS = ("serial_adapter", "unipelt", "ia3", "ln_tuning")
+KEYS_AND_VALUES = ("key", "value", "k_proj", "v_proj", "k_lin", "v_lin", "key_proj", "value_proj")
+# What cannot be compared in this runner, with the reason.
+REFUSED = {
+    "adalora": "it prunes its own tensors while it trains; use lora",
+    "xlora": "it mixes LoRA adapters that are trained already",
+    "trainable_tokens": "it trains rows of the embedding that belong to new tokens, and no task here adds any",
+    "adaption_prompt": "it is made for LLaMA language models alone; use prefix_tuning",
+    "multitask_prompt_tuning": "it needs a task for each example",
+    "cpt": "it needs a context of its own",
+    "cartridge": "it needs a context of its own",
+    "poly": "it needs a task for each example",
+}  # fmt: skip
+
+
+def method_names() -> list[str]:
+    """Every method a `peft` section can name."""
+    types = {getattr(kind, "value", kind).lower() for kind in PEFT_TYPE_TO_CONFIG_MAPPING}
+    return sorted((types | {"dora"}) - set(REFUSED))
+
+
+def check_method(section: PeftMethodConfig) -> None:
+    """Refuse an unknown method and arguments it does not have, before any model is there."""
+    if section.method in REFUSED:
+        raise ConfigurationError(f"peft.method={section.method!r} cannot run here: {REFUSED[section.method]}.")
+    if section.method not in method_names():
+        raise ConfigurationError(
+            f"peft.method={section.method!r} is not known.{did_you_mean(section.method, method_names())} Known are "
+            f"{', '.join(method_names())}."
+        )
+    known = _field_names(section.method)
+    for key in ("args", "baseline_args", "fish_args"):
+        for name in getattr(section, key):
+            if name not in known:
+                raise ConfigurationError(
+                    f"peft.{key}.{name}: {_config_class(section.method).__name__} has no {name!r}."
+                    f"{did_you_mean(name, known)}"
+                )
+
+
+def peft_config(config: ExperimentConfig, section: PeftMethodConfig, base: nn.Module, variant: Variant) -> PeftConfig:
+    """The method's PEFT configuration for `base`: the smaller one of the baseline, or that of the pool."""
+    _check_model(section.method, base)
+    changes = section.baseline_args if variant.small else section.fish_args
+    given = {**section.args, **changes}
+    values = {**_defaults(config, section.method, base, small=variant.small), **given}
+    if variant.top_layers is not None:
+        values |= _in_top_layers(section.method, values, base, variant.top_layers)
+    if "lora_alpha" in _field_names(section.method) and "lora_alpha" not in given:
+        values["lora_alpha"] = 2 * values["r"]
+    length = values.get("num_virtual_tokens", 1)
+    if type(length) is not int or length < 1:
+        raise ConfigurationError(f"peft.args.num_virtual_tokens={length!r}: must be a whole number from 1.")
+    try:
+        return _config_class(section.method)(**values)  # type: ignore[no-any-return]
+    except (TypeError, ValueError) as error:
+        key = "baseline_args" if variant.small else "fish_args"
+        raise ConfigurationError(f"peft.args or peft.{key} of {section.method}: {error}") from error
+
+
+def size_text(config: PeftConfig) -> str:
+    """What a method's size is called and how large it is: `r 16`, `30 tokens`, `-` where it has none."""
+    texts = {"r": "r {}", "bottleneck_size": "bottleneck {}", "num_virtual_tokens": "{} tokens"}
+    sizes = {name: getattr(config, name, None) for name in texts}
+    return ", ".join(texts[name].format(size) for name, size in sizes.items() if size) or "-"
+
+
+def _defaults(config: ExperimentConfig, method: str, base: nn.Module, *, small: bool) -> dict[str, Any]:
+    names = _field_names(method)
+    size = config.lora.baseline_rank if small else config.lora.fish_rank
+    values: dict[str, Any] = {
+        name: size for name in ("r", "bottleneck_size") if name in names and method not in NOT_A_RANK
+    }
+    if method in PROMPT_METHODS:
+        length = PREFIX_LENGTH if method == "prefix_tuning" else PROMPT_LENGTH
+        return {"task_type": _peft_task(base), "num_virtual_tokens": length}
+    if is_language_model(base):
+        values["task_type"] = "CAUSAL_LM"
+    if "modules_to_save" in names:
+        values["modules_to_save"] = head_names(base)
+    if method in ("lora", "dora"):
+        values |= {"lora_dropout": config.lora.dropout, "init_lora_weights": config.lora.init_lora_weights}
+        values |= {"use_dora": True} if method == "dora" else {}
+    if method == "ia3":
+        values |= _ia3_targets(base)
+    elif method == "ln_tuning":
+        values["target_modules"] = _norms(base)
+    elif "target_modules" in names and method not in OWN_TARGETS:
+        values["target_modules"] = target_modules(config.lora.target_modules, base)
+    return values
+
+
+def _peft_task(base: nn.Module) -> str:
+    name = type(base).__name__
+    return "CAUSAL_LM" if is_language_model(base) else "TOKEN_CLS" if "TokenClassification" in name else "SEQ_CLS"
+
+
+def _ia3_targets(base: nn.Module) -> dict[str, str]:
+    """l_k, l_v and l_ff: the keys and values of the attention, and the input of the feed-forward's second layer."""
+    attention = target_modules(None, base)
+    keys_and_values = [name for name in attention if name in KEYS_AND_VALUES] or attention  # or the fused projection
+    try:
+        feed_forward = find_family(base, "peft.args.target_modules and peft.args.feedforward_modules").feedforward_only
+    except AdapterError as error:
+        raise ConfigurationError(str(error)) from error
+    return {
+        "target_modules": rf".*\.({'|'.join(keys_and_values)})|{feed_forward}",
+        "feedforward_modules": feed_forward,
+    }
+
+
+def _in_top_layers(method: str, values: dict[str, Any], base: Any, number: int) -> dict[str, Any]:
+    """What keeps an adapter to the layers nearest the output."""
+    depth = base.config.num_hidden_layers
+    if number > depth:
+        raise ConfigurationError(
+            f"fish_tuning.top_layers, pool_layers: {number} layers were asked for, {type(base).__name__} has {depth}."
+        )
+    layers = list(range(depth - number, depth))
+    if "layers_to_transform" in _field_names(method):
+        return {"layers_to_transform": layers}
+    fields = [name for name in ("target_modules", "feedforward_modules") if values.get(name)]
+    if not fields:
+        raise ConfigurationError(
+            f"protocol fixed_budget: {method} adapts all layers at once, so it has no top layers. Use fixed_layers."
+        )
+    return {name: [m for m in matching(base, values[name]) if layer_number(m) in layers] for name in fields}
+
+
+def _norms(base: Any) -> list[str]:
+    known = TRANSFORMERS_MODELS_TO_LNTUNING_TARGET_MODULES_MAPPING.get(base.config.model_type)
+    return list(known) if known else module_names(base, lambda module: type(module).__name__.endswith("Norm"))
+
+
+def _check_model(method: str, base: nn.Module) -> None:
+    """What PEFT would only find out in the first forward pass."""
+    name = type(base).__name__
+    if method in PROMPT_METHODS and name.endswith("ForImageClassification"):
+        raise ConfigurationError(f"peft.method={method!r} puts virtual tokens in front of a text; {name} reads images.")
+    if method == "prefix_tuning" and "past_key_values" not in _backbone_arguments(base):
+        raise ConfigurationError(
+            f"peft.method={method!r} cannot adapt {name}: it hands the model past keys and values, which its forward "
+            "pass does not take. Use another method, such as lora or serial_adapter."
+        )
+
+
+def _backbone_arguments(base: nn.Module) -> set[str]:
+    backbone = getattr(base, getattr(base, "base_model_prefix", ""), base)
+    return {name for model in (base, backbone) for name in inspect.signature(model.forward).parameters}
+
+
+def _config_class(method: str) -> Any:
+    name = "LORA" if method == "dora" else method.upper()
+    types: dict[Any, Any] = PEFT_TYPE_TO_CONFIG_MAPPING  # beside PEFT's own, those that are added under plain names
+    return types[PeftType[name] if name in PeftType.__members__ else name]
+
+
+def _field_names(method: str) -> list[str]:
+    return [field.name for field in fields(_config_class(method)) if field.init]

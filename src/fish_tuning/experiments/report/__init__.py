@@ -1,0 +1,1 @@
+"""Telling: the files of an experiment, pictures, and the page that joins several."""

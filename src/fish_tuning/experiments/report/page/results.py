@@ -1,0 +1,168 @@
+"""Runs of one or more experiments joined: scores of every arm on every task, and what the comparisons say."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean
+
+from fish_tuning.experiments.compare.comparisons import Comparison, choice_pairs, compare, compare_by_task
+from fish_tuning.experiments.compare.paired_tests import TIE, stratified_interval
+from fish_tuning.experiments.compare.summaries import FEWEST_FOR_INTERVAL, mean_interval
+from fish_tuning.experiments.config.arm_names import SELECTIONS, ArmName, baseline_of
+from fish_tuning.experiments.records.run_record import RunRecord
+from fish_tuning.experiments.report.page.columns import column_labels
+from fish_tuning.experiments.report.page.load import Experiment, finished
+
+NOT_A_NUMBER = "The metric is not a number."
+
+
+@dataclass(frozen=True)
+class Score:
+    """One arm on one task, or over all of them; `mean` is None when nothing finished."""
+
+    mean: float | None
+    low: float | None
+    high: float | None
+    values: tuple[float, ...]  # of the seeds; of an average: the means of the tasks
+    n_failed: int = 0
+    n_missing: int = 0
+    reason: str = ""  # why a mean has no interval
+
+
+@dataclass(frozen=True)
+class Family:
+    """Comparisons that are corrected together: `overall` over all tasks, and apart from that `by_task`."""
+
+    overall: tuple[Comparison, ...]
+    by_task: dict[tuple[str, str, str], Comparison]  # arm, baseline, task; corrected over all of them
+
+
+@dataclass(frozen=True)
+class Results:
+    """`tasks` are labels: a task, and with it the model or the experiment where one task alone would be ambiguous."""
+
+    runs: tuple[RunRecord, ...]  # each with the label of its column as `task`; failed ones included
+    tasks: tuple[str, ...]
+    arms: tuple[str, ...]
+    metrics: dict[str, str]  # task -> metric
+    scores: dict[tuple[str, str], Score]  # arm, task
+    averages: dict[str, Score]  # empty when there is one task, or one task under several settings
+    to_dense: Family  # each arm minus the dense arm of its method
+    of_choice: Family  # each arm chosen by Fisher scores minus those of its budget chosen at random or in reverse
+    missing: tuple[tuple[str, str, int], ...]  # task, arm, seed
+    notes: tuple[str, ...]
+
+    @property
+    def failed(self) -> list[RunRecord]:
+        return [run for run in self.runs if not finished(run)]
+
+    def of_arm(self, arm: str) -> list[RunRecord]:
+        """The runs of an arm that finished."""
+        return [run for run in self.runs if run.arm == arm and finished(run)]
+
+    def parameters(self, arm: str) -> tuple[int, int] | None:
+        """Fewest and most trainable parameters; tasks may differ by their heads."""
+        known = [int(run.trainable_parameters) for run in self.of_arm(arm) if run.trainable_parameters]
+        return (min(known), max(known)) if known else None
+
+    def comparison(self, arm: str, task: str | None = None) -> Comparison | None:
+        """An arm with its dense arm, over all tasks or on one."""
+        if task is None or len(self.tasks) == 1:
+            return next((each for each in self.to_dense.overall if each.arm == arm), None)
+        return self.to_dense.by_task.get((arm, baseline_of(arm), task))
+
+
+def join_results(experiments: Sequence[Experiment]) -> Results:
+    """Join the runs; see `column_labels` for which experiments share a column."""
+    labels, notes = column_labels(experiments)
+    unique: dict[tuple[str, str, int], RunRecord] = {}
+    for label, run in ((labels[experiment.folder], run) for experiment in experiments for run in experiment.runs):
+        key = label, run.arm, run.seed
+        if key not in unique or finished(run):  # a run that failed in one folder may have finished in another
+            unique[key] = replace(run, task=label)
+    runs = [run if finished(run) else replace(run, error=run.error or NOT_A_NUMBER) for run in unique.values()]
+    planned = [(labels[each.folder], arm, seed) for each in experiments for arm, seed in each.planned]
+    missing = [key for key in dict.fromkeys(planned) if key not in unique]
+    tasks = tuple(dict.fromkeys(labels.values()))
+    arms = _in_order([*(arm for _, arm, _ in planned), *(run.arm for run in runs)])
+    scores = {(arm, task): _score(runs, missing, arm, task) for arm in arms for task in tasks}
+    averages = {}
+    if len({run.task for each in experiments for run in each.runs}) < len(tasks):
+        notes.append(
+            "One task stands under several models or settings: there is no average over tasks, and the differences "
+            "over all columns count it several times; those of each task are apart."
+        )
+    elif len(tasks) > 1:
+        averages = {arm: _average([scores[arm, task] for task in tasks]) for arm in arms}
+    return Results(
+        runs=tuple(runs),
+        tasks=tasks,
+        arms=arms,
+        metrics={run.task: run.metric for run in reversed(runs)},
+        scores=scores,
+        averages=averages,
+        to_dense=_family(runs, arms, None),
+        of_choice=_family(runs, arms, choice_pairs(arm for arm in arms if any(run.arm == arm for run in runs))),
+        missing=tuple(missing),
+        notes=tuple(notes),
+    )
+
+
+def _in_order(arms: Sequence[str]) -> tuple[str, ...]:
+    """Methods as first named; of each the dense arms first, then the others by how they choose and how many."""
+    names = {arm: ArmName.parse(arm) for arm in dict.fromkeys(arms)}
+    methods = list(dict.fromkeys(name.method for name in names.values()))
+    suffixes = list(dict.fromkeys(["", *SELECTIONS, *(name.suffix for name in names.values())]))
+
+    def place(arm: str) -> tuple[int, int, float]:
+        name = names[arm]
+        return methods.index(name.method), suffixes.index(name.suffix), _size(name.budget)
+
+    return tuple(sorted(names, key=place))
+
+
+def _size(budget: str) -> float:
+    try:
+        return float(budget.removeprefix("top"))
+    except ValueError:  # none: all of the pool, or one of another version
+        return math.inf
+
+
+def _score(runs: Sequence[RunRecord], missing: Sequence[tuple[str, str, int]], arm: str, task: str) -> Score:
+    mine = [run for run in runs if (run.arm, run.task) == (arm, task)]
+    values = tuple(run.value for run in mine if finished(run) and run.value is not None)
+    interval = mean_interval(values)
+    failed, absent = len(mine) - len(values), sum((name, where) == (arm, task) for where, name, _ in missing)
+    if len(values) < FEWEST_FOR_INTERVAL:
+        seeds = "1 seed" if len(values) == 1 else f"{len(values)} seeds"
+        return Score(interval.mean, None, None, values, failed, absent, f"{seeds}, no interval")
+    if not _spread(values):  # an interval of no width would claim to be sure
+        return Score(interval.mean, None, None, values, failed, absent, "all seeds equal")
+    return Score(interval.mean, interval.low, interval.high, values, failed, absent)
+
+
+def _spread(values: Sequence[float]) -> bool:
+    return max(values) - min(values) >= TIE
+
+
+def _average(scores: Sequence[Score]) -> Score:
+    """The mean of the task means, where every task has one; its interval where every task has enough seeds."""
+    failed, missing = sum(score.n_failed for score in scores), sum(score.n_missing for score in scores)
+    means = tuple(score.mean for score in scores if score.mean is not None)
+    if len(means) < len(scores):
+        return Score(None, None, None, means, failed, missing)
+    if (fewest := min(len(score.values) for score in scores)) < FEWEST_FOR_INTERVAL:
+        reason = f"a task has {fewest} {'seed' if fewest == 1 else 'seeds'}, no interval"
+        return Score(fmean(means), None, None, means, failed, missing, reason)
+    if not any(_spread(score.values) for score in scores):
+        return Score(fmean(means), None, None, means, failed, missing, "all seeds equal")
+    low, high = stratified_interval([score.values for score in scores])
+    return Score(fmean(means), low, high, means, failed, missing)
+
+
+def _family(runs: Sequence[RunRecord], arms: Sequence[str], pairs: Sequence[tuple[str, str]] | None) -> Family:
+    by_task = {(each.arm, each.baseline, task): each for task, each in compare_by_task(runs, pairs)}
+    overall = compare(runs, pairs)
+    return Family(tuple(overall if pairs else sorted(overall, key=lambda each: arms.index(each.arm))), by_task)

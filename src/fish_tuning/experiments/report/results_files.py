@@ -1,0 +1,160 @@
+"""The files of an experiment: results.json, results.csv, results.md and the pictures."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from fish_tuning.experiments.compare.conclusions import conclusion
+from fish_tuning.experiments.compare.summaries import FEWEST_FOR_INTERVAL, ArmSummary, summarize
+from fish_tuning.experiments.config.experiment import ExperimentConfig
+from fish_tuning.experiments.records.run_record import RunRecord
+from fish_tuning.experiments.report.tables import fact_text, markdown_table, table_rows
+from fish_tuning.files.atomic import write_atomically
+
+FILES = ("results.json", "results.csv", "results.md", "metric.png", "kept.png")
+_NOT_IN_CSV = ("kept", "metrics", "loss_curve", "experiment")  # tables of their own; they are in results.json
+
+
+def write_report(
+    config: ExperimentConfig, plan_facts: Mapping[str, Any], runs: Sequence[RunRecord], output_dir: Path
+) -> list[Path]:
+    """Write what is known so far; each file is replaced as a whole, so a reader never sees half of one.
+
+    Pictures are drawn once all runs are there (drawing takes longer than writing). Returns the paths written.
+    """
+    output_dir.mkdir(parents=True, exist_ok=True)
+    summary = summarize(runs)
+    pictures: list[Path] = []
+    if len(runs) >= len(config.arms) * len(config.seeds):
+        from fish_tuning.experiments.report.pictures import draw_figures
+
+        pictures = draw_figures(config.arms, runs, output_dir)
+    texts = {
+        "results.json": _json(config, plan_facts, runs, summary),
+        "results.csv": _csv(config.name, runs),
+        "results.md": _markdown(config, plan_facts, runs, pictures),
+    }
+    for name, text in texts.items():
+        write_atomically(output_dir / name, text.encode())
+    return [*(output_dir / name for name in texts), *pictures]
+
+
+def report_notes(config: ExperimentConfig, facts: Mapping[str, Any], summary: Sequence[ArmSummary]) -> list[str]:
+    """What a reader must know beside the numbers: the plan's notes (`facts["notes"]`), failures, the intervals."""
+    notes = list(facts.get("notes", []))
+    if any(0 < arm.n_ok < FEWEST_FOR_INTERVAL for arm in summary):
+        notes.append(
+            f"No interval is given where fewer than {FEWEST_FOR_INTERVAL} seeds finished: it would say nothing."
+        )
+    if any(arm.low is not None for arm in summary):
+        notes.append(
+            "Intervals are Student's t over seeds: they cover what a seed changes (head, data order, masks), not the "
+            "choice of examples or of the data set."
+        )
+    if len(config.training.learning_rates) > 1:
+        rates = ", ".join(f"{arm} {rate:g}" for arm, rate in (facts.get("learning_rates") or {}).items())
+        notes.append(
+            "The learning rate of each arm was chosen on a fifth of the training set, with the first seed, among "
+            f"{', '.join(f'{rate:g}' for rate in config.training.learning_rates)}: {rates or 'none yet'}."
+        )
+    if config.training.early_stopping_patience:
+        notes.append(
+            "Early stopping: each run went back to its best epoch on the validation set, the one that is reported."
+        )
+    planned = len(config.arms) * len(config.seeds)
+    finished = sum(arm.n_ok + arm.n_failed for arm in summary)
+    if finished < planned:
+        notes.append(f"{finished} of {planned} runs are in; the rest has not run yet.")
+    if any(arm.peak_memory_of == "process" and arm.peak_memory_bytes for arm in summary):
+        notes.append("Peak memory is that of the whole process, with Python, its libraries and the data in it.")
+    notes += [f"{arm.arm}, {error}" for arm in summary for error in arm.errors]
+    return notes
+
+
+def _json(
+    config: ExperimentConfig, facts: Mapping[str, Any], runs: Sequence[RunRecord], summary: Sequence[ArmSummary]
+) -> str:
+    data = {
+        "experiment": config.name,
+        "config": config.model_dump(mode="json"),
+        "facts": dict(facts),
+        "runs": [run.to_dict() for run in runs],
+        "summary": [asdict(arm) for arm in summary],
+    }
+    return json.dumps(_finite(data), indent=2) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they become null."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _csv(name: str, runs: Sequence[RunRecord]) -> str:
+    columns = [field.name for field in fields(RunRecord) if field.name not in _NOT_IN_CSV]
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["experiment", *columns])
+    for run in runs:
+        writer.writerow([name, *(getattr(run, column) for column in columns)])
+    return text.getvalue()
+
+
+def _markdown(
+    config: ExperimentConfig, facts: Mapping[str, Any], runs: Sequence[RunRecord], pictures: Sequence[Path]
+) -> str:
+    summary = summarize(runs)
+    headers, rows = table_rows(summary)
+    captions = {
+        "metric.png": "The metric of every arm: a dot for each seed, the mean with its 95 % interval.",
+        "kept.png": "Share of entries kept, by layer and module, as a mean over seeds.",
+    }
+    parts = [
+        f"# {config.name}",
+        _list(f"{key}: {fact_text(value)}" for key, value in _settings(config, facts).items()),
+        markdown_table(headers, rows),
+        conclusion(runs),
+    ]
+    notes = report_notes(config, facts, summary)
+    if notes:
+        parts += ["## Notes", _list(notes)]
+    parts += [f"![{captions.get(path.name, path.stem)}]({path.name})" for path in pictures]
+    return "\n\n".join(parts) + "\n"
+
+
+def start_text(config: ExperimentConfig) -> str:
+    """The start of each method's adapter and scores; with its name where there are several methods."""
+    if len(config.peft) == 1:
+        return config.start(config.peft[0].method)
+    return "; ".join(f"{section.method}: {config.start(section.method)}" for section in config.peft)
+
+
+def _settings(config: ExperimentConfig, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What was run, the main choices first; facts of the plan follow under their own names."""
+    training = config.training.args_override
+    settings: dict[str, Any] = {
+        "model": f"{config.model.name} ({config.model.dtype})",
+        "data set": config.dataset.source,
+        "adapters": facts.get("adapters"),
+        "budget": f"{config.fish_tuning.prune_to_ratio_of_baseline:g} x the trainable parameters of the dense arm",
+        "start": start_text(config),
+        "seeds": [str(seed) for seed in config.seeds],
+    }
+    chosen = ("learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "weight_decay")
+    settings |= {key: str(training[key]) for key in chosen if key in training}
+    told = (*settings, "notes", "learning_rates")
+    return settings | {key.replace("_", " "): value for key, value in facts.items() if key not in told}
+
+
+def _list(lines: Any) -> str:
+    return "\n".join("- " + str(line).replace("\n", "\n  ") for line in lines)

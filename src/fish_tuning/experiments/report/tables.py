@@ -1,0 +1,143 @@
+"""The one results table, for Markdown and for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from fish_tuning.experiments.compare.summaries import ArmSummary
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def table_rows(summary: Sequence[ArmSummary]) -> tuple[list[str], list[list[str]]]:
+    """The headers and one row of cells for each arm."""
+    metric = summary[0].metric if summary else "metric"
+    measured = dict.fromkeys(arm.peak_memory_of for arm in summary if arm.peak_memory_bytes is not None)
+    memory = " or ".join("GPU" if of == "gpu" else of for of in measured)
+    headers = [
+        "arm",
+        "trainable parameters",
+        f"{metric}, mean [95 % interval]",
+        "train s",
+        "Fisher s",
+        f"peak memory ({memory or 'process'})",
+        "optimizer state",
+        "adapter",
+    ]
+    return headers, [_row(arm) for arm in summary]
+
+
+def _row(arm: ArmSummary) -> list[str]:
+    return [
+        arm.arm,
+        "-" if arm.trainable_parameters is None else f"{arm.trainable_parameters:,}",
+        score_text(arm),
+        _seconds(arm.train_seconds),
+        _seconds(arm.fisher_seconds),
+        human_bytes(arm.peak_memory_bytes),
+        human_bytes(arm.optimizer_state_bytes),
+        human_bytes(arm.adapter_bytes),
+    ]
+
+
+def score_text(arm: ArmSummary) -> str:
+    """`0.812 [0.801, 0.823] (1 of 4 failed)`: interval and remark where there are any."""
+    failed = f"{arm.n_failed} of {arm.n_ok + arm.n_failed} failed" if arm.n_failed else ""
+    if arm.mean is None:
+        return failed or "-"
+    interval = "" if arm.low is None or arm.high is None else f" [{arm.low:.3f}, {arm.high:.3f}]"
+    return f"{arm.mean:.3f}{interval}" + (f" ({failed})" if failed else "")
+
+
+def _seconds(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{seconds:,.1f}"
+
+
+def human_bytes(size: int | None) -> str:
+    """`512 B`, `12.3 kB`, `1.9 GB`: powers of a thousand; `-` for None."""
+    if size is None:
+        return "-"
+    value, unit = float(size), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if value < 999.95:
+            break
+        value, unit = value / 1000, larger
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+
+
+def markdown_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """The first column to the left, the others, which are numbers, to the right."""
+    lines = [headers, ["---"] + ["---:"] * (len(headers) - 1), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)
+
+
+def plain_table(headers: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> Table:
+    """A table for the terminal in plain ASCII, which any terminal and any log shows as it is."""
+    from rich.box import Box
+    from rich.table import Table
+    from rich.text import Text
+
+    rule = Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
+    table = Table(
+        title=Text(title, style="bold") if title else None,
+        title_justify="left",
+        box=rule,
+        show_edge=False,
+        pad_edge=False,
+    )
+    table.padding = (0, 1, 0, 0)  # with the space of the rule: two between columns
+    for number, header in enumerate(headers):
+        # Headers wrap at words. A score and its interval stay on one line; a remark in parentheses may go below.
+        cells = [row[number].partition(" (")[0] for row in rows]
+        width = max(map(len, [*header.split(), *cells]))
+        table.add_column(Text(header), justify="right" if number else "left", width=width, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    return table
+
+
+def console_tables(summary: Sequence[ArmSummary], width: int, title: str | None = None) -> list[Table]:
+    """The results for a terminal of that many columns: one table, or two where one does not fit."""
+    headers, rows = table_rows(summary)
+    whole = plain_table(headers, rows, title=title)
+    if sum(column.width or 0 for column in whole.columns) + 2 * (len(headers) - 1) <= width:  # two between columns
+        return [whole]
+    results, costs = range(3), (0, *range(3, len(headers)))
+    return [
+        plain_table([headers[i] for i in columns], [[row[i] for i in columns] for row in rows], title=title)
+        for columns, title in ((results, title), (costs, None))
+    ]
+
+
+def plan_rows(arms: Sequence[Any]) -> tuple[list[str], list[list[str]]]:
+    """The table of a dry run, from `ArmPlan`s."""
+    headers = ["arm", "size", "pool", "kept", "share kept", "head, dense", "trainable parameters"]
+    rows = [
+        [
+            plan.arm,
+            plan.size,
+            f"{plan.pool:,}",
+            f"{plan.kept:,}",
+            f"{plan.kept / plan.pool:.1%}" if plan.pool else "-",
+            f"{plan.dense:,}",
+            f"{plan.trainable_parameters:,}",
+        ]
+        for plan in arms
+    ]
+    return headers, rows
+
+
+def fact_text(value: Any) -> str:
+    """A fact as a reader wants it: `query, key` for a list, `torch 2.13, peft 0.21` for a mapping."""
+    if isinstance(value, Mapping):
+        separator = "; " if any("," in fact_text(item) for item in value.values()) else ", "
+        return separator.join(f"{key} {fact_text(item)}" for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(map(fact_text, value)) or "none"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if value is None:
+        return "none"
+    return f"{value:,}" if isinstance(value, int) else str(value)

@@ -1,0 +1,1 @@
+"""Running: plan, arms, learning rates, engines and loggers. The top room: it uses all others, none uses it."""

@@ -1,0 +1,82 @@
+"""Engines that do an experiment's runs: this process, or workers on a Ray cluster."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fish_tuning.errors import ConfigurationError
+from fish_tuning.experiments.config.experiment import ExperimentConfig
+from fish_tuning.experiments.run.progress import RunProgress
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+ENGINES = ("here", "ray")
+POLL_SECONDS = 2.0
+
+
+def check_engine(engine: str) -> None:
+    """Refuse an engine that is not known, or whose package is not installed."""
+    if engine not in ENGINES:
+        raise ConfigurationError(f"--engine {engine}: allowed are {', '.join(ENGINES)}.")
+    if engine == "ray":
+        _ray()
+
+
+def run_on_ray(config: ExperimentConfig, workers: int | None = None, since: float | None = None) -> None:
+    """Do all runs of an experiment on a Ray cluster: the one at RAY_ADDRESS, else one on this machine.
+
+    Every worker is a process that takes runs no other is at, just as several commands on one folder do; so the output
+    folder must be one that all nodes see, and so must local data and models. A worker that dies gives its run back, and
+    Ray starts another in its place. A worker has one GPU where the cluster has any, else an equal share of the CPUs.
+
+    Args:
+        config: the experiment.
+        workers: how many; by default one a GPU, else one a CPU.
+        since: see `run_experiment`.
+    """
+    ray = _ray()
+    if not ray.is_initialized():
+        ray.init(include_dashboard=False, log_to_driver=False, logging_level="error")
+    resources: Mapping[str, float] = ray.cluster_resources()
+    gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
+    number = workers or gpus or cpus
+    share = {"num_gpus": 1, "num_cpus": 1} if gpus else {"num_cpus": max(1, cpus // number)}
+    folder = Path(config.training.output_dir).absolute()
+    data = config.model_dump(mode="json")
+    data["training"]["output_dir"] = str(folder)
+    work = ray.remote(max_retries=-1, **share)(_work)
+    tasks = [work.remote(data, time.time() if since is None else since) for _ in range(number)]
+    with RunProgress(len(config.arms) * len(config.seeds)) as progress:
+        before = _written(folder)
+        while tasks:
+            done, tasks = ray.wait(tasks, timeout=POLL_SECONDS)
+            ray.get(done)  # raises what a worker could not handle
+            for _ in range(len(_written(folder)) - len(before)):
+                progress.finish()
+            before = _written(folder)
+
+
+def _work(data: dict[str, Any], since: float) -> None:
+    """One worker: the same as another `fish-tuning run` on the folder."""
+    from fish_tuning.experiments.run.plan import plan_experiment
+    from fish_tuning.experiments.run.runner import run_experiment
+
+    config = ExperimentConfig.model_validate(data)
+    run_experiment(config, plan_experiment(config), since=since)
+
+
+def _written(folder: Path) -> set[tuple[str, float]]:
+    return {(path.name, path.stat().st_mtime) for path in (folder / "runs").glob("*.json")}
+
+
+def _ray() -> Any:
+    try:
+        import ray
+    except ImportError as error:
+        raise ConfigurationError(
+            "--engine ray needs the package ray; install it with pip install 'fish-tuning[ray]'."
+        ) from error
+    return ray

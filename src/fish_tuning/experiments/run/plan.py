@@ -1,0 +1,273 @@
+"""What an experiment will train, counted from the model without its weights, before anything is trained."""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fish_tuning.errors import ConfigurationError, MaskError
+from fish_tuning.experiments.config.arm_names import ArmName, Variant
+from fish_tuning.experiments.config.experiment import ExperimentConfig
+from fish_tuning.experiments.config.sections import HEAD_PATTERN, LORA_METHODS, STARTS_AT_ZERO
+from fish_tuning.experiments.data.tasks import Task, encode, load_task
+from fish_tuning.experiments.models.building import build_meta_model, load_config, load_processing_class, read_config
+from fish_tuning.experiments.models.peft_methods import check_method, size_text
+from fish_tuning.experiments.records.run_record import ArmPlan
+from fish_tuning.experiments.run.arguments import training_arguments
+from fish_tuning.masks.budgets import matching_names, resolve_budget, split_budget
+
+HELD_OUT = 0.2  # of the training set, where learning rates are chosen
+RECORDED_PACKAGES = ("fish-tuning", "torch", "transformers", "peft", "datasets")
+# Model types whose position embeddings start after the padding token's number.
+NUMBERED_AFTER_PADDING = (
+    "roberta", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm", "camembert", "data2vec-text", "xmod", "mpnet",
+    "longformer", "esm", "ibert", "luke", "layoutlmv3",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked experiment: its arms with their counts, its data, and facts for the reader."""
+
+    arms: list[ArmPlan]
+    facts: dict[str, Any]
+    notes: list[str]
+    task: Task
+    processing_class: Any  # the model's tokenizer or image processor; None where the data is ready
+    model_config: Any
+
+    @property
+    def metric(self) -> str:
+        return self.task.metric
+
+
+def plan_experiment(config: ExperimentConfig) -> Plan:
+    """Load the data and the model's configuration, and count every arm on a model without weights.
+
+    Raises ConfigurationError for whatever cannot work: missing data, columns or targets, a budget below the head.
+    """
+    # What needs no data comes first: a wrong model name should not cost a download.
+    for section in config.peft:
+        check_method(section)
+        # refuses what would fail later
+        training_arguments(config, config.seeds[0], Path(config.training.output_dir), section.training_args)
+    most = config.dataset.max_train_samples
+    if most is not None and config.fish_tuning.num_samples > most:
+        raise ConfigurationError(
+            f"fish_tuning.num_samples={config.fish_tuning.num_samples} is more than dataset.max_train_samples={most}; "
+            "lower the first or raise the second."
+        )
+    stored = read_config(config.model)
+    task = load_task(config.dataset)
+    processing_class = load_processing_class(config.model, task)
+    model_config = load_config(config.model, task, getattr(processing_class, "pad_token_id", None), stored)
+    notes = task.check(processing_class, model_config, config.training.max_seq_length)
+    if task.processor == "tokenizer" and processing_class is not None:
+        _check_length(config, task, processing_class, model_config)
+    models = _Models(config, model_config, task)
+    arms = [_plan_arm(config, arm, models) for arm in config.arms]
+    _check_samples(config, len(task.train))
+    facts = _facts(config, task, models)
+    return Plan(arms, facts, [*notes, *_notes(config, arms)], task, processing_class, model_config)
+
+
+def _check_samples(config: ExperimentConfig, examples: int) -> None:
+    asked, several = config.fish_tuning.num_samples, len(config.training.learning_rates) > 1
+    left = examples - math.ceil(HELD_OUT * examples) if several else examples
+    if asked > left:
+        where = f" that are left when {HELD_OUT:.0%} are held out to choose learning rates" if several else ""
+        raise ConfigurationError(f"fish_tuning.num_samples={asked} is more than the {left} training examples{where}.")
+
+
+def _check_length(config: ExperimentConfig, task: Task, tokenizer: Any, model_config: Any) -> None:
+    """Refuse texts longer than the model's positions; tokenises only where max_seq_length would let such texts pass."""
+    asked = config.training.max_seq_length
+    positions = _positions(model_config)
+    if positions is None or asked + task.tokens_written <= positions:
+        return
+    encoded = encode(task, tokenizer, asked)
+    longest = max(len(ids) for split in (encoded.train, encoded.validation) for ids in split["input_ids"])
+    prompt = task.longest_prompt(encoded.validation)
+    if prompt + task.tokens_written > positions:
+        raise ConfigurationError(
+            f"dataset.max_new_tokens={task.tokens_written} after a prompt of {prompt} tokens is more than the "
+            f"{positions} positions of {config.model.name!r}; set it to {positions - prompt} or less, or leave out "
+            "long prompts."
+        )
+    if longest > positions:
+        raise ConfigurationError(
+            f"training.max_seq_length={asked} lets a text of {longest} tokens pass, more than the {positions} "
+            f"positions of {config.model.name!r}; set it to {positions} or less."
+        )
+
+
+def _positions(model_config: Any) -> int | None:
+    """How many tokens the model has positions for; None where it sets no bound."""
+    positions = getattr(model_config, "max_position_embeddings", None)
+    if not isinstance(positions, int) or positions < 1:  # relative positions only
+        return None
+    if model_config.model_type in NUMBERED_AFTER_PADDING:
+        positions -= (model_config.pad_token_id or 0) + 1
+    return positions
+
+
+class _Models:
+    """Models without weights, one for each adapter that the arms train or choose from."""
+
+    def __init__(self, config: ExperimentConfig, model_config: Any, task: Task) -> None:
+        self.config, self.model_config, self.task = config, model_config, task
+        self.made: dict[tuple[str, Variant], Any] = {}
+
+    def __call__(self, arm: str) -> Any:
+        section, variant = self.config.method_of(arm), self.config.variant_of(arm)
+        if (section.method, variant) not in self.made:
+            model = build_meta_model(self.config, self.model_config, self.task, section, variant)
+            self.made[section.method, variant] = model
+        return self.made[section.method, variant]
+
+    def settings(self, arm: str) -> Any:
+        return self(arm).peft_config["default"]
+
+
+def _plan_arm(config: ExperimentConfig, arm: str, models: _Models) -> ArmPlan:
+    name = ArmName.parse(arm)
+    sizes = _trainable_sizes(models(arm))
+    outside = matching_names(sizes, names_outside_pool(config, models.task))
+    dense = sum(sizes[tensor] for tensor in outside)
+    pool = {tensor: size for tensor, size in sizes.items() if tensor not in outside}
+    total = sum(pool.values())
+    kept = total if name.selection is None else _budget(config, name, models, total, dense)
+    if name.selection is not None and name.selection.quotas:
+        _check_quotas(pool, kept, config.fish_tuning.quotas)
+    return ArmPlan(
+        arm=arm,
+        method=name.method,
+        selection=name.suffix or None,
+        size=size_text(models.settings(arm)),
+        settings=_plain(models.settings(arm).to_dict()),
+        trainable_parameters=kept + dense,
+        pool=total,
+        kept=kept,
+        dense=dense,
+    )
+
+
+def names_outside_pool(config: ExperimentConfig, task: Task) -> list[str]:
+    """`lora.names_to_exclude` without the pattern for new heads where the task brings none."""
+    patterns = config.lora.names_to_exclude
+    return patterns if task.brings_head else [pattern for pattern in patterns if pattern != HEAD_PATTERN]
+
+
+def _budget(config: ExperimentConfig, name: ArmName, models: _Models, pool: int, dense: int) -> int:
+    if config.protocol == "fixed_layers":
+        return resolve_budget(pool, dense, keep_ratio=float(name.budget))
+    baseline = sum(_trainable_sizes(models(name.baseline)).values())
+    ratio = config.fish_tuning.prune_to_ratio_of_baseline if config.protocol == "ratio_of_baseline" else 1.0
+    try:
+        return resolve_budget(pool, dense, num_trainable=round(ratio * baseline))
+    except MaskError as error:
+        sizes = [size_text(models.settings(arm)) for arm in (name.baseline, str(name))]
+        asked = f"fish_tuning.prune_to_ratio_of_baseline={ratio} of " if config.protocol == "ratio_of_baseline" else ""
+        raise ConfigurationError(
+            f"{asked}the {baseline:,} trainable parameters that {name.baseline} has ({sizes[0]}, head included) cannot "
+            f"be met by {name} ({sizes[1]}): {error} Sizes are set by lora.baseline_rank and lora.fish_rank, or by "
+            "peft.baseline_args and peft.fish_args."
+        ) from error
+
+
+def _check_quotas(pool: dict[str, int], kept: int, quotas: dict[str, float] | None) -> None:
+    try:
+        split_budget(pool, kept, quotas or "module_type")
+    except MaskError as error:
+        raise ConfigurationError(f"fish_tuning.{error}") from error
+
+
+def _plain(value: Any) -> Any:
+    """Sorted lists instead of sets, text instead of enumerations: what JSON can hold, the same every time."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, set | frozenset):
+        return sorted(map(str, value))
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value if isinstance(value, bool | int | float | str | None) else str(value)
+
+
+def _trainable_sizes(model: Any) -> dict[str, int]:
+    return {name: parameter.numel() for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def _facts(config: ExperimentConfig, task: Task, models: _Models) -> dict[str, Any]:
+    first = {ArmName.parse(arm).method: arm for arm in reversed(config.arms)}
+    first = {section.method: first[section.method] for section in config.peft if section.method in first}
+    return {
+        "task": task.name,
+        "task_kind": task.kind,
+        "metric": task.metric,
+        "train_examples": len(task.train),
+        "validation_examples": len(task.validation),
+        "validation_split": task.validation_split,
+        "columns": list(task.used_columns),
+        "num_labels": task.num_labels,
+        "model_revision": getattr(models.model_config, "_commit_hash", None),
+        "model_type": models.model_config.model_type,
+        "protocol": config.protocol,
+        "adapters": {method: _sizes(config, method, models) for method in first},
+        "target_modules": {method: _targets(models(arm)) for method, arm in first.items()},
+        "init_lora_weights": config.lora.init_lora_weights,
+        "num_samples": config.fish_tuning.num_samples,
+        "warmup_steps_before_scoring": {method: config.warmup_steps(method) for method in first},
+        "device": _device(),
+        "versions": {name: version(name) for name in _recorded_packages(task)} | {"python": platform.python_version()},
+    }
+
+
+def _recorded_packages(task: Task) -> tuple[str, ...]:
+    return (*RECORDED_PACKAGES, "trl") if task.kind == "causal_lm" else RECORDED_PACKAGES
+
+
+def _sizes(config: ExperimentConfig, method: str, models: _Models) -> str:
+    """The sizes of a method's adapters, with what they are for where there are several."""
+    arms = [arm for arm in config.arms if ArmName.parse(arm).method == method]
+    dense, masked = (
+        [size_text(models.settings(arm)) for arm in arms if (ArmName.parse(arm).selection is None) == is_dense]
+        for is_dense in (True, False)
+    )
+    if len({*dense, *masked}) > 1:
+        return f"{dense[0]} (dense), {masked[0]} (pool of the masked arms)"
+    return "one size" if (dense or masked)[0] == "-" else (dense or masked)[0]
+
+
+def _targets(model: Any) -> list[str] | str | None:
+    targets = getattr(model.peft_config["default"], "target_modules", None)
+    return sorted(targets) if isinstance(targets, set | list) else targets
+
+
+def _device() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"cpu ({torch.get_num_threads()} threads)"
+
+
+def _notes(config: ExperimentConfig, arms: Sequence[ArmPlan]) -> list[str]:
+    notes = []
+    lora = [section.method for section in config.peft if section.method in LORA_METHODS]
+    if lora and config.lora.init_lora_weights in STARTS_AT_ZERO and not config.warmup_steps(lora[0]):
+        notes.append(
+            "B starts at 0, where every A scores exactly zero: FISH can only choose among B. Leave out "
+            "fish_tuning.warmup_steps=0, or set lora.init_lora_weights to 'pissa'."
+        )
+    whole = [arm.arm for arm in arms if arm.selection is not None and arm.kept == arm.pool]
+    if whole:
+        notes.append(
+            f"{', '.join(whole)}: the budget is the whole pool, so nothing is masked. Lower "
+            "fish_tuning.prune_to_ratio_of_baseline, or enlarge the pool with lora.fish_rank or peft.fish_args."
+        )
+    return notes

@@ -1,0 +1,1 @@
+"""Select: from scores and a budget to a mask of exactly k entries."""

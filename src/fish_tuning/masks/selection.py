@@ -1,0 +1,292 @@
+"""From scores and a budget to a mask: exactly k entries, whatever the ties.
+
+Entries are compared by (priority, seeded random key, position). The k-th largest priority is found by radix selection:
+a few passes over the scores in chunks that count their 16-bit digits, so there is no sort and no copy of the scores.
+The random keys are drawn anew, chunk by chunk, wherever they are needed, and only for ties.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fish_tuning.errors import FishTuningWarning, MaskError, ZeroScoresError, did_you_mean
+from fish_tuning.masks.budgets import matching_names, module_type, resolve_budget, split_budget
+
+Mask = dict[str, Tensor]
+Method = Callable[[Tensor], Tensor]
+Part = tuple[Mapping[str, Tensor], int]  # scores that are compared with each other, and how many of them to keep
+
+_METHODS: dict[str, Method] = {}
+_CHUNK = 2**20  # entries looked at a time: bounds the extra memory at some 100 MB
+_DIGIT = 16
+_SIGN = 2 ** (_DIGIT - 1)  # added to the top digit, which is signed
+
+
+def register_method(name: str) -> Callable[[Method], Method]:
+    """Decorator: a selection method, from a chunk of scores to priorities of the same shape; the largest are kept.
+
+    The method is called several times on each chunk and must give the same numbers every time; chance belongs to the
+    seeded order of ties.
+    """
+
+    def register(method: Method) -> Method:
+        _METHODS[name] = method
+        return method
+
+    return register
+
+
+def method_names() -> list[str]:
+    return list(_METHODS)
+
+
+@register_method("fish")
+def _fish(scores: Tensor) -> Tensor:
+    """The largest scores."""
+    return scores
+
+
+@register_method("rand")
+def _rand(scores: Tensor) -> Tensor:
+    """All tie, so the seeded order decides."""
+    return torch.zeros_like(scores)
+
+
+@register_method("rev")
+def _rev(scores: Tensor) -> Tensor:
+    """The smallest scores."""
+    return -scores
+
+
+def create_mask_from_fisher(
+    fisher_scores: Mapping[str, Tensor],
+    keep_ratio: float | None = None,
+    names_to_exclude: Sequence[str] = (),
+    *,
+    num_trainable: int | None = None,
+    method: str = "fish",
+    quotas: Mapping[str, float] | Literal["module_type"] | None = None,
+    normalize: Literal["module_type"] | None = None,
+    seed: int = 0,
+    zero_scores: Literal["warn", "error", "ignore"] = "warn",
+) -> Mask:
+    """Boolean mask with exactly the asked number of entries, taken from one global pool of all scored tensors.
+
+    FISH-Tuning, arXiv 2504.04050, eq. 4 and 5. The pool is every entry whose tensor's name matches none of
+    `names_to_exclude`; excluded tensors train densely and are all true in the mask, so that the mask's sum is the
+    number of trainable parameters. Where modules of different kinds share a pool (UniPELT), the scale of their
+    gradients decides which of them are kept at all; `quotas` and `normalize` are two ways out.
+
+    Args:
+        fisher_scores: {name: scores}, non-negative, from `calculate_fisher_information`.
+        keep_ratio: share of the pool to keep, in (0, 1]: k = round(keep_ratio * pool), at least 1.
+        names_to_exclude: regular expressions, searched for in the names (e.g. "classifier").
+        num_trainable: instead of `keep_ratio`, the exact number of trainable parameters in all, excluded tensors
+            included.
+        method: "fish" (largest scores), "rand" (random, seeded), "rev" (smallest scores), or one that was added with
+            `register_method`. All of them keep the same number of entries.
+        quotas: {regular expression: share}, shares adding up to 1: each group of tensors gets that share of the kept
+            entries, whatever its scores. Each tensor of the pool must match exactly one of them. "module_type" keeps
+            the same ratio of every module type (`query.lora_A`, all layers together). The total stays exact.
+        normalize: "module_type" divides each score by the mean over its module type before they are compared.
+        seed: orders ties, and is the choice of "rand". The same seed and scores give the same mask.
+        zero_scores: what to do when "fish" must keep entries that scored exactly 0, which is a choice at random:
+            "warn" (FishTuningWarning), "error" (ZeroScoresError) or "ignore".
+
+    Returns:
+        {name: bool tensor of the scores' shape, on their device}, for every name in `fisher_scores`.
+
+    Raises:
+        MaskError: unknown method, bad ratio or budget, an exclusion that matches nothing, quotas that do not add up or
+            ask for more than there is, scores that are not finite.
+
+    Example:
+        >>> import torch
+        >>> from fish_tuning import create_mask_from_fisher
+        >>> scores = {"lora_A": torch.tensor([[4.0, 1.0], [3.0, 2.0]]), "classifier": torch.tensor([9.0, 9.0])}
+        >>> create_mask_from_fisher(scores, keep_ratio=0.5, names_to_exclude=["classifier"])["lora_A"]
+        tensor([[ True, False],
+                [ True, False]])
+        >>> sum(int(m.sum()) for m in create_mask_from_fisher(scores, num_trainable=3).values())
+        3
+    """
+    if method not in _METHODS:
+        raise MaskError(
+            f"method={method!r} is not known; allowed are {', '.join(map(repr, _METHODS))}."
+            f"{did_you_mean(method, _METHODS)}"
+        )
+    if normalize not in (None, "module_type"):
+        raise MaskError(f"normalize={normalize!r} is not known; allowed are 'module_type' and None.")
+    if zero_scores not in ("warn", "error", "ignore"):
+        raise MaskError(f"zero_scores={zero_scores!r} is not known; allowed are 'warn', 'error', 'ignore'.")
+    _check_scores(fisher_scores)
+    excluded = matching_names(fisher_scores, names_to_exclude)
+    pool = {name: scores for name, scores in fisher_scores.items() if name not in excluded}
+    budget = resolve_budget(
+        sum(scores.numel() for scores in pool.values()),
+        sum(fisher_scores[name].numel() for name in excluded),
+        keep_ratio=keep_ratio,
+        num_trainable=num_trainable,
+    )
+    parts = _parts(pool, budget, quotas)
+    if method == "fish" and zero_scores != "ignore":
+        _report_zero_scores(parts, zero_scores)
+    scales = _scales(pool) if normalize else None
+    chosen: Mask = {}
+    for part, k in parts:
+        chosen |= select_top_k(part, k, priority=_METHODS[method], seed=seed, scales=scales)
+    return {
+        name: chosen[name] if name in chosen else torch.ones_like(scores, dtype=torch.bool)
+        for name, scores in fisher_scores.items()
+    }
+
+
+def select_top_k(
+    scores: Mapping[str, Tensor],
+    k: int,
+    *,
+    priority: Method = _fish,
+    seed: int = 0,
+    scales: Mapping[str, float] | None = None,
+) -> Mask:
+    """Masks with the k entries of largest priority over all tensors; ties fall in an order drawn from `seed`.
+
+    `scales` gives a factor for each tensor's scores. Needs, beside scores and masks, a fixed amount of memory. The
+    result depends neither on the order of the mapping nor on the device.
+    """
+    names = sorted(scores)
+    total = sum(scores[name].numel() for name in names)
+    if not 0 <= k <= total:
+        raise MaskError(f"Cannot select {k:,} of {total:,} entries.")
+
+    # One precision for all, or the integers of different tensors could not be compared.
+    dtype = torch.float64 if any(tensor.dtype == torch.float64 for tensor in scores.values()) else torch.float32
+
+    def priorities() -> Iterator[Tensor]:
+        for name in names:
+            for chunk in scores[name].detach().reshape(-1).split(_CHUNK):
+                values = priority(chunk.to(dtype) * scales[name] if scales else chunk).to(dtype)
+                if values.shape != chunk.shape:
+                    raise MaskError("The selection method must give a priority for each score, in the same shape.")
+                if values.isnan().any():
+                    raise MaskError(f"The selection method gave priorities for {name!r} that are not numbers (NaN).")
+                yield _ordered(values)
+
+    flat = {name: torch.zeros(scores[name].numel(), dtype=torch.bool, device=scores[name].device) for name in names}
+    masks = [chunk for name in names for chunk in flat[name].split(_CHUNK)]
+    if k:
+        cut, above = _kth_largest(priorities, k, bits=torch.finfo(dtype).bits)
+        keys = _TieKeys(priorities, cut, seed)
+        key_cut, keys_above = _kth_largest(keys, k - above, bits=32)
+        left = k - above - keys_above  # of the entries that tie in priority and key, the first in order
+        for mask, chunk, (tied, key) in zip(masks, priorities(), keys.with_positions(), strict=True):
+            mask.copy_(chunk > cut)
+            mask[tied[key > key_cut]] = True
+            last = tied[key == key_cut][:left]
+            mask[last] = True
+            left -= len(last)
+    if sum(int(mask.count_nonzero()) for mask in masks) != k:
+        raise MaskError("The selection method gave other priorities when it was called again; it must not draw.")
+    return {name: flat[name].view(scores[name].shape) for name in scores}
+
+
+class _TieKeys:
+    """Random keys of the entries whose priority is exactly `cut`, the same ones at every pass."""
+
+    def __init__(self, priorities: Callable[[], Iterable[Tensor]], cut: int, seed: int) -> None:
+        self.priorities, self.cut, self.seed = priorities, cut, seed
+
+    def __call__(self) -> Iterator[Tensor]:
+        return (key for _, key in self.with_positions())
+
+    def with_positions(self) -> Iterator[tuple[Tensor, Tensor]]:
+        generator = torch.Generator().manual_seed(self.seed)
+        for chunk in self.priorities():
+            tied = (chunk == self.cut).nonzero()[:, 0]
+            key = torch.randint(2**31 - 1, (len(tied),), generator=generator, dtype=torch.int32)
+            yield tied, key.to(chunk.device)
+
+
+class _Cut(NamedTuple):
+    value: int
+    above: int  # number of entries larger than it
+
+
+def _kth_largest(chunks: Callable[[], Iterable[Tensor]], k: int, bits: int) -> _Cut:
+    """The k-th largest of all `bits`-wide integers in `chunks()`, digit by digit from the top."""
+    prefix, above = 0, 0
+    top = bits - _DIGIT
+    for shift in range(top, -1, -_DIGIT):
+        counts = torch.zeros(2**_DIGIT, dtype=torch.int64)
+        for chunk in chunks():
+            if shift == top:
+                digits = (chunk >> shift) + _SIGN
+            else:
+                digits = (chunk[(chunk >> (shift + _DIGIT)) == prefix] >> shift) & (2**_DIGIT - 1)
+            counts += torch.bincount(digits, minlength=2**_DIGIT).cpu()
+        down = counts.flip(0).cumsum(0)
+        position = min(int(torch.searchsorted(down, k - above)), 2**_DIGIT - 1)
+        digit = 2**_DIGIT - 1 - position
+        above += int(down[position] - counts[digit])
+        prefix = digit - _SIGN if shift == top else (prefix << _DIGIT) + digit
+    return _Cut(prefix, above)
+
+
+def _ordered(values: Tensor) -> Tensor:
+    """Integers in the order of the floats: the bits of a float are ordered but for the sign."""
+    integer = torch.int64 if values.dtype == torch.float64 else torch.int32
+    bits = (values + 0.0).view(integer)  # + 0.0 turns -0.0 into 0.0, which ties with it
+    return bits ^ ((bits >> (torch.iinfo(integer).bits - 1)) & torch.iinfo(integer).max)
+
+
+def _check_scores(fisher_scores: Mapping[str, Tensor]) -> None:
+    if not fisher_scores:
+        raise MaskError("fisher_scores is empty: there is nothing to select from.")
+    for name, scores in fisher_scores.items():
+        for chunk in scores.detach().reshape(-1).split(_CHUNK):
+            if not chunk.isfinite().all():
+                raise MaskError(f"The scores of {name!r} are not all finite, so they have no order.")
+
+
+def _parts(pool: Mapping[str, Tensor], budget: int, quotas: Mapping[str, float] | str | None) -> list[Part]:
+    if quotas is None:
+        return [(pool, budget)]
+    sizes = {name: scores.numel() for name, scores in pool.items()}
+    return [({name: pool[name] for name in names}, k) for names, k in split_budget(sizes, budget, quotas)]
+
+
+def _scales(pool: Mapping[str, Tensor]) -> dict[str, float]:
+    """One over the mean score of each tensor's module type, 1 where that is zero."""
+    totals: dict[str, list[float]] = {}  # sum and number
+    for name, scores in pool.items():
+        total = totals.setdefault(module_type(name), [0.0, 0.0])
+        total[0] += sum(float(chunk.double().sum()) for chunk in scores.reshape(-1).split(_CHUNK))
+        total[1] += scores.numel()
+    means = {group: total / entries for group, (total, entries) in totals.items()}
+    return {name: 1 / means[module_type(name)] if means[module_type(name)] else 1.0 for name in pool}
+
+
+def _report_zero_scores(parts: Sequence[Part], zero_scores: str) -> None:
+    nonzero = {name: int(scores.count_nonzero()) for part, _ in parts for name, scores in part.items()}
+    budget = sum(k for _, k in parts)
+    scored = sum(min(k, sum(nonzero[name] for name in part)) for part, k in parts)
+    if budget == scored:
+        return
+    dead = [name for name, number in nonzero.items() if not number]
+    size = sum(scores.numel() for part, _ in parts for scores in part.values())
+    message = (
+        f"{budget:,} entries are to be kept, but only {sum(nonzero.values()):,} of the pool's {size:,} have a score "
+        f"above zero, so {budget - scored:,} are chosen at random. {len(dead)} of {len(nonzero)} tensors scored zero "
+        f"throughout"
+        + (f", e.g. {dead[0]!r}. " if dead else ". ")
+        + "With LoRA's default initialisation B = 0, the gradient of every A is exactly zero. Ways out: start from "
+        "init_lora_weights='pissa' (or 'olora', 'orthogonal'), score after some warm-up steps, or keep fewer entries."
+    )
+    if zero_scores == "error":
+        raise ZeroScoresError(message)
+    warnings.warn(message, FishTuningWarning, stacklevel=3)

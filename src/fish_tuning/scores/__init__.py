@@ -1,0 +1,1 @@
+"""Score: the Fisher information of every trainable tensor, exact for each example."""

@@ -1,0 +1,95 @@
+"""Calibration batches: to the device, cut to size, split into examples, and trimmed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fish_tuning.errors import FisherError
+from fish_tuning.scores.losses import IGNORED
+
+Batch = dict[str, Tensor]
+
+# Entries that run along the tokens of a text; only these are cut when padding is trimmed.
+SEQUENCE_KEYS = (
+    "input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds", "special_tokens_mask",
+)  # fmt: skip
+
+
+def calibration_batches(
+    loader: Iterable[Mapping[str, Any]], device: torch.device, num_samples: int | None
+) -> Iterator[Batch]:
+    """Batches of tensors on `device`, at most `num_samples` examples in all; the last batch is cut to fit."""
+    left = num_samples
+    for raw in loader:
+        if left == 0:
+            return
+        batch = {key: value.to(device) for key, value in _mapping(raw).items() if isinstance(value, Tensor)}
+        size = batch_size(batch)
+        if left is not None:
+            if size > left:
+                batch, size = rows(batch, 0, left), left
+            left -= size
+        yield batch
+
+
+def batch_size(batch: Mapping[str, Tensor]) -> int:
+    """Number of examples: the first dimension of the labels, else of the first tensor that has one."""
+    for key in ("labels", "label", *batch):
+        if key in batch and batch[key].dim():
+            return batch[key].shape[0]
+    raise FisherError("The calibration batch holds no tensor with a batch dimension.")
+
+
+def rows(batch: Mapping[str, Tensor], start: int, stop: int) -> Batch:
+    """Examples `start` to `stop` of a batch; scalars are shared by all examples."""
+    size = batch_size(batch)
+    if start == 0 and stop == size:
+        return dict(batch)
+    for key, value in batch.items():
+        if value.dim() and value.shape[0] != size:
+            raise FisherError(
+                f"Cannot split the calibration batch into examples: {key!r} has first dimension {value.shape[0]}, the "
+                f"batch has {size} examples. Use a calibration dataloader with batch_size=1."
+            )
+    return {key: value[start:stop] if value.dim() else value for key, value in batch.items()}
+
+
+def most_padded_row(batch: Mapping[str, Tensor]) -> int:
+    """The row with the fewest real tokens among those with a label that counts; 0 where nothing is padded."""
+    mask, labels = batch.get("attention_mask"), batch.get("labels")
+    if mask is None or mask.dim() != 2:
+        return 0
+    lengths = mask.sum(dim=1)
+    if labels is not None and labels.dim() == 2:
+        lengths = lengths.masked_fill((labels[:, 1:] == IGNORED).all(dim=1), mask.shape[1] + 1)
+    return int(lengths.argmin())
+
+
+def trim_padding(batch: Batch) -> Batch:
+    """Cut the columns at either end that are padding in every row: they cost time, and no loss should depend on them.
+
+    A batch with a tensor that is as wide as the tokens, but not known to run along them, is left as it is.
+    """
+    mask = batch.get("attention_mask")
+    if mask is None or mask.dim() != 2 or not mask.any():
+        return batch
+    wide = {key for key, value in batch.items() if value.dim() > 1 and value.shape[1] == mask.shape[1]}
+    known = {*SEQUENCE_KEYS, *(() if "labels" in wide and batch["labels"].is_floating_point() else ("labels",))}
+    if not wide <= known:
+        return batch
+    used = mask.any(dim=0).nonzero()
+    columns = slice(int(used.min()), int(used.max()) + 1)
+    return {key: value[:, columns] if key in wide else value for key, value in batch.items()}
+
+
+def _mapping(raw: object) -> Mapping[str, Any]:
+    if isinstance(raw, Mapping):
+        return raw
+    raise FisherError(
+        f"The calibration dataloader gave a {type(raw).__name__}; it must give mappings of argument names to tensors, "
+        "as transformers' data collators do."
+    )

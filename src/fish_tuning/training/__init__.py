@@ -1,0 +1,1 @@
+"""Train: masks in transformers' Trainer and its loggers."""

@@ -1,0 +1,209 @@
+"""Files, tables, sentences and pictures from fake records."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from pathlib import Path
+
+import pytest
+from fakes import SEEDS, experiment, failed, kept, ok, scores
+
+from fish_tuning.experiments.compare.conclusions import conclusion
+from fish_tuning.experiments.compare.summaries import summarize
+from fish_tuning.experiments.report.pictures import kept_figure, metric_figure
+from fish_tuning.experiments.report.results_files import report_notes, write_report
+from fish_tuning.experiments.report.tables import console_tables, fact_text, human_bytes, table_rows
+
+RUNS = [*scores("lora", [0.5, 0.6, 0.7]), *scores("lora-fish", [0.6, 0.7, 0.8], kept=kept(1, 9))]
+RUN_KEYS = {
+    *("arm", "seed", "metric", "value", "trainable_parameters", "train_seconds", "fisher_seconds"),
+    *("peak_memory_bytes", "optimizer_state_bytes", "adapter_bytes", "status"),
+}
+
+
+def test_a_complete_experiment_writes_every_file(tmp_path: Path) -> None:
+    facts = {"task": "sst2", "notes": ["mind the gap"], "versions": {"torch": "2"}}
+    written = write_report(experiment(), facts, RUNS, tmp_path / "new")
+    names = ["results.json", "results.csv", "results.md", "metric.png", "kept.png"]
+    assert [path.name for path in written] == names
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == sorted(names)  # nothing unfinished is left
+    data = json.loads(written[0].read_text())
+    assert data["experiment"] == "trial"
+    assert len(data["runs"]) == 6
+    assert data["runs"][0].keys() >= RUN_KEYS
+    assert data["summary"][1]["difference"]["mean"] == pytest.approx(0.1)
+    assert data["config"]["lora"]["init_lora_weights"] is True
+    assert data["facts"]["versions"] == {"torch": "2"}
+    rows = list(csv.DictReader(io.StringIO(written[1].read_text())))
+    assert (rows[0]["arm"], rows[0]["value"], rows[0]["adapter_bytes"]) == ("lora", "0.5", "4321")
+    text = written[2].read_text()
+    for expected in (
+        "start: init_lora_weights true, scored after 20 warm-up steps",
+        "- seeds: 1, 2, 3",
+        "- mind the gap",
+        "![",
+        "(kept.png)",
+        "versions: torch 2",
+    ):
+        assert expected in text
+    for picture in written[3:]:
+        assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_unfinished_experiment_has_no_pictures_and_says_so(tmp_path: Path) -> None:
+    written = write_report(experiment(), {}, RUNS[:4], tmp_path)
+    assert [path.suffix for path in written] == [".json", ".csv", ".md"]
+    text = written[2].read_text()
+    assert "4 of 6 runs are in" in text
+    assert ".png" not in text
+
+
+def test_failed_runs_are_in_every_file(tmp_path: Path) -> None:
+    runs = [*RUNS[:3], *(failed("lora-fish", seed, "RuntimeError: a | b\nsecond line") for seed in SEEDS)]
+    json_file, csv_file, markdown, *_ = write_report(experiment(), {}, runs, tmp_path)
+    assert json.loads(json_file.read_text())["runs"][3]["error"].startswith("RuntimeError")
+    assert csv_file.read_text().count("RuntimeError: a | b") == 3
+    text = markdown.read_text()
+    assert "| lora-fish | - | 3 of 3 failed | - |" in text
+    assert "- lora-fish, seed 1: RuntimeError: a | b\n  second line" in text
+
+
+def test_a_metric_that_is_not_a_number_leaves_valid_json(tmp_path: Path) -> None:
+    runs = [*scores("lora", [math.nan, 0.6, 0.7]), *scores("lora-fish", [0.6, 0.7, 0.8])]
+    written = write_report(experiment(), {}, runs, tmp_path)
+    assert "NaN" not in written[0].read_text()
+    assert json.loads(written[0].read_text())["runs"][0]["value"] is None
+    assert "over 2 paired seeds" in written[2].read_text()
+
+
+def test_table_has_the_columns_in_order() -> None:
+    headers, rows = table_rows(summarize(RUNS))
+    assert headers == [
+        "arm",
+        "trainable parameters",
+        "accuracy, mean [95 % interval]",
+        "train s",
+        "Fisher s",
+        "peak memory (process)",
+        "optimizer state",
+        "adapter",
+    ]
+    assert rows[0] == ["lora", "1,000", "0.600 [0.352, 0.848]", "10.0", "0.0", "1.5 GB", "8.0 kB", "4.3 kB"]
+    on_gpu = table_rows(summarize([ok("lora", 1, 0.5, peak_memory_of="gpu"), failed("lora-fish", 1)]))
+    assert on_gpu[0][5] == "peak memory (GPU)"
+    assert on_gpu[1][0][2] == "0.500"
+
+
+@pytest.mark.parametrize(("width", "tables"), [(100, 1), (80, 2)])
+def test_console_tables_fit_a_plain_terminal(width: int, tables: int) -> None:
+    from rich.console import Console
+
+    size = {"trainable_parameters": 234_567_890, "train_seconds": 12_345.6, "peak_memory_of": "process"}
+    runs = [*scores("lora", [0.5, 0.6, 0.7], **size), *scores("lora-fish-rand", [-0.5, 0.6, 0.7], **size)]
+    runs += [failed("lora-fish-rand", 4)]
+    output = io.StringIO()
+    made = console_tables(summarize(runs), width, title="[x] a title")
+    assert len(made) == tables
+    Console(file=output, width=width, force_terminal=False).print(*made)
+    text = output.getvalue()
+    assert text.isascii()
+    assert max(map(len, text.splitlines())) <= width
+    for cell in ("[x] a title", "234,567,890", "0.600 [0.352, 0.848]", "12,345.6", "1.5 GB", "4.3 kB", "1 of 4"):
+        assert cell in text
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [(None, "-"), (0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (999_960, "1.0 MB"), (2_340_000, "2.3 MB")],
+)
+def test_human_bytes(size: int | None, text: str) -> None:
+    assert human_bytes(size) == text
+
+
+def test_facts_read_well() -> None:
+    assert fact_text({"a": 1, "b": 2}) == "a 1, b 2"
+    assert fact_text({"a": 1, "b": ["x", "y"]}) == "a 1; b x, y"
+    assert [fact_text(value) for value in (True, None, 12345, [])] == ["true", "none", "12,345", "none"]
+
+
+def test_conclusion_of_a_significant_difference() -> None:
+    dense = [0.50, 0.51, 0.52, 0.53, 0.54, 0.55, 0.56, 0.57]
+    better = [value + 0.1 + shift / 1000 for shift, value in enumerate(dense)]
+    text = conclusion([*scores("lora", dense), *scores("lora-fish", better), *scores("lora-fish-rev", [0.1] * 8)])
+    assert text.startswith("lora-fish reaches accuracy 0.638 and lora 0.535, each with 1,000 trainable parameters.")
+    assert "The mean difference over 8 paired seeds is +0.103, 95 % interval [+0.101, +0.106]: significantly " in text
+    assert "significantly above zero on this data set, p = 0.016 after correction." in text
+    assert "The mean difference to as many entries chosen in reverse over 8 paired seeds is +0.5" in text
+    assert text.endswith("The other arms: lora-fish-rev 0.100.")
+    worse = conclusion([*scores("lora", better), *scores("lora-fish", dense)])
+    assert "significantly below zero" in worse
+
+
+def test_conclusion_calls_nothing_a_win_that_is_not_significant() -> None:
+    steady = [*scores("lora", [0.5, 0.6, 0.7]), *scores("lora-fish", [0.6, 0.701, 0.8])]
+    text = conclusion(steady)  # Student's t is sure of it
+    assert "+0.100, 95 % interval [+0.099, +0.102], and this run does not tell them apart: 3 pairs cannot be" in text
+    noise = conclusion([*scores("lora", [0.5] * 6), *scores("lora-fish", [0.8, 0.3, 0.75, 0.4, 0.7, 0.35])])
+    assert "not significant (p = 0." in noise
+    assert "does not tell them apart" in noise
+    equal = conclusion([*scores("lora", [0.5] * 3), *scores("lora-fish", [0.5] * 3)])
+    assert "+0.000: every pair is equal." in equal
+    assert not any("above" in each or "below" in each for each in (text, noise, equal))
+
+
+def test_conclusion_calls_nothing_a_win_with_two_seeds() -> None:
+    half = scores("lora-fish", [0.9, 0.91], trainable_parameters=500)
+    text = conclusion([*scores("lora", [0.5, 0.6]), *half])
+    assert "with half the trainable parameters of lora (500 against 1,000)" in text
+    assert "+0.355, and this run does not tell them apart: 2 seeds; at least 3 are needed." in text
+    assert "above" not in text
+    assert "[" not in text
+
+
+def test_conclusion_without_a_pair() -> None:
+    assert "nothing to compare" in conclusion([ok("lora", 1, 0.5), failed("lora-fish", 1)])
+    assert "nothing to compare" in conclusion([])
+    apart = conclusion([ok("lora", 1, 0.5), ok("lora-fish", 2, 0.9)])
+    assert "no finished seed in common" in apart
+
+
+def test_conclusion_pairs_runs_whose_records_name_their_task_and_those_that_do_not() -> None:
+    runs = [ok("lora", 1, 0.5, task="sst2", model="m"), ok("lora-fish", 1, 0.6), failed("lora-fish", 2)]
+    assert "over 1 paired seed is +0.100" in conclusion(runs)
+
+
+def test_notes_say_why_there_is_no_interval() -> None:
+    config = experiment(seeds=[1])
+    notes = report_notes(config, {}, summarize([ok("lora", 1, 0.5), ok("lora-fish", 1, 0.6)]))
+    assert any("fewer than 3 seeds" in note for note in notes)
+
+
+def test_metric_figure_shows_failed_and_absent_arms() -> None:
+    runs = [*scores("lora", [0.5, 0.6, 0.7]), failed("lora-fish", 1)]
+    axes = metric_figure(["lora", "lora-fish", "lora-fish-rand"], runs).axes[0]
+    texts = [text.get_text() for text in axes.texts]
+    assert texts == ["0.600", "failed", "not run"]
+    assert [label.get_text().splitlines()[0] for label in axes.get_xticklabels()] == [
+        "lora",
+        "lora-fish",
+        "lora-fish-rand",
+    ]
+    assert len(axes.collections[0].get_offsets()) == 3  # a dot for each seed
+
+
+def test_kept_figure_is_the_mean_share_on_one_scale() -> None:
+    runs = [ok("lora-fish", 1, 0.5, kept=kept(1, 9)), ok("lora-fish", 2, 0.5, kept=kept(3, 9)), ok("lora", 1, 0.5)]
+    runs += [ok("lora-fish-rand", 1, 0.5, kept=kept(5, 5))]
+    figure = kept_figure(["lora", "lora-fish", "lora-fish-rand"], runs)
+    assert figure is not None
+    fish, rand, *_ = (axes for axes in figure.axes if axes.images)
+    shares = fish.images[0].get_array()
+    assert shares[0, 0] == pytest.approx(0.2)
+    assert shares[1, 1] == pytest.approx(0.9)
+    assert fish.images[0].get_clim() == rand.images[0].get_clim() == (0, 0.9)
+    assert [text.get_text() for text in fish.texts] == ["20", "90"]
+    assert [axes.get_title() for axes in (fish, rand)] == ["lora-fish", "lora-fish-rand"]
+    assert kept_figure(["lora"], runs) is None

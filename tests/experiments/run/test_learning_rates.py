@@ -1,0 +1,170 @@
+"""Learning rates chosen on a part of the training set, early stopping, and work shared between processes."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from fish_tuning.errors import ConfigurationError
+from fish_tuning.experiments.config.experiment import ExperimentConfig
+from fish_tuning.experiments.run import learning_rates as tuning
+from fish_tuning.experiments.run.plan import plan_experiment
+from fish_tuning.experiments.run.runner import run_experiment
+from fish_tuning.experiments.run.shards import Shard, parse_shard
+
+MakeExperiment = Callable[..., ExperimentConfig]
+TWO_ARMS = "fish_tuning.methods_to_run=[lora, lora-fish]"
+
+
+def test_each_arm_gets_the_rate_that_is_best_on_held_out_training_examples(
+    experiment: MakeExperiment, tmp_path: Path
+) -> None:
+    config = experiment(TWO_ARMS, "training.learning_rates=[1.0e-9, 0.01]")
+    plan = plan_experiment(config)
+    records = run_experiment(config, plan)
+    for record in records:
+        trials = json.loads((tmp_path / "results" / "selection" / f"{record.arm}.json").read_text())
+        best = max(trials, key=lambda rate: trials[rate]["value"])
+        assert record.learning_rate == float(best)
+    assert plan.facts["learning_rates"].keys() == {"lora", "lora-fish"}
+    text = (tmp_path / "results" / "results.md").read_text()
+    assert "was chosen on a fifth of the training set, with the first seed, among 1e-09, 0.01: lora " in text
+
+
+def test_trials_are_made_once_and_see_no_validation_example(
+    experiment: MakeExperiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = experiment(TWO_ARMS, "training.learning_rates=[0.001, 0.01]", "seeds=[1, 2]")
+    sizes = []
+    run = tuning.ArmRun.run
+
+    def watched(self: tuning.ArmRun, folder: Path, key: str) -> object:
+        if not key:  # a trial
+            sizes.append((len(self.train), len(self.validation), self.seed))
+        return run(self, folder, key)
+
+    monkeypatch.setattr(tuning.ArmRun, "run", watched)
+    run_experiment(config, plan_experiment(config))
+    assert sizes == [(38, 10, 1)] * 4  # of 48 training examples; two arms, two rates
+    sizes.clear()
+    run_experiment(config, plan_experiment(config))
+    assert not sizes
+
+
+def test_a_rate_that_fails_is_not_chosen_and_an_arm_without_one_fails(experiment: MakeExperiment) -> None:
+    config = experiment("fish_tuning.methods_to_run=[lora]", "training.learning_rates=[1.0e+30, 0.01]")
+    (record,) = run_experiment(config, plan_experiment(config))
+    assert (record.status, record.learning_rate) == ("ok", 0.01)
+    config = experiment("fish_tuning.methods_to_run=[lora]", "training.learning_rates=[1.0e+30, 2.0e+30]")
+    (record,) = run_experiment(config, plan_experiment(config))
+    assert record.status == "failed"
+    assert "None of training.learning_rates worked for lora: 1e+30: After" in str(record.error)
+
+
+def test_calibration_must_fit_into_what_is_left(experiment: MakeExperiment) -> None:
+    with pytest.raises(ConfigurationError, match="more than the 38 training examples that are left when 20%"):
+        plan_experiment(experiment("training.learning_rates=[0.1, 0.01]", "fish_tuning.num_samples=39"))
+
+
+def test_early_stopping_reports_the_best_epoch(experiment: MakeExperiment, tmp_path: Path) -> None:
+    config = experiment(
+        TWO_ARMS, "training.early_stopping_patience=1", "training.args_override.num_train_epochs=6",
+        "training.args_override.learning_rate=0.05",
+    )  # fmt: skip
+    records = run_experiment(config, plan_experiment(config))
+    assert [record.status for record in records] == ["ok", "ok"], records
+    assert not list((tmp_path / "results").glob("checkpoints/*"))
+    assert "Early stopping" in (tmp_path / "results" / "results.md").read_text()
+
+
+def test_the_best_epoch_is_what_is_evaluated(experiment: MakeExperiment, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fish_tuning.experiments.run.arm import ArmRun
+
+    histories = []
+    evaluate = ArmRun._evaluate
+
+    def watched(self: ArmRun, trainer: object) -> dict[str, float]:
+        found = evaluate(self, trainer)  # type: ignore[arg-type]
+        log = trainer.state.log_history  # type: ignore[attr-defined]
+        histories.append((found["loss"], [entry for entry in log if "eval_loss" in entry], trainer.state))  # type: ignore[attr-defined]
+        return found
+
+    monkeypatch.setattr(ArmRun, "_evaluate", watched)
+    config = experiment(
+        TWO_ARMS, "training.early_stopping_patience=1", "training.args_override.num_train_epochs=6",
+        "training.args_override.learning_rate=0.05",
+    )  # fmt: skip
+    run_experiment(config, plan_experiment(config))
+    for loss, log, state in histories:
+        best = next(entry for entry in log if entry["eval_accuracy"] == state.best_metric)
+        assert loss == pytest.approx(best["eval_loss"], rel=1e-5)
+
+
+def test_shards_share_the_runs_and_the_last_one_reports_all(experiment: MakeExperiment) -> None:
+    config = experiment(TWO_ARMS, "seeds=[1, 2]")
+    done: list[tuple[str, int]] = []
+
+    def run(number: int) -> list[tuple[str, int]]:
+        done.clear()
+        records = run_experiment(
+            config, plan_experiment(config), lambda record, known: done.append((record.arm, record.seed)),
+            Shard(number, 2),
+        )  # fmt: skip
+        return [(record.arm, record.seed) for record in records]
+
+    assert run(1) == done == [("lora", 1), ("lora", 2)]
+    assert len(run(2)) == 4
+    assert done == [("lora-fish", 1), ("lora-fish", 2)]
+
+
+def test_shards_are_written_as_a_fraction() -> None:
+    assert (parse_shard(None), parse_shard("2/4")) == (Shard(1, 1), Shard(2, 4))
+    for wrong in ("0/2", "3/2", "2", "a/b", "1/-2"):
+        with pytest.raises(ConfigurationError, match=f"--shard {wrong}: must be I/N"):
+            parse_shard(wrong)
+
+
+def _work(config: ExperimentConfig, queue: multiprocessing.Queue[tuple[str, int, bool]]) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    run_experiment(config, plan_experiment(config), lambda record, known: queue.put((record.arm, record.seed, known)))
+
+
+def test_what_failed_since_the_work_began_is_not_tried_again(
+    experiment: MakeExperiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = experiment("fish_tuning.methods_to_run=[lora]")
+    plan, tried = plan_experiment(config), []
+
+    def fails(self: object, folder: Path, key: str) -> None:
+        tried.append(key)
+        raise RuntimeError("it broke")
+
+    monkeypatch.setattr("fish_tuning.experiments.run.arm.ArmRun.run", fails)
+    began = time.time() - 1
+    for since in (began, began, None):
+        (record,) = run_experiment(config, plan, since=since)
+        assert record.status == "failed"
+    assert len(tried) == 2  # at first, and in the later session
+
+
+@pytest.mark.slow
+def test_two_processes_in_one_folder_do_each_run_once(experiment: MakeExperiment) -> None:
+    config = experiment("seeds=[1, 2]")
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    workers = [context.Process(target=_work, args=(config, queue)) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    told = [queue.get(timeout=120) for _ in range(16)]
+    for worker in workers:
+        worker.join()
+        assert worker.exitcode == 0
+    done = [(arm, seed) for arm, seed, known in told if not known]
+    assert len(done) == len(set(done)) == 8

@@ -1,0 +1,23 @@
+from __future__ import annotations
+
+import torch
+
+from fish_tuning.experiments.run.measure import PeakMemory, optimizer_state_bytes
+
+
+def test_peak_memory_sees_what_is_gone_and_starts_anew() -> None:
+    peak = PeakMemory("process")
+    before = peak.bytes()
+    torch.ones(2**24).sum()  # 64 MiB, freed at once
+    risen = peak.bytes() - before
+    assert risen > 50 * 2**20
+    assert PeakMemory("process").bytes() < before + risen - 50 * 2**20
+
+
+def test_optimizer_state_is_counted_in_bytes() -> None:
+    parameter = torch.nn.Parameter(torch.ones(10))
+    optimizer = torch.optim.AdamW([parameter])
+    assert optimizer_state_bytes(optimizer) == 0
+    parameter.sum().backward()
+    optimizer.step()
+    assert optimizer_state_bytes(optimizer) == 2 * 10 * 4 + 4  # two moments, and the step

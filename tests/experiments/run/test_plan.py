@@ -1,0 +1,121 @@
+"""The counts of the three published experiments come from models of their shapes, without weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from folders import write_bert, write_llama_config
+from transformers import BertConfig, BloomConfig, RobertaConfig
+
+from fish_tuning.errors import FishTuningError
+from fish_tuning.experiments.config.experiment import ExperimentConfig
+from fish_tuning.experiments.config.loading import load_experiment
+from fish_tuning.experiments.run.plan import _positions, plan_experiment
+
+MakeExperiment = Callable[..., ExperimentConfig]
+
+BERT_BASE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072,
+             "vocab_size": 28996}  # fmt: skip
+BERT_TINY = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 512,
+             "vocab_size": 30522}  # fmt: skip
+TINY_LLAMA = {"hidden_size": 2048, "num_hidden_layers": 22, "num_attention_heads": 32, "num_key_value_heads": 4,
+              "intermediate_size": 5632, "vocab_size": 32000}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "baseline", "fish"),
+    [
+        ("bert-base-sst2", BERT_BASE, 443_906, 443_906),
+        ("tinyllama-rotten-tomatoes", TINY_LLAMA, 2_256_896, 564_224),
+        ("bert-tiny-sst2", BERT_TINY, 6_402, 3_201),
+    ],
+)
+def test_published_counts(
+    name: str, shape: dict[str, int], baseline: int, fish: int, tmp_path: Path, sentences_folder: Path
+) -> None:
+    write = write_llama_config if "llama" in name else write_bert
+    kwargs = {} if "llama" in name else {"weights": False}
+    folder = write(tmp_path / "model", **kwargs, **shape)  # type: ignore[operator]
+    overrides = [f"model.name={folder}", f"dataset.load_args=[{sentences_folder}]", "fish_tuning.num_samples=8"]
+    plan = plan_experiment(load_experiment(name, overrides))
+    counts = {arm.arm: arm.trainable_parameters for arm in plan.arms}
+    assert counts == {"lora": baseline, "lora-fish": fish, "lora-fish-rand": fish, "lora-fish-rev": fish}
+    assert all(arm.kept + arm.dense == arm.trainable_parameters for arm in plan.arms)
+
+
+def test_the_head_counts_and_is_not_in_the_pool(experiment: MakeExperiment) -> None:
+    lora, fish, *_ = plan_experiment(experiment()).arms
+    head = 2 * 16 + 2
+    assert lora.dense == fish.dense == head
+    assert lora.trainable_parameters == 2 * 3 * 2 * (16 + 16) + head
+    assert (fish.pool, fish.trainable_parameters) == (2 * 3 * 4 * (16 + 16), round(lora.trainable_parameters / 2))
+
+
+def test_facts_tell_what_was_found(experiment: MakeExperiment) -> None:
+    facts = plan_experiment(experiment()).facts
+    assert facts["target_modules"] == {"lora": ["key", "query", "value"]}
+    assert (facts["train_examples"], facts["validation_examples"], facts["num_labels"]) == (48, 24, 2)
+    assert (facts["init_lora_weights"], facts["warmup_steps_before_scoring"]) == (True, {"lora": 20})
+    assert facts["versions"]["fish-tuning"] == "0.1.0"
+
+
+def test_a_start_that_leaves_half_unscored_is_noted(experiment: MakeExperiment) -> None:
+    assert not plan_experiment(experiment()).notes
+    assert not plan_experiment(experiment("lora.init_lora_weights=pissa")).notes
+    assert "every A scores exactly zero" in plan_experiment(experiment("fish_tuning.warmup_steps=0")).notes[0]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("fish_tuning.prune_to_ratio_of_baseline=0.01", "34 parameters outside the pool always train"),
+        ("lora.fish_rank=1", "the pool has 192 entries"),
+        ("fish_tuning.num_samples=49", "more than the 48 training examples"),
+        ("lora.names_to_exclude=[clasifier]", "'clasifier' matches none"),
+        ("lora.target_modules=[q_proj]", "no module 'q_proj'"),
+        ("training.args_override.eval_strategy=epochs", "training.args_override: .*epochs"),
+        ("training.args_override.per_device_train_batch_size=0", "per_device_train_batch_size=0: must be a whole"),
+        ("training.args_override.num_train_epochs=0", "num_train_epochs=0: must be a number above 0, or set max_steps"),
+        ("training.args_override.learning_rate=-0.1", r"learning_rate=-0\.1: must be a number above 0"),
+        ("training.args_override.report_to=neptune", "'neptune': its package is not installed"),
+        ("training.args_override.report_to=[wandbb]", r"no such report\. Did you mean 'wandb'\?"),
+        ("training.args_override.report_to=null", "None: "),
+    ],
+)
+def test_what_cannot_work_is_told_before_anything_is_trained(
+    experiment: MakeExperiment, override: str, message: str
+) -> None:
+    ratio = [] if "ratio" in override else ["fish_tuning.prune_to_ratio_of_baseline=1.0"]
+    with pytest.raises(FishTuningError, match=message):
+        plan_experiment(experiment(*ratio, override))
+
+
+def test_what_needs_no_data_is_told_first(experiment: MakeExperiment, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("fish_tuning.experiments.run.plan.load_task")
+    with pytest.raises(FishTuningError, match="there is no folder"):
+        plan_experiment(experiment("model.name=./nowhere"))
+    with pytest.raises(FishTuningError, match="no 'hiden_size'"):
+        plan_experiment(experiment("model.config_overrides.hiden_size=3"))
+    with pytest.raises(FishTuningError, match=r"num_samples=8 is more than dataset\.max_train_samples=7"):
+        plan_experiment(experiment("dataset.max_train_samples=7"))
+
+
+def test_steps_in_place_of_epochs_are_fine(experiment: MakeExperiment) -> None:
+    assert plan_experiment(
+        experiment("training.args_override.num_train_epochs=0", "training.args_override.max_steps=2")
+    ).arms
+
+
+def test_texts_longer_than_the_positions_are_told(experiment: MakeExperiment, tmp_path: Path) -> None:
+    model = f"model.name={write_bert(tmp_path / 'short', max_position_embeddings=8)}"
+    with pytest.raises(FishTuningError, match=r"a text of 11 tokens pass, more than the 8 positions .* set it to 8 or"):
+        plan_experiment(experiment(model))
+    assert plan_experiment(experiment(model, "training.max_seq_length=8")).arms
+
+
+def test_roberta_has_two_positions_fewer() -> None:
+    assert _positions(RobertaConfig(max_position_embeddings=66)) == 64
+    assert _positions(BertConfig(max_position_embeddings=66)) == 66
+    assert _positions(BloomConfig()) is None

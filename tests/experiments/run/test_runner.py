@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+import errno
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from folders import write_sentences
+from safetensors import SafetensorError
+
+from fish_tuning.experiments.config.experiment import ExperimentConfig
+from fish_tuning.experiments.records.run_record import RunRecord
+from fish_tuning.experiments.run import arm as arms
+from fish_tuning.experiments.run.plan import plan_experiment
+from fish_tuning.experiments.run.runner import run_experiment
+
+MakeExperiment = Callable[..., ExperimentConfig]
+Seen = list[tuple[str, int, str, bool]]
+
+RUN_KEYS = {"arm", "seed", "metric", "value", "trainable_parameters", "train_seconds", "fisher_seconds",
+            "peak_memory_bytes", "optimizer_state_bytes", "adapter_bytes", "status"}  # fmt: skip
+
+
+def run(config: ExperimentConfig) -> tuple[list[RunRecord], Seen]:
+    seen: Seen = []
+    records = run_experiment(
+        config,
+        plan_experiment(config),
+        lambda record, known: seen.append((record.arm, record.seed, record.status, known)),
+    )
+    return records, seen
+
+
+def test_a_run_writes_everything_and_is_repeatable(experiment: MakeExperiment, tmp_path: Path) -> None:
+    records, _ = run(experiment())
+    folder = tmp_path / "results"
+    result = json.loads((folder / "results.json").read_text())
+    assert [entry["arm"] for entry in result["runs"]] == ["lora", "lora-fish", "lora-fish-rand", "lora-fish-rev"]
+    assert all(entry.keys() >= RUN_KEYS and entry["status"] == "ok" for entry in result["runs"])
+    assert len(result["summary"]) == 4
+    for name in ("results.csv", "results.md", "metric.png", "kept.png"):
+        assert (folder / name).stat().st_size
+    again, _ = run(experiment(f"training.output_dir={tmp_path / 'again'}"))
+    assert [record.metrics for record in again] == [record.metrics for record in records]
+
+
+def test_what_is_finished_is_not_repeated(experiment: MakeExperiment) -> None:
+    first, seen = run(experiment("fish_tuning.methods_to_run=[lora, lora-fish]"))
+    assert not any(known for *_, known in seen)
+    second, seen = run(experiment("seeds=[1, 2]", "fish_tuning.methods_to_run=[lora, lora-fish]"))
+    assert {(arm, seed): known for arm, seed, _, known in seen} == {
+        ("lora", 1): True, ("lora-fish", 1): True, ("lora", 2): False, ("lora-fish", 2): False,
+    }  # fmt: skip
+    assert [record for record in second if record.seed == 1] == first
+
+
+def test_another_configuration_runs_again_but_only_where_it_counts(experiment: MakeExperiment) -> None:
+    arms_run = "fish_tuning.methods_to_run=[lora, lora-fish]"
+    run(experiment(arms_run))
+    _, seen = run(experiment(arms_run, "fish_tuning.prune_to_ratio_of_baseline=0.6"))
+    assert {arm: known for arm, _, _, known in seen} == {"lora": True, "lora-fish": False}
+    _, seen = run(experiment(arms_run, "training.args_override.learning_rate=0.01"))
+    assert not any(known for *_, known in seen)
+
+
+def test_a_failed_arm_stops_no_other_and_is_tried_again(
+    experiment: MakeExperiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(arms, "calculate_fisher_information", broken)
+        records, _ = run(experiment())
+    assert [record.status for record in records] == ["ok", "failed", "ok", "failed"]
+    assert "RuntimeError: out of memory" in (records[1].error or "")
+    log = tmp_path / "results" / "runs" / "lora-fish-seed1.log"
+    assert "Traceback" in log.read_text()
+    assert "out of memory" in (tmp_path / "results" / "results.md").read_text()
+    records, seen = run(experiment())
+    assert [record.status for record in records] == ["ok"] * 4
+    assert [known for *_, known in seen] == [True, False, True, False]
+    assert not log.exists()
+
+
+def test_a_full_disk_stops_the_experiment_and_keeps_what_is_finished(
+    experiment: MakeExperiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = arms._save
+
+    def full(model: object, mask: object, folder: Path) -> int:
+        if "fish" in folder.name:  # as safetensors tells of it
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        return save(model, mask, folder)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(arms, "_save", full)
+        with pytest.raises(OSError, match="No space left") as raised:
+            run(experiment())
+    assert raised.value.errno == errno.ENOSPC
+    _, seen = run(experiment())
+    assert [known for *_, known in seen][:2] == [True, False]
+
+
+def test_an_interruption_keeps_what_is_finished(experiment: MakeExperiment, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(arms, "calculate_fisher_information", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(experiment())
+    _, seen = run(experiment())
+    assert seen[0] == ("lora", 1, "ok", True)
+
+
+@pytest.mark.parametrize("torn", ['{"arm": "lo', "{}", "[]", "null", '{"arm": "lora", "kept": 3}'])
+def test_a_torn_record_is_run_again(experiment: MakeExperiment, tmp_path: Path, torn: str) -> None:
+    only = "fish_tuning.methods_to_run=[lora]"
+    run(experiment(only))
+    (tmp_path / "results" / "runs" / "lora-seed1.json").write_text(torn)
+    _, seen = run(experiment(only))
+    assert seen == [("lora", 1, "ok", False)]
+
+
+def test_changed_data_is_run_again(experiment: MakeExperiment, tmp_path: Path) -> None:
+    data = write_sentences(tmp_path / "own")
+    settings = [f"dataset.load_args=[{data}]", "fish_tuning.methods_to_run=[lora]"]
+    run(experiment(*settings))
+    write_sentences(data, train=64)
+    _, seen = run(experiment(*settings))
+    assert seen == [("lora", 1, "ok", False)]
+
+
+def test_random_masks_do_not_depend_on_the_scoring(experiment: MakeExperiment) -> None:
+    masked = "fish_tuning.methods_to_run=[lora-fish, lora-fish-rand]"
+    run(experiment(masked))
+    _, seen = run(experiment(masked, "fish_tuning.num_samples=4"))
+    assert {arm: known for arm, _, _, known in seen} == {"lora-fish": False, "lora-fish-rand": True}
+
+
+def test_a_diverged_run_has_failed(experiment: MakeExperiment) -> None:
+    wild = "training.args_override.learning_rate=1.0e+30"
+    (record,), _ = run(experiment(wild, "fish_tuning.methods_to_run=[lora]"))
+    assert record.status == "failed"
+    assert "diverged" in (record.error or "")
+
+
+def test_further_validation_sets_are_measured_too(experiment: MakeExperiment) -> None:
+    config = experiment("fish_tuning.methods_to_run=[lora]")
+    plan = plan_experiment(config)
+    plan.task.more_validation["mismatched"] = plan.task.validation.select(range(10))
+    (record,) = run_experiment(config, plan)
+    assert record.metrics.keys() >= {"accuracy", "loss", "accuracy_mismatched", "loss_mismatched"}

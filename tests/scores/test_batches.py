@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import text_batch
+from transformers import BatchEncoding
+
+from fish_tuning import FisherError
+from fish_tuning.scores.batches import batch_size, calibration_batches, rows, trim_padding
+
+CPU = torch.device("cpu")
+
+
+def padded(lengths: tuple[int, ...] = (2, 4), extra: int = 3) -> dict[str, torch.Tensor]:
+    return {key: torch.nn.functional.pad(value, (0, extra)) for key, value in text_batch(lengths).items()}
+
+
+def test_batches_stop_in_the_middle_of_one() -> None:
+    loader = [{"labels": torch.arange(4)}, {"labels": torch.arange(4, 8)}, {"labels": torch.arange(8, 12)}]
+    given = [batch["labels"].tolist() for batch in calibration_batches(loader, CPU, 6)]
+    assert given == [[0, 1, 2, 3], [4, 5]]
+
+
+def test_no_batch_is_fetched_beyond_the_last_needed() -> None:
+    def loader():  # type: ignore[no-untyped-def]
+        yield {"labels": torch.arange(4)}
+        yield {"labels": torch.arange(4)}
+        raise AssertionError("a third batch was fetched")
+
+    assert len(list(calibration_batches(loader(), CPU, 4))) == 1
+
+
+def test_what_is_no_tensor_is_left_out() -> None:
+    (batch,) = calibration_batches([BatchEncoding({"labels": torch.arange(2), "text": ["a", "b"]})], CPU, None)
+    assert list(batch) == ["labels"]
+
+
+def test_batches_must_be_mappings() -> None:
+    with pytest.raises(FisherError, match="gave a list; it must give mappings"):
+        list(calibration_batches([[torch.arange(2)]], CPU, None))  # type: ignore[list-item]
+
+
+def test_batch_size_is_that_of_the_labels() -> None:
+    assert batch_size({"position_ids": torch.zeros(1, 9), "labels": torch.zeros(4)}) == 4
+    assert batch_size({"scale": torch.tensor(2.0), "x": torch.zeros(3, 2)}) == 3
+    with pytest.raises(FisherError, match="no tensor with a batch dimension"):
+        batch_size({"scale": torch.tensor(2.0)})
+
+
+def test_rows_share_scalars() -> None:
+    part = rows({"labels": torch.arange(4), "scale": torch.tensor(2.0)}, 1, 3)
+    assert part["labels"].tolist() == [1, 2]
+    assert part["scale"] == 2
+
+
+def test_rows_refuse_tensors_that_do_not_run_along_the_batch() -> None:
+    batch = {"labels": torch.arange(4), "position_ids": torch.zeros(1, 9)}
+    assert rows(batch, 0, 4) == batch
+    with pytest.raises(FisherError, match="'position_ids' has first dimension 1, the batch has 4 examples"):
+        rows(batch, 0, 1)
+
+
+def test_trailing_padding_goes_from_everything_along_the_tokens() -> None:
+    batch = padded() | {"labels": torch.zeros(2, 7, dtype=torch.long)}
+    trimmed = trim_padding(batch)
+    assert all(value.shape == (2, 4) for value in trimmed.values())
+    assert torch.equal(trimmed["input_ids"], batch["input_ids"][:, :4])
+
+
+def test_leading_padding_goes_too() -> None:
+    batch = {key: torch.nn.functional.pad(value, (3, 0)) for key, value in text_batch((2, 4), side="left").items()}
+    assert torch.equal(trim_padding(batch)["input_ids"], batch["input_ids"][:, 3:])
+
+
+def test_padding_of_some_rows_stays() -> None:
+    batch = text_batch((2, 4), side="left")
+    assert trim_padding(batch)["input_ids"].shape == (2, 4)
+
+
+def test_labels_of_examples_stay() -> None:
+    trimmed = trim_padding(padded() | {"labels": torch.arange(2)})
+    assert trimmed["labels"].tolist() == [0, 1]
+    assert trimmed["input_ids"].shape == (2, 4)
+
+
+def test_as_many_classes_as_columns_are_no_tokens() -> None:
+    batch = padded() | {"labels": torch.zeros(2, 7)}  # one float for each of seven classes
+    assert trim_padding(batch)["labels"].shape == (2, 7)
+
+
+def test_unknown_tensor_as_wide_as_the_tokens_keeps_the_batch_whole() -> None:
+    batch = padded() | {"bbox": torch.zeros(2, 7, 4)}
+    trimmed = trim_padding(batch)
+    assert trimmed["bbox"].shape[1] == trimmed["input_ids"].shape[1] == 7
+
+
+@pytest.mark.parametrize("mask", [torch.zeros(2, 7), torch.ones(2, 1, 7, 7)])
+def test_masks_that_tell_nothing(mask: torch.Tensor) -> None:
+    batch = padded() | {"attention_mask": mask}
+    assert trim_padding(batch)["input_ids"].shape == (2, 7)

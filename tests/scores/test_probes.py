@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import bert, classification_batch, llama, lora
+from torch import nn
+
+from fish_tuning.scores.probes import Probes, checksum
+
+
+def test_names_are_those_that_a_rule_covers() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Conv1d(3, 3, 1))
+    names = [name for name, _ in model.named_parameters()]
+    assert sorted(Probes(model, names).names) == ["0.bias", "0.weight"]
+    assert Probes(model, ["0.bias"]).names == ["0.bias"]
+
+
+def test_tied_tensors_have_no_rule() -> None:
+    model = llama(tie_word_embeddings=True)
+    names = [name for name, _ in model.named_parameters()]
+    assert set(names) - set(Probes(model, names).names) == {"model.embed_tokens.weight"}
+
+
+def test_hooks_are_there_only_within() -> None:
+    model = lora(bert())
+    probes = Probes(model, [name for name, parameter in model.named_parameters() if parameter.requires_grad])
+    with probes:
+        assert sum(len(module._forward_hooks) for module in model.modules()) == 9  # 2 layers x 2 x (A, B), 1 head
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_squares_and_those_of_the_first_example() -> None:
+    model, batch = nn.Linear(3, 2), torch.randn(4, 3)
+    probes = Probes(model, ["weight"])
+    into: dict[str, torch.Tensor] = {"weight": torch.zeros(2, 3)}
+    first: dict[str, torch.Tensor] = {}
+    with probes:
+        probes.start(4, torch.device("cpu"))
+        losses = model(batch).sum(1)
+        probes.backward([losses, 2 * losses], into, first)  # two loss vectors: squares add up
+    torch.testing.assert_close(into["weight"], 5 * (batch**2).sum(0).expand(2, 3))
+    torch.testing.assert_close(first["weight"], checksum(5 * (batch[0] ** 2).expand(2, 3)))
+
+
+def test_checksums_tell_apart_what_is_only_moved() -> None:
+    one, other = checksum(torch.tensor([[1.0, 2.0], [3.0, 4.0]])), checksum(torch.tensor([[1.0, 3.0], [2.0, 4.0]]))
+    assert one[0] == other[0] == 10
+    assert one[1] != other[1]
+
+
+def test_released_names_are_not_watched() -> None:
+    model = nn.Linear(3, 2)
+    probes = Probes(model, ["weight", "bias"])
+    probes.release(["weight"])
+    into = {"bias": torch.zeros(2)}
+    with probes:
+        probes.start(4, torch.device("cpu"))
+        probes.backward([model(torch.randn(4, 3)).sum(1)], into, {})
+    assert probes.names == ["bias"]
+    assert into["bias"].tolist() == [4, 4]
+
+
+def test_calls_in_the_wrong_shape_are_reported() -> None:
+    model = nn.Linear(3, 2)
+    probes = Probes(model, ["weight"])
+    with probes:
+        probes.start(4, torch.device("cpu"))
+        probes.backward([model(torch.randn(5, 3)).sum(1)], {"weight": torch.zeros(2, 3)})
+    assert "first dimension 5, not with the 4 examples" in probes.broken["weight"]
+
+
+def test_backward_leaves_no_gradient() -> None:
+    model, batch = lora(bert()), classification_batch()
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    probes = Probes(model, names)
+    into = {name: torch.zeros_like(model.get_parameter(name), requires_grad=False) for name in names}
+    with probes:
+        probes.start(4, torch.device("cpu"))
+        probes.backward([model(**batch).logits.sum(1)], into, {})
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(tensor.any() for tensor in into.values())
+
+
+def test_checksum_tells_the_place_of_the_entries() -> None:
+    squares = torch.rand(3, 4)
+    turned = squares.flip(1)
+    assert checksum(squares)[0] == pytest.approx(float(checksum(turned)[0]))
+    assert checksum(squares)[1] != pytest.approx(float(checksum(turned)[1]), rel=1e-3)
+    assert checksum(torch.zeros(0)).tolist() == [0, 0]

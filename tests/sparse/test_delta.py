@@ -1,0 +1,421 @@
+"""A delta file holds what was trained: added it gives the trained model to the bit, removed it gives back the base."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tiny import assert_same_tensors, bert, classification_batch, lora, only_trainable, random_mask, tensors
+from torch import Tensor, nn
+
+from fish_tuning import FishTuningWarning, MaskError, apply_mask, remove_mask, synchronize_mask
+from fish_tuning.sparse.delta import Delta, add_delta, load_delta, merge_delta, remove_delta, save_delta
+from fish_tuning.sparse.masked_tensors import masked_tensors
+
+BATCH = classification_batch()
+
+
+def train(model: nn.Module, steps: int = 2) -> None:
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=0.1, weight_decay=0.1)  # AdamW overflows in pure fp16
+    for _ in range(steps):
+        model(**BATCH).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def trained_bert(mask: dict[str, Tensor] | None = None, dtype: torch.dtype = torch.float32) -> nn.Module:
+    model = bert().to(dtype)
+    apply_mask(model, mask or random_mask(model, 0.1, dense=["classifier"]))
+    train(model)
+    return model
+
+
+def delta_of(model: nn.Module, folder: Path) -> Path:
+    save_delta(model, folder / "delta.safetensors")
+    return folder / "delta.safetensors"
+
+
+@pytest.fixture(scope="module")
+def trained() -> nn.Module:
+    return trained_bert()
+
+
+@pytest.fixture
+def path(trained: nn.Module, tmp_path: Path) -> Path:
+    return delta_of(trained, tmp_path)
+
+
+def linear_delta(rows: list[int], tmp_path: Path, base: nn.Linear, value: float = 1.0) -> Delta:
+    """A delta that adds `value` to whole rows of the weight of `base`."""
+    model = copy.deepcopy(base)
+    mask = torch.zeros(4, 3, dtype=torch.bool)
+    mask[rows] = True
+    model.bias.requires_grad_(False)
+    apply_mask(model, {"weight": mask})
+    with torch.no_grad():
+        model.parametrizations.weight[0].values.add_(value)  # type: ignore[index,union-attr]
+    return load_delta(delta_of(model, tmp_path))
+
+
+# The file
+
+
+def test_file_holds_positions_values_and_digests(trained: nn.Module, path: Path) -> None:
+    delta, mask = load_delta(path), random_mask(bert(), 0.1, dense=["classifier"])
+    assert delta.num_parameters == sum(int(selected.sum()) for selected in mask.values())
+    state = trained.state_dict()
+    for name, tensor in delta.tensors.items():
+        assert tensor.shape == state[name].shape
+        if "classifier" in name:
+            assert (tensor.index, tensor.digest) == (None, None)
+            assert torch.equal(tensor.values, state[name])
+        else:
+            assert tensor.index is not None
+            assert tensor.index.dtype == torch.int32
+            assert torch.equal(tensor.index.long(), mask[name].flatten().nonzero()[:, 0])
+            assert torch.equal(tensor.values, state[name][mask[name]])
+            assert tensor.digest is not None
+            assert tensor.digest.startswith("float32:")
+    with safe_open(path, framework="pt") as file:
+        assert file.metadata()["format"] == "fish_tuning.delta.v1"
+        described = json.loads(file.metadata()["tensors"])
+    assert described["classifier.bias"] == {"shape": [3], "dtype": "float32", "digest": None}
+    assert repr(delta) == f"Delta({delta.num_parameters:,} parameters of {len(delta.tensors)} tensors)"
+
+
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 8), (torch.bfloat16, 6)])
+def test_bytes_an_entry(dtype: torch.dtype, size: int, tmp_path: Path) -> None:
+    model = nn.Linear(1000, 400, bias=False).to(dtype)
+    apply_mask(model, random_mask(model, 0.05))
+    path = delta_of(model, tmp_path)
+    assert size <= path.stat().st_size / load_delta(path).num_parameters < 1.05 * size
+
+
+def test_tensors_without_selected_entries_are_left_out(tmp_path: Path) -> None:
+    model = nn.Linear(3, 4)
+    apply_mask(model, {"weight": torch.zeros(4, 3, dtype=torch.bool), "bias": torch.arange(4) < 2})
+    assert load_delta(delta_of(model, tmp_path)).tensors.keys() == {"bias"}
+
+
+def test_file_is_a_snapshot_of_any_time(tmp_path: Path) -> None:
+    model = trained_bert()
+    first, then = load_delta(delta_of(model, tmp_path)), tensors(model)
+    train(model)
+    second = load_delta(delta_of(model, tmp_path))
+    for delta, state in ((first, then), (second, tensors(model))):
+        base = bert()
+        add_delta(base, delta)
+        assert_same_tensors(base.state_dict(), state)
+
+
+def test_biases_alone_without_a_mask(tmp_path: Path) -> None:
+    model = bert()
+    biases = [name for name, _ in model.named_parameters() if name.endswith("bias")]
+    only_trainable(model, biases)
+    train(model)
+    base = bert()
+    add_delta(base, delta_of(model, tmp_path))
+    assert load_delta(tmp_path / "delta.safetensors").tensors.keys() == set(biases)
+    assert_same_tensors(base.state_dict(), model.state_dict())
+
+
+@pytest.mark.parametrize("trainable", [True, False])
+def test_model_that_tells_no_selection(trainable: bool, tmp_path: Path) -> None:
+    model = bert().requires_grad_(trainable)
+    with pytest.raises(MaskError, match="after apply_mask and before remove_mask"):
+        save_delta(model, tmp_path / "delta.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_running_statistics_are_told(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    apply_mask(model, random_mask(model))
+    with pytest.warns(FishTuningWarning, match="running statistics"):
+        save_delta(model, tmp_path / "delta.safetensors")
+
+
+# Adding, removing, merging
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_added_delta_is_the_trained_model_and_removed_the_base(dtype: torch.dtype, tmp_path: Path) -> None:
+    model, base = trained_bert(dtype=dtype), bert().to(dtype)
+    before, parameters = tensors(base), dict(base.named_parameters())
+    logits = base(**BATCH).logits
+    add_delta(base, delta_of(model, tmp_path))
+    assert torch.equal(base(**BATCH).logits, model(**BATCH).logits)
+    assert not torch.equal(base(**BATCH).logits, logits)
+    assert_same_tensors(base.state_dict(), model.state_dict())
+    assert all(base.get_parameter(name) is parameter for name, parameter in parameters.items())
+    assert dict(base.named_buffers()).keys() == dict(bert().named_buffers()).keys()
+    remove_delta(base)
+    assert_same_tensors(base.state_dict(), before)
+    assert torch.equal(base(**BATCH).logits, logits)
+
+
+def test_values_keep_the_dtype_the_model_is_cast_to(tmp_path: Path) -> None:
+    model = trained_bert().to(torch.bfloat16)
+    base = bert().to(torch.bfloat16)
+    add_delta(base, delta_of(model, tmp_path), check_base=False)
+    assert_same_tensors(base.state_dict(), model.state_dict())
+
+
+def test_adapter_with_a_masked_pool(tmp_path: Path) -> None:
+    model, base = lora(bert()), lora(bert())
+    apply_mask(model, random_mask(model, dense=["classifier"]))
+    train(model)
+    before = tensors(base)
+    add_delta(base, delta_of(model, tmp_path))
+    assert_same_tensors(base.state_dict(), model.state_dict())
+    remove_delta(base)
+    assert_same_tensors(base.state_dict(), before)
+
+
+def test_tensor_that_is_not_contiguous(tmp_path: Path) -> None:
+    base = nn.Linear(3, 4)
+    base.weight = nn.Parameter(torch.randn(3, 4).T)
+    before = tensors(base)
+    add_delta(base, linear_delta([1, 2], tmp_path, base))
+    assert torch.equal(base.weight[[1, 2]], before["weight"][[1, 2]] + 1)
+    assert torch.equal(base.weight[[0, 3]], before["weight"][[0, 3]])
+    remove_delta(base)
+    assert_same_tensors(base.state_dict(), before)
+
+
+def test_whole_tensors_that_are_views(tmp_path: Path) -> None:
+    model, storage = nn.Linear(3, 4), torch.randn(2, 12)
+    model.weight, model.bias = nn.Parameter(storage[0].view(3, 4).T), nn.Parameter(storage[1, :4])
+    model.register_parameter("frozen", nn.Parameter(torch.ones(1), requires_grad=False))
+    delta = load_delta(delta_of(model, tmp_path))
+    assert torch.equal(delta.tensors["weight"].values, model.weight)
+    assert torch.equal(delta.tensors["bias"].values, model.bias)
+
+
+def test_signs_of_zero_and_nan_come_back_to_the_bit(tmp_path: Path) -> None:
+    base = nn.Linear(3, 4)
+    with torch.no_grad():
+        base.weight[0] = torch.tensor([-0.0, torch.nan, torch.inf])
+    bits = base.weight.detach().view(torch.int32).clone()
+    add_delta(base, linear_delta([0], tmp_path, base))
+    remove_delta(base)
+    assert torch.equal(base.weight.detach().view(torch.int32), bits)
+
+
+@pytest.mark.parametrize("order", [("one", "two"), ("two", "one")])
+def test_several_deltas_go_in_any_order(order: tuple[str, str], tmp_path: Path) -> None:
+    base = nn.Linear(3, 4)
+    before = tensors(base)
+    deltas = {"one": linear_delta([0, 2], tmp_path, base), "two": linear_delta([1], tmp_path, base, 5.0)}
+    for name, delta in deltas.items():
+        add_delta(base, delta, name)
+    assert torch.equal(base.weight, before["weight"] + torch.tensor([1.0, 5.0, 1.0, 0.0])[:, None])
+    remove_delta(base, order[0])
+    alone = nn.Linear(3, 4)
+    alone.load_state_dict(before)
+    add_delta(alone, deltas[order[1]])
+    assert_same_tensors(base.state_dict(), alone.state_dict())
+    remove_delta(base, order[1])
+    assert_same_tensors(base.state_dict(), before)
+
+
+@pytest.mark.parametrize("check_base", [True, False])
+def test_deltas_with_a_common_entry_are_refused(check_base: bool, tmp_path: Path) -> None:
+    base = nn.Linear(3, 4)
+    one, two = linear_delta([0, 2], tmp_path, base), linear_delta([2, 3], tmp_path, base)
+    add_delta(base, one, "one")
+    before = tensors(base)
+    with pytest.raises(
+        MaskError, match=r"'two' and 'one' both hold 3 entries of 'weight'.*remove_delta\(model, 'one'\)"
+    ):
+        add_delta(base, two, "two", check_base=check_base)
+    assert_same_tensors(base.state_dict(), before)
+    remove_delta(base, "one")
+    add_delta(base, two, "two")
+
+
+def test_whole_tensors_overlap_with_everything(path: Path) -> None:
+    model = bert()
+    add_delta(model, path, "one")
+    head = {"classifier.bias": torch.tensor([True, False, False])}
+    other = bert()
+    only_trainable(other, head)
+    apply_mask(other, head)
+    with pytest.raises(MaskError, match=r"both hold 1 entries of 'classifier.bias'"):
+        add_delta(model, load_delta(delta_of(other, path.parent)), "two")
+
+
+def test_merged_delta_stays_and_another_may_follow(tmp_path: Path) -> None:
+    base = nn.Linear(3, 4)
+    add_delta(base, linear_delta([0, 1], tmp_path, base))
+    merge_delta(base)
+    merged = tensors(base)
+    with pytest.raises(MaskError, match="No delta 'default' is added to this model; added are: none"):
+        remove_delta(base)
+    add_delta(base, linear_delta([1, 2], tmp_path, base))  # trained on top of the first
+    remove_delta(base)
+    assert_same_tensors(base.state_dict(), merged)
+
+
+def test_copies_and_pickles_have_backups_of_their_own(path: Path) -> None:
+    model = bert()
+    before = tensors(model)
+    add_delta(model, path)
+    twins = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    remove_delta(model)
+    for twin in twins:
+        remove_delta(twin)
+        assert_same_tensors(twin.state_dict(), before)
+
+
+def test_training_on_top_of_a_delta(path: Path) -> None:
+    model = bert()
+    add_delta(model, path)
+    apply_mask(model, random_mask(model, 0.1, seed=1))
+    with pytest.raises(MaskError, match=r"remove_mask\(model\) before removing"):
+        remove_delta(model)
+    train(model)
+    remove_mask(model)
+    then = tensors(model)
+    with pytest.raises(MaskError, match=r"has changed since the delta 'default' was added.*merge_delta"):
+        remove_delta(model)
+    assert_same_tensors(model.state_dict(), then)
+    merge_delta(model)
+
+
+# Errors
+
+
+def test_other_base_is_noticed(path: Path) -> None:
+    other = bert(seed=7)
+    before = tensors(other)
+    with pytest.raises(MaskError, match=r"another base: in \d+ of \d+ tensors, e.g. 'bert.*check_base=False"):
+        add_delta(other, path)
+    assert_same_tensors(other.state_dict(), before)
+    add_delta(other, path, check_base=False)
+    remove_delta(other)
+    assert_same_tensors(other.state_dict(), before)
+
+
+def test_one_changed_entry_is_noticed_where_it_is_overwritten(tmp_path: Path) -> None:
+    base = nn.Linear(3, 4)
+    delta = linear_delta([1], tmp_path, base)
+    with torch.no_grad():
+        base.weight[0] += 1
+    add_delta(base, delta)
+    remove_delta(base)
+    with torch.no_grad():
+        base.weight[1, 2] = torch.nextafter(base.weight[1, 2], torch.tensor(9.0))
+    with pytest.raises(MaskError, match=r"in 1 of 1 tensors, e.g. 'weight'"):
+        add_delta(base, delta)
+
+
+def test_digest_is_that_of_the_base_after_resuming(tmp_path: Path) -> None:
+    state = trained_bert().state_dict()
+    model = bert()
+    apply_mask(model, random_mask(model, 0.1, dense=["classifier"]))
+    model.load_state_dict(state)
+    base = bert()
+    add_delta(base, delta_of(model, tmp_path))
+    assert_same_tensors(base.state_dict(), state)
+
+
+def test_ranks_take_over_the_digest_of_rank_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = nn.Linear(3, 4), nn.Linear(3, 4)
+    for model in (first, second):
+        apply_mask(model, {"weight": torch.eye(4, 3, dtype=torch.bool)})
+    digests = [[tensor.masked.digest for tensor in masked_tensors(model)] for model in (first, second)]
+    assert digests[0] != digests[1]
+
+    def gather(ranks: list[Any], own: Any) -> None:
+        ranks[:] = [(own[0], digests[0]), own]
+
+    fakes = {"is_initialized": lambda: True, "get_world_size": lambda: 2, "all_gather_object": gather}
+    for name, fake in (fakes | {"broadcast": lambda tensor, src: None}).items():
+        monkeypatch.setattr(torch.distributed, name, fake)
+    synchronize_mask(second)
+    assert [tensor.masked.digest for tensor in masked_tensors(second)] == digests[0]
+
+
+def test_new_head_is_not_checked(path: Path, trained: nn.Module) -> None:
+    base = bert()
+    nn.init.normal_(base.classifier.weight)
+    add_delta(base, path)
+    assert torch.equal(base(**BATCH).logits, trained(**BATCH).logits)
+
+
+def test_other_dtype(path: Path) -> None:
+    with pytest.raises(
+        MaskError, match=r"bfloat16 in the model, and the delta was trained on float32.*dtype=torch.float32"
+    ):
+        add_delta(bert().to(torch.bfloat16), path)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: bert(layers=1),
+            r"names 'bert.encoder.layer.1.* which the model does not have. Did you mean 'bert.enc",
+        ),
+        (lambda: lora(bert()), "wrapped alike"),
+        (
+            lambda: bert(num_labels=5),
+            r"'classifier.weight' has the shape \(5, 16\) in the model; the delta needs \(3, 16\)",
+        ),
+        (lambda: bert().to("meta"), "no data"),
+        (trained_bert, r"Call remove_mask\(model\) before adding"),
+    ],
+    ids=["name", "wrapped", "shape", "meta", "masked"],
+)
+def test_models_that_do_not_fit(make: Callable[[], Any], message: str, path: Path) -> None:
+    model = make()
+    with pytest.raises(MaskError, match=message):
+        add_delta(model, path)
+    assert not getattr(model, "_fish_tuning_deltas", {})
+
+
+def test_names_of_deltas(tmp_path: Path) -> None:
+    base = nn.Linear(3, 4)
+    delta = linear_delta([1], tmp_path, base)
+    add_delta(base, delta, "task")
+    with pytest.raises(MaskError, match="A delta 'task' is added already; added are 'task'"):
+        add_delta(base, delta, "task")
+    for function in (remove_delta, merge_delta):
+        with pytest.raises(MaskError, match="No delta 'default' is added to this model; added are: 'task'"):
+            function(base)
+
+
+def test_files_that_are_no_deltas(path: Path) -> None:
+    with pytest.raises(MaskError, match=r"no delta file at '.*nothing'"):
+        load_delta(path.parent / "nothing")
+    whole, content = path.read_bytes(), load_file(path)
+    for broken in (b"", b"nonsense", whole[:-3]):
+        path.write_bytes(broken)
+        with pytest.raises(MaskError, match="not a readable safetensors file"):
+            add_delta(bert(), path)
+    save_file(content, path)
+    with pytest.raises(MaskError, match=r"not a delta \(fish_tuning.delta.v1\)"):
+        load_delta(path)
+
+
+@pytest.mark.parametrize(
+    "index",
+    [[0, 12], [-1, 3], [3, 3], [4, 2], [1]],
+    ids=["too large", "negative", "twice", "disordered", "number"],
+)
+def test_damaged_positions(index: list[int], tmp_path: Path) -> None:
+    described = {"weight": {"shape": [4, 3], "dtype": "float32", "digest": "float32:0"}}
+    content = {"values:weight": torch.ones(2), "index:weight": torch.tensor(index, dtype=torch.int32)}
+    metadata = {"format": "fish_tuning.delta.v1", "tensors": json.dumps(described)}
+    save_file(content, tmp_path / "delta.safetensors", metadata=metadata)
+    with pytest.raises(MaskError, match="damaged: positions, values and shape of 'weight'"):
+        load_delta(tmp_path / "delta.safetensors")
