@@ -19,11 +19,9 @@ from fish_tuning.experiments.config.training_keys import training_argument_probl
 DEFAULT_SELECTIONS = ("", "-fish", "-fish-rand", "-fish-rev")
 
 # Where one factor of an adapter starts at or near zero, the other scores (nearly) zero, so scores are taken after some
-# dense steps; see docs/initialisation.md. These methods do not start there.
+# dense steps; see docs/initialisation.md. `peft_methods.py` says which start there.
 WARMUP_STEPS = 20
 STARTS_AT_ZERO = (True, "gaussian")
-LORA_METHODS = ("lora", "dora")  # those that lora.init_lora_weights starts
-STARTS_AWAY_FROM_ZERO = ("ia3", "ln_tuning", "prefix_tuning", "prompt_tuning", "p_tuning")
 
 # PEFT's initialisations by name that need neither data nor settings of their own.
 INITIALISATIONS = ("gaussian", "pissa", "olora", "orthogonal")

@@ -15,7 +15,7 @@ from fish_tuning.experiments.config.sections import DatasetConfig, TaskKind
 from fish_tuning.experiments.data.metrics import GENERATED_METRICS, LIKELIHOOD_METRICS
 from fish_tuning.experiments.data.splits import Splits, find
 from fish_tuning.experiments.data.tasks.base import Task, check_filled, is_text
-from fish_tuning.experiments.data.tasks.chats import ChatTemplateError, Rows
+from fish_tuning.experiments.data.tasks.chats import PROMPT, REFERENCE, ChatTemplateError, Rows
 from fish_tuning.experiments.data.tasks.classification import check_texts
 from fish_tuning.scores.losses import IGNORED
 
@@ -30,8 +30,6 @@ PROMPTS_AND_COMPLETIONS = (
     (("instruction", "input", "context"), "output"),
     (("instruction", "input", "context"), "response"),
 )
-# Kept in the encoded rows where answers are generated: what to generate from, and what to compare with.
-PROMPT, REFERENCE = "prompt_ids", "reference"
 
 
 @dataclass(frozen=True, kw_only=True)
