@@ -24,7 +24,7 @@ MODULES = [
     "scores.probes",
     "training.reporting",
     "scores.scoring_state",
-    "masks.selection",
+    "masks.create",
     "sparse.shira",
     "sparse.masked_tensors",
     "files.mask_file",
