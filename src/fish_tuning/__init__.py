@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from fish_tuning.peft_methods import PeftMethod, register_peft_method
     from fish_tuning.scores.fisher import calculate_fisher_information
     from fish_tuning.scores.layer_rules import register_rule
+    from fish_tuning.scores.named import register_score
     from fish_tuning.sparse.delta import Delta, add_delta, load_delta, merge_delta, remove_delta, save_delta
     from fish_tuning.sparse.masked_tensors import (
         apply_mask,
@@ -43,6 +44,7 @@ _PUBLIC = {
     # score
     "calculate_fisher_information": "scores.fisher",
     "register_rule": "scores.layer_rules",
+    "register_score": "scores.named",
     # select
     "create_mask_from_fisher": "masks.create",
     "register_selection": "masks.selections",
@@ -102,6 +104,7 @@ __all__ = [
     "merge_delta",
     "register_peft_method",
     "register_rule",
+    "register_score",
     "register_selection",
     "remove_delta",
     "remove_mask",

@@ -253,7 +253,7 @@ class Faults:
         self._compare(f"killed: {fault}", folder)
 
     def killed_over(self, fault: Fault) -> None:
-        """Over finished results a run with another learning rate dies; the first command must give the first results."""
+        """Over finished results a run with another learning rate dies; the first command must give the first ones."""
         folder = self._copy()
         fork(self.laboratory.command(folder, "training.args_override.learning_rate=5e-3"), self.log, fault, folder)
         self._compare(f"killed over other results: {fault}", folder)
