@@ -27,6 +27,8 @@ MODULES = [
     "masks.selection",
     "sparse.shira",
     "sparse.masked_tensors",
+    "files.atomic",
+    "files.delta_file",
     "files.mask_file",
     "training.trainer",
 ]

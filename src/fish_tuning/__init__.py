@@ -18,11 +18,12 @@ if TYPE_CHECKING:
         MaskError,
         ZeroScoresError,
     )
+    from fish_tuning.files.delta_file import Delta, load_delta
     from fish_tuning.files.mask_file import load_mask, save_mask
     from fish_tuning.masks.selection import create_mask_from_fisher, register_method
     from fish_tuning.scores.fisher import calculate_fisher_information
     from fish_tuning.scores.layer_rules import register_rule
-    from fish_tuning.sparse.delta import Delta, add_delta, load_delta, merge_delta, remove_delta, save_delta
+    from fish_tuning.sparse.delta import add_delta, merge_delta, remove_delta, save_delta
     from fish_tuning.sparse.masked_tensors import (
         apply_mask,
         count_trainable_parameters,
@@ -57,9 +58,9 @@ _PUBLIC = {
     "is_masked": "sparse.masked_tensors",
     "count_trainable_parameters": "sparse.masked_tensors",
     # carry what was trained
-    "Delta": "sparse.delta",
+    "Delta": "files.delta_file",
     "save_delta": "sparse.delta",
-    "load_delta": "sparse.delta",
+    "load_delta": "files.delta_file",
     "add_delta": "sparse.delta",
     "remove_delta": "sparse.delta",
     "merge_delta": "sparse.delta",
