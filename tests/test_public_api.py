@@ -26,6 +26,8 @@ MODULES = [
     "scores.scoring_state",
     "masks.selection",
     "sparse.shira",
+    "sparse.adapter_names",
+    "sparse.applying",
     "sparse.masked_tensors",
     "files.atomic",
     "files.delta_file",

@@ -23,15 +23,10 @@ if TYPE_CHECKING:
     from fish_tuning.masks.selection import create_mask_from_fisher, register_method
     from fish_tuning.scores.fisher import calculate_fisher_information
     from fish_tuning.scores.layer_rules import register_rule
+    from fish_tuning.sparse.adapter_names import rename_adapter
+    from fish_tuning.sparse.applying import apply_mask, remove_mask, synchronize_mask
     from fish_tuning.sparse.delta import add_delta, merge_delta, remove_delta, save_delta
-    from fish_tuning.sparse.masked_tensors import (
-        apply_mask,
-        count_trainable_parameters,
-        get_mask,
-        is_masked,
-        remove_mask,
-        synchronize_mask,
-    )
+    from fish_tuning.sparse.masked_tensors import count_trainable_parameters, get_mask, is_masked
     from fish_tuning.sparse.shira import create_shira_config
     from fish_tuning.training.reporting import report_figures
     from fish_tuning.training.trainer import FishMaskCallback, FishTuningTrainer
@@ -47,13 +42,14 @@ _PUBLIC = {
     "register_method": "masks.selection",
     "save_mask": "files.mask_file",
     "load_mask": "files.mask_file",
+    "rename_adapter": "sparse.adapter_names",
     # train
     "FishTuningTrainer": "training.trainer",
     "FishMaskCallback": "training.trainer",
     "report_figures": "training.reporting",
-    "apply_mask": "sparse.masked_tensors",
-    "remove_mask": "sparse.masked_tensors",
-    "synchronize_mask": "sparse.masked_tensors",
+    "apply_mask": "sparse.applying",
+    "remove_mask": "sparse.applying",
+    "synchronize_mask": "sparse.applying",
     "get_mask": "sparse.masked_tensors",
     "is_masked": "sparse.masked_tensors",
     "count_trainable_parameters": "sparse.masked_tensors",
@@ -99,6 +95,7 @@ __all__ = [
     "register_rule",
     "remove_delta",
     "remove_mask",
+    "rename_adapter",
     "report_figures",
     "save_delta",
     "save_mask",

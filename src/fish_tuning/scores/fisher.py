@@ -17,7 +17,7 @@ from fish_tuning.scores.losses import FisherType, TokenReduction
 from fish_tuning.scores.probes import Scores
 from fish_tuning.scores.scorer import Scorer
 from fish_tuning.scores.scoring_state import scoring_state
-from fish_tuning.sparse.masked_tensors import REFUSED, is_masked
+from fish_tuning.sparse.masked_tensors import REFUSED, trains_masked
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ def calculate_fisher_information(
         raise FisherError("The model has no trainable tensor (requires_grad=True); there is nothing to score.")
     if any(type(module).__name__ == "LilyModel" for module in model.modules()):
         raise FisherError(REFUSED["LilyModel"])
-    if is_masked(model):
+    if trains_masked(model):
         raise FisherError(
             "The model has a mask applied; its tensors cannot be scored as a whole. Call remove_mask(model) first."
         )
