@@ -18,7 +18,7 @@ from fish_tuning.scores.losses import FisherType, TokenReduction
 from fish_tuning.scores.probes import Scores
 from fish_tuning.scores.scorer import Scorer
 from fish_tuning.scores.scoring_state import scoring_state
-from fish_tuning.sparse.masked_tensors import is_masked
+from fish_tuning.sparse.masked_tensors import trains_masked
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +93,7 @@ def calculate_fisher_information(
         raise FisherError("The model has no trainable tensor (requires_grad=True); there is nothing to score.")
     if reason := refusal({type(module).__name__ for module in model.modules()}, "scored"):
         raise FisherError(reason)
-    if is_masked(model):
+    if trains_masked(model):
         raise FisherError(
             "The model has a mask applied; its tensors cannot be scored as a whole. Call remove_mask(model) first."
         )

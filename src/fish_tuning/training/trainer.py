@@ -13,7 +13,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from fish_tuning.errors import MaskError
 from fish_tuning.files.mask_file import MASK_FILE_NAME, load_mask, save_mask
-from fish_tuning.sparse.masked_tensors import apply_mask, get_mask, is_masked, replaced_parameters, synchronize_mask
+from fish_tuning.sparse.applying import apply_mask, synchronize_mask
+from fish_tuning.sparse.masked_tensors import get_mask, is_masked, replaced_parameters
 from fish_tuning.training.reporting import report_figures
 
 
