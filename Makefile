@@ -4,8 +4,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Installed without extras for `demo` and `bench`; `test` and `dev` are extras of pyproject.toml.
-extras = $(if $(filter demo,$1),,[$1])
+# `demo` and `bench` need the laboratory; `test` and `dev` are extras of pyproject.toml by these names.
+extras = [$(if $(filter demo,$1),experiments,$1)]
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test check bench clean

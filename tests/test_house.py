@@ -4,24 +4,11 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
-from pathlib import Path
 
-import fish_tuning
+from house import LABORATORY, MODULES
 
-ROOT = Path(fish_tuning.__file__).parent
 # From the bottom; a room may use those before it, and itself.
 ROOMS = ("config", "data", "models", "records", "compare", "masks", "report", "run")
-LABORATORY = {
-    *("datasets", "filelock", "jinja2", "markupsafe", "matplotlib", "psutil", "pydantic", "rich", "scipy", "sklearn"),
-    *("trl", "typer", "yaml"),
-}
-
-
-def name_of(file: Path) -> str:
-    return ".".join(["fish_tuning", *file.relative_to(ROOT).with_suffix("").parts]).removesuffix(".__init__")
-
-
-MODULES = {name_of(file): file for file in ROOT.rglob("*.py")}
 
 
 def imports(name: str) -> Iterator[str]:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from fish_tuning.errors import did_you_mean
-from fish_tuning.experiments.config.arm_names import SELECTIONS, ArmName, Variant
+from fish_tuning.experiments.config.arm_names import ArmName, Variant, suffixes
 from fish_tuning.experiments.config.sections import (
     DEFAULT_SELECTIONS,
     STARTS_AT_ZERO,
@@ -67,7 +67,7 @@ class ExperimentConfig(Section):
     @model_validator(mode="after")
     def _arms_of_methods(self) -> ExperimentConfig:
         names = unique([method.method for method in self.peft])
-        allowed = [f"{name}{selection}" for name in names for selection in ("", *(f"-{s}" for s in SELECTIONS))]
+        allowed = [f"{name}{selection}" for name in names for selection in ("", *(f"-{s}" for s in suffixes()))]
         for arm in self.fish_tuning.methods_to_run:
             if arm not in allowed:
                 raise ValueError(

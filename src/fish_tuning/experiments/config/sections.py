@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import re
 from pathlib import PurePath
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from fish_tuning.errors import did_you_mean
 from fish_tuning.experiments.config.arm_names import SELECTIONS
+from fish_tuning.experiments.config.task_kinds import BUILT_IN, task_kinds
 from fish_tuning.experiments.config.training_keys import training_argument_problems
 
 # An arm is a PEFT method's name, which trains all of the adapter, or that name and a selection's.
@@ -31,10 +32,6 @@ _PISSA_NITER = re.compile(r"pissa_niter_[1-9]\d*")
 HEAD_PATTERN = "modules_to_save"  # where PEFT keeps the head that a task brings
 
 UNNAMED_CONFIGURATIONS = ("main", "default", "plain_text")  # of a data set that has but one
-
-# What a data set asks of a model.
-TaskKind = Literal["text_classification", "image_classification", "token_classification", "causal_lm"]
-TASK_KINDS: tuple[TaskKind, ...] = get_args(TaskKind)
 
 
 class Section(BaseModel):
@@ -71,9 +68,7 @@ class DatasetConfig(Section):
         description="names of splits and their csv, tsv, json, jsonl or parquet files, in place of load_args",
     )
     revision: str | None = Field(default=None, description="a branch, tag or commit of the hub's data set")
-    task: TaskKind | None = Field(
-        default=None, description=f"{', '.join(TASK_KINDS)}, or null to find it from the data"
-    )
+    task: str | None = Field(default=None, description=f"{', '.join(BUILT_IN)}, or null to find it from the data")
     metric: str | None = Field(default=None, description="a metric's name, or null for the task's usual one")
     text_column: str | list[str] | None = Field(default=None, description="the name of a text column, or a list of two")
     image_column: str | None = Field(default=None, description="the name of a column of images")
@@ -95,6 +90,15 @@ class DatasetConfig(Section):
     training_args: dict[str, Any] = Field(
         default={}, description="changes to training.args_override for this data set, such as num_train_epochs"
     )
+
+    @field_validator("task")
+    @classmethod
+    def _known_task(cls, value: str | None) -> str | None:
+        if value is not None and value not in task_kinds():
+            kinds = task_kinds()
+            hint = did_you_mean(value, kinds)
+            raise ValueError(f"must be {', '.join(kinds)}, or null to find it from the data.{hint}")
+        return value
 
     @field_validator("training_args")
     @classmethod
