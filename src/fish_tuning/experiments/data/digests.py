@@ -39,10 +39,10 @@ def file_digest(path: Path) -> str:
     return _file_digest(path.resolve(), status.st_size, status.st_mtime_ns, status.st_ino)
 
 
-def folder_digest(folder: Path, leave_out: Container[str] = ()) -> str:
-    """Digest of the files below a folder, by name and content, but for those of the names in `leave_out`."""
+def folder_digest(folder: Path, pattern: str = "*", leave_out: Container[str] = ()) -> str:
+    """Digest of the files below a folder whose names match, by name and content; but for those in `leave_out`."""
     digest = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in leave_out):
+    for path in sorted(path for path in folder.rglob(pattern) if path.is_file() and path.name not in leave_out):
         digest.update(f"{path.relative_to(folder).as_posix()}\0{file_digest(path)}\0".encode())
     return digest.hexdigest()
 

@@ -155,7 +155,9 @@ def _sums(shares: Iterable[KeptShare]) -> tuple[int, int]:
 def kept_picture(masks: Sequence[Inspected]) -> Figure:
     """A heat map of layers and module types for each mask, in a report's look and on one colour scale."""
     labels = short_names([mask.path for mask in masks])
-    runs = [RunRecord(label, 0, "ok", "", kept=kept_shares(mask.masked)) for label, mask in zip(labels, masks, strict=True)]
+    runs = [
+        RunRecord(label, 0, "ok", "", kept=kept_shares(mask.masked)) for label, mask in zip(labels, masks, strict=True)
+    ]
     figure = kept_figure(labels, runs)
     if figure is None:
         raise ConfigurationError("--picture: no tensor is masked, so there is nothing to draw.")
