@@ -7,9 +7,8 @@ import logging
 import math
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -127,9 +126,9 @@ class _Session:
     def _record(self, arm: ArmPlan, seed: int) -> tuple[RunRecord, bool]:
         """The run's record and whether it was there already."""
         self.progress.start(arm.arm, seed)
+        if known := self._found(arm, seed):
+            return known, True
         with attempt(self._lock(arm, seed), self.since) as deaths:
-            if known := self._found(arm, seed):
-                return known, True
             try:
                 if deaths >= MOST_DEATHS:
                     raise FishTuningError(f"{deaths} processes that were at it have been killed; out of memory?")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import set_seed
 
 from fish_tuning.experiments.config.arm_names import Variant
 from fish_tuning.experiments.config.experiment import ExperimentConfig
@@ -37,6 +38,7 @@ class Starts:
         adapter = peft_config_of(self._config, section, base, variant)
         if (section.method, variant) in self._kept:
             return _restored(base, adapter, section, self._kept[section.method, variant])
+        set_seed(seed)  # as build_model does
         model = put_adapter(base, adapter, section)
         self._kept[section.method, variant] = _brought(model)
         return model
