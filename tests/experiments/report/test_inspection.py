@@ -22,8 +22,9 @@ from fish_tuning.cli import app
 from fish_tuning.errors import ConfigurationError
 from fish_tuning.experiments.masks.mask_files import read_mask, short_names
 from fish_tuning.experiments.masks.overlaps import overlap
+from fish_tuning.experiments.records.kept import kept_shares
 from fish_tuning.experiments.records.run_record import KeptShare
-from fish_tuning.experiments.report.inspection import inspect_masks, kept_picture, kept_shares, layer_tables, percent
+from fish_tuning.experiments.report.inspection import inspect_masks, kept_picture, layer_tables, percent
 from fish_tuning.files.delta_file import Delta, DeltaTensor, write_delta
 
 LAYER = "base_model.model.bert.encoder.layer"
@@ -151,12 +152,12 @@ def test_outside_peft_wholly_kept_tensors_are_dense(tmp_path: Path) -> None:
 def test_a_weight_and_its_bias_count_together(tmp_path: Path) -> None:
     name = f"{LAYER}.0.output.dense.adapter_up.default"
     mask = read_mask(saved({f"{name}.weight": first(1, 4, 2), f"{name}.bias": first(4, 4)}, tmp_path / "run"))
-    assert kept_shares(mask) == [KeptShare(0, "dense.adapter_up", 5, 12)]
+    assert kept_shares(mask.masked) == [KeptShare(0, "dense.adapter_up", 5, 12)]
 
 
 def test_a_tensor_of_no_layer_stands_apart(tmp_path: Path) -> None:
     mask = read_mask(saved(lora(1, 2) | {f"{HEAD}.weight": first(5, 2, 3)}, tmp_path / "run"))
-    assert kept_shares(mask)[0] == KeptShare(None, "classifier.modules_to_save", 5, 6)
+    assert kept_shares(mask.masked)[0] == KeptShare(None, "classifier.modules_to_save", 5, 6)
     assert mask.dense == {f"{HEAD}.bias"}
 
 

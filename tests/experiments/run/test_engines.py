@@ -59,7 +59,7 @@ def test_a_cluster_does_every_run_though_a_worker_is_killed(
     over = threading.Event()
     killer = threading.Thread(target=kill_a_worker, args=(tmp_path / "results" / "runs", killed, over))
     killer.start()
-    engines.run_on_ray(config, workers=2)
+    engines.run_on_ray(config, plan_experiment(config), workers=2)
     over.set()
     killer.join()
     assert killed

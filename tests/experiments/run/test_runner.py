@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from fish_tuning.experiments.config.experiment import ExperimentConfig
 from fish_tuning.experiments.records.run_record import RunRecord
 from fish_tuning.experiments.run import arm as arms
+from fish_tuning.experiments.run import calibration
 from fish_tuning.experiments.run.plan import plan_experiment
 from fish_tuning.experiments.run.runner import run_experiment
 
@@ -36,9 +37,9 @@ def test_a_run_writes_everything_and_is_repeatable(experiment: MakeExperiment, t
     records, _ = run(experiment())
     folder = tmp_path / "results"
     result = json.loads((folder / "results.json").read_text())
-    assert [entry["arm"] for entry in result["runs"]] == ["lora", "lora-fish", "lora-fish-rand", "lora-fish-rev"]
+    assert [entry["arm"] for entry in result["runs"]] == [arm.arm for arm in plan_experiment(experiment()).arms]
     assert all(entry.keys() >= RUN_KEYS and entry["status"] == "ok" for entry in result["runs"])
-    assert len(result["summary"]) == 4
+    assert len(result["summary"]) == 5
     for name in ("results.csv", "results.md", "metric.png", "kept.png"):
         assert (folder / name).stat().st_size
     again, _ = run(experiment(f"training.output_dir={tmp_path / 'again'}"))
@@ -71,31 +72,31 @@ def test_a_failed_arm_stops_no_other_and_is_tried_again(
         raise RuntimeError("out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(arms, "calculate_fisher_information", broken)
+        patch.setattr(calibration, "calculate_fisher_information", broken)
         records, _ = run(experiment())
-    assert [record.status for record in records] == ["ok", "failed", "ok", "failed"]
+    assert [record.status for record in records] == ["ok", "failed", "ok", "failed", "ok"]
     assert "RuntimeError: out of memory" in (records[1].error or "")
     log = tmp_path / "results" / "runs" / "lora-fish-seed1.log"
     assert "Traceback" in log.read_text()
     assert "out of memory" in (tmp_path / "results" / "results.md").read_text()
     records, seen = run(experiment())
-    assert [record.status for record in records] == ["ok"] * 4
-    assert [known for *_, known in seen] == [True, False, True, False]
+    assert [record.status for record in records] == ["ok"] * 5
+    assert [known for *_, known in seen] == [True, False, True, False, True]
     assert not log.exists()
 
 
 def test_a_full_disk_stops_the_experiment_and_keeps_what_is_finished(
     experiment: MakeExperiment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save = arms._save
+    save = arms.save
 
-    def full(model: object, mask: object, folder: Path) -> int:
+    def full(model: object, mask: object, folder: Path) -> arms.Saved:
         if "fish" in folder.name:  # as safetensors tells of it
             raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
         return save(model, mask, folder)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch:
-        patch.setattr(arms, "_save", full)
+        patch.setattr(arms, "save", full)
         with pytest.raises(OSError, match="No space left") as raised:
             run(experiment())
     assert raised.value.errno == errno.ENOSPC
@@ -108,7 +109,7 @@ def test_an_interruption_keeps_what_is_finished(experiment: MakeExperiment, monk
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(arms, "calculate_fisher_information", interrupted)
+        patch.setattr(calibration, "calculate_fisher_information", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run(experiment())
     _, seen = run(experiment())
