@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         FishTuningError,
         FishTuningWarning,
         MaskError,
+        RecordError,
         ZeroScoresError,
     )
     from fish_tuning.files.delta_file import Delta, load_delta
@@ -73,6 +74,7 @@ _PUBLIC = {
     "ConfigurationError": "errors",
     "FisherError": "errors",
     "MaskError": "errors",
+    "RecordError": "errors",
     "ZeroScoresError": "errors",
     "FishTuningWarning": "errors",
 }
@@ -87,6 +89,7 @@ __all__ = [
     "FisherError",
     "MaskError",
     "PeftMethod",
+    "RecordError",
     "ZeroScoresError",
     "add_delta",
     "apply_mask",
