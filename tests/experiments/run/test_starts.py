@@ -28,9 +28,7 @@ def test_a_start_of_an_earlier_arm_is_the_start_built_anew(
         for parameter in starts(arm, 1).parameters():
             parameter.add_(1)
     again = starts(arm, 1)
-    new = build_model(
-        config, plan.model_config, plan.task, config.method_of(arm), config.variant_of(arm), seed=1
-    )
+    new = build_model(config, plan.model_config, plan.task, config.method_of(arm), config.variant_of(arm), seed=1)
     assert_same_tensors(tensors(again), tensors(new))
     for one, other in zip(again.parameters(), new.parameters(), strict=True):
         assert (one.dtype, one.stride(), one.requires_grad) == (other.dtype, other.stride(), other.requires_grad)
