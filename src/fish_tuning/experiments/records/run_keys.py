@@ -26,8 +26,11 @@ _WITHOUT_EFFECT = re.compile(
     r"do_(train|eval|predict)|use_cpu|torch_empty_cache_steps"
 )
 _SAVING = ("save_strategy", "save_steps")  # they count where the best checkpoint is loaded at the end
-# Of configurations: paths, and what stands among the versions or is no setting.
-_NOT_SETTINGS = ("_name_or_path", "transformers_version", "base_model_name_or_path", "revision", "inference_mode")
+# Of configurations: paths, versions, and of which class and dtype the weights were saved, where others may be loaded.
+_NOT_SETTINGS = (
+    "_name_or_path", "base_model_name_or_path", "revision", "transformers_version", "peft_version", "inference_mode",
+    "architectures", "dtype", "torch_dtype",
+)  # fmt: skip
 
 
 class RunKeys(NamedTuple):

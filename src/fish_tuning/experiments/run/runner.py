@@ -89,6 +89,17 @@ class _Session:
         self.used_once = False
 
     def run(self) -> list[RunRecord]:
+        try:
+            self._take_all()
+        finally:
+            gc.unfreeze()
+        for arm, seed in WHOLE.part(self.context.plan.arms, self.context.config.seeds):
+            if (arm.arm, seed) not in self.records:
+                self._read_of_other_shards(arm, seed)
+        self._report()
+        return self._in_order()
+
+    def _take_all(self) -> None:
         plan, seeds = self.context.plan, self.context.config.seeds
         mine, waiting = self.shard.part(plan.arms, seeds), Waiting()
         while mine:
@@ -99,11 +110,6 @@ class _Session:
                 arm, seed = left[0]
                 waiting.on(f"{arm.arm}, seed {seed}", self._lock(arm, seed))
             mine = left
-        for arm, seed in WHOLE.part(plan.arms, seeds):
-            if (arm.arm, seed) not in self.records:
-                self._read_of_other_shards(arm, seed)
-        self._report()
-        return self._in_order()
 
     def _read_of_other_shards(self, arm: ArmPlan, seed: int) -> None:
         found = find_record(self.folder, arm.arm, seed, self._keys(arm, seed).run, math.inf)
@@ -171,6 +177,8 @@ class _Session:
     def _use_once(self, arm: ArmPlan, seed: int) -> None:
         if not self.used_once:
             use_once(self.context, arm, seed)
+            gc.collect()
+            gc.freeze()  # the Trainer collects garbage at its start; the libraries' own objects need not be looked at
             self.used_once = True
 
     def _failure(self, arm: ArmPlan, seed: int, error: Exception) -> RunRecord:
