@@ -32,6 +32,7 @@ MODULES = [
     "files.atomic",
     "files.delta_file",
     "files.mask_file",
+    "training.checkpoints",
     "training.trainer",
 ]
 

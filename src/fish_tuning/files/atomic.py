@@ -80,7 +80,7 @@ def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     with _unfinished(path.parent) as unfinished:
         unfinished.mkdir()
         yield unfinished
-        _sync_tree(unfinished)
+        sync_folder(unfinished)
         _put_in_place(unfinished, path)
         _sync(path.parent)
     _remove_leftovers(path.parent)
@@ -100,6 +100,15 @@ def recover_folder(path: str | os.PathLike[str]) -> None:
             replaced.rename(path)
             _sync(path.parent)
             return
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the disk hold a folder with all that is in it, whoever wrote it, before anything that is done next."""
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            _sync(Path(parent, name))
+        _sync(Path(parent))
+    _sync(folder.parent)
 
 
 def _put_in_place(unfinished: Path, path: Path) -> None:
@@ -166,13 +175,6 @@ def _remove(path: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink()
-
-
-def _sync_tree(folder: Path) -> None:
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            _sync(Path(parent, name))
-        _sync(Path(parent))
 
 
 def _sync(path: Path) -> None:
