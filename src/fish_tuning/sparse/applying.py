@@ -11,10 +11,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fish_tuning.errors import MaskError, did_you_mean
+from fish_tuning.peft_methods import refusal
 from fish_tuning.sparse.adapter_names import adapters_of, check_adapter
 from fish_tuning.sparse.masked_tensors import (
     LEFT_DENSE,
-    REFUSED,
     MaskedTensor,
     mask_tensor,
     masked_tensors,
@@ -135,9 +135,8 @@ def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
 def _check(model: nn.Module, mask: Mapping[str, Tensor]) -> None:
     if trains_masked(model):
         raise MaskError("The model has a mask already. Call remove_mask(model) before applying another.")
-    for module in model.modules():
-        if type(module).__name__ in REFUSED:
-            raise MaskError(REFUSED[type(module).__name__])
+    if reason := refusal({type(module).__name__ for module in model.modules()}, "masked"):
+        raise MaskError(reason)
     parameters = dict(model.named_parameters())
     shared = _shared_names(model)
     for name, selected in mask.items():

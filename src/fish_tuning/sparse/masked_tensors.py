@@ -25,15 +25,6 @@ Mask = dict[str, Tensor]
 # Attribute of a module: the names of its trainable parameters that the mask left as they are.
 LEFT_DENSE = "_fish_tuning_left_dense"
 
-# PEFT's tuners that cannot be masked, by class name, with the reason.
-REFUSED = {
-    "AdaLoraModel": "AdaLoRA prunes its tensors itself and its loss needs them whole; it cannot be masked. Use LoRA.",
-    "TinyLoraModel": "TinyLoRA keeps references to its one tensor past the modules, which a mask cannot follow. Use "
-    "VB-LoRA or Uni-LoRA.",
-    "LilyModel": "Lily's router averages over the batch, so no example has a loss of its own; it can neither be scored "
-    "exactly nor masked by such scores. Use LoRA.",
-}
-
 
 def get_mask(model: nn.Module, adapter_name: str | None = None) -> Mask:
     """The mask that is applied to `model`, dense trainable tensors included as all true; bool tensors by name.

@@ -20,10 +20,10 @@ from typer.testing import CliRunner
 from fish_tuning import MaskError, apply_mask, save_delta, save_mask
 from fish_tuning.cli import app
 from fish_tuning.errors import ConfigurationError
-from fish_tuning.experiments.masks.inspection import inspect_masks, kept_picture, kept_shares, layer_tables
 from fish_tuning.experiments.masks.mask_files import read_mask, short_names
-from fish_tuning.experiments.masks.overlaps import overlap, percent
+from fish_tuning.experiments.masks.overlaps import overlap
 from fish_tuning.experiments.records.run_record import KeptShare
+from fish_tuning.experiments.report.inspection import inspect_masks, kept_picture, kept_shares, layer_tables, percent
 from fish_tuning.files.delta_file import Delta, DeltaTensor, write_delta
 
 LAYER = "base_model.model.bert.encoder.layer"
