@@ -97,7 +97,8 @@ def recover_folder(path: str | os.PathLike[str]) -> None:
     for replaced in sorted(path.parent.iterdir(), key=lambda found: found.name):
         parts = _OWN_NAMES.fullmatch(replaced.name)
         if parts and parts["replaced"] == path.name and not _is_in_use(replaced):
-            replaced.rename(path)
+            with suppress(FileNotFoundError):  # another reader was faster
+                replaced.rename(path)
             _sync(path.parent)
             return
 
@@ -116,16 +117,17 @@ def _put_in_place(unfinished: Path, path: Path) -> None:
     while True:
         replaced = path.with_name(f"{_own_name()}~{path.name}.old")
         with _marked_as_in_use(replaced):
-            with suppress(FileNotFoundError):
-                path.rename(replaced)
             try:
+                with suppress(FileNotFoundError):
+                    path.rename(replaced)
                 unfinished.rename(path)
             except OSError as error:
                 if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
                     continue  # another writer was faster: its folder is the previous one now
-                if replaced.exists():
-                    replaced.rename(path)
                 raise
+            finally:
+                if replaced.exists() and not path.exists():  # an error or Ctrl-C came in between
+                    replaced.rename(path)
         return
 
 
