@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from fish_tuning.sparse.delta import add_delta, merge_delta, remove_delta, save_delta
     from fish_tuning.sparse.masked_tensors import count_trainable_parameters, get_mask, is_masked
     from fish_tuning.sparse.shira import create_shira_config
+    from fish_tuning.training.checkpoints import last_checkpoint
     from fish_tuning.training.reporting import report_figures
     from fish_tuning.training.trainer import FishMaskCallback, FishTuningTrainer
 
@@ -51,6 +52,7 @@ _PUBLIC = {
     # train
     "FishTuningTrainer": "training.trainer",
     "FishMaskCallback": "training.trainer",
+    "last_checkpoint": "training.checkpoints",
     "report_figures": "training.reporting",
     "apply_mask": "sparse.applying",
     "remove_mask": "sparse.applying",
@@ -99,6 +101,7 @@ __all__ = [
     "create_shira_config",
     "get_mask",
     "is_masked",
+    "last_checkpoint",
     "load_delta",
     "load_mask",
     "merge_delta",

@@ -11,7 +11,7 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from tiny import assert_same_tensors, bert, lora, random_mask, tensors
 from torch import Tensor, nn
@@ -112,6 +112,17 @@ def test_each_adapter_has_its_own_mask_in_its_own_folder(tmp_path: Path) -> None
     remove_mask(model, "b")
     model.save_pretrained(tmp_path / "left")
     assert mask_files(tmp_path / "left") == ["fish_mask.safetensors"]
+
+
+def test_prompts_have_their_mask_in_their_adapters_folder(tmp_path: Path) -> None:
+    model: Any = get_peft_model(bert(), PromptTuningConfig(num_virtual_tokens=3, task_type="SEQ_CLS"), "a")
+    mask = random_mask(model, dense=["classifier"])
+    apply_mask(model, mask)
+    model.add_adapter("b", PromptTuningConfig(num_virtual_tokens=3, task_type="SEQ_CLS"))
+    model.save_pretrained(tmp_path)
+    assert mask_files(tmp_path) == ["a/fish_mask.safetensors"]
+    assert_same_tensors(load_mask(tmp_path / "a" / MASK_FILE_NAME), dict(sorted(mask.items())))
+    assert get_mask(model, "a").keys() == mask.keys()
 
 
 def test_processes_that_are_not_the_first_write_nothing(tmp_path: Path) -> None:

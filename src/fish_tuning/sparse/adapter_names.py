@@ -39,7 +39,7 @@ def _renamed(name: str, old: str, new: str) -> str:
 
 def adapter_names(model: nn.Module) -> list[str]:
     """The names of the model's PEFT adapters."""
-    configs = [vars(module).get("peft_config") for module in model.modules()]
+    configs = [getattr(module, "peft_config", None) for module in model.modules()]
     return list(dict.fromkeys(name for config in configs if isinstance(config, dict) for name in config))
 
 

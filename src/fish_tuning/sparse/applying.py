@@ -31,6 +31,10 @@ def apply_mask(model: nn.Module, mask: Mapping[str, Tensor]) -> None:
     Call it before the optimizer is made. A tensor whose mask is all true stays an ordinary dense parameter, and so does
     one that the mask does not name. `remove_mask` undoes it and keeps what was trained.
 
+    While the mask is applied, `save_pretrained` writes it beside the weights as `fish_mask.safetensors`, and so does
+    all that calls it (a Trainer, `push_to_hub`). Each PEFT adapter of a model can have a mask of its own: apply one,
+    then `set_adapter` the next.
+
     Args:
         model: the model, changed in place. For DDP pass the very module that is wrapped, on every rank, and call
             `synchronize_mask` after it.

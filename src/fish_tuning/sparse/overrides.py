@@ -25,13 +25,12 @@ _BEFORE = "_fish_tuning_before_"  # holds what the object itself had under the m
 
 def override_methods(model: nn.Module) -> None:
     for module in model.modules():
-        if is_masked(module):
-            # A tuner passes on what it does not have to its model; only what is a class's own is its method.
-            if hasattr(type(module), "save_pretrained"):
-                _override(module, "save_pretrained", _save_pretrained)
-            if _parameter_dicts(module) and hasattr(type(module), "set_adapter"):
-                _override(module, "set_adapter", _set_adapter)
-                _override(module, "set_requires_grad", _set_requires_grad)
+        # A tuner passes on what it does not have to its model; only what is a class's own is its method.
+        if hasattr(type(module), "save_pretrained") and is_masked(module):
+            _override(module, "save_pretrained", _save_pretrained)
+        if hasattr(type(module), "set_adapter") and _parameter_dicts(module):
+            _override(module, "set_adapter", _set_adapter)
+            _override(module, "set_requires_grad", _set_requires_grad)
 
 
 def restore_methods(model: nn.Module) -> None:
