@@ -1,0 +1,235 @@
+"""The score of every arm against its size: arms of one size share a column, which points to its place on the axis."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from statistics import fmean
+from typing import TYPE_CHECKING, NamedTuple
+
+from fish_tuning.experiments.config.arm_names import ArmName
+from fish_tuning.experiments.report.figures.canvas import (
+    SMALL,
+    Drawing,
+    Margins,
+    add_axes,
+    figure_and_axes,
+    interval_words,
+    padded,
+    size_of,
+    style,
+    tick_text,
+    value_axis,
+)
+from fish_tuning.experiments.report.figures.marks import draw_score
+from fish_tuning.experiments.report.look import PALETTE, Look
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_MARGINS = Margins(52, 12, 22, 60)
+_POINTER = 18.0  # from the foot of the columns down to the axis
+_STEP, _NARROW_STEP = 14.0, 9.5  # from one mark to the next
+_AIR = 6.0  # around the marks of a column, and between columns
+_DIGIT = 6.4
+_NOTHING = 0.14  # of the width, for the size 0
+
+
+class Point(NamedTuple):
+    arm: str
+    size: int
+    mean: float
+    low: float | None
+    high: float | None
+
+
+class Column(NamedTuple):
+    """Where the arms of one size stand, in pixels; `place` is that of the size on the axis."""
+
+    size: int
+    place: float
+    middle: float
+    width: float
+    named: bool  # whether there is room for the exact size
+
+
+def score_size_figure(
+    points: Sequence[Point], look: Mapping[str, Look], title: str, of_what: str, width: float, height: float
+) -> Drawing:
+    """`of_what`: what the size counts, for the axis."""
+    sizes = sorted({point.size for point in points})
+    inner = width - _MARGINS.left - _MARGINS.right
+    columns, step = arrange({size: sum(point.size == size for point in points) for size in sizes}, inner)
+    at = _places(points, columns, step)
+    with style():
+        figure, ax = figure_and_axes(width, height, _MARGINS)
+        ax.set(xlim=(0, inner), xticks=[])
+        ax.set_ylim(*padded([bound for point in points for bound in point[2:] if bound is not None]))
+        ax.spines["bottom"].set_visible(False)
+        value_axis(ax, "y", 6)
+        for column in columns:
+            _draw_column(ax, column, height - _MARGINS.top - _MARGINS.bottom)
+        _size_axis(figure, ax, sizes, inner, of_what)
+        _links(ax, points, at, look)
+        intervals = [
+            draw_score(ax, at[point.arm], (point.low, point.mean, point.high), look[point.arm], min(10.0, step), str(n))
+            for n, point in enumerate(points)
+        ]
+        told = {f"{part}-{n}": _told(point, of_what) for n, point in enumerate(points) for part in ("mark", "interval")}
+        described = "; ".join(_told(point, of_what) for point in points)
+        return Drawing(figure, "score-size", title, described, told, interval_words(intervals))
+
+
+def arrange(members: Mapping[int, int], width: float) -> tuple[list[Column], float]:
+    """A column for each size, as near to the size's place as the others allow and never out of order; and the step
+    from mark to mark. `members`: how many arms have each size."""
+    sizes = sorted(members)
+    step = _STEP if width > 400 else _NARROW_STEP
+    widths = [members[size] * step + _AIR for size in sizes]
+    named = [max(each, len(f"{size:,}") * _DIGIT + _AIR) for size, each in zip(sizes, widths, strict=True)]
+    room = sum(named) + _AIR * len(sizes) < 0.8 * width
+    widths = named if room else widths
+    scale = min(1.0, width / (sum(widths) + _AIR * (len(sizes) - 1)))
+    widths, gap = [scale * each for each in widths], scale * _AIR
+    places = _size_places(sizes, width)
+    middles = _apart(places, widths, gap, width)
+    return [Column(*each, room) for each in zip(sizes, places, middles, widths, strict=True)], scale * step
+
+
+def _size_limits(sizes: Sequence[int]) -> tuple[float, float]:
+    """Of the logarithmic part of the axis."""
+    low, high = min(sizes), max(sizes)
+    air = 2.0 if high < 1.2 * low else 1.35
+    return low / air, high * air
+
+
+def _log_start(sizes: Sequence[int], width: float) -> float:
+    """Where the logarithmic part begins: nothing at all has a place of its own on the left of it."""
+    return _NOTHING * width if sizes[0] == 0 else 0.0
+
+
+def _size_places(sizes: Sequence[int], width: float) -> list[float]:
+    start, some = _log_start(sizes, width), [size for size in sizes if size]
+    if not some:
+        return [width / 2]
+    low, high = map(math.log, _size_limits(some))
+    return [start + (math.log(size) - low) / (high - low) * (width - start) if size else 0.4 * start for size in sizes]
+
+
+def _apart(places: Sequence[float], widths: Sequence[float], gap: float, width: float) -> list[float]:
+    """Middles in the order of the places that leave a gap between columns and stay inside, moved as little as can be.
+
+    Less the room that the columns before them take, middles must not fall: the nearest such numbers are the isotonic
+    regression of the places.
+    """
+    before = [0.0]
+    for one, other in pairwise(widths):
+        before.append(before[-1] + (one + other) / 2 + gap)
+    wanted = [place - room for place, room in zip(places, before, strict=True)]
+    every = range(len(wanted))
+    moved = [max(min(fmean(wanted[start : end + 1]) for end in every[n:]) for start in range(n + 1)) for n in every]
+    low, high = widths[0] / 2, width - widths[-1] / 2 - before[-1]
+    return [min(max(each, low), high) + room for each, room in zip(moved, before, strict=True)]
+
+
+def _places(points: Sequence[Point], columns: Sequence[Column], step: float) -> dict[str, float]:
+    """Arms of one size side by side, in the order in which they come."""
+    at: dict[str, float] = {}
+    for column in columns:
+        arms = [point.arm for point in points if point.size == column.size]
+        at |= {arm: column.middle + step * (number - (len(arms) - 1) / 2) for number, arm in enumerate(arms)}
+    return at
+
+
+def _draw_column(ax: Axes, column: Column, height: float) -> None:
+    """A band with a point at its foot, which lies on the axis, and its exact size where there is room."""
+    from matplotlib.patches import Polygon
+
+    left, right = column.middle - column.width / 2, column.middle + column.width / 2
+    corners = [(left, 1.0), (right, 1.0), (right, 0.0), (column.place, -_POINTER / height), (left, 0.0)]
+    ax.add_patch(
+        Polygon(
+            corners,
+            transform=ax.get_xaxis_transform(),
+            facecolor=PALETTE["band"].light,
+            edgecolor="none",
+            clip_on=False,
+            zorder=0.5,
+        )
+    )
+    if column.named:
+        top = ax.get_xaxis_transform()
+        ax.text(column.middle, 1.0, f"{column.size:,}", transform=top, ha="center", va="bottom", fontsize=SMALL)
+
+
+def _size_axis(figure: Figure, ax: Axes, sizes: Sequence[int], inner: float, of_what: str) -> None:
+    """Below the columns: a piece for nothing, with a gap behind it, and a logarithmic one."""
+    start, some = _log_start(sizes, inner), [size for size in sizes if size]
+    if start:
+        _axis_part(figure, 0.0, 0.8 * start if some else inner).set(xticks=[0.5], xticklabels=["0"])
+    if some:
+        part = _axis_part(figure, start, inner)
+        part.set(xscale="log", xlim=_size_limits(some))
+        _log_ticks(part, inner - start)
+    words = f"{of_what} (log scale)" if some else of_what
+    middle = (size_of(figure)[0] / 2 - _MARGINS.left) / inner
+    ax.annotate(
+        words,
+        (middle, 0),
+        (0, 8 - _MARGINS.bottom),
+        xycoords="axes fraction",
+        textcoords="offset points",
+        ha="center",
+        va="baseline",
+    )
+
+
+def _axis_part(figure: Figure, left: float, right: float) -> Axes:
+    """An axis below the columns, from left to right of them."""
+    bottom = _MARGINS.bottom - _POINTER
+    width, height = size_of(figure)
+    margins = Margins(_MARGINS.left + left, width - _MARGINS.left - right, height - bottom - 1, bottom)
+    part = add_axes(figure, margins)
+    part.set(yticks=[], facecolor="none")
+    return part
+
+
+def _log_ticks(part: Axes, width: float) -> None:
+    """Powers of ten, with multiples of them where there is room."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    low, high = part.get_xlim()
+    for factors in ((1, 2, 3, 5, 7), (1, 2, 5), (1, 3), (1,)):
+        ticks = [tick for tick in LogLocator(subs=factors, numticks=99).tick_values(low, high) if low <= tick <= high]
+        if len(ticks) * 60 <= width:
+            break
+    part.set_xticks(ticks)
+    part.xaxis.set_major_formatter(FuncFormatter(tick_text))
+    part.xaxis.set_minor_formatter(NullFormatter())
+    part.tick_params(which="major", length=4)
+
+
+def _links(ax: Axes, points: Sequence[Point], at: Mapping[str, float], look: Mapping[str, Look]) -> None:
+    """Lines through the budgets of one arm."""
+    series: dict[tuple[str, str], list[Point]] = {}
+    for point in points:
+        name = ArmName.parse(point.arm)
+        series.setdefault((name.method, name.suffix), []).append(point)
+    for members in series.values():
+        ordered = sorted(members, key=lambda point: at[point.arm])
+        if len(ordered) > 1:
+            ax.plot(
+                [at[point.arm] for point in ordered],
+                [point.mean for point in ordered],
+                color=look[ordered[0].arm].hex,
+                linewidth=1.5,
+                alpha=0.5,
+                zorder=2,
+            )
+
+
+def _told(point: Point, of_what: str) -> str:
+    interval = "" if point.low is None or point.high is None else f", interval {point.low:.3f} to {point.high:.3f}"
+    return f"{point.arm}: {point.size:,} {of_what}, {point.mean:.3f}{interval}"
