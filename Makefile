@@ -4,11 +4,11 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Installed without extras for `demo` and `bench`; `test` and `dev` are extras of pyproject.toml.
-extras = $(if $(filter demo,$1),,[$1])
+# `demo` and `bench` need the laboratory; `test` and `dev` are extras of pyproject.toml by these names.
+extras = [$(if $(filter demo,$1),experiments,$1)]
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench clean
+.PHONY: help demo test check faults bench clean
 .SECONDARY:
 
 help:  ## show this list
@@ -24,6 +24,9 @@ check: $(VENV)/.stamp-dev  ## formatting, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+faults: $(VENV)/.stamp-test  ## kill runs, damage files, fill disks, and see what survives; ARGS="--kills 50"
+	$(BIN)/python tests/helpers/faults.py $(ARGS)
 
 bench: $(VENV)/.stamp-demo  ## speed and memory against plain training; prints tables
 	@status=0; for script in benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python $$script || status=1; done; \

@@ -7,29 +7,15 @@ import importlib
 import re
 import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import pytest
+from house import MODULES
 
 import fish_tuning
 
-MODULES = [
-    "scores.batches",
-    "masks.budgets",
-    "sparse.delta",
-    "errors",
-    "scores.fisher",
-    "scores.losses",
-    "scores.layer_rules",
-    "scores.probes",
-    "training.reporting",
-    "scores.scoring_state",
-    "masks.selection",
-    "sparse.shira",
-    "sparse.masked_tensors",
-    "files.mask_file",
-    "training.trainer",
-]
+WITH_EXAMPLES = sorted(name for name, file in MODULES.items() if ">>> " in file.read_text())
 
 
 def run(code: str, environment: dict[str, str]) -> str:
@@ -78,9 +64,38 @@ def test_scores_and_masks_need_no_trainer(python_environment: dict[str, str]) ->
     assert run(code, python_environment) == "[]"
 
 
-@pytest.mark.parametrize("name", MODULES)
+def test_the_library_works_without_the_laboratory(python_environment: dict[str, str], tmp_path: Path) -> None:
+    # Of the laboratory's packages, transformers, torch and their like bring some themselves.
+    hidden = {"datasets", "matplotlib", "pandas", "pydantic", "scipy", "sklearn", "trl"}
+    code = f"""
+import importlib.machinery, sys
+
+class Hiding(importlib.machinery.PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.split(".")[0] in {hidden} else super().find_spec(name, path, target)
+
+sys.meta_path[sys.meta_path.index(importlib.machinery.PathFinder)] = Hiding
+import torch
+from tiny import Rows, bert, classification_batch, lora
+from transformers import TrainingArguments
+from fish_tuning import FishTuningTrainer, calculate_fisher_information, create_mask_from_fisher, load_mask, save_mask
+
+model = lora(bert())
+scores = calculate_fisher_information(model, [classification_batch()], progress=False)
+mask = create_mask_from_fisher(scores, 0.1, ["classifier"], zero_scores="ignore")
+args = TrainingArguments({str(tmp_path)!r}, max_steps=1, report_to="none", use_cpu=True, disable_tqdm=True)
+trainer = FishTuningTrainer(model, args, mask=mask, train_dataset=Rows(classification_batch()))
+trainer.train()
+save_mask(mask, {str(tmp_path / "mask.safetensors")!r})
+print(sum(int(tensor.sum()) for tensor in load_mask({str(tmp_path / "mask.safetensors")!r}).values()))
+"""
+    assert int(run(code, python_environment).splitlines()[-1]) > 0
+
+
+@pytest.mark.parametrize("name", WITH_EXAMPLES)
 def test_examples_in_docstrings(name: str) -> None:
-    module: ModuleType = importlib.import_module(f"fish_tuning.{name}")
+    module: ModuleType = importlib.import_module(name)
     results = doctest.testmod(module)
     assert results.failed == 0
 

@@ -19,9 +19,12 @@ if TYPE_CHECKING:
         ZeroScoresError,
     )
     from fish_tuning.files.mask_file import load_mask, save_mask
-    from fish_tuning.masks.selection import create_mask_from_fisher, register_method
+    from fish_tuning.masks.create import create_mask_from_fisher
+    from fish_tuning.masks.selections import register_selection
+    from fish_tuning.peft_methods import PeftMethod, register_peft_method
     from fish_tuning.scores.fisher import calculate_fisher_information
     from fish_tuning.scores.layer_rules import register_rule
+    from fish_tuning.scores.named import register_score
     from fish_tuning.sparse.delta import Delta, add_delta, load_delta, merge_delta, remove_delta, save_delta
     from fish_tuning.sparse.masked_tensors import (
         apply_mask,
@@ -41,9 +44,10 @@ _PUBLIC = {
     # score
     "calculate_fisher_information": "scores.fisher",
     "register_rule": "scores.layer_rules",
+    "register_score": "scores.named",
     # select
-    "create_mask_from_fisher": "masks.selection",
-    "register_method": "masks.selection",
+    "create_mask_from_fisher": "masks.create",
+    "register_selection": "masks.selections",
     "save_mask": "files.mask_file",
     "load_mask": "files.mask_file",
     # train
@@ -64,6 +68,9 @@ _PUBLIC = {
     "remove_delta": "sparse.delta",
     "merge_delta": "sparse.delta",
     "create_shira_config": "sparse.shira",
+    # methods of your own
+    "PeftMethod": "peft_methods",
+    "register_peft_method": "peft_methods",
     # what can go wrong
     "FishTuningError": "errors",
     "ConfigurationError": "errors",
@@ -82,6 +89,7 @@ __all__ = [
     "FishTuningWarning",
     "FisherError",
     "MaskError",
+    "PeftMethod",
     "ZeroScoresError",
     "add_delta",
     "apply_mask",
@@ -94,8 +102,10 @@ __all__ = [
     "load_delta",
     "load_mask",
     "merge_delta",
-    "register_method",
+    "register_peft_method",
     "register_rule",
+    "register_score",
+    "register_selection",
     "remove_delta",
     "remove_mask",
     "report_figures",

@@ -124,7 +124,7 @@ def inspect(
     Exit code: 0, 1 when the disk is full, or 2 when a file is missing, is something else, or cannot be compared.
     """
     from fish_tuning.errors import FishTuningError
-    from fish_tuning.experiments.masks.inspection import inspect_masks
+    from fish_tuning.experiments.report.inspection import inspect_masks
 
     try:
         inspect_masks(_console(), masks, picture)

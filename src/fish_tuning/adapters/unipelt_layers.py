@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,7 @@ from fish_tuning.adapters.bottleneck import NON_LINEARITIES, features, gate, sma
 from fish_tuning.adapters.families import is_targeted
 from fish_tuning.adapters.prefix import Prefix, PrefixSource, PrefixTokens, check_function
 from fish_tuning.adapters.tuner import AdapterLayer, AdapterType
-
-if TYPE_CHECKING:
-    from fish_tuning.adapters.unipelt import UniPELTConfig
+from fish_tuning.adapters.unipelt_config import UniPELTConfig
 
 
 class UniPELTLayer(AdapterLayer):

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from fish_tuning.errors import FisherError
+from fish_tuning.peft_methods import refusal
 from fish_tuning.scores.batches import batch_size, calibration_batches
 from fish_tuning.scores.loss_vectors import LossFunction, LossVectors
 from fish_tuning.scores.losses import FisherType, TokenReduction
 from fish_tuning.scores.probes import Scores
 from fish_tuning.scores.scorer import Scorer
 from fish_tuning.scores.scoring_state import scoring_state
-from fish_tuning.sparse.masked_tensors import REFUSED, is_masked
+from fish_tuning.sparse.masked_tensors import is_masked
 
 logger = logging.getLogger(__name__)
 
@@ -90,8 +91,8 @@ def calculate_fisher_information(
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not trainable:
         raise FisherError("The model has no trainable tensor (requires_grad=True); there is nothing to score.")
-    if any(type(module).__name__ == "LilyModel" for module in model.modules()):
-        raise FisherError(REFUSED["LilyModel"])
+    if reason := refusal({type(module).__name__ for module in model.modules()}, "scored"):
+        raise FisherError(reason)
     if is_masked(model):
         raise FisherError(
             "The model has a mask applied; its tensors cannot be scored as a whole. Call remove_mask(model) first."

@@ -20,17 +20,9 @@ from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
 from fish_tuning.errors import MaskError, did_you_mean
+from fish_tuning.peft_methods import refusal
 
 Mask = dict[str, Tensor]
-
-# PEFT's tuners that cannot be masked, by class name, with the reason.
-REFUSED = {
-    "AdaLoraModel": "AdaLoRA prunes its tensors itself and its loss needs them whole; it cannot be masked. Use LoRA.",
-    "TinyLoraModel": "TinyLoRA keeps references to its one tensor past the modules, which a mask cannot follow. Use "
-    "VB-LoRA or Uni-LoRA.",
-    "LilyModel": "Lily's router averages over the batch, so no example has a loss of its own; it can neither be scored "
-    "exactly nor masked by such scores. Use LoRA.",
-}
 
 
 def apply_mask(model: nn.Module, mask: Mapping[str, Tensor]) -> None:
@@ -290,9 +282,8 @@ def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
 def _check(model: nn.Module, mask: Mapping[str, Tensor]) -> None:
     if is_masked(model):
         raise MaskError("The model has a mask already. Call remove_mask(model) before applying another.")
-    for module in model.modules():
-        if type(module).__name__ in REFUSED:
-            raise MaskError(REFUSED[type(module).__name__])
+    if reason := refusal({type(module).__name__ for module in model.modules()}, "masked"):
+        raise MaskError(reason)
     parameters = dict(model.named_parameters())
     shared = _shared_names(model)
     for name, selected in mask.items():

@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 
 from fish_tuning.errors import FishTuningWarning, MaskError, did_you_mean
-from fish_tuning.masks.selection import select_top_k
+from fish_tuning.masks.create import select_top_k
 
 _MASK_TYPE: Any = (
     "fisher"  # any but "random": PEFT then draws no mask of its own and, on loading, takes the file's indices

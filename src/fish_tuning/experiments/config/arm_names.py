@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from fish_tuning.masks.selections import SELECTIONS as REGISTERED
+
 
 class Selection(NamedTuple):
     """How a masked arm chooses its entries; see `create_mask_from_fisher`."""
 
-    method: str
+    method: str  # its argument: a name in the table of selections
     quotas: bool = False
     normalize: bool = False
 
@@ -21,8 +23,14 @@ SELECTIONS = {
     "fish-quota": Selection("fish", quotas=True),
     "fish-norm": Selection("fish", normalize=True),
 }
+_BUILT_IN = ("fish", "rand", "rev")
 HEAD_ALONE = "head"  # an arm that trains the task's head and nothing of an adapter
 CONTROLS = ("fish-rand", "fish-rev")  # the same budget of the same pool, chosen without or against the scores
+
+
+def suffixes() -> list[str]:
+    """All that may follow a method's name: the built-in ones, and the names of selections that were registered."""
+    return [*SELECTIONS, *(name for name in REGISTERED if name not in _BUILT_IN)]
 
 
 @dataclass(frozen=True)
@@ -31,7 +39,7 @@ class ArmName:
 
     Args:
         method: of PEFT, such as `lora`.
-        suffix: one of `SELECTIONS`, or empty for a dense arm, which trains all of its adapter.
+        suffix: one of `suffixes()`, or empty for a dense arm, which trains all of its adapter.
         budget: a keep ratio (`0.1`: that share of the pool), or `top2`: as many as in the top two layers.
     """
 
@@ -51,7 +59,7 @@ class ArmName:
     @property
     def selection(self) -> Selection | None:
         """How its entries are chosen; None for a dense arm."""
-        return SELECTIONS.get(self.suffix)
+        return SELECTIONS.get(self.suffix, Selection(self.suffix)) if self.suffix else None
 
     @property
     def top_layers(self) -> int | None:

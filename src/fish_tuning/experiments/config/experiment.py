@@ -8,12 +8,10 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from fish_tuning.errors import did_you_mean
-from fish_tuning.experiments.config.arm_names import SELECTIONS, ArmName, Variant
+from fish_tuning.experiments.config.arm_names import ArmName, Variant, suffixes
 from fish_tuning.experiments.config.sections import (
     DEFAULT_SELECTIONS,
-    LORA_METHODS,
     STARTS_AT_ZERO,
-    STARTS_AWAY_FROM_ZERO,
     WARMUP_STEPS,
     DatasetConfig,
     FishTuningConfig,
@@ -24,6 +22,7 @@ from fish_tuning.experiments.config.sections import (
     TrainingConfig,
     unique,
 )
+from fish_tuning.peft_methods import peft_method
 
 
 class ExperimentConfig(Section):
@@ -68,7 +67,7 @@ class ExperimentConfig(Section):
     @model_validator(mode="after")
     def _arms_of_methods(self) -> ExperimentConfig:
         names = unique([method.method for method in self.peft])
-        allowed = [f"{name}{selection}" for name in names for selection in ("", *(f"-{s}" for s in SELECTIONS))]
+        allowed = [f"{name}{selection}" for name in names for selection in ("", *(f"-{s}" for s in suffixes()))]
         for arm in self.fish_tuning.methods_to_run:
             if arm not in allowed:
                 raise ValueError(
@@ -106,15 +105,16 @@ class ExperimentConfig(Section):
         """Dense steps before scoring: as asked for, else what the method's start needs."""
         if self.fish_tuning.warmup_steps is not None:
             return self.fish_tuning.warmup_steps
-        if method in LORA_METHODS:
+        known = peft_method(method)
+        if known.takes_init_lora_weights:
             return WARMUP_STEPS if self.lora.init_lora_weights in STARTS_AT_ZERO else 0
-        return 0 if method in STARTS_AWAY_FROM_ZERO else WARMUP_STEPS
+        return 0 if known.starts_away_from_zero else WARMUP_STEPS
 
     def start(self, method: str) -> str:
         """The starting point of a method's adapter and of the scores, in words."""
         init = self.lora.init_lora_weights
         text = f"init_lora_weights {str(init).lower() if isinstance(init, bool) else init}"
-        words = [text] if method in LORA_METHODS else []
+        words = [text] if peft_method(method).takes_init_lora_weights else []
         steps = self.warmup_steps(method)
         scored = f"scored after {steps} warm-up steps" if steps else "scored at its start"
         return ", ".join([*words, scored] if steps or not words else words)

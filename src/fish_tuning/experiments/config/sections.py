@@ -7,23 +7,23 @@ from __future__ import annotations
 
 import re
 from pathlib import PurePath
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from fish_tuning.errors import did_you_mean
 from fish_tuning.experiments.config.arm_names import SELECTIONS
+from fish_tuning.experiments.config.task_kinds import BUILT_IN, task_kinds
 from fish_tuning.experiments.config.training_keys import training_argument_problems
+from fish_tuning.scores.named import SCORES
 
 # An arm is a PEFT method's name, which trains all of the adapter, or that name and a selection's.
 DEFAULT_SELECTIONS = ("", "-fish", "-fish-rand", "-fish-rev")
 
 # Where one factor of an adapter starts at or near zero, the other scores (nearly) zero, so scores are taken after some
-# dense steps; see docs/initialisation.md. These methods do not start there.
+# dense steps; see docs/initialisation.md. `peft_methods.py` says which start there.
 WARMUP_STEPS = 20
 STARTS_AT_ZERO = (True, "gaussian")
-LORA_METHODS = ("lora", "dora")  # those that lora.init_lora_weights starts
-STARTS_AWAY_FROM_ZERO = ("ia3", "ln_tuning", "prefix_tuning", "prompt_tuning", "p_tuning")
 
 # PEFT's initialisations by name that need neither data nor settings of their own.
 INITIALISATIONS = ("gaussian", "pissa", "olora", "orthogonal")
@@ -33,10 +33,6 @@ _PISSA_NITER = re.compile(r"pissa_niter_[1-9]\d*")
 HEAD_PATTERN = "modules_to_save"  # where PEFT keeps the head that a task brings
 
 UNNAMED_CONFIGURATIONS = ("main", "default", "plain_text")  # of a data set that has but one
-
-# What a data set asks of a model.
-TaskKind = Literal["text_classification", "image_classification", "token_classification", "causal_lm"]
-TASK_KINDS: tuple[TaskKind, ...] = get_args(TaskKind)
 
 
 class Section(BaseModel):
@@ -73,9 +69,7 @@ class DatasetConfig(Section):
         description="names of splits and their csv, tsv, json, jsonl or parquet files, in place of load_args",
     )
     revision: str | None = Field(default=None, description="a branch, tag or commit of the hub's data set")
-    task: TaskKind | None = Field(
-        default=None, description=f"{', '.join(TASK_KINDS)}, or null to find it from the data"
-    )
+    task: str | None = Field(default=None, description=f"{', '.join(BUILT_IN)}, or null to find it from the data")
     metric: str | None = Field(default=None, description="a metric's name, or null for the task's usual one")
     text_column: str | list[str] | None = Field(default=None, description="the name of a text column, or a list of two")
     image_column: str | None = Field(default=None, description="the name of a column of images")
@@ -97,6 +91,15 @@ class DatasetConfig(Section):
     training_args: dict[str, Any] = Field(
         default={}, description="changes to training.args_override for this data set, such as num_train_epochs"
     )
+
+    @field_validator("task")
+    @classmethod
+    def _known_task(cls, value: str | None) -> str | None:
+        if value is not None and value not in task_kinds():
+            kinds = task_kinds()
+            hint = did_you_mean(value, kinds)
+            raise ValueError(f"must be {', '.join(kinds)}, or null to find it from the data.{hint}")
+        return value
 
     @field_validator("training_args")
     @classmethod
@@ -248,6 +251,9 @@ class FishTuningConfig(Section):
         default=5, ge=1, description="a whole number from 1: layers of the pool, for protocol fixed_budget"
     )
     prune_to_ratio_of_baseline: float = Field(default=0.5, gt=0, le=1, description="a number above 0, up to 1")
+    score: str = Field(
+        default="fisher", description="a score's name, such as fisher, fisher_sampled or fisher_expected"
+    )
     num_samples: int = Field(default=128, ge=1, description="a whole number from 1: training examples to score with")
     warmup_steps: int | None = Field(
         default=None,
@@ -261,6 +267,13 @@ class FishTuningConfig(Section):
         description="regular expressions for tensors and their shares of the kept entries, adding up to 1, for the "
         "-fish-quota arms; null for the same keep ratio in every module type",
     )
+
+    @field_validator("score")
+    @classmethod
+    def _known_score(cls, value: str) -> str:
+        if value not in SCORES:
+            raise ValueError(f"must be one of {', '.join(SCORES)}.{did_you_mean(value, SCORES)}")
+        return value
 
     @field_validator("methods_to_run")
     @classmethod

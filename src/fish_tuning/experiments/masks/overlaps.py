@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from fish_tuning.errors import MaskError
 from fish_tuning.experiments.masks.mask_files import Inspected
-from fish_tuning.experiments.report.tables import plain_table
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-LEGEND = (
-    "By chance: of random masks of these sizes. Per tensor: of random masks that keep as many entries in each tensor "
-    "as these do; only what lies above that is agreement on entries rather than on tensors."
-)
 
 
 @dataclass(frozen=True)
@@ -67,33 +57,3 @@ def _why_apart(one: Inspected, other: Inspected, pairs: Sequence[tuple[Tensor, T
         a, b = (" x ".join(map(str, tensor.shape)) for tensor in pairs[0])
         return f"have tensors of other shapes (first {a} against {b}), so there is nothing to compare: other ranks?"
     return "have no masked tensor in common, so there is nothing to compare: other models or methods?"
-
-
-def overlap_table(pairs: Mapping[tuple[int, int], Overlap]) -> Table:
-    headers = [
-        "masks",
-        "kept by both",
-        "of the smaller",
-        "by chance",
-        "by chance per tensor",
-        "Jaccard",
-        "by chance",
-    ]
-    rows = [
-        [
-            f"{a + 1}, {b + 1}",
-            f"{pair.both:,}",
-            *(f"{percent(common, min(pair.kept))}%" for common in (pair.both, pair.by_chance, pair.by_tensor)),
-            *(f"{common / (sum(pair.kept) - common):.3f}" for common in (pair.both, pair.by_chance)),
-        ]
-        for (a, b), pair in pairs.items()
-    ]
-    return plain_table(headers, rows)
-
-
-def percent(part: float, whole: float) -> str:
-    """`12.3`; `0` and `100` are exact, `<0.1` is little but not nothing."""
-    if part in (0, whole):
-        return "0" if part == 0 else "100"
-    value = 100 * part / whole
-    return "<0.1" if value < 0.05 else f"{value:.1f}"

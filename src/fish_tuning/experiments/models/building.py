@@ -25,11 +25,12 @@ from fish_tuning.adapters import AdapterError
 from fish_tuning.errors import ConfigurationError, did_you_mean
 from fish_tuning.experiments.config.arm_names import Variant
 from fish_tuning.experiments.config.experiment import ExperimentConfig
-from fish_tuning.experiments.config.sections import LORA_METHODS, ModelConfig, PeftMethodConfig
+from fish_tuning.experiments.config.sections import ModelConfig, PeftMethodConfig
 from fish_tuning.experiments.data.builtin import resolve_builtin
 from fish_tuning.experiments.data.tasks import Task
 from fish_tuning.experiments.models.peft_methods import peft_config
 from fish_tuning.experiments.models.targets import head_names, linear_names
+from fish_tuning.peft_methods import peft_method
 
 WEIGHTS_FILES = (
     "model.safetensors",
@@ -149,7 +150,7 @@ def _counting_model(
                 f"model.config_overrides={config.model.config_overrides}: {_first_line(error)}"
             ) from error
         adapter = peft_config(config, section, base, variant)
-        if section.method in LORA_METHODS:
+        if peft_method(section.method).takes_init_lora_weights:
             vars(adapter)["init_lora_weights"] = True  # the others compute with weights, which are not there
         try:
             return get_peft_model(base, adapter)

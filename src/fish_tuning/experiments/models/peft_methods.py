@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -18,38 +19,29 @@ from fish_tuning.experiments.config.arm_names import Variant
 from fish_tuning.experiments.config.experiment import ExperimentConfig
 from fish_tuning.experiments.config.sections import PeftMethodConfig
 from fish_tuning.experiments.models.targets import head_names, is_language_model, module_names, target_modules
+from fish_tuning.peft_methods import (
+    ATTENTION,
+    KEYS_VALUES_AND_FEED_FORWARD,
+    NORMS,
+    PEFT_METHODS,
+    PeftMethod,
+    peft_method,
+)
 
-PREFIX_LENGTH = 30  # virtual tokens, as in the paper
-PROMPT_LENGTH = 20
-# Methods that put virtual tokens in front of the text; PEFT needs to know their task.
-PROMPT_METHODS = ("prefix_tuning", "prompt_tuning", "p_tuning")
-NOT_A_RANK = ("oft",)  # whose r is a number of blocks, of which more mean fewer parameters
-# Methods that find their own targets; the others adapt the attention's input projections, as LoRA does.
-OWN_TARGETS = ("serial_adapter", "unipelt", "ia3", "ln_tuning")
 KEYS_AND_VALUES = ("key", "value", "k_proj", "v_proj", "k_lin", "v_lin", "key_proj", "value_proj")
-# What cannot be compared in this runner, with the reason.
-REFUSED = {
-    "adalora": "it prunes its own tensors while it trains; use lora",
-    "xlora": "it mixes LoRA adapters that are trained already",
-    "trainable_tokens": "it trains rows of the embedding that belong to new tokens, and no task here adds any",
-    "adaption_prompt": "it is made for LLaMA language models alone; use prefix_tuning",
-    "multitask_prompt_tuning": "it needs a task for each example",
-    "cpt": "it needs a context of its own",
-    "cartridge": "it needs a context of its own",
-    "poly": "it needs a task for each example",
-}  # fmt: skip
 
 
 def method_names() -> list[str]:
     """Every method a `peft` section can name."""
     types = {getattr(kind, "value", kind).lower() for kind in PEFT_TYPE_TO_CONFIG_MAPPING}
-    return sorted((types | {"dora"}) - set(REFUSED))
+    refused = {name for name, method in PEFT_METHODS.items() if method.cannot_be_compared}
+    return sorted((types | PEFT_METHODS.keys()) - refused)
 
 
 def check_method(section: PeftMethodConfig) -> None:
     """Refuse an unknown method and arguments it does not have, before any model is there."""
-    if section.method in REFUSED:
-        raise ConfigurationError(f"peft.method={section.method!r} cannot run here: {REFUSED[section.method]}.")
+    if reason := peft_method(section.method).cannot_be_compared:
+        raise ConfigurationError(f"peft.method={section.method!r} cannot run here: {reason}.")
     if section.method not in method_names():
         raise ConfigurationError(
             f"peft.method={section.method!r} is not known.{did_you_mean(section.method, method_names())} Known are "
@@ -93,28 +85,28 @@ def size_text(config: PeftConfig) -> str:
 
 
 def _defaults(config: ExperimentConfig, method: str, base: nn.Module, *, small: bool) -> dict[str, Any]:
-    names = _field_names(method)
+    known, names = peft_method(method), _field_names(method)
+    if known.virtual_tokens is not None:
+        return {"task_type": _peft_task(base), "num_virtual_tokens": known.virtual_tokens}
     size = config.lora.baseline_rank if small else config.lora.fish_rank
-    values: dict[str, Any] = {
-        name: size for name in ("r", "bottleneck_size") if name in names and method not in NOT_A_RANK
-    }
-    if method in PROMPT_METHODS:
-        length = PREFIX_LENGTH if method == "prefix_tuning" else PROMPT_LENGTH
-        return {"task_type": _peft_task(base), "num_virtual_tokens": length}
+    sizes = ("r", "bottleneck_size") if known.r_is_its_size else ()
+    values: dict[str, Any] = {name: size for name in sizes if name in names}
     if is_language_model(base):
         values["task_type"] = "CAUSAL_LM"
     if "modules_to_save" in names:
         values["modules_to_save"] = head_names(base)
-    if method in ("lora", "dora"):
+    if known.takes_init_lora_weights:
         values |= {"lora_dropout": config.lora.dropout, "init_lora_weights": config.lora.init_lora_weights}
-        values |= {"use_dora": True} if method == "dora" else {}
-    if method == "ia3":
-        values |= _ia3_targets(base)
-    elif method == "ln_tuning":
-        values["target_modules"] = _norms(base)
-    elif "target_modules" in names and method not in OWN_TARGETS:
-        values["target_modules"] = target_modules(config.lora.target_modules, base)
-    return values
+    return {**values, **known.arguments, **_targets(config, known, base, names)}
+
+
+def _targets(config: ExperimentConfig, known: PeftMethod, base: nn.Module, names: list[str]) -> Mapping[str, Any]:
+    if callable(known.targets):
+        return known.targets(base)
+    if known.targets in _FOUND_TARGETS:
+        return _FOUND_TARGETS[known.targets](base)
+    asked = known.targets == ATTENTION and "target_modules" in names
+    return {"target_modules": target_modules(config.lora.target_modules, base)} if asked else {}
 
 
 def _peft_task(base: nn.Module) -> str:
@@ -154,15 +146,22 @@ def _in_top_layers(method: str, values: dict[str, Any], base: Any, number: int) 
     return {name: [m for m in matching(base, values[name]) if layer_number(m) in layers] for name in fields}
 
 
-def _norms(base: Any) -> list[str]:
+def _norms(base: Any) -> dict[str, list[str]]:
     known = TRANSFORMERS_MODELS_TO_LNTUNING_TARGET_MODULES_MAPPING.get(base.config.model_type)
-    return list(known) if known else module_names(base, lambda module: type(module).__name__.endswith("Norm"))
+    found = list(known) if known else module_names(base, lambda module: type(module).__name__.endswith("Norm"))
+    return {"target_modules": found}
+
+
+_FOUND_TARGETS: dict[str, Callable[[Any], Mapping[str, Any]]] = {
+    KEYS_VALUES_AND_FEED_FORWARD: _ia3_targets,
+    NORMS: _norms,
+}
 
 
 def _check_model(method: str, base: nn.Module) -> None:
     """What PEFT would only find out in the first forward pass."""
     name = type(base).__name__
-    if method in PROMPT_METHODS and name.endswith("ForImageClassification"):
+    if peft_method(method).virtual_tokens is not None and name.endswith("ForImageClassification"):
         raise ConfigurationError(f"peft.method={method!r} puts virtual tokens in front of a text; {name} reads images.")
     if method == "prefix_tuning" and "past_key_values" not in _backbone_arguments(base):
         raise ConfigurationError(
@@ -177,7 +176,7 @@ def _backbone_arguments(base: nn.Module) -> set[str]:
 
 
 def _config_class(method: str) -> Any:
-    name = "LORA" if method == "dora" else method.upper()
+    name = peft_method(method).peft_type or method.upper()
     types: dict[Any, Any] = PEFT_TYPE_TO_CONFIG_MAPPING  # beside PEFT's own, those that are added under plain names
     return types[PeftType[name] if name in PeftType.__members__ else name]
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from fish_tuning.experiments.config.arm_names import ArmName
 from fish_tuning.experiments.config.experiment import ExperimentConfig
-from fish_tuning.experiments.config.sections import LORA_METHODS
 from fish_tuning.experiments.records.run_record import ArmPlan
+from fish_tuning.peft_methods import peft_method
 
 
 def config_hash(
@@ -24,7 +24,7 @@ def config_hash(
         parts["training"]["args_override"]["learning_rate"] = learning_rate
     parts |= {"arm": arm.arm, "seed": seed, "settings": arm.settings, "trainable_parameters": arm.trainable_parameters}
     parts |= fixed
-    if arm.method in LORA_METHODS:
+    if peft_method(arm.method).takes_init_lora_weights:
         parts["init_lora_weights"] = config.lora.init_lora_weights  # which settings, made without weights, lack
     selection = ArmName.parse(arm.arm).selection
     if selection is not None:

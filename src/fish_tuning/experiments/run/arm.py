@@ -39,7 +39,7 @@ from fish_tuning.experiments.run.measure import PeakMemory, optimizer_state_byte
 from fish_tuning.experiments.run.plan import Plan, names_outside_pool
 from fish_tuning.files.mask_file import MASK_FILE_NAME, save_mask
 from fish_tuning.masks.budgets import matching_names, module_type
-from fish_tuning.masks.selection import create_mask_from_fisher
+from fish_tuning.masks.create import create_mask_from_fisher
 from fish_tuning.scores.fisher import calculate_fisher_information
 from fish_tuning.sparse.masked_tensors import Mask, count_trainable_parameters
 from fish_tuning.training.trainer import FishMaskCallback

@@ -15,13 +15,14 @@ import torch
 from fish_tuning.errors import ConfigurationError, MaskError
 from fish_tuning.experiments.config.arm_names import ArmName, Variant
 from fish_tuning.experiments.config.experiment import ExperimentConfig
-from fish_tuning.experiments.config.sections import HEAD_PATTERN, LORA_METHODS, STARTS_AT_ZERO
+from fish_tuning.experiments.config.sections import HEAD_PATTERN, STARTS_AT_ZERO
 from fish_tuning.experiments.data.tasks import Task, encode, load_task
 from fish_tuning.experiments.models.building import build_meta_model, load_config, load_processing_class, read_config
 from fish_tuning.experiments.models.peft_methods import check_method, size_text
 from fish_tuning.experiments.records.run_record import ArmPlan
 from fish_tuning.experiments.run.arguments import training_arguments
 from fish_tuning.masks.budgets import matching_names, resolve_budget, split_budget
+from fish_tuning.peft_methods import peft_method
 
 HELD_OUT = 0.2  # of the training set, where learning rates are chosen
 RECORDED_PACKAGES = ("fish-tuning", "torch", "transformers", "peft", "datasets")
@@ -258,7 +259,7 @@ def _device() -> str:
 
 def _notes(config: ExperimentConfig, arms: Sequence[ArmPlan]) -> list[str]:
     notes = []
-    lora = [section.method for section in config.peft if section.method in LORA_METHODS]
+    lora = [section.method for section in config.peft if peft_method(section.method).takes_init_lora_weights]
     if lora and config.lora.init_lora_weights in STARTS_AT_ZERO and not config.warmup_steps(lora[0]):
         notes.append(
             "B starts at 0, where every A scores exactly zero: FISH can only choose among B. Leave out "

@@ -3,30 +3,59 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
-from datasets import Dataset, Features, Image
+from datasets import Dataset, Features
 
-from fish_tuning.experiments.config.sections import DatasetConfig, TaskKind
+from fish_tuning.experiments.config.sections import DatasetConfig
+from fish_tuning.experiments.config.task_kinds import TASKS
 from fish_tuning.experiments.data.splits import load_splits
-from fish_tuning.experiments.data.tasks.base import Task, choose_metric, first_present
-from fish_tuning.experiments.data.tasks.causal_lm import CausalLM, has_completions
+from fish_tuning.experiments.data.tasks.base import Task, choose_metric
+from fish_tuning.experiments.data.tasks.causal_lm import CausalLM
 from fish_tuning.experiments.data.tasks.classification import ImageClassification, TextClassification
-from fish_tuning.experiments.data.tasks.labels import LABEL_COLUMNS
-from fish_tuning.experiments.data.tasks.token_classification import TokenClassification, has_tagged_tokens
+from fish_tuning.experiments.data.tasks.token_classification import TokenClassification
 
-__all__ = ["Encoded", "Task", "encode", "load_task"]
+__all__ = [
+    "CausalLM",
+    "Encoded",
+    "ImageClassification",
+    "Task",
+    "TextClassification",
+    "TokenClassification",
+    "encode",
+    "load_task",
+    "register_task",
+]
 
-_KINDS: dict[TaskKind, type[Task]] = {
-    kind.kind: kind for kind in (TextClassification, ImageClassification, TokenClassification, CausalLM)
-}
+T = TypeVar("T", bound=type[Task])
+
+
+def register_task(kind: T) -> T:
+    """Decorator: a kind of task of your own, which `dataset.task` names by its `kind`.
+
+    Where a file does not name a kind, the first that `fits` is taken; the kind registered last is asked first.
+
+    Example:
+        >>> from fish_tuning.experiments.data.tasks import TextClassification, register_task
+        >>> @register_task
+        ... class Toxicity(TextClassification):
+        ...     kind = "toxicity"
+        ...     def compute_metrics(self, prediction):
+        ...         return super().compute_metrics(prediction) | {"f1": 1.0}
+    """
+    TASKS.register(kind.kind)(kind)
+    return kind
+
+
+for _kind in (TextClassification, CausalLM, TokenClassification, ImageClassification):  # asked from the last
+    register_task(_kind)
 
 
 def load_task(config: DatasetConfig) -> Task:
     """Load the data set and find out what it is. Raises ConfigurationError with the key to set when that fails."""
     splits = load_splits(config)
-    kind = config.task or _kind_of(config, splits.all[splits.train].features)
-    task = _KINDS[kind].read(config, splits)
+    kind = TASKS[config.task] if config.task else _kind_of(config, splits.all[splits.train].features)
+    task = kind.read(config, splits)
     task = replace(
         task,
         metric=choose_metric(task, config.metric),
@@ -56,16 +85,9 @@ def encode(task: Task, processing_class: Any, max_length: int) -> Encoded:
     return Encoded(train, validation, more)
 
 
-def _kind_of(config: DatasetConfig, features: Features) -> TaskKind:
-    if config.prompt_column or config.completion_column:
-        return "causal_lm"
-    if config.image_column or "pixel_values" in features or any(isinstance(f, Image) for f in features.values()):
-        return "image_classification"
-    if has_tagged_tokens(config, features):
-        return "token_classification"
-    if not config.label_column and not first_present(LABEL_COLUMNS, features) and has_completions(features):
-        return "causal_lm"
-    return "text_classification"
+def _kind_of(config: DatasetConfig, features: Features) -> type[Task]:
+    fitting = (kind for kind in reversed(list(TASKS.values())) if kind.fits(config, features))
+    return next(fitting, TextClassification)
 
 
 def _part(split: Dataset, most: int | None) -> Dataset:

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from datasets import Dataset, Value
+from datasets import Dataset, Features, Value
 from transformers import Trainer
 
 from fish_tuning.errors import ConfigurationError, did_you_mean
-from fish_tuning.experiments.config.sections import DatasetConfig, TaskKind
+from fish_tuning.experiments.config.sections import DatasetConfig
 from fish_tuning.experiments.data.metrics import Metrics, usual_metric
 from fish_tuning.experiments.data.splits import Splits
 
@@ -26,7 +26,7 @@ class Task(ABC):
     it is measured.
     """
 
-    kind: ClassVar[TaskKind]
+    kind: ClassVar[str]
     auto_class: ClassVar[str]  # of transformers
     brings_head: ClassVar[bool] = True  # a new one, which trains as a whole
     processor: ClassVar[Literal["tokenizer", "image_processor"]] = "tokenizer"  # makes a row a model's inputs
@@ -41,6 +41,11 @@ class Task(ABC):
     labels: tuple[str, ...] | None = None
     metric: str = ""  # what arms are compared by
     more_validation: dict[str, Dataset] = field(default_factory=dict)  # further sets, by what tells them apart
+
+    @classmethod
+    def fits(cls, config: DatasetConfig, features: Features) -> bool:
+        """Whether a data set with these columns is of this kind, where `dataset.task` does not say."""
+        return False
 
     @classmethod
     @abstractmethod
@@ -163,6 +168,10 @@ def check_filled(split: str, data: Dataset, columns: Mapping[str, str]) -> None:
                 f"{key}: the column {column!r} is empty (null) in {empty} of the {len(data)} rows of the split "
                 f"{split!r}. Fill these rows or take them out."
             )
+
+
+def asks_for_completions(config: DatasetConfig) -> bool:
+    return bool(config.prompt_column or config.completion_column)
 
 
 def first_present(names: Sequence[str], features: Mapping[str, Any]) -> str | None:

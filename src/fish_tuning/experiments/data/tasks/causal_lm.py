@@ -11,12 +11,13 @@ from datasets import Dataset, Features, List
 from transformers import Trainer
 
 from fish_tuning.errors import ConfigurationError
-from fish_tuning.experiments.config.sections import DatasetConfig, TaskKind
+from fish_tuning.experiments.config.sections import DatasetConfig
 from fish_tuning.experiments.data.metrics import GENERATED_METRICS, LIKELIHOOD_METRICS
 from fish_tuning.experiments.data.splits import Splits, find
-from fish_tuning.experiments.data.tasks.base import Task, check_filled, is_text
-from fish_tuning.experiments.data.tasks.chats import ChatTemplateError, Rows
+from fish_tuning.experiments.data.tasks.base import Task, asks_for_completions, check_filled, first_present, is_text
+from fish_tuning.experiments.data.tasks.chats import PROMPT, REFERENCE, ChatTemplateError, Rows
 from fish_tuning.experiments.data.tasks.classification import check_texts
+from fish_tuning.experiments.data.tasks.labels import LABEL_COLUMNS
 from fish_tuning.scores.losses import IGNORED
 
 # Decoders although their configurations say is_decoder=False.
@@ -30,8 +31,6 @@ PROMPTS_AND_COMPLETIONS = (
     (("instruction", "input", "context"), "output"),
     (("instruction", "input", "context"), "response"),
 )
-# Kept in the encoded rows where answers are generated: what to generate from, and what to compare with.
-PROMPT, REFERENCE = "prompt_ids", "reference"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,13 +41,22 @@ class CausalLM(Task):
     completion) and for plain texts.
     """
 
-    kind: ClassVar[TaskKind] = "causal_lm"
+    kind: ClassVar[str] = "causal_lm"
     auto_class: ClassVar[str] = "AutoModelForCausalLM"
     brings_head: ClassVar[bool] = False
 
     completion: str
     chat_template: bool | None
     max_new_tokens: int
+
+    @classmethod
+    def fits(cls, config: DatasetConfig, features: Features) -> bool:
+        """Prompt or completion are asked for, or have their usual names beside no label; conversations likewise."""
+        if asks_for_completions(config):
+            return True
+        labelled = config.label_column or first_present(LABEL_COLUMNS, features)
+        conversation = _is_conversation(features.get(CONVERSATION_COLUMN))
+        return not labelled and (conversation or next(_usual_pairs(features), None) is not None)
 
     @classmethod
     def read(cls, config: DatasetConfig, splits: Splits) -> Task:
@@ -182,11 +190,6 @@ class CausalLM(Task):
                 "dataset.prompt_column and dataset.completion_column with dataset.chat_template=false."
             )
         return bool(asked)
-
-
-def has_completions(features: Features) -> bool:
-    """Whether the data has the usual columns of instructions and answers, or of conversations."""
-    return _is_conversation(features.get(CONVERSATION_COLUMN)) or next(_usual_pairs(features), None) is not None
 
 
 def _columns(config: DatasetConfig, features: Features) -> tuple[tuple[str, ...], str]:

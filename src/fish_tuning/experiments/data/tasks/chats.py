@@ -12,6 +12,9 @@ from jinja2 import TemplateError
 
 logger = logging.getLogger(__name__)
 
+# Kept in the encoded rows where answers are generated: what to generate from, and what to compare with.
+PROMPT, REFERENCE = "prompt_ids", "reference"
+
 Message = Mapping[str, Any]
 
 

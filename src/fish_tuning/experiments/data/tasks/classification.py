@@ -11,7 +11,7 @@ from datasets import Dataset, Features, Image
 from transformers import DataCollatorWithPadding, default_data_collator
 
 from fish_tuning.errors import ConfigurationError
-from fish_tuning.experiments.config.sections import DatasetConfig, TaskKind
+from fish_tuning.experiments.config.sections import DatasetConfig
 from fish_tuning.experiments.data.metrics import (
     BINARY_METRICS,
     CLASS_METRICS,
@@ -21,7 +21,7 @@ from fish_tuning.experiments.data.metrics import (
     regression_metrics,
 )
 from fish_tuning.experiments.data.splits import Splits, find
-from fish_tuning.experiments.data.tasks.base import Task, check_filled, is_text
+from fish_tuning.experiments.data.tasks.base import Task, asks_for_completions, check_filled, is_text
 from fish_tuning.experiments.data.tasks.labels import LABEL_COLUMNS, labelled
 
 # MNLI is measured on texts like those of its training set and on others.
@@ -98,7 +98,7 @@ class Classification(Task):
 class TextClassification(Classification):
     """Texts or pairs of texts; a number each is regression."""
 
-    kind: ClassVar[TaskKind] = "text_classification"
+    kind: ClassVar[str] = "text_classification"
     auto_class: ClassVar[str] = "AutoModelForSequenceClassification"
     model_inputs: ClassVar[tuple[str, ...]] = ("input_ids", "attention_mask", "token_type_ids")
 
@@ -138,11 +138,19 @@ class TextClassification(Classification):
 class ImageClassification(Classification):
     """Images, prepared by the model's image processor as they are drawn, or pixels that the data carries."""
 
-    kind: ClassVar[TaskKind] = "image_classification"
+    kind: ClassVar[str] = "image_classification"
     auto_class: ClassVar[str] = "AutoModelForImageClassification"
     processor: ClassVar[Literal["tokenizer", "image_processor"]] = "image_processor"
     training_arguments: ClassVar[Mapping[str, Any]] = {"remove_unused_columns": False}  # models take no `image`
     model_inputs: ClassVar[tuple[str, ...]] = ("pixel_values",)
+
+    @classmethod
+    def fits(cls, config: DatasetConfig, features: Features) -> bool:
+        """Images, or pixels as models take them."""
+        if asks_for_completions(config):
+            return False
+        images = "pixel_values" in features or any(isinstance(feature, Image) for feature in features.values())
+        return config.image_column is not None or images
 
     @classmethod
     def input_columns(cls, config: DatasetConfig, label_column: str, features: Features) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from fish_tuning.experiments.data.metrics import Metrics, exact_match
-from fish_tuning.experiments.data.tasks.causal_lm import PROMPT, REFERENCE
+from fish_tuning.experiments.data.tasks.chats import PROMPT, REFERENCE
 from fish_tuning.scores.losses import IGNORED, align_labels
 
 

@@ -10,11 +10,11 @@ from datasets import ClassLabel, Dataset, Features, List
 from transformers import DataCollatorForTokenClassification, Trainer
 
 from fish_tuning.errors import ConfigurationError
-from fish_tuning.experiments.config.sections import DatasetConfig, TaskKind
+from fish_tuning.experiments.config.sections import DatasetConfig
 from fish_tuning.experiments.data.entities import are_entity_tags
 from fish_tuning.experiments.data.metrics import ENTITY_METRICS, TOKEN_METRICS, Metrics, token_metrics
 from fish_tuning.experiments.data.splits import Splits, find
-from fish_tuning.experiments.data.tasks.base import Task, check_filled, first_present, is_text
+from fish_tuning.experiments.data.tasks.base import Task, asks_for_completions, check_filled, first_present, is_text
 from fish_tuning.experiments.data.tasks.labels import LABEL_COLUMNS, class_names
 from fish_tuning.scores.losses import IGNORED
 
@@ -26,8 +26,16 @@ TAG_COLUMNS = ("ner_tags", "pos_tags", "chunk_tags", "tags", *LABEL_COLUMNS)
 class TokenClassification(Task):
     """A class for each word; its first token stands for it, as in BERT's own named entity recognition."""
 
-    kind: ClassVar[TaskKind] = "token_classification"
+    kind: ClassVar[str] = "token_classification"
     auto_class: ClassVar[str] = "AutoModelForTokenClassification"
+
+    @classmethod
+    def fits(cls, config: DatasetConfig, features: Features) -> bool:
+        """Lists of words with lists of tags."""
+        words = config.text_column if isinstance(config.text_column, str) else first_present(WORD_COLUMNS, features)
+        tags = config.label_column or first_present(TAG_COLUMNS, features)
+        tagged = _is_list_of_texts(features.get(words)) and isinstance(features.get(tags), List)
+        return tagged and not asks_for_completions(config)
 
     @classmethod
     def read(cls, config: DatasetConfig, splits: Splits) -> Task:
@@ -82,13 +90,6 @@ class TokenClassification(Task):
     def compute_metrics(self, prediction: Any) -> Metrics:
         entities = ENTITY_METRICS[0] in self.metrics
         return token_metrics(prediction.predictions, prediction.label_ids, self.labels or (), entities=entities)
-
-
-def has_tagged_tokens(config: DatasetConfig, features: Features) -> bool:
-    """Whether the data holds lists of words with lists of tags."""
-    words = config.text_column if isinstance(config.text_column, str) else first_present(WORD_COLUMNS, features)
-    tags = config.label_column or first_present(TAG_COLUMNS, features)
-    return _is_list_of_texts(features.get(words)) and isinstance(features.get(tags), List)
 
 
 def _column(asked: Any, key: str, usual: tuple[str, ...], features: Features) -> str:

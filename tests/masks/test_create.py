@@ -13,10 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-import fish_tuning.masks.selection as selection
-from fish_tuning import FishTuningWarning, MaskError, ZeroScoresError, create_mask_from_fisher, register_method
+import fish_tuning.masks.create as selection
+from fish_tuning import FishTuningWarning, MaskError, ZeroScoresError, create_mask_from_fisher, register_selection
 from fish_tuning.masks.budgets import matching_names, resolve_budget
-from fish_tuning.masks.selection import method_names, select_top_k
+from fish_tuning.masks.create import select_top_k
+from fish_tuning.masks.selections import SELECTIONS
 
 
 def count(mask: Mapping[str, Tensor]) -> int:
@@ -167,23 +168,23 @@ def test_rand_depends_on_the_seed_and_not_on_scores() -> None:
     assert not same(one, create_mask_from_fisher(scores, 0.3, method="rand", seed=5))
 
 
-def test_register_method(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(selection, "_METHODS", dict(selection._METHODS))
+def test_register_selection(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SELECTIONS, "_members", dict(SELECTIONS))
 
-    @register_method("middle")
+    @register_selection("middle")
     def middle(scores: Tensor) -> Tensor:
         return -(scores - 2.0).abs()
 
     scores = {"a": torch.tensor([0.0, 2.1, 4.0, 1.5])}
     assert create_mask_from_fisher(scores, 0.5, method="middle")["a"].tolist() == [False, True, False, True]
-    assert "middle" in method_names()
+    assert "middle" in SELECTIONS
     with pytest.raises(MaskError, match=r"allowed are 'fish', 'rand', 'rev', 'middle'. Did you mean 'middle'?"):
         create_mask_from_fisher(scores, 0.5, method="midle")
 
 
 def test_method_that_draws_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(selection, "_METHODS", dict(selection._METHODS))
-    register_method("draws")(torch.rand_like)
+    monkeypatch.setattr(SELECTIONS, "_members", dict(SELECTIONS))
+    register_selection("draws")(torch.rand_like)
     with pytest.raises(MaskError, match="must not draw"):
         create_mask_from_fisher({"a": torch.rand(1000) + 1}, num_trainable=500, method="draws")
 
@@ -195,8 +196,8 @@ def test_budgets_of_the_wrong_type_are_errors(budget: dict[str, Any]) -> None:
 
 
 def test_method_without_an_order_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(selection, "_METHODS", dict(selection._METHODS))
-    register_method("log")(lambda scores: (scores - 1.0).log())
+    monkeypatch.setattr(SELECTIONS, "_members", dict(SELECTIONS))
+    register_selection("log")(lambda scores: (scores - 1.0).log())
     with pytest.raises(MaskError, match=r"not .*(finite|numbers|a number)"):
         create_mask_from_fisher({"a": torch.tensor([0.0, 2.0, 4.0])}, num_trainable=1, method="log")
 
@@ -318,7 +319,7 @@ def test_zero_scores_are_fine(arguments: dict[str, object]) -> None:
 
 MEMORY = """
 import sys, torch
-import fish_tuning.masks.selection as selection
+import fish_tuning.masks.create as selection
 torch.set_num_threads(1)
 
 def peak():

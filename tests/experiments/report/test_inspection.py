@@ -19,10 +19,10 @@ from typer.testing import CliRunner
 from fish_tuning import MaskError, apply_mask, save_delta, save_mask
 from fish_tuning.cli import app
 from fish_tuning.errors import ConfigurationError
-from fish_tuning.experiments.masks.inspection import inspect_masks, kept_picture, kept_shares, layer_tables
 from fish_tuning.experiments.masks.mask_files import read_mask, short_names
-from fish_tuning.experiments.masks.overlaps import overlap, percent
+from fish_tuning.experiments.masks.overlaps import overlap
 from fish_tuning.experiments.records.run_record import KeptShare
+from fish_tuning.experiments.report.inspection import inspect_masks, kept_picture, kept_shares, layer_tables, percent
 
 LAYER = "base_model.model.bert.encoder.layer"
 HEAD = "base_model.model.classifier.modules_to_save.default"

@@ -14,53 +14,16 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from fish_tuning.errors import FishTuningWarning, MaskError, ZeroScoresError, did_you_mean
+from fish_tuning.errors import FishTuningWarning, MaskError, ZeroScoresError
 from fish_tuning.masks.budgets import matching_names, module_type, resolve_budget, split_budget
+from fish_tuning.masks.selections import SELECTIONS, Priority
 
 Mask = dict[str, Tensor]
-Method = Callable[[Tensor], Tensor]
 Part = tuple[Mapping[str, Tensor], int]  # scores that are compared with each other, and how many of them to keep
 
-_METHODS: dict[str, Method] = {}
 _CHUNK = 2**20  # entries looked at a time: bounds the extra memory at some 100 MB
 _DIGIT = 16
 _SIGN = 2 ** (_DIGIT - 1)  # added to the top digit, which is signed
-
-
-def register_method(name: str) -> Callable[[Method], Method]:
-    """Decorator: a selection method, from a chunk of scores to priorities of the same shape; the largest are kept.
-
-    The method is called several times on each chunk and must give the same numbers every time; chance belongs to the
-    seeded order of ties.
-    """
-
-    def register(method: Method) -> Method:
-        _METHODS[name] = method
-        return method
-
-    return register
-
-
-def method_names() -> list[str]:
-    return list(_METHODS)
-
-
-@register_method("fish")
-def _fish(scores: Tensor) -> Tensor:
-    """The largest scores."""
-    return scores
-
-
-@register_method("rand")
-def _rand(scores: Tensor) -> Tensor:
-    """All tie, so the seeded order decides."""
-    return torch.zeros_like(scores)
-
-
-@register_method("rev")
-def _rev(scores: Tensor) -> Tensor:
-    """The smallest scores."""
-    return -scores
 
 
 def create_mask_from_fisher(
@@ -89,7 +52,7 @@ def create_mask_from_fisher(
         num_trainable: instead of `keep_ratio`, the exact number of trainable parameters in all, excluded tensors
             included.
         method: "fish" (largest scores), "rand" (random, seeded), "rev" (smallest scores), or one that was added with
-            `register_method`. All of them keep the same number of entries.
+            `register_selection`. All of them keep the same number of entries.
         quotas: {regular expression: share}, shares adding up to 1: each group of tensors gets that share of the kept
             entries, whatever its scores. Each tensor of the pool must match exactly one of them. "module_type" keeps
             the same ratio of every module type (`query.lora_A`, all layers together). The total stays exact.
@@ -115,11 +78,7 @@ def create_mask_from_fisher(
         >>> sum(int(m.sum()) for m in create_mask_from_fisher(scores, num_trainable=3).values())
         3
     """
-    if method not in _METHODS:
-        raise MaskError(
-            f"method={method!r} is not known; allowed are {', '.join(map(repr, _METHODS))}."
-            f"{did_you_mean(method, _METHODS)}"
-        )
+    priority = SELECTIONS.find(method, error=MaskError).priority
     if normalize not in (None, "module_type"):
         raise MaskError(f"normalize={normalize!r} is not known; allowed are 'module_type' and None.")
     if zero_scores not in ("warn", "error", "ignore"):
@@ -139,18 +98,22 @@ def create_mask_from_fisher(
     scales = _scales(pool) if normalize else None
     chosen: Mask = {}
     for part, k in parts:
-        chosen |= select_top_k(part, k, priority=_METHODS[method], seed=seed, scales=scales)
+        chosen |= select_top_k(part, k, priority=priority, seed=seed, scales=scales)
     return {
         name: chosen[name] if name in chosen else torch.ones_like(scores, dtype=torch.bool)
         for name, scores in fisher_scores.items()
     }
 
 
+def _largest(scores: Tensor) -> Tensor:
+    return scores
+
+
 def select_top_k(
     scores: Mapping[str, Tensor],
     k: int,
     *,
-    priority: Method = _fish,
+    priority: Priority = _largest,
     seed: int = 0,
     scales: Mapping[str, float] | None = None,
 ) -> Mask:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
 from math import ceil
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from fish_tuning.errors import ConfigurationError
 from fish_tuning.experiments.masks.mask_files import HEAD, Inspected, read_mask, short_names
-from fish_tuning.experiments.masks.overlaps import LEGEND, overlap, overlap_table, percent
+from fish_tuning.experiments.masks.overlaps import Overlap, overlap
 from fish_tuning.experiments.records.run_record import KeptShare, RunRecord
 from fish_tuning.experiments.report.figures.canvas import Drawing, png
 from fish_tuning.experiments.report.pictures import kept_figure
@@ -24,6 +24,11 @@ from fish_tuning.masks.budgets import module_type
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
+
+LEGEND = (
+    "By chance: of random masks of these sizes. Per tensor: of random masks that keep as many entries in each tensor "
+    "as these do; only what lies above that is agreement on entries rather than on tensors."
+)
 
 
 def inspect_masks(console: Console, paths: Sequence[str], picture: str | None = None) -> None:
@@ -179,3 +184,33 @@ def _draw(masks: Sequence[Inspected], file: Path) -> Path:
         if error.errno in DISK_FULL:
             raise
         raise ConfigurationError(f"--picture: cannot write {file}: {error.strerror}") from error
+
+
+def overlap_table(pairs: Mapping[tuple[int, int], Overlap]) -> Table:
+    headers = [
+        "masks",
+        "kept by both",
+        "of the smaller",
+        "by chance",
+        "by chance per tensor",
+        "Jaccard",
+        "by chance",
+    ]
+    rows = [
+        [
+            f"{a + 1}, {b + 1}",
+            f"{pair.both:,}",
+            *(f"{percent(common, min(pair.kept))}%" for common in (pair.both, pair.by_chance, pair.by_tensor)),
+            *(f"{common / (sum(pair.kept) - common):.3f}" for common in (pair.both, pair.by_chance)),
+        ]
+        for (a, b), pair in pairs.items()
+    ]
+    return plain_table(headers, rows)
+
+
+def percent(part: float, whole: float) -> str:
+    """`12.3`; `0` and `100` are exact, `<0.1` is little but not nothing."""
+    if part in (0, whole):
+        return "0" if part == 0 else "100"
+    value = 100 * part / whole
+    return "<0.1" if value < 0.05 else f"{value:.1f}"
