@@ -14,8 +14,8 @@ from fish_tuning.errors import ConfigurationError
 from fish_tuning.experiments.masks.mask_files import HEAD, Inspected, read_mask, short_names
 from fish_tuning.experiments.masks.overlaps import Overlap, overlap
 from fish_tuning.experiments.records.run_record import KeptShare, RunRecord
-from fish_tuning.experiments.report.figures.canvas import Drawing, png
-from fish_tuning.experiments.report.pictures import kept_figure
+from fish_tuning.experiments.report.pictures.canvas import Picture, png
+from fish_tuning.experiments.report.pictures.folder import kept_heat_maps
 from fish_tuning.experiments.report.shares import factor_shares
 from fish_tuning.experiments.report.tables import plain_table
 from fish_tuning.files.atomic import DISK_FULL, write_atomically
@@ -164,14 +164,14 @@ def _sums(shares: Iterable[KeptShare]) -> tuple[int, int]:
     return sum(kept for kept, _ in counted), sum(total for _, total in counted)
 
 
-def kept_picture(masks: Sequence[Inspected]) -> Drawing:
+def kept_picture(masks: Sequence[Inspected]) -> Picture:
     """A heat map of layers and module types for each mask, in a report's look and on one colour scale."""
     labels = short_names([mask.path for mask in masks])
     runs = [RunRecord(label, 0, "ok", "", kept=kept_shares(mask)) for label, mask in zip(labels, masks, strict=True)]
-    figure = kept_figure(labels, runs)
-    if figure is None:
+    picture = kept_heat_maps(labels, runs)
+    if picture is None:
         raise ConfigurationError("--picture: no tensor is masked, so there is nothing to draw.")
-    return figure
+    return picture
 
 
 def _draw(masks: Sequence[Inspected], file: Path) -> Path:

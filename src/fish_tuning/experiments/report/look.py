@@ -17,7 +17,7 @@ class Colour(NamedTuple):
 
 
 # Arms have Okabe and Ito's colours, which colour-blind readers tell apart; the palest are darkened to 3 : 1 on white.
-# Each light value is there once: it is what a drawn figure's colours are recognised by.
+# Each light value is there once: a drawn picture's colours are recognised by it.
 PALETTE = {
     "ground": Colour("#ffffff", "#14161a"),
     "band": Colour("#eef0f3", "#22262d"),
@@ -35,8 +35,8 @@ PALETTE = {
 }
 
 
-class _Choice(NamedTuple):
-    """How entries are chosen: the mark where one method is compared, or the sign inside its method's mark; dashes."""
+class _Marks(NamedTuple):
+    """Of a selection. The sign is for inside the mark of a method, where several are compared."""
 
     mark: str
     sign: str
@@ -44,17 +44,23 @@ class _Choice(NamedTuple):
 
 
 # Marks are matplotlib's: https://matplotlib.org/stable/api/markers_api.html
-_CHOICES = {
-    "dense": _Choice("o", "", ()),
-    "fish": _Choice("s", "_", (7, 3)),
-    "fish-rand": _Choice("D", "|", (2, 3)),
-    "fish-rev": _Choice("^", "+", (9, 3, 2, 3)),
-    "fish-quota": _Choice("v", "x", (5, 2, 1, 2, 1, 2)),
-    "fish-norm": _Choice("P", "1", (12, 4)),
-    "other": _Choice("*", "2", (4, 2)),
+_MARKS = {
+    "dense": _Marks("o", "", ()),
+    "fish": _Marks("s", "_", (7, 3)),
+    "fish-rand": _Marks("D", "|", (2, 3)),
+    "fish-rev": _Marks("^", "+", (9, 3, 2, 3)),
+    "fish-quota": _Marks("v", "x", (5, 2, 1, 2, 1, 2)),
+    "fish-norm": _Marks("P", "1", (12, 4)),
 }
-_HEAD = _Choice("X", "", (1, 2))
-_METHOD_MARKS = ("o", "s", "D", "^", "v", "P", "*", "p", "h")  # never the head's
+_OTHERS = (  # selections that a user registered, in the order in which they come
+    _Marks("*", "2", (4, 2)),
+    _Marks("p", "3", (4, 2, 1, 2)),
+    _Marks("h", "4", (6, 2, 2, 2)),
+    _Marks("<", ".", (3, 1)),
+    _Marks(">", ",", (8, 2, 1, 2)),
+)
+_HEAD = _Marks("X", "", (1, 2))
+_METHODS = ("o", "s", "D", "^", "v", "P", "*", "p", "h", "<", ">")  # never the head's
 LONGEST_LABEL = 40
 
 
@@ -73,25 +79,25 @@ class Look:
 
 
 def looks(arms: Sequence[str]) -> dict[str, Look]:
-    """With one method, mark and colour both tell how entries are chosen; with several, the mark tells the method."""
-    names = {arm: ArmName.parse(arm) for arm in arms}
-    methods = list(dict.fromkeys(name.method for arm, name in names.items() if arm != HEAD_ALONE))
-    return {arm: _look(arm, name, methods) for arm, name in names.items()}
+    """With one method, mark and colour both tell the selection; with several, the mark tells the method."""
+    names = {arm: ArmName.parse(arm) for arm in arms if arm != HEAD_ALONE}
+    methods = list(dict.fromkeys(name.method for name in names.values()))
+    others = list(dict.fromkeys(name.suffix for name in names.values() if name.suffix and name.suffix not in _MARKS))
+    found = {arm: _look(name, methods, others) for arm, name in names.items()}
+    return {arm: found.get(arm) or Look("head", _HEAD.mark, dashes=_HEAD.dashes) for arm in arms}
 
 
-def _look(arm: str, name: ArmName, methods: Sequence[str]) -> Look:
-    if arm == HEAD_ALONE:
-        return Look("head", _HEAD.mark, _HEAD.sign, _HEAD.dashes)
-    kind = name.suffix or "dense"
-    choice = _CHOICES.get(kind, _CHOICES["other"])
-    colour = kind if kind in _CHOICES else "other"
+def _look(name: ArmName, methods: Sequence[str], others: Sequence[str]) -> Look:
+    known = (name.suffix or "dense") in _MARKS
+    marks = _MARKS[name.suffix or "dense"] if known else _OTHERS[others.index(name.suffix) % len(_OTHERS)]
+    colour = (name.suffix or "dense") if known else "other"
     if len(methods) == 1:
-        return Look(colour, choice.mark, "", choice.dashes)
-    return Look(colour, _METHOD_MARKS[methods.index(name.method) % len(_METHOD_MARKS)], choice.sign, choice.dashes)
+        return Look(colour, marks.mark, "", marks.dashes)
+    return Look(colour, _METHODS[methods.index(name.method) % len(_METHODS)], marks.sign, marks.dashes)
 
 
 def label(name: str, longest: int = LONGEST_LABEL) -> str:
-    """A name as figures show it: on one line, without control characters, the middle of a long one left out."""
+    """A name as pictures show it: on one line, without control characters, the middle of a long one left out."""
     text = plain(name)
     if len(text) <= longest:
         return text

@@ -27,13 +27,13 @@ def write_report(
 ) -> list[Path]:
     """Write what is known so far; each file is replaced as a whole, so a reader never sees half of one.
 
-    Pictures are drawn once all runs are there (drawing takes longer than writing). Returns the paths written.
+    Pictures are drawn once all runs are there (picture takes longer than writing). Returns the paths written.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
     summary = summarize(runs)
     pictures: dict[Path, str] = {}
     if len(runs) >= len(config.arms) * len(config.seeds):
-        from fish_tuning.experiments.report.pictures import draw_pictures
+        from fish_tuning.experiments.report.pictures.folder import draw_pictures
 
         pictures = draw_pictures(config.arms, runs, output_dir)
     texts = {

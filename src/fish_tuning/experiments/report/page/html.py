@@ -12,14 +12,14 @@ from typing import Any
 from markupsafe import Markup
 
 from fish_tuning import __version__
-from fish_tuning.experiments.report.figures.heat import scale_colours
 from fish_tuning.experiments.report.look import looks, style_sheet
-from fish_tuning.experiments.report.page import figures, words
+from fish_tuning.experiments.report.page import pictures, words
 from fish_tuning.experiments.report.page.costs import costs
 from fish_tuning.experiments.report.page.forest import spoken_bounds, spoken_difference
 from fish_tuning.experiments.report.page.load import Experiment
 from fish_tuning.experiments.report.page.masks import agreements, joined
 from fish_tuning.experiments.report.page.results import Results, Score
+from fish_tuning.experiments.report.pictures.heat import scale_colours
 from fish_tuning.experiments.report.shares import percent
 from fish_tuning.experiments.report.tables import fact_text
 
@@ -42,19 +42,19 @@ def html_page(results: Results, experiments: Sequence[Experiment], notes: Sequen
         columns=[*results.tasks, *(["average"] if results.averages else [])],
         dashes=any(not (each.values or each.n_failed or each.n_missing) for each in results.scores.values()),
         cells={arm: _cells(results, arm) for arm in results.arms},
-        legend=figures.legend(look),
-        score_sizes=figures.score_sizes(results, look),
-        differences=figures.differences(results.to_dense, look, figures.TO_DENSE, "dense"),
-        choices=figures.differences(results.of_choice, look, figures.OF_CHOICE, "choice"),
-        curves=figures.curves(results, look),
-        heats=figures.heat_maps(results),
+        legend=pictures.legend(look),
+        score_sizes=pictures.score_sizes(results, look),
+        differences=pictures.differences(results.to_dense, look, pictures.TO_DENSE, "dense"),
+        choices=pictures.differences(results.of_choice, look, pictures.OF_CHOICE, "choice"),
+        curves=pictures.curves(results, look),
+        heats=pictures.heat_maps(results),
         budgets=len(set(look.values())) < len(look),
         scale=scale_colours() if any(run.kept for run in results.runs) else [],
-        factors=figures.factors(results),
+        factors=pictures.factors(results),
         overlaps=joined(overlaps),
         overlaps_apart=overlaps,
         costs=(measured := costs(results)),
-        seconds=figures.seconds(measured),
+        seconds=pictures.seconds(measured),
         words=words,
         bounds=spoken_bounds,
         spoken=spoken_difference,

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fish_tuning.experiments.report.figures.canvas import Drawing, Margins, figure_and_axes, has_interval, style
 from fish_tuning.experiments.report.look import PALETTE, Look
+from fish_tuning.experiments.report.pictures.canvas import Margins, Picture, figure_and_axes, has_interval, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 # Of one width as they are named, marks would seem to differ in size.
-_SIZES = {"o": 1.0, "s": 0.9, "D": 0.85, "^": 1.1, "v": 1.1, "P": 1.15, "X": 1.15, "*": 1.45, "p": 1.1, "h": 1.05}
+_SIZES = {"s": 0.9, "D": 0.85, "^": 1.1, "v": 1.1, "<": 1.1, ">": 1.1, "P": 1.15, "X": 1.15, "*": 1.45, "p": 1.1}
 
 
 def draw_mark(ax: Axes, x: float, y: float, look: Look, size: float = 10.0, gid: str | None = None) -> None:
@@ -20,7 +20,7 @@ def draw_mark(ax: Axes, x: float, y: float, look: Look, size: float = 10.0, gid:
         [x],
         [y],
         marker=look.mark,
-        markersize=size * _SIZES[look.mark],
+        markersize=size * _SIZES.get(look.mark, 1.0),
         markerfacecolor=look.hex,
         markeredgecolor=PALETTE["ground"].light,
         markeredgewidth=0.8,
@@ -75,11 +75,11 @@ def draw_score(
     return there
 
 
-def swatch(look: Look) -> Drawing:
+def swatch(look: Look) -> Picture:
     """The mark alone, for a legend."""
     with style():
         figure, ax = figure_and_axes(16, 16, Margins(0, 0, 0, 0))
         ax.set_axis_off()
         ax.set(xlim=(0, 16), ylim=(0, 16))
         draw_mark(ax, 8, 8, look)
-        return Drawing(figure, "swatch", "", "")
+        return Picture(figure, "swatch", "", "")

@@ -1,4 +1,4 @@
-"""The figures of the page: of which results, how large, and with what caption."""
+"""The pictures of the page: of which results, how large, and with what caption."""
 
 from __future__ import annotations
 
@@ -10,19 +10,25 @@ from markupsafe import Markup
 
 from fish_tuning.experiments.config.arm_names import ArmName
 from fish_tuning.experiments.records.run_record import RunRecord
-from fish_tuning.experiments.report.figures.canvas import Drawing
-from fish_tuning.experiments.report.figures.curves import curves_figure, mean_curve
-from fish_tuning.experiments.report.figures.heat import heat_figure, largest_share
-from fish_tuning.experiments.report.figures.marks import swatch
-from fish_tuning.experiments.report.figures.rows import Difference, Seconds, Words, differences_figure, seconds_figure
-from fish_tuning.experiments.report.figures.score_size import Point, score_size_figure
-from fish_tuning.experiments.report.figures.sizes import arm_sizes
-from fish_tuning.experiments.report.figures.svg import svg
 from fish_tuning.experiments.report.look import Look
 from fish_tuning.experiments.report.page import words
 from fish_tuning.experiments.report.page.costs import Cost
 from fish_tuning.experiments.report.page.forest import spoken_difference
 from fish_tuning.experiments.report.page.results import Family, Results, Score
+from fish_tuning.experiments.report.pictures.canvas import Picture
+from fish_tuning.experiments.report.pictures.curves import curves_picture, mean_curve
+from fish_tuning.experiments.report.pictures.heat import heat_picture, largest_share
+from fish_tuning.experiments.report.pictures.marks import swatch
+from fish_tuning.experiments.report.pictures.rows import (
+    Difference,
+    Seconds,
+    Words,
+    differences_picture,
+    seconds_picture,
+)
+from fish_tuning.experiments.report.pictures.score_size import Point, score_size_picture
+from fish_tuning.experiments.report.pictures.sizes import arm_sizes
+from fish_tuning.experiments.report.pictures.svg import svg
 from fish_tuning.experiments.report.shares import Shares, factor_shares, mean_shares
 
 WIDE, NARROW = 700, 330
@@ -32,8 +38,8 @@ _COUNTED = {"kept": "kept entries, without the head", "trainable": "trainable pa
 
 
 @dataclass(frozen=True)
-class Figure:
-    """A figure in the page: for one width, or for two of which the page shows the one that fits."""
+class Shown:
+    """A picture in the page: for one width, or for two of which the page shows the one that fits."""
 
     title: str
     wide: Markup
@@ -47,7 +53,7 @@ class HeatMaps:
 
     budget: str
     top: float
-    figures: list[Figure]
+    shown: list[Shown]
 
 
 def legend(look: Mapping[str, Look]) -> list[tuple[str, Markup]]:
@@ -64,7 +70,7 @@ def legend(look: Mapping[str, Look]) -> list[tuple[str, Markup]]:
     ]
 
 
-def score_sizes(results: Results, look: Mapping[str, Look]) -> list[Figure]:
+def score_sizes(results: Results, look: Mapping[str, Look]) -> list[Shown]:
     """Of the average and of each task; the first is drawn large where it is the average, or alone."""
     named = [
         (
@@ -78,21 +84,21 @@ def score_sizes(results: Results, look: Mapping[str, Look]) -> list[Figure]:
     averaged = any(score.mean is not None for score in results.averages.values())
     if averaged:
         named.insert(0, ("average over tasks", "mean of the metrics", results.averages, _finished(results)))
-    figures: list[Figure] = []
+    shown: list[Shown] = []
     for number, (name, metric, scores, runs) in enumerate(named):
         of_arms, counted = arm_sizes(runs)
         points = _points(scores, of_arms)
         if not points:
             continue
         title = f"{name}: {metric.replace('_', ' ')}"
-        draw = partial(score_size_figure, points, look, title, _COUNTED[counted])
+        draw = partial(score_size_picture, points, look, title, _COUNTED[counted])
         large = number == 0 and (averaged or len(named) == 1)
         sizes = ((WIDE, 360), (NARROW, 320)) if large else ((NARROW, 270),)
-        figures.append(_figure(f"size{number}", [draw(*size) for size in sizes]))
-    return figures
+        shown.append(_shown(f"size{number}", [draw(*size) for size in sizes]))
+    return shown
 
 
-def differences(family: Family, look: Mapping[str, Look], title: Words, name: str) -> Figure | None:
+def differences(family: Family, look: Mapping[str, Look], title: Words, name: str) -> Shown | None:
     rows = [
         Difference(
             words.row_name(each),
@@ -105,20 +111,20 @@ def differences(family: Family, look: Mapping[str, Look], title: Words, name: st
         for each in family.overall
         if each.mean_difference is not None
     ]
-    return _figure(name, [differences_figure(rows, title, width) for width in (WIDE, NARROW)]) if rows else None
+    return _shown(name, [differences_picture(rows, title, width) for width in (WIDE, NARROW)]) if rows else None
 
 
-def curves(results: Results, look: Mapping[str, Look]) -> list[Figure]:
+def curves(results: Results, look: Mapping[str, Look]) -> list[Shown]:
     """Of each task; a single one is drawn large."""
-    figures: list[Figure] = []
+    shown: list[Shown] = []
     for number, task in enumerate(results.tasks):
         mine = {arm: [run for run in results.of_arm(arm) if run.task == task] for arm in results.arms}
         drawn = {arm: curve for arm, runs in mine.items() if (curve := mean_curve(runs))}
         if drawn:
-            draw = partial(curves_figure, drawn, {arm: look[arm] for arm in drawn}, f"{task}: training loss")
+            draw = partial(curves_picture, drawn, {arm: look[arm] for arm in drawn}, f"{task}: training loss")
             sizes = ((WIDE, 320), (NARROW, 260)) if len(results.tasks) == 1 else ((NARROW, 260),)
-            figures.append(_figure(f"loss{number}", [draw(*size) for size in sizes], task))
-    return figures
+            shown.append(_shown(f"loss{number}", [draw(*size) for size in sizes], task))
+    return shown
 
 
 def heat_maps(results: Results) -> list[HeatMaps]:
@@ -129,13 +135,13 @@ def heat_maps(results: Results) -> list[HeatMaps]:
             budgets.setdefault(ArmName.parse(arm).budget, {})[arm] = shares
     found: list[HeatMaps] = []
     for budget, maps in budgets.items():
-        top, first = largest_share(maps), sum(len(each.figures) for each in found)
-        drawn = [heat_figure({arm: shares}, top, titles=False) for arm, shares in maps.items()]
-        figures = [
-            _figure(f"heat{number}", [each], arm)
+        top, first = largest_share(maps), sum(len(each.shown) for each in found)
+        drawn = [heat_picture({arm: shares}, top, titles=False) for arm, shares in maps.items()]
+        shown = [
+            _shown(f"heat{number}", [each], arm)
             for number, (arm, each) in enumerate(zip(maps, drawn, strict=True), first)
         ]
-        found.append(HeatMaps(budget, top, figures))
+        found.append(HeatMaps(budget, top, shown))
     return found
 
 
@@ -144,10 +150,10 @@ def factors(results: Results) -> list[tuple[str, dict[str, tuple[int, int]]]]:
     return [(arm, parts) for arm, parts in found.items() if {"A", "B"} <= parts.keys()]
 
 
-def seconds(measured: Sequence[Cost]) -> Figure | None:
+def seconds(measured: Sequence[Cost]) -> Shown | None:
     rows = [Seconds(cost.arm, cost.scoring or 0.0, cost.training) for cost in measured if cost.training is not None]
-    drawn = [seconds_figure(rows, "Time of one run", width) for width in (WIDE, NARROW)] if rows else []
-    return _figure("seconds", drawn) if drawn else None
+    drawn = [seconds_picture(rows, "Time of one run", width) for width in (WIDE, NARROW)] if rows else []
+    return _shown("seconds", drawn) if drawn else None
 
 
 def _finished(results: Results) -> list[RunRecord]:
@@ -162,7 +168,7 @@ def _points(scores: Mapping[str, Score], sizes: Mapping[str, int]) -> list[Point
     ]
 
 
-def _figure(name: str, drawings: Sequence[Drawing], title: str = "") -> Figure:
-    """Of a drawing, or of a wide and a narrow one."""
-    wide, *narrow = (svg(drawing, f"{name}-{number}") for number, drawing in enumerate(drawings))
-    return Figure(title or drawings[0].title, wide, narrow[0] if narrow else None, drawings[0].intervals)
+def _shown(name: str, pictures: Sequence[Picture], title: str = "") -> Shown:
+    """Of a picture, or of a wide and a narrow one."""
+    wide, *narrow = (svg(picture, f"{name}-{number}") for number, picture in enumerate(pictures))
+    return Shown(title or pictures[0].title, wide, narrow[0] if narrow else None, pictures[0].intervals)

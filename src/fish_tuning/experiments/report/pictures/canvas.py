@@ -1,6 +1,6 @@
-"""What all figures share: their style, axes measured in pixels, and saving as PNG.
+"""What all pictures share: their style, axes measured in pixels, and saving as PNG.
 
-matplotlib is imported when something is drawn. A unit of a figure is a pixel of the page, and a point in a PNG.
+matplotlib is imported when something is drawn. A unit is a pixel of the page, and a point in a PNG.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from fish_tuning.experiments.report.look import LONGEST_LABEL, PALETTE, label
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.transforms import Transform
 
 FONT, SMALL = 12.0, 10.0
 _PER_INCH = 72
@@ -43,13 +44,13 @@ _STYLE: dict[Any, Any] = {
     "ytick.color": PALETTE["muted"].light,
     "ytick.major.size": 0,
     "svg.fonttype": "none",  # text stays text
-    "svg.hashsalt": "fish-tuning",  # the same figure is the same file
+    "svg.hashsalt": "fish-tuning",  # the same picture is the same file
 }
 
 
 @dataclass(frozen=True)
-class Drawing:
-    """A figure with what it says in words.
+class Picture:
+    """A drawn figure, and what it says in words.
 
     Args:
         kind: the class of its SVG.
@@ -75,7 +76,7 @@ class Margins(NamedTuple):
 
 @contextmanager
 def style() -> Iterator[None]:
-    """Draw and save in here: whatever a user's matplotlibrc says, figures look alike."""
+    """Draw and save in here: whatever a user's matplotlibrc says, pictures look alike."""
     import matplotlib
 
     with matplotlib.rc_context(), warnings.catch_warnings():
@@ -125,10 +126,10 @@ def fitted(name: str, room: float = math.inf) -> tuple[str, float]:
     return text, width
 
 
-def png(drawing: Drawing) -> bytes:
+def png(picture: Picture) -> bytes:
     content = io.BytesIO()
     with style():
-        drawing.figure.savefig(content, format="png", dpi=_PNG_DPI)
+        picture.figure.savefig(content, format="png", dpi=_PNG_DPI)
     return content.getvalue()
 
 
@@ -146,6 +147,18 @@ def tick_text(value: float, _: object = None) -> str:
         if abs(value) >= size:
             return f"{value / size:g}{unit}".replace("-", "\N{MINUS SIGN}")
     return f"{round(value, 12) + 0.0:g}".replace("-", "\N{MINUS SIGN}")
+
+
+def write(
+    ax: Axes,
+    text: str,
+    at: tuple[float, float],
+    moved: tuple[float, float],
+    coordinates: str | Transform = "data",
+    **looks: Any,
+) -> None:
+    """Text at a place in the axes' data, in their fraction ("axes fraction") or a mixture; then moved by pixels."""
+    ax.annotate(text, at, moved, xycoords=coordinates, textcoords="offset points", **looks)
 
 
 def value_axis(ax: Axes, which: str, most: int) -> None:

@@ -9,9 +9,17 @@ from statistics import fmean
 
 from fish_tuning.experiments.config.arm_names import ArmName
 from fish_tuning.experiments.records.run_record import RunRecord
-from fish_tuning.experiments.report.figures.canvas import SMALL, Drawing, Margins, figure_and_axes, style, value_axis
-from fish_tuning.experiments.report.figures.marks import draw_mark
 from fish_tuning.experiments.report.look import PALETTE, Look
+from fish_tuning.experiments.report.pictures.canvas import (
+    SMALL,
+    Margins,
+    Picture,
+    figure_and_axes,
+    style,
+    value_axis,
+    write,
+)
+from fish_tuning.experiments.report.pictures.marks import draw_mark
 
 Curve = list[tuple[int, float]]
 _MARGINS = Margins(52, 14, 12, 44)
@@ -28,9 +36,9 @@ def mean_curve(runs: Sequence[RunRecord]) -> Curve:
     return [(step, fmean(values)) for step, values in sorted((shared or losses).items())]
 
 
-def curves_figure(
+def curves_picture(
     drawn: Mapping[str, Curve], look: Mapping[str, Look], title: str, width: float, height: float
-) -> Drawing:
+) -> Picture:
     """A line for each arm, with its own dashes, and its mark on it where the other arms' marks are not."""
     with style():
         figure, ax = figure_and_axes(width, height, _MARGINS)
@@ -49,20 +57,12 @@ def curves_figure(
             )
             draw_mark(ax, step, loss, look[arm], 8.0, f"mark-{number}")
             if alike.count(look[arm]) > 1:  # arms that only differ by their budget
-                ax.annotate(
-                    ArmName.parse(arm).budget,
-                    (step, loss),
-                    (0, 8),
-                    textcoords="offset points",
-                    ha="center",
-                    fontsize=SMALL,
-                    color=PALETTE["ink"].light,
-                    gid=f"budget-{number}",
-                )
+                above = {"ha": "center", "fontsize": SMALL, "color": PALETTE["ink"].light, "gid": f"budget-{number}"}
+                write(ax, ArmName.parse(arm).budget, (step, loss), (0, 8), **above)
         ax.set_xlim(0, 1.02 * max(curve[-1][0] for curve in drawn.values()) or 1.0)
         told = {f"{part}-{n}": arm for n, arm in enumerate(drawn) for part in ("curve", "mark", "budget")}
         said = "; ".join(f"{arm}: from {curve[0][1]:.3f} to {curve[-1][1]:.3f}" for arm, curve in drawn.items())
-        return Drawing(figure, "curves", title, said, told)
+        return Picture(figure, "curves", title, said, told)
 
 
 def _marked(drawn: Mapping[str, Curve]) -> list[tuple[int, float]]:

@@ -8,20 +8,21 @@ from typing import TYPE_CHECKING
 
 from fish_tuning.experiments.compare.summaries import ArmSummary, summarize
 from fish_tuning.experiments.records.run_record import RunRecord
-from fish_tuning.experiments.report.figures.canvas import (
+from fish_tuning.experiments.report.look import PALETTE, Look, label, looks
+from fish_tuning.experiments.report.pictures.canvas import (
     FONT,
     SMALL,
-    Drawing,
     Margins,
+    Picture,
     figure_and_axes,
     fitted,
     interval_words,
     style,
     value_axis,
+    write,
 )
-from fish_tuning.experiments.report.figures.marks import draw_score
-from fish_tuning.experiments.report.figures.sizes import arm_sizes
-from fish_tuning.experiments.report.look import PALETTE, Look, label, looks
+from fish_tuning.experiments.report.pictures.marks import draw_score
+from fish_tuning.experiments.report.pictures.sizes import arm_sizes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,7 +33,7 @@ _NAME = 180.0  # the most width of a name
 _HEIGHT = 400
 
 
-def metric_figure(arms: Sequence[str], runs: Sequence[RunRecord]) -> Drawing:
+def metric_picture(arms: Sequence[str], runs: Sequence[RunRecord]) -> Picture:
     """A column for each arm, in this order."""
     column = max([_COLUMN] + [fitted(arm, _NAME)[1] + 12 for arm in arms])
     metric = label(next((run.metric for run in runs), "metric").replace("_", " "))
@@ -52,7 +53,7 @@ def metric_figure(arms: Sequence[str], runs: Sequence[RunRecord]) -> Drawing:
             ax.set_yticks([])
         said = _said(intervals)
         ax.set_title(said, fontsize=SMALL, loc="left", pad=12)
-        return Drawing(figure, "metric", f"{metric} of every arm", said)
+        return Picture(figure, "metric", f"{metric} of every arm", said)
 
 
 def _said(intervals: Sequence[bool]) -> str:
@@ -78,14 +79,8 @@ def _column(ax: Axes, x: int, values: Sequence[float], summary: ArmSummary | Non
     left = [x - 0.12 - step * number for number in range(len(values))]
     ax.scatter(left, values, s=24, color=look.hex, alpha=0.6, linewidths=0, clip_on=False, zorder=3)
     there = draw_score(ax, x + 0.12, (summary.low, summary.mean, summary.high), look, 10.0, str(x))
-    ax.annotate(
-        f"{round(summary.mean, 3) + 0.0:.3f}".replace("-", "\N{MINUS SIGN}"),
-        (x + 0.12, summary.mean),
-        (9, 0),
-        textcoords="offset points",
-        va="center",
-        color=PALETTE["ink"].light,
-    )
+    mean = f"{round(summary.mean, 3) + 0.0:.3f}".replace("-", "\N{MINUS SIGN}")
+    write(ax, mean, (x + 0.12, summary.mean), (9, 0), va="center", color=PALETTE["ink"].light)
     return [there]
 
 
@@ -98,13 +93,5 @@ def _below(ax: Axes, x: int, arm: str, *remarks: str) -> None:
     lines = [(fitted(arm, _NAME)[0], FONT, PALETTE["ink"].light)]
     lines += [(remark, SMALL, PALETTE["muted"].light) for remark in remarks if remark]
     for number, (text, size, colour) in enumerate(lines):
-        ax.annotate(
-            text,
-            (x, 0),
-            (0, -18 - 15 * number),
-            xycoords=ax.get_xaxis_transform(),
-            textcoords="offset points",
-            ha="center",
-            fontsize=size,
-            color=colour,
-        )
+        down = (0.0, -18.0 - 15 * number)
+        write(ax, text, (x, 0), down, ax.get_xaxis_transform(), ha="center", fontsize=size, color=colour)

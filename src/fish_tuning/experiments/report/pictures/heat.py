@@ -6,18 +6,19 @@ from collections.abc import Mapping
 from math import ceil, nan
 from typing import TYPE_CHECKING
 
-from fish_tuning.experiments.report.figures.canvas import (
+from fish_tuning.experiments.report.look import PALETTE, label
+from fish_tuning.experiments.report.pictures.canvas import (
     FONT,
     SMALL,
-    Drawing,
     Margins,
+    Picture,
     add_axes,
     empty_figure,
     fitted,
     size_of,
     style,
+    write,
 )
-from fish_tuning.experiments.report.look import PALETTE, label
 from fish_tuning.experiments.report.shares import Shares, percent
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ _COLOURS = "cividis"  # even steps for the eye, whatever colours it tells apart
 _ON_LIGHT, _ON_DARK = "#010101", "#fefefe"
 
 
-def heat_figure(maps: Mapping[str, Shares], top: float, *, titles: bool = True) -> Drawing:
+def heat_picture(maps: Mapping[str, Shares], top: float, *, titles: bool = True) -> Picture:
     """A map for each arm, side by side as far as there is room, on one scale of colours that ends with the share `top`.
 
     Without `titles` there are no names and no scale either: a page writes both itself.
@@ -56,7 +57,7 @@ def heat_figure(maps: Mapping[str, Shares], top: float, *, titles: bool = True) 
             left, above = whole_width - frame - _SCALE + 16, frame + _NAME + _LAYERS
             _scale(figure, top, left, above, min(whole_height - above - frame, 160.0))
         title = f"Share of entries that {', '.join(maps)} keep{'s' if len(maps) == 1 else ''}"
-        return Drawing(figure, "heat", title, "; ".join(map(_said, maps.values())))
+        return Picture(figure, "heat", title, "; ".join(map(_said, maps.values())))
 
 
 def largest_share(maps: Mapping[str, Shares]) -> float:
@@ -110,7 +111,7 @@ def _map(figure: Figure, shares: Shares, top: float, x: float, y: float) -> None
     )
     ax.set_yticks(range(len(modules)), [label(module) for module in modules])
     ax.tick_params(pad=7)
-    ax.annotate("layer", (0, 1), (-7, 7), xycoords="axes fraction", textcoords="offset points", ha="right")
+    write(ax, "layer", (0, 1), (-7, 7), "axes fraction", ha="right")
     for row, line in enumerate(grid):
         for column, share in enumerate(line):
             if share == share:  # a module that a layer lacks is NaN

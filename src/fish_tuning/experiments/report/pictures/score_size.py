@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from statistics import fmean
 from typing import TYPE_CHECKING, NamedTuple
 
 from fish_tuning.experiments.config.arm_names import ArmName
-from fish_tuning.experiments.report.figures.canvas import (
+from fish_tuning.experiments.report.look import PALETTE, Look
+from fish_tuning.experiments.report.pictures.canvas import (
     SMALL,
-    Drawing,
     Margins,
+    Picture,
     add_axes,
     figure_and_axes,
     interval_words,
@@ -22,8 +24,7 @@ from fish_tuning.experiments.report.figures.canvas import (
     tick_text,
     value_axis,
 )
-from fish_tuning.experiments.report.figures.marks import draw_score
-from fish_tuning.experiments.report.look import PALETTE, Look
+from fish_tuning.experiments.report.pictures.marks import draw_score
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,70 +53,78 @@ class Column(NamedTuple):
     place: float
     middle: float
     width: float
-    named: bool  # whether there is room for the exact size
 
 
-def score_size_figure(
+class Layout(NamedTuple):
+    columns: list[Column]
+    step: float  # from one mark of a column to the next
+    named: bool  # whether there is room for every exact size
+    start: float  # of the logarithmic part of the axis; before it nothing at all, size 0, has a place of its own
+    limits: tuple[float, float] | None  # of that part, in sizes
+
+
+def score_size_picture(
     points: Sequence[Point], look: Mapping[str, Look], title: str, of_what: str, width: float, height: float
-) -> Drawing:
+) -> Picture:
     """`of_what`: what the size counts, for the axis."""
-    sizes = sorted({point.size for point in points})
     inner = width - _MARGINS.left - _MARGINS.right
-    columns, step = arrange({size: sum(point.size == size for point in points) for size in sizes}, inner)
-    at = _places(points, columns, step)
+    layout = arrange(Counter(point.size for point in points), inner)
+    at = _places(points, layout)
     with style():
         figure, ax = figure_and_axes(width, height, _MARGINS)
         ax.set(xlim=(0, inner), xticks=[])
         ax.set_ylim(*padded([bound for point in points for bound in point[2:] if bound is not None]))
         ax.spines["bottom"].set_visible(False)
         value_axis(ax, "y", 6)
-        for column in columns:
-            _draw_column(ax, column, height - _MARGINS.top - _MARGINS.bottom)
-        _size_axis(figure, ax, sizes, inner, of_what)
+        for column in layout.columns:
+            _draw_column(ax, column, layout.named, height - _MARGINS.top - _MARGINS.bottom)
+        _size_axis(figure, ax, layout, inner, of_what)
         _links(ax, points, at, look)
+        size = min(10.0, layout.step)
         intervals = [
-            draw_score(ax, at[point.arm], (point.low, point.mean, point.high), look[point.arm], min(10.0, step), str(n))
-            for n, point in enumerate(points)
+            draw_score(ax, at[point.arm], (point.low, point.mean, point.high), look[point.arm], size, str(number))
+            for number, point in enumerate(points)
         ]
         told = {f"{part}-{n}": _told(point, of_what) for n, point in enumerate(points) for part in ("mark", "interval")}
         described = "; ".join(_told(point, of_what) for point in points)
-        return Drawing(figure, "score-size", title, described, told, interval_words(intervals))
+        return Picture(figure, "score-size", title, described, told, interval_words(intervals))
 
 
-def arrange(members: Mapping[int, int], width: float) -> tuple[list[Column], float]:
-    """A column for each size, as near to the size's place as the others allow and never out of order; and the step
-    from mark to mark. `members`: how many arms have each size."""
+def arrange(members: Mapping[int, int], width: float) -> Layout:
+    """A column for each size, as near to the size's place as the others allow and never out of order.
+
+    `members`: how many arms have each size.
+    """
     sizes = sorted(members)
     step = _STEP if width > 400 else _NARROW_STEP
     widths = [members[size] * step + _AIR for size in sizes]
-    named = [max(each, len(f"{size:,}") * _DIGIT + _AIR) for size, each in zip(sizes, widths, strict=True)]
-    room = sum(named) + _AIR * len(sizes) < 0.8 * width
-    widths = named if room else widths
+    with_names = [max(each, len(f"{size:,}") * _DIGIT + _AIR) for size, each in zip(sizes, widths, strict=True)]
+    named = sum(with_names) + _AIR * len(sizes) < 0.8 * width
+    widths = with_names if named else widths
     scale = min(1.0, width / (sum(widths) + _AIR * (len(sizes) - 1)))
     widths, gap = [scale * each for each in widths], scale * _AIR
-    places = _size_places(sizes, width)
-    middles = _apart(places, widths, gap, width)
-    return [Column(*each, room) for each in zip(sizes, places, middles, widths, strict=True)], scale * step
+    start = _NOTHING * width if sizes[0] == 0 else 0.0
+    places, limits = _on_axis(sizes, widths, start, width)
+    columns = zip(sizes, places, _apart(places, widths, gap, width), widths, strict=True)
+    return Layout([Column(*each) for each in columns], scale * step, named, start, limits)
 
 
-def _size_limits(sizes: Sequence[int]) -> tuple[float, float]:
-    """Of the logarithmic part of the axis."""
-    low, high = min(sizes), max(sizes)
-    air = 2.0 if high < 1.2 * low else 1.35
-    return low / air, high * air
-
-
-def _log_start(sizes: Sequence[int], width: float) -> float:
-    """Where the logarithmic part begins: nothing at all has a place of its own on the left of it."""
-    return _NOTHING * width if sizes[0] == 0 else 0.0
-
-
-def _size_places(sizes: Sequence[int], width: float) -> list[float]:
-    start, some = _log_start(sizes, width), [size for size in sizes if size]
+def _on_axis(
+    sizes: Sequence[int], widths: Sequence[float], start: float, width: float
+) -> tuple[list[float], tuple[float, float] | None]:
+    """The place of each size, and the limits of a logarithmic axis that has room for the outer columns too."""
+    some = [(size, column) for size, column in zip(sizes, widths, strict=True) if size]
     if not some:
-        return [width / 2]
-    low, high = map(math.log, _size_limits(some))
-    return [start + (math.log(size) - low) / (high - low) * (width - start) if size else 0.4 * start for size in sizes]
+        return [width / 2], None
+    (smallest, first), (largest, last) = some[0], some[-1]
+    left, right = start + first / 2 + _AIR, width - last / 2 - _AIR
+    if largest < 1.2 * smallest or right <= left:
+        low, high = smallest / 2, 2 * largest
+    else:
+        rate = math.log(largest / smallest) / (right - left)
+        low, high = smallest * math.exp(-rate * (left - start)), largest * math.exp(rate * (width - right))
+    across = (width - start) / math.log(high / low)
+    return [start + math.log(size / low) * across if size else 0.4 * start for size in sizes], (low, high)
 
 
 def _apart(places: Sequence[float], widths: Sequence[float], gap: float, width: float) -> list[float]:
@@ -134,16 +143,16 @@ def _apart(places: Sequence[float], widths: Sequence[float], gap: float, width: 
     return [min(max(each, low), high) + room for each, room in zip(moved, before, strict=True)]
 
 
-def _places(points: Sequence[Point], columns: Sequence[Column], step: float) -> dict[str, float]:
+def _places(points: Sequence[Point], layout: Layout) -> dict[str, float]:
     """Arms of one size side by side, in the order in which they come."""
     at: dict[str, float] = {}
-    for column in columns:
+    for column in layout.columns:
         arms = [point.arm for point in points if point.size == column.size]
-        at |= {arm: column.middle + step * (number - (len(arms) - 1) / 2) for number, arm in enumerate(arms)}
+        at |= {arm: column.middle + layout.step * (number - (len(arms) - 1) / 2) for number, arm in enumerate(arms)}
     return at
 
 
-def _draw_column(ax: Axes, column: Column, height: float) -> None:
+def _draw_column(ax: Axes, column: Column, named: bool, height: float) -> None:
     """A band with a point at its foot, which lies on the axis, and its exact size where there is room."""
     from matplotlib.patches import Polygon
 
@@ -159,31 +168,23 @@ def _draw_column(ax: Axes, column: Column, height: float) -> None:
             zorder=0.5,
         )
     )
-    if column.named:
+    if named:
         top = ax.get_xaxis_transform()
         ax.text(column.middle, 1.0, f"{column.size:,}", transform=top, ha="center", va="bottom", fontsize=SMALL)
 
 
-def _size_axis(figure: Figure, ax: Axes, sizes: Sequence[int], inner: float, of_what: str) -> None:
+def _size_axis(figure: Figure, ax: Axes, layout: Layout, inner: float, of_what: str) -> None:
     """Below the columns: a piece for nothing, with a gap behind it, and a logarithmic one."""
-    start, some = _log_start(sizes, inner), [size for size in sizes if size]
-    if start:
-        _axis_part(figure, 0.0, 0.8 * start if some else inner).set(xticks=[0.5], xticklabels=["0"])
-    if some:
-        part = _axis_part(figure, start, inner)
-        part.set(xscale="log", xlim=_size_limits(some))
-        _log_ticks(part, inner - start)
-    words = f"{of_what} (log scale)" if some else of_what
+    if layout.columns[0].size == 0:
+        end = 0.8 * layout.start if layout.limits else inner
+        _axis_part(figure, 0.0, end).set(xticks=[0.5], xticklabels=["0"])
+    if layout.limits:
+        part = _axis_part(figure, layout.start, inner)
+        part.set(xscale="log", xlim=layout.limits)
+        _log_ticks(part, inner - layout.start)
+    words = f"{of_what} (log scale)" if layout.limits else of_what
     middle = (size_of(figure)[0] / 2 - _MARGINS.left) / inner
-    ax.annotate(
-        words,
-        (middle, 0),
-        (0, 8 - _MARGINS.bottom),
-        xycoords="axes fraction",
-        textcoords="offset points",
-        ha="center",
-        va="baseline",
-    )
+    write(ax, words, (middle, 0), (0, 8 - _MARGINS.bottom), "axes fraction", ha="center", va="baseline")
 
 
 def _axis_part(figure: Figure, left: float, right: float) -> Axes:

@@ -1,13 +1,14 @@
-"""Figures with a row for each arm: paired differences, and seconds. Names stand above where there is little room."""
+"""Pictures with a row for each arm: paired differences, and seconds. Names stand above where there is little room."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from fish_tuning.experiments.report.figures.canvas import (
-    Drawing,
+from fish_tuning.experiments.report.look import PALETTE, Look
+from fish_tuning.experiments.report.pictures.canvas import (
     Margins,
+    Picture,
     figure_and_axes,
     fitted,
     has_interval,
@@ -15,9 +16,9 @@ from fish_tuning.experiments.report.figures.canvas import (
     padded,
     style,
     value_axis,
+    write,
 )
-from fish_tuning.experiments.report.figures.marks import draw_interval, draw_mark
-from fish_tuning.experiments.report.look import PALETTE, Look
+from fish_tuning.experiments.report.pictures.marks import draw_interval, draw_mark
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -45,14 +46,14 @@ class Seconds(NamedTuple):
 
 
 class Words(NamedTuple):
-    """The title of a figure of differences, and what lies on either side of zero."""
+    """The title of a picture of differences, and what lies on either side of zero."""
 
     title: str
     below: str
     above: str
 
 
-def differences_figure(rows: Sequence[Difference], words: Words, width: float) -> Drawing:
+def differences_picture(rows: Sequence[Difference], words: Words, width: float) -> Picture:
     """The mean difference of each row and its interval."""
     with style():
         figure, ax = _rows([row.name for row in rows], width)
@@ -69,10 +70,10 @@ def differences_figure(rows: Sequence[Difference], words: Words, width: float) -
             _under(ax, x, side, text)
         intervals = interval_words(has_interval(row.low, row.high) for row in rows)
         told = {f"{part}-{y}": row.told for y, row in enumerate(rows) for part in ("mark", "interval")}
-        return Drawing(figure, "differences", words.title, "; ".join(row.told for row in rows), told, intervals)
+        return Picture(figure, "differences", words.title, "; ".join(row.told for row in rows), told, intervals)
 
 
-def seconds_figure(rows: Sequence[Seconds], title: str, width: float) -> Drawing:
+def seconds_picture(rows: Sequence[Seconds], title: str, width: float) -> Picture:
     """Seconds of scoring (hatched) and of training (solid)."""
     grey, ground = PALETTE["muted"].light, PALETTE["ground"].light
     high = 14 / _row_height(width)
@@ -86,7 +87,7 @@ def seconds_figure(rows: Sequence[Seconds], title: str, width: float) -> Drawing
         _under(ax, 0.5, "center", "seconds")
         said = [f"{row.name}: {row.scoring:.1f} s scoring, {row.training:.1f} s training" for row in rows]
         told = {f"{part}-{y}": each for y, each in enumerate(said) for part in ("scoring", "training")}
-        return Drawing(figure, "seconds", title, "; ".join(said), told)
+        return Picture(figure, "seconds", title, "; ".join(said), told)
 
 
 def _row_height(width: float) -> float:
@@ -105,19 +106,11 @@ def _rows(names: Sequence[str], width: float) -> tuple[Figure, Axes]:
     ax.spines["bottom"].set_visible(False)
     value_axis(ax, "x", max(3, int(width - left) // 75))
     for y, (name, _) in enumerate(shown):
-        ax.annotate(
-            name,
-            (0, y),
-            (0, 16) if narrow else (-14, 0),
-            xycoords=ax.get_yaxis_transform(),
-            textcoords="offset points",
-            ha="left" if narrow else "right",
-            va="center_baseline",
-            color=PALETTE["ink"].light,
-            gid=f"name-{y}",
-        )
+        moved, side = ((0.0, 16.0), "left") if narrow else ((-14.0, 0.0), "right")
+        look = {"ha": side, "va": "center_baseline", "color": PALETTE["ink"].light, "gid": f"name-{y}"}
+        write(ax, name, (0, y), moved, ax.get_yaxis_transform(), **look)
     return figure, ax
 
 
 def _under(ax: Axes, x: float, side: str, text: str) -> None:
-    ax.annotate(text, (x, 0), (0, -36), xycoords="axes fraction", textcoords="offset points", ha=side, va="baseline")
+    write(ax, text, (x, 0), (0, -36), "axes fraction", ha=side, va="baseline")

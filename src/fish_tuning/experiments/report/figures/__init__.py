@@ -1,1 +1,0 @@
-"""Figures, drawn once by matplotlib: as PNG for a results folder, as SVG inside the page."""
