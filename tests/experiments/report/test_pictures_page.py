@@ -49,7 +49,9 @@ def test_the_axis_says_what_it_counts(tmp_path: Path, page: Node) -> None:
 
 
 def test_the_head_alone_has_its_place(page: Node) -> None:
-    picture = page.one("section", id="parameters").all("svg", class_="score-size")[0]
+    section = page.one("section", id="parameters")
+    assert "A line joins" not in section.text
+    picture = section.all("svg", class_="score-size")[0]
     assert "head: 0 kept entries, without the head, 0.600" in picture.one("desc").text
     assert "0" in [text.text for text in picture.all("text")]
 
@@ -110,6 +112,7 @@ def test_each_look_is_in_the_legend_once(tmp_path: Path) -> None:
         "lora-fish-rand@0.1",
     ]
     assert len({item.one("svg").one("path").attributes["d"] for item in legend.all("li")}) == 3
+    assert "A line joins the budgets of one arm." in page.one("section", id="parameters").text
 
 
 def test_runs_without_a_size_have_no_such_picture(tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from fish_tuning.experiments.report.look import looks
 from fish_tuning.experiments.report.pictures.canvas import Picture
-from fish_tuning.experiments.report.pictures.score_size import Point, arrange, score_size_picture
+from fish_tuning.experiments.report.pictures.columns import arrange
+from fish_tuning.experiments.report.pictures.score_size import Point, score_size_picture
 from fish_tuning.experiments.report.pictures.sizes import arm_sizes
 
 WIDTH = 600.0

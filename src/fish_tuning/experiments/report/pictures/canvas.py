@@ -161,6 +161,11 @@ def write(
     ax.annotate(text, at, moved, xycoords=coordinates, textcoords="offset points", **looks)
 
 
+def number(value: float) -> str:
+    """With three digits; what rounds to nothing has no minus."""
+    return f"{round(value, 3) + 0.0:.3f}".replace("-", "\N{MINUS SIGN}")
+
+
 def value_axis(ax: Axes, which: str, most: int) -> None:
     """Round ticks, each with a line across."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator

@@ -57,8 +57,8 @@ def curves_picture(
             )
             draw_mark(ax, step, loss, look[arm], 8.0, f"mark-{number}")
             if alike.count(look[arm]) > 1:  # arms that only differ by their budget
-                above = {"ha": "center", "fontsize": SMALL, "color": PALETTE["ink"].light, "gid": f"budget-{number}"}
-                write(ax, ArmName.parse(arm).budget, (step, loss), (0, 8), **above)
+                name, ink = ArmName.parse(arm).budget, PALETTE["ink"].light
+                write(ax, name, (step, loss), (0, 8), ha="center", fontsize=SMALL, color=ink, gid=f"budget-{number}")
         ax.set_xlim(0, 1.02 * max(curve[-1][0] for curve in drawn.values()) or 1.0)
         told = {f"{part}-{n}": arm for n, arm in enumerate(drawn) for part in ("curve", "mark", "budget")}
         said = "; ".join(f"{arm}: from {curve[0][1]:.3f} to {curve[-1][1]:.3f}" for arm, curve in drawn.items())

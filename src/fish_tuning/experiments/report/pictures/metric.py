@@ -17,6 +17,7 @@ from fish_tuning.experiments.report.pictures.canvas import (
     figure_and_axes,
     fitted,
     interval_words,
+    number,
     style,
     value_axis,
     write,
@@ -79,8 +80,7 @@ def _column(ax: Axes, x: int, values: Sequence[float], summary: ArmSummary | Non
     left = [x - 0.12 - step * number for number in range(len(values))]
     ax.scatter(left, values, s=24, color=look.hex, alpha=0.6, linewidths=0, clip_on=False, zorder=3)
     there = draw_score(ax, x + 0.12, (summary.low, summary.mean, summary.high), look, 10.0, str(x))
-    mean = f"{round(summary.mean, 3) + 0.0:.3f}".replace("-", "\N{MINUS SIGN}")
-    write(ax, mean, (x + 0.12, summary.mean), (9, 0), va="center", color=PALETTE["ink"].light)
+    write(ax, number(summary.mean), (x + 0.12, summary.mean), (9, 0), va="center", color=PALETTE["ink"].light)
     return [there]
 
 

@@ -107,8 +107,9 @@ def _rows(names: Sequence[str], width: float) -> tuple[Figure, Axes]:
     value_axis(ax, "x", max(3, int(width - left) // 75))
     for y, (name, _) in enumerate(shown):
         moved, side = ((0.0, 16.0), "left") if narrow else ((-14.0, 0.0), "right")
-        look = {"ha": side, "va": "center_baseline", "color": PALETTE["ink"].light, "gid": f"name-{y}"}
-        write(ax, name, (0, y), moved, ax.get_yaxis_transform(), **look)
+        ink = PALETTE["ink"].light
+        at = ax.get_yaxis_transform()
+        write(ax, name, (0, y), moved, at, ha=side, va="center_baseline", color=ink, gid=f"name-{y}")
     return figure, ax
 
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
-from statistics import fmean
 from typing import TYPE_CHECKING, NamedTuple
 
 from fish_tuning.experiments.config.arm_names import ArmName
@@ -18,12 +15,15 @@ from fish_tuning.experiments.report.pictures.canvas import (
     add_axes,
     figure_and_axes,
     interval_words,
+    number,
     padded,
     size_of,
     style,
     tick_text,
     value_axis,
+    write,
 )
+from fish_tuning.experiments.report.pictures.columns import Column, Layout, arrange
 from fish_tuning.experiments.report.pictures.marks import draw_score
 
 if TYPE_CHECKING:
@@ -32,10 +32,6 @@ if TYPE_CHECKING:
 
 _MARGINS = Margins(52, 12, 22, 60)
 _POINTER = 18.0  # from the foot of the columns down to the axis
-_STEP, _NARROW_STEP = 14.0, 9.5  # from one mark to the next
-_AIR = 6.0  # around the marks of a column, and between columns
-_DIGIT = 6.4
-_NOTHING = 0.14  # of the width, for the size 0
 
 
 class Point(NamedTuple):
@@ -44,23 +40,6 @@ class Point(NamedTuple):
     mean: float
     low: float | None
     high: float | None
-
-
-class Column(NamedTuple):
-    """Where the arms of one size stand, in pixels; `place` is that of the size on the axis."""
-
-    size: int
-    place: float
-    middle: float
-    width: float
-
-
-class Layout(NamedTuple):
-    columns: list[Column]
-    step: float  # from one mark of a column to the next
-    named: bool  # whether there is room for every exact size
-    start: float  # of the logarithmic part of the axis; before it nothing at all, size 0, has a place of its own
-    limits: tuple[float, float] | None  # of that part, in sizes
 
 
 def score_size_picture(
@@ -82,65 +61,12 @@ def score_size_picture(
         _links(ax, points, at, look)
         size = min(10.0, layout.step)
         intervals = [
-            draw_score(ax, at[point.arm], (point.low, point.mean, point.high), look[point.arm], size, str(number))
-            for number, point in enumerate(points)
+            draw_score(ax, at[point.arm], (point.low, point.mean, point.high), look[point.arm], size, str(place))
+            for place, point in enumerate(points)
         ]
         told = {f"{part}-{n}": _told(point, of_what) for n, point in enumerate(points) for part in ("mark", "interval")}
         described = "; ".join(_told(point, of_what) for point in points)
         return Picture(figure, "score-size", title, described, told, interval_words(intervals))
-
-
-def arrange(members: Mapping[int, int], width: float) -> Layout:
-    """A column for each size, as near to the size's place as the others allow and never out of order.
-
-    `members`: how many arms have each size.
-    """
-    sizes = sorted(members)
-    step = _STEP if width > 400 else _NARROW_STEP
-    widths = [members[size] * step + _AIR for size in sizes]
-    with_names = [max(each, len(f"{size:,}") * _DIGIT + _AIR) for size, each in zip(sizes, widths, strict=True)]
-    named = sum(with_names) + _AIR * len(sizes) < 0.8 * width
-    widths = with_names if named else widths
-    scale = min(1.0, width / (sum(widths) + _AIR * (len(sizes) - 1)))
-    widths, gap = [scale * each for each in widths], scale * _AIR
-    start = _NOTHING * width if sizes[0] == 0 else 0.0
-    places, limits = _on_axis(sizes, widths, start, width)
-    columns = zip(sizes, places, _apart(places, widths, gap, width), widths, strict=True)
-    return Layout([Column(*each) for each in columns], scale * step, named, start, limits)
-
-
-def _on_axis(
-    sizes: Sequence[int], widths: Sequence[float], start: float, width: float
-) -> tuple[list[float], tuple[float, float] | None]:
-    """The place of each size, and the limits of a logarithmic axis that has room for the outer columns too."""
-    some = [(size, column) for size, column in zip(sizes, widths, strict=True) if size]
-    if not some:
-        return [width / 2], None
-    (smallest, first), (largest, last) = some[0], some[-1]
-    left, right = start + first / 2 + _AIR, width - last / 2 - _AIR
-    if largest < 1.2 * smallest or right <= left:
-        low, high = smallest / 2, 2 * largest
-    else:
-        rate = math.log(largest / smallest) / (right - left)
-        low, high = smallest * math.exp(-rate * (left - start)), largest * math.exp(rate * (width - right))
-    across = (width - start) / math.log(high / low)
-    return [start + math.log(size / low) * across if size else 0.4 * start for size in sizes], (low, high)
-
-
-def _apart(places: Sequence[float], widths: Sequence[float], gap: float, width: float) -> list[float]:
-    """Middles in the order of the places that leave a gap between columns and stay inside, moved as little as can be.
-
-    Less the room that the columns before them take, middles must not fall: the nearest such numbers are the isotonic
-    regression of the places.
-    """
-    before = [0.0]
-    for one, other in pairwise(widths):
-        before.append(before[-1] + (one + other) / 2 + gap)
-    wanted = [place - room for place, room in zip(places, before, strict=True)]
-    every = range(len(wanted))
-    moved = [max(min(fmean(wanted[start : end + 1]) for end in every[n:]) for start in range(n + 1)) for n in every]
-    low, high = widths[0] / 2, width - widths[-1] / 2 - before[-1]
-    return [min(max(each, low), high) + room for each, room in zip(moved, before, strict=True)]
 
 
 def _places(points: Sequence[Point], layout: Layout) -> dict[str, float]:
@@ -202,7 +128,7 @@ def _log_ticks(part: Axes, width: float) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     low, high = part.get_xlim()
-    for factors in ((1, 2, 3, 5, 7), (1, 2, 5), (1, 3), (1,)):
+    for factors in (range(1, 10), (1, 2, 3, 5, 7), (1, 2, 5), (1, 3), (1,)):
         ticks = [tick for tick in LogLocator(subs=factors, numticks=99).tick_values(low, high) if low <= tick <= high]
         if len(ticks) * 60 <= width:
             break
@@ -232,5 +158,7 @@ def _links(ax: Axes, points: Sequence[Point], at: Mapping[str, float], look: Map
 
 
 def _told(point: Point, of_what: str) -> str:
-    interval = "" if point.low is None or point.high is None else f", interval {point.low:.3f} to {point.high:.3f}"
-    return f"{point.arm}: {point.size:,} {of_what}, {point.mean:.3f}{interval}"
+    interval = (
+        "" if point.low is None or point.high is None else f", interval {number(point.low)} to {number(point.high)}"
+    )
+    return f"{point.arm}: {point.size:,} {of_what}, {number(point.mean)}{interval}"
