@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 extras = [$(if $(filter demo,$1),experiments,$1)]
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench clean
+.PHONY: help demo test check faults bench clean
 .SECONDARY:
 
 help:  ## show this list
@@ -24,6 +24,9 @@ check: $(VENV)/.stamp-dev  ## formatting, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+faults: $(VENV)/.stamp-test  ## kill runs, damage files, fill disks, and see what survives; ARGS="--kills 50"
+	$(BIN)/python tests/helpers/faults.py $(ARGS)
 
 bench: $(VENV)/.stamp-demo  ## speed and memory against plain training; prints tables
 	@status=0; for script in benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python $$script || status=1; done; \

@@ -153,17 +153,20 @@ def test_writer_that_was_overtaken_while_it_changed_places(tmp_path: Path, monke
     assert names(tmp_path) == ["b"]
 
 
-def test_rename_that_fails_puts_the_old_folder_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "broken disk"), KeyboardInterrupt()], ids=["error", "ctrl-c"])
+def test_rename_that_fails_puts_the_old_folder_back(
+    error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_folder(tmp_path / "b", "one")
     rename = Path.rename
 
     def fails(self: Path, to: Path) -> Path:
         if self.suffix == ".tmp":
-            raise OSError(errno.EIO, "broken disk")
+            raise error
         return rename(self, to)
 
     monkeypatch.setattr(Path, "rename", fails)
-    with pytest.raises(OSError, match="broken disk"):
+    with pytest.raises(type(error)):
         write_folder(tmp_path / "b", "two")
     assert (tmp_path / "b" / "sub" / "file").read_text() == "one"
     assert names(tmp_path) == ["b"]

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from device import DEVICE
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import (
@@ -36,7 +37,7 @@ def bert(num_labels: int = 3, seed: int = 0, layers: int = 2, **config: Any) -> 
         "pad_token_id": PAD,
         "initializer_range": 0.3,  # far from the flat start of a real model: gradients of every tensor count
     }
-    return BertForSequenceClassification(BertConfig(**(settings | config))).eval()
+    return BertForSequenceClassification(BertConfig(**(settings | config))).eval().to(DEVICE)
 
 
 def llama_config(**config: Any) -> LlamaConfig:
@@ -58,12 +59,12 @@ def llama_config(**config: Any) -> LlamaConfig:
 
 def llama(seed: int = 0, **config: Any) -> LlamaForCausalLM:
     torch.manual_seed(seed)
-    return LlamaForCausalLM(llama_config(**config)).eval()
+    return LlamaForCausalLM(llama_config(**config)).eval().to(DEVICE)
 
 
 def llama_classifier(seed: int = 0, **config: Any) -> LlamaForSequenceClassification:
     torch.manual_seed(seed)
-    return LlamaForSequenceClassification(llama_config(num_labels=3, **config)).eval()
+    return LlamaForSequenceClassification(llama_config(num_labels=3, **config)).eval().to(DEVICE)
 
 
 def vit(seed: int = 0, **config: Any) -> ViTForImageClassification:
@@ -79,7 +80,7 @@ def vit(seed: int = 0, **config: Any) -> ViTForImageClassification:
         "num_labels": 3,
         "initializer_range": 0.3,
     }
-    return ViTForImageClassification(ViTConfig(**(settings | config))).eval()
+    return ViTForImageClassification(ViTConfig(**(settings | config))).eval().to(DEVICE)
 
 
 def lora(model: nn.Module, rank: int = 4, seed: int = 0, **config: Any) -> PeftModel:
@@ -109,16 +110,16 @@ def text_batch(lengths: Sequence[int] = (5, 9, 3, 7), side: str = "right", seed:
         where = slice(0, length) if side == "right" else slice(width - length, width)
         ids[row, where] = torch.randint(3, VOCABULARY, (length,), generator=generator)
         mask[row, where] = 1
-    return {"input_ids": ids, "attention_mask": mask}
+    return {"input_ids": ids.to(DEVICE), "attention_mask": mask.to(DEVICE)}
 
 
 def classification_batch(lengths: Sequence[int] = (5, 9, 3, 7), side: str = "right", classes: int = 3) -> Batch:
-    return text_batch(lengths, side) | {"labels": torch.arange(len(lengths)) % classes}
+    return text_batch(lengths, side) | {"labels": torch.arange(len(lengths), device=DEVICE) % classes}
 
 
 def regression_batch(lengths: Sequence[int] = (5, 9, 3, 7), outputs: int = 1) -> Batch:
     labels = torch.randn(len(lengths), outputs, generator=torch.Generator().manual_seed(1))
-    return text_batch(lengths) | {"labels": labels.squeeze(-1)}
+    return text_batch(lengths) | {"labels": labels.squeeze(-1).to(DEVICE)}
 
 
 def causal_batch(
@@ -136,7 +137,7 @@ def causal_batch(
 
 def image_batch(number: int = 4) -> Batch:
     pixels = torch.randn(number, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    return {"pixel_values": pixels, "labels": torch.arange(number) % 3}
+    return {"pixel_values": pixels.to(DEVICE), "labels": torch.arange(number, device=DEVICE) % 3}
 
 
 def rebatch(batch: Batch, size: int) -> list[Batch]:
@@ -210,7 +211,8 @@ def random_mask(model: nn.Module, share: float = 0.4, seed: int = 0, dense: Sequ
     """A random share of every trainable tensor; those whose name contains one of `dense` are kept whole."""
     generator = torch.Generator().manual_seed(seed)
     return {
-        name: (torch.rand(parameter.shape, generator=generator) < share) | any(part in name for part in dense)
+        name: (torch.rand(parameter.shape, generator=generator).to(DEVICE) < share)
+        | any(part in name for part in dense)
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     }
@@ -240,10 +242,10 @@ def assert_only_selected_moved(
 
 
 class Rows(torch.utils.data.Dataset):  # type: ignore[type-arg]
-    """The rows of a batch as a data set."""
+    """The rows of a batch as a data set, on the CPU as data sets are."""
 
     def __init__(self, batch: Batch) -> None:
-        self.batch = batch
+        self.batch = {key: value.cpu() for key, value in batch.items()}
 
     def __len__(self) -> int:
         return len(self.batch["labels"])

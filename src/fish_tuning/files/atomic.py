@@ -80,7 +80,7 @@ def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     with _unfinished(path.parent) as unfinished:
         unfinished.mkdir()
         yield unfinished
-        _sync_tree(unfinished)
+        sync_folder(unfinished)
         _put_in_place(unfinished, path)
         _sync(path.parent)
     _remove_leftovers(path.parent)
@@ -97,9 +97,19 @@ def recover_folder(path: str | os.PathLike[str]) -> None:
     for replaced in sorted(path.parent.iterdir(), key=lambda found: found.name):
         parts = _OWN_NAMES.fullmatch(replaced.name)
         if parts and parts["replaced"] == path.name and not _is_in_use(replaced):
-            replaced.rename(path)
+            with suppress(FileNotFoundError):  # another reader was faster
+                replaced.rename(path)
             _sync(path.parent)
             return
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the disk hold a folder with all that is in it, whoever wrote it, before anything that is done next."""
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            _sync(Path(parent, name))
+        _sync(Path(parent))
+    _sync(folder.parent)
 
 
 def _put_in_place(unfinished: Path, path: Path) -> None:
@@ -107,16 +117,17 @@ def _put_in_place(unfinished: Path, path: Path) -> None:
     while True:
         replaced = path.with_name(f"{_own_name()}~{path.name}.old")
         with _marked_as_in_use(replaced):
-            with suppress(FileNotFoundError):
-                path.rename(replaced)
             try:
+                with suppress(FileNotFoundError):
+                    path.rename(replaced)
                 unfinished.rename(path)
             except OSError as error:
                 if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
                     continue  # another writer was faster: its folder is the previous one now
-                if replaced.exists():
-                    replaced.rename(path)
                 raise
+            finally:
+                if replaced.exists() and not path.exists():  # an error or Ctrl-C came in between
+                    replaced.rename(path)
         return
 
 
@@ -166,13 +177,6 @@ def _remove(path: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink()
-
-
-def _sync_tree(folder: Path) -> None:
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            _sync(Path(parent, name))
-        _sync(Path(parent))
 
 
 def _sync(path: Path) -> None:

@@ -21,7 +21,7 @@ MINE = """
 from fish_tuning import PeftMethod, register_peft_method, register_selection
 from fish_tuning.experiments.data.tasks import TextClassification, register_task
 
-@register_selection("middle")
+@register_selection("halfway")
 def middle(scores):
     return -(scores - scores.median()).abs()
 
@@ -54,7 +54,7 @@ def test_an_experiment_names_what_an_extension_brings(
 ) -> None:
     load_extensions([extension])
     config = experiment(
-        "peft.method=rslora", "fish_tuning.methods_to_run=[rslora, rslora-middle]", "dataset.task=reviews"
+        "peft.method=rslora", "fish_tuning.methods_to_run=[rslora, rslora-halfway]", "dataset.task=reviews"
     )
     plan = plan_experiment(config)
     assert plan.task.kind == "reviews"
@@ -62,13 +62,13 @@ def test_an_experiment_names_what_an_extension_brings(
 
 
 def test_without_the_extension_its_names_are_unknown(experiment: Callable[..., ExperimentConfig]) -> None:
-    with pytest.raises(ConfigurationError, match="'lora-middle' is no arm"):
-        experiment("fish_tuning.methods_to_run=[lora, lora-middle]")
+    with pytest.raises(ConfigurationError, match="'lora-halfway' is no arm"):
+        experiment("fish_tuning.methods_to_run=[lora, lora-halfway]")
     with pytest.raises(ConfigurationError, match=r"dataset\.task='reviews': must be text_classification"):
         experiment("dataset.task=reviews")
     # a report of its runs needs no extension
-    assert ArmName.parse("lora-middle").selection is not None
-    assert ArmName.parse("lora-middle").baseline == "lora"
+    assert ArmName.parse("lora-halfway").selection is not None
+    assert ArmName.parse("lora-halfway").baseline == "lora"
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from fish_tuning.errors import did_you_mean
 from fish_tuning.experiments.config.arm_names import SELECTIONS
 from fish_tuning.experiments.config.task_kinds import BUILT_IN, task_kinds
 from fish_tuning.experiments.config.training_keys import training_argument_problems
+from fish_tuning.scores.named import SCORES
 
 # An arm is a PEFT method's name, which trains all of the adapter, or that name and a selection's.
 DEFAULT_SELECTIONS = ("", "-fish", "-fish-rand", "-fish-rev")
@@ -250,6 +251,9 @@ class FishTuningConfig(Section):
         default=5, ge=1, description="a whole number from 1: layers of the pool, for protocol fixed_budget"
     )
     prune_to_ratio_of_baseline: float = Field(default=0.5, gt=0, le=1, description="a number above 0, up to 1")
+    score: str = Field(
+        default="fisher", description="a score's name, such as fisher, fisher_sampled or fisher_expected"
+    )
     num_samples: int = Field(default=128, ge=1, description="a whole number from 1: training examples to score with")
     warmup_steps: int | None = Field(
         default=None,
@@ -263,6 +267,13 @@ class FishTuningConfig(Section):
         description="regular expressions for tensors and their shares of the kept entries, adding up to 1, for the "
         "-fish-quota arms; null for the same keep ratio in every module type",
     )
+
+    @field_validator("score")
+    @classmethod
+    def _known_score(cls, value: str) -> str:
+        if value not in SCORES:
+            raise ValueError(f"must be one of {', '.join(SCORES)}.{did_you_mean(value, SCORES)}")
+        return value
 
     @field_validator("methods_to_run")
     @classmethod

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+from fish_tuning.errors import RecordError
 from fish_tuning.experiments.data.digests import file_digest, folder_digest
 from fish_tuning.experiments.records.run_record import RunRecord
-from fish_tuning.files.atomic import recover_folder, write_atomically
+from fish_tuning.files.atomic import recover_folder
 from fish_tuning.files.mask_file import MASK_FILE_NAME
+from fish_tuning.files.sealed_json import read_sealed, write_sealed
 
 _ADAPTER_FILES = "adapter_*"  # as PEFT names them; whatever else lies there is the user's own
 
@@ -56,7 +57,7 @@ def adapter_digests(adapter: Path) -> Digests:
 def write_record(folder: Path, record: RunRecord) -> RunRecord:
     """Put the record in its place; its adapter must be in its own already."""
     path = record_file(folder, record.arm, record.seed)
-    write_atomically(path, json.dumps(record.to_dict(), indent=2).encode())
+    write_sealed(path, record.to_dict())
     return record
 
 
@@ -72,9 +73,14 @@ def find_record(folder: Path, arm: str, seed: int, key: str, failed_since: float
     """
     path = record_file(folder, arm, seed)
     try:
-        record = RunRecord.from_dict(json.loads(path.read_text()))
+        content, _ = read_sealed(path)
+        record = RunRecord.from_dict(content)
         written = path.stat().st_mtime
-    except (OSError, ValueError, TypeError, AttributeError):  # none, torn, or not a record
+    except FileNotFoundError:
+        return Found()
+    except RecordError as error:
+        return Found(damage=str(error).removesuffix("."))
+    except (OSError, ValueError, TypeError, AttributeError):  # not a record
         return Found()
     if (record.config_hash, record.arm, record.seed) != (key, arm, seed):
         return Found()

@@ -18,7 +18,7 @@ from fish_tuning.experiments.run.context import Context
 from fish_tuning.experiments.run.loggers import NO_REPORTS
 from fish_tuning.experiments.run.measure import Stopwatch
 from fish_tuning.experiments.run.trainers import make_trainer
-from fish_tuning.scores.fisher import calculate_fisher_information
+from fish_tuning.scores.named import SCORES
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,8 @@ def calibrate(
             with warmup:
                 train_steps(context, arm, seed, model, args.learning_rate, steps)
         with scoring:
-            scores = calculate_fisher_information(model, loader, device=args.device, progress=False)
+            score = SCORES.find(context.config.fish_tuning.score, "fish_tuning.score")
+            scores = score(model, loader, device=args.device, seed=seed)
     scores = {name: tensor.cpu() for name, tensor in scores.items()}
     return Calibration(scores, warmup.seconds, scoring.seconds, initial_state)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import shutil
@@ -10,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fish_tuning.errors import FishTuningError
+from fish_tuning.errors import FishTuningError, RecordError
 from fish_tuning.experiments.data.tasks import Encoded
 from fish_tuning.experiments.records.run_record import ArmPlan
 from fish_tuning.experiments.run.arm import run_arm
@@ -20,7 +19,7 @@ from fish_tuning.experiments.run.locks import attempt, wait_for
 from fish_tuning.experiments.run.plan import HELD_OUT
 from fish_tuning.experiments.run.progress import RunProgress
 from fish_tuning.experiments.run.trainers import Diverged
-from fish_tuning.files.atomic import write_atomically
+from fish_tuning.files.sealed_json import read_sealed, write_sealed
 
 logger = logging.getLogger(__name__)
 
@@ -79,8 +78,7 @@ class LearningRates:
             trials = self._trials(arm)
             if rate not in trials:
                 trials[rate] = {"key": self._key(arm, rate), **self._trial(arm, rate)}
-                text = json.dumps({str(tried): trial for tried, trial in trials.items()}, indent=2)
-                write_atomically(self._file(arm), text.encode())
+                write_sealed(self._file(arm), {str(tried): trial for tried, trial in trials.items()})
 
     def _trials(self, arm: ArmPlan) -> dict[float, dict[str, Any]]:
         """What was tried with the configuration at hand."""
@@ -128,8 +126,11 @@ def _of_trials(context: Context) -> Context:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    """The trials that were written; those of a damaged file are made again."""
     try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError):
+        return read_sealed(path)[0]
+    except FileNotFoundError:
         return {}
-    return found if isinstance(found, dict) else {}
+    except RecordError as error:
+        logger.warning("%s Its trials are made again.", error)
+        return {}
