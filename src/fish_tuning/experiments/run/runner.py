@@ -176,9 +176,12 @@ class _Session:
 
     def _use_once(self, arm: ArmPlan, seed: int) -> None:
         if not self.used_once:
+            # The Trainer collects garbage when it starts: up to half a second, in which nothing is trained, to look
+            # through the objects of libraries. They are set aside, those of the first steps too.
+            gc.freeze()
             use_once(self.context, arm, seed)
             gc.collect()
-            gc.freeze()  # the Trainer collects garbage at its start; the libraries' own objects need not be looked at
+            gc.freeze()
             self.used_once = True
 
     def _failure(self, arm: ArmPlan, seed: int, error: Exception) -> RunRecord:
