@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from fish_tuning.errors import ConfigurationError, did_you_mean
 from fish_tuning.experiments.config.config_errors import readable
 from fish_tuning.experiments.config.experiment import ExperimentConfig
+from fish_tuning.experiments.config.secrets import redacted, remember
 from fish_tuning.experiments.config.texts import text_problems, visible
 from fish_tuning.experiments.config.yaml_files import MOST_DEPTH, parse, read_mapping
 
@@ -62,7 +63,7 @@ def _validated(data: dict[str, Any], source: str) -> ExperimentConfig:
     try:
         return ExperimentConfig.model_validate(data)
     except ValidationError as error:
-        raise ConfigurationError(f"{source}:\n{readable(error, data)}") from error
+        raise ConfigurationError(f"{source}:\n{readable(error, redacted(data))}") from error
 
 
 def _in_its_folder(experiment: ExperimentConfig) -> ExperimentConfig:
@@ -130,7 +131,10 @@ def expand_variables(value: Any, key: str = "") -> Any:
 
     def replace(match: re.Match[str]) -> str:
         name, default = match.groups()
-        found = os.environ.get(name) or default
+        from_environment = os.environ.get(name)
+        if from_environment:
+            remember(name, from_environment)
+        found = from_environment or default
         if found is None:
             raise ConfigurationError(
                 f"{key}: the environment variable {name} is not set. Set it, or write ${{{name}:-default}}."

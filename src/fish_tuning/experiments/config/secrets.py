@@ -12,7 +12,9 @@ from typing import Any
 
 HIDDEN = "***"
 _SHORTEST = 6  # characters of a value that is looked for inside of other texts: a 1 is no secret
-_NAMED = re.compile(r"(?:^|[_.\-])(?:token|secret|password|passwd|api_?key|access_?key|private_?key|credentials?)$", re.I)
+_NAMED = re.compile(
+    r"(?:^|[_.\-])(?:token|secret|password|passwd|api_?key|access_?key|private_?key|credentials?)$", re.I
+)
 _OF_TOKENIZERS = re.compile(r"(?:pad|eos|bos|unk|sep|cls|mask|image|video|audio)_token$", re.I)
 
 _values: dict[str, str] = {}  # what was found in the environment, and the variable that it was found under

@@ -14,6 +14,7 @@ import torch
 
 from fish_tuning.errors import FishTuningError
 from fish_tuning.experiments.config.experiment import ExperimentConfig
+from fish_tuning.experiments.config.secrets import scrubbed
 from fish_tuning.experiments.records.record_files import (
     find_record,
     record_file,
@@ -189,7 +190,7 @@ class _Session:
         if full := disk_full(error):
             raise full from error  # it would stop every other arm too, after training it for nothing
         context, keys, log = self.context, self._keys(arm, seed), _log_file(self.folder, arm, seed)
-        log.write_text("".join(traceback.format_exception(error)))
+        log.write_text(scrubbed("".join(traceback.format_exception(error))))
         logger.debug("%s with seed %d failed", arm.arm, seed, exc_info=error)
         reason = str(error).strip() or "no message"
         kind = "" if isinstance(error, FishTuningError) else f"{type(error).__name__}: "
