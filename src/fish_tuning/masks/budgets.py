@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 
+from fish_tuning import patterns
 from fish_tuning.errors import MaskError
 
 # Parts of a tensor's name that say nothing about what kind of module it belongs to.
@@ -25,9 +25,9 @@ def matching_names(
     matching: set[str] = set()
     for pattern in [names_to_exclude] if isinstance(names_to_exclude, str) else names_to_exclude:
         try:
-            matches = {name for name in names if re.search(pattern, name)}
-        except re.error as error:
-            raise MaskError(f"{argument}: {pattern!r} is no regular expression ({error}).") from error
+            matches = set(patterns.matching(pattern, names))
+        except ValueError as error:
+            raise MaskError(f"{argument}: {pattern!r} is {error}.") from error
         if not matches:
             raise MaskError(f"{argument}: {pattern!r} matches none of the {len(names)} tensors, e.g. {names[0]!r}.")
         matching |= matches

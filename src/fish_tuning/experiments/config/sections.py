@@ -16,6 +16,8 @@ from fish_tuning.experiments.config.arm_names import SELECTIONS
 from fish_tuning.experiments.config.task_kinds import BUILT_IN, task_kinds
 from fish_tuning.experiments.config.texts import MOST_BYTES_OF_TITLE, check_path
 from fish_tuning.experiments.config.training_keys import training_argument_problems
+from fish_tuning.experiments.config.yaml_files import shortened
+from fish_tuning.patterns import compiled
 from fish_tuning.scores.named import SCORES
 
 # An arm is a PEFT method's name, which trains all of the adapter, or that name and a selection's.
@@ -327,6 +329,8 @@ class FishTuningConfig(Section):
     @field_validator("quotas")
     @classmethod
     def _adding_up(cls, value: dict[str, float] | None) -> dict[str, float] | None:
+        for pattern in value or ():
+            _regular_expression(pattern)
         if value is not None and (min(value.values(), default=-1) < 0 or abs(sum(value.values()) - 1) > 1e-6):
             raise ValueError(f"must be shares from 0 that add up to 1; they add up to {sum(value.values()):g}")
         return value
@@ -377,9 +381,9 @@ def _checked_arguments(value: dict[str, Any]) -> dict[str, Any]:
 
 def _regular_expression(pattern: str) -> str:
     try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
+        compiled(pattern)
+    except ValueError as error:
+        raise ValueError(f"{shortened(pattern)!r} is {error}") from error
     return pattern
 
 

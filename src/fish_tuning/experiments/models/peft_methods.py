@@ -12,13 +12,20 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LNTUNING_TARGET_MODULES_MAPPING
 from torch import nn
 
+from fish_tuning import patterns
 from fish_tuning.adapters import AdapterError  # importing it makes its methods known to PEFT
 from fish_tuning.adapters.families import find_family, layer_number, matching
 from fish_tuning.errors import ConfigurationError, did_you_mean
 from fish_tuning.experiments.config.arm_names import Variant
 from fish_tuning.experiments.config.experiment import ExperimentConfig
 from fish_tuning.experiments.config.sections import PeftMethodConfig
-from fish_tuning.experiments.models.targets import head_names, is_language_model, module_names, target_modules
+from fish_tuning.experiments.models.targets import (
+    head_names,
+    is_language_model,
+    linear_names,
+    module_names,
+    target_modules,
+)
 from fish_tuning.peft_methods import (
     ATTENTION,
     KEYS_VALUES_AND_FEED_FORWARD,
@@ -28,6 +35,8 @@ from fish_tuning.peft_methods import (
     peft_method,
 )
 
+# Fields of PEFT's configurations in which a text is a regular expression for the names of modules.
+PATTERN_FIELDS = ("target_modules", "exclude_modules", "feedforward_modules", "prefix_modules")
 KEYS_AND_VALUES = ("key", "value", "k_proj", "v_proj", "k_lin", "v_lin", "key_proj", "value_proj")
 
 
@@ -63,6 +72,7 @@ def peft_config(config: ExperimentConfig, section: PeftMethodConfig, base: nn.Mo
     changes = section.baseline_args if variant.small else section.fish_args
     given = {**section.args, **changes}
     values = {**_defaults(config, section.method, base, small=variant.small), **given}
+    values |= _names_for_patterns(config, values, given, base)
     if variant.top_layers is not None:
         values |= _in_top_layers(section.method, values, base, variant.top_layers)
     if "lora_alpha" in _field_names(section.method) and "lora_alpha" not in given:
@@ -75,6 +85,34 @@ def peft_config(config: ExperimentConfig, section: PeftMethodConfig, base: nn.Mo
     except (TypeError, ValueError) as error:
         key = "baseline_args" if variant.small else "fish_args"
         raise ConfigurationError(f"peft.args or peft.{key} of {section.method}: {error}") from error
+
+
+def _names_for_patterns(
+    config: ExperimentConfig, values: Mapping[str, Any], given: Mapping[str, Any], base: nn.Module
+) -> dict[str, list[str]]:
+    """Regular expressions of the user's as the names of the modules they stand for.
+
+    PEFT matches them with an engine that cannot be stopped, and some would keep it busy for ever.
+    """
+    asked = {name: given.get(name) for name in PATTERN_FIELDS}
+    if isinstance(config.lora.target_modules, str) and values.get("target_modules") == config.lora.target_modules:
+        asked["target_modules"] = config.lora.target_modules
+    names = [name for name, _ in base.named_modules() if name]
+    found = {}
+    for field, pattern in asked.items():
+        if isinstance(pattern, str) and pattern != "all-linear":
+            key = f"peft.args.{field}" if given.get(field) else f"lora.{field}"
+            try:
+                found[field] = patterns.matching(pattern, names, whole=True)
+            except ValueError as error:
+                raise ConfigurationError(f"{key}: {pattern!r} is {error}.") from error
+            if not found[field]:
+                raise ConfigurationError(
+                    f"{key}: {pattern!r} stands for none of the modules of {type(base).__name__}; a regular expression "
+                    f"must match a module's whole name, such as {names[-1]!r}. Its linear layers are "
+                    f"{', '.join(linear_names(base))}."
+                )
+    return found
 
 
 def size_text(config: PeftConfig) -> str:
