@@ -67,7 +67,7 @@ def invoke(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Res
 
 
 def test_run_prints_table_notes_files_and_conclusion(invoke: Callable[..., Result], tmp_path: Path) -> None:
-    arms = {"lora": 0.5, "lora-fish": 0.6, "lora-fish-rand": 0.4, "lora-fish-rev": 0.3}
+    arms = {"lora": 0.5, "lora-fish": 0.6, "lora-fish-rand": 0.4, "lora-fish-rev": 0.3, "head": 0.2}
     runs = [record(arm, seed, value + seed / 1000) for arm, value in arms.items() for seed in (1, 2, 3)]
     result = invoke("run", "digits", "seeds=[1,2,3]", runs=runs)
     assert result.exit_code == 0
@@ -187,6 +187,24 @@ def test_a_wrong_engine_is_told(invoke: Callable[..., Result]) -> None:
     done = invoke("run", "digits", "--engine", "slurm")
     assert done.exit_code == 2
     assert "--engine slurm: allowed are here, ray" in done.output
+
+
+def test_workers_without_an_engine_are_refused(invoke: Callable[..., Result]) -> None:
+    done = invoke("run", "digits", "--workers", "2")
+    assert done.exit_code == 2
+    assert "--workers 2: the engine here has none" in done.stderr
+
+
+def test_one_of_several_ranks_is_refused_at_once(
+    invoke: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    done = invoke("run", "digits", plan=AssertionError("nothing may be planned"))
+    assert done.exit_code == 2
+    assert "one of 2 processes that torchrun or accelerate has started" in done.stderr
+    assert "--engine ray" in done.stderr
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert invoke("run", "digits", "--dry-run").exit_code == 0
 
 
 def test_a_wrong_shard_is_told(invoke: Callable[..., Result]) -> None:

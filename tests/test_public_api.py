@@ -46,7 +46,7 @@ def test_unknown_name() -> None:
 
 def test_errors_have_one_root() -> None:
     errors = [getattr(fish_tuning, name) for name in fish_tuning.__all__ if name.endswith("Error")]
-    assert len(errors) == 5
+    assert len(errors) == 6
     assert all(issubclass(error, fish_tuning.FishTuningError) for error in errors)
     assert issubclass(fish_tuning.FishTuningWarning, UserWarning)
 

@@ -16,8 +16,10 @@ if TYPE_CHECKING:
         FishTuningError,
         FishTuningWarning,
         MaskError,
+        RecordError,
         ZeroScoresError,
     )
+    from fish_tuning.files.delta_file import Delta, load_delta
     from fish_tuning.files.mask_file import load_mask, save_mask
     from fish_tuning.masks.create import create_mask_from_fisher
     from fish_tuning.masks.selections import register_selection
@@ -25,16 +27,12 @@ if TYPE_CHECKING:
     from fish_tuning.scores.fisher import calculate_fisher_information
     from fish_tuning.scores.layer_rules import register_rule
     from fish_tuning.scores.named import register_score
-    from fish_tuning.sparse.delta import Delta, add_delta, load_delta, merge_delta, remove_delta, save_delta
-    from fish_tuning.sparse.masked_tensors import (
-        apply_mask,
-        count_trainable_parameters,
-        get_mask,
-        is_masked,
-        remove_mask,
-        synchronize_mask,
-    )
+    from fish_tuning.sparse.adapter_names import rename_adapter
+    from fish_tuning.sparse.applying import apply_mask, remove_mask, synchronize_mask
+    from fish_tuning.sparse.delta import add_delta, merge_delta, remove_delta, save_delta
+    from fish_tuning.sparse.masked_tensors import count_trainable_parameters, get_mask, is_masked
     from fish_tuning.sparse.shira import create_shira_config
+    from fish_tuning.training.checkpoints import last_checkpoint
     from fish_tuning.training.reporting import report_figures
     from fish_tuning.training.trainer import FishMaskCallback, FishTuningTrainer
 
@@ -50,20 +48,22 @@ _PUBLIC = {
     "register_selection": "masks.selections",
     "save_mask": "files.mask_file",
     "load_mask": "files.mask_file",
+    "rename_adapter": "sparse.adapter_names",
     # train
     "FishTuningTrainer": "training.trainer",
     "FishMaskCallback": "training.trainer",
+    "last_checkpoint": "training.checkpoints",
     "report_figures": "training.reporting",
-    "apply_mask": "sparse.masked_tensors",
-    "remove_mask": "sparse.masked_tensors",
-    "synchronize_mask": "sparse.masked_tensors",
+    "apply_mask": "sparse.applying",
+    "remove_mask": "sparse.applying",
+    "synchronize_mask": "sparse.applying",
     "get_mask": "sparse.masked_tensors",
     "is_masked": "sparse.masked_tensors",
     "count_trainable_parameters": "sparse.masked_tensors",
     # carry what was trained
-    "Delta": "sparse.delta",
+    "Delta": "files.delta_file",
     "save_delta": "sparse.delta",
-    "load_delta": "sparse.delta",
+    "load_delta": "files.delta_file",
     "add_delta": "sparse.delta",
     "remove_delta": "sparse.delta",
     "merge_delta": "sparse.delta",
@@ -76,6 +76,7 @@ _PUBLIC = {
     "ConfigurationError": "errors",
     "FisherError": "errors",
     "MaskError": "errors",
+    "RecordError": "errors",
     "ZeroScoresError": "errors",
     "FishTuningWarning": "errors",
 }
@@ -90,6 +91,7 @@ __all__ = [
     "FisherError",
     "MaskError",
     "PeftMethod",
+    "RecordError",
     "ZeroScoresError",
     "add_delta",
     "apply_mask",
@@ -99,6 +101,7 @@ __all__ = [
     "create_shira_config",
     "get_mask",
     "is_masked",
+    "last_checkpoint",
     "load_delta",
     "load_mask",
     "merge_delta",
@@ -108,6 +111,7 @@ __all__ = [
     "register_selection",
     "remove_delta",
     "remove_mask",
+    "rename_adapter",
     "report_figures",
     "save_delta",
     "save_mask",

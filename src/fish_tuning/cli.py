@@ -178,6 +178,7 @@ def run_command(config: str, overrides: list[str], how: How = HERE) -> int:
 
     signal.signal(signal.SIGTERM, _interrupt)  # batch systems stop a job with it
     try:
+        _refuse_ranks()
         with warnings.catch_warnings():
             if not sys.warnoptions:
                 # What libraries will rename one day is nothing that a user of the command can act on.
@@ -203,6 +204,19 @@ def _told_full(error: OSError, way_out: str) -> int:
     return FAILED
 
 
+def _refuse_ranks() -> None:
+    """Several ranks would wait for each other in one folder."""
+    from fish_tuning.errors import ConfigurationError
+
+    ranks = os.environ.get("WORLD_SIZE", "")
+    if ranks.isdigit() and int(ranks) > 1:
+        raise ConfigurationError(
+            f"this is one of {ranks} processes that torchrun or accelerate has started (WORLD_SIZE={ranks}), and a run "
+            "is one process. Start fish-tuning run by itself; for several GPUs, once for each with its own "
+            "CUDA_VISIBLE_DEVICES, or once with --engine ray."
+        )
+
+
 def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
@@ -218,7 +232,7 @@ def _run(config_name: str, overrides: list[str], how: How) -> int:
     from fish_tuning.experiments.run.shards import parse_shard
 
     shard = parse_shard(how.shard)
-    check_engine(how.engine)
+    check_engine(how.engine, how.workers)
     planned = []
     for config in experiments:  # all of them, before the first is run
         planned.append((config, plan_experiment(config)))
@@ -244,7 +258,7 @@ def _run_one(config: ExperimentConfig, plan: Plan, how: How, shard: Shard) -> in
     began = time.time()
     try:
         if how.engine == "ray":
-            run_on_ray(config, how.workers, began)
+            run_on_ray(config, plan, how.workers, shard, began)
         runs = run_experiment(config, plan, _show_run, shard, began)
     except KeyboardInterrupt:
         typer.echo(
@@ -305,13 +319,15 @@ def _show_results(
     from fish_tuning.experiments.compare.summaries import summarize
     from fish_tuning.experiments.report.results_files import FILES, report_notes, start_text
     from fish_tuning.experiments.report.tables import console_tables
+    from fish_tuning.experiments.run.facts import report_facts
 
     summary = summarize(runs)
     console.print()
     for table in console_tables(summary, console.width, title=f"{config.name} ({start_text(config)})"):
         console.print(table)
         console.print()
-    for note in report_notes(config, {**plan.facts, "notes": plan.notes}, summary):
+    rates = {run.arm: run.learning_rate for run in runs if run.learning_rate is not None}
+    for note in report_notes(config, report_facts(plan, rates), summary):
         console.print(f"note: {note}")
     written = [str(output_dir / name) for name in FILES if (output_dir / name).exists()]
     console.print(f"written: {', '.join(written)}", soft_wrap=True)

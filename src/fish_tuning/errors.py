@@ -22,6 +22,10 @@ class MaskError(FishTuningError):
     """A mask cannot be made, stored or applied as asked for."""
 
 
+class RecordError(FishTuningError):
+    """A file that tells of a run cannot be believed: it is cut off, damaged or something else."""
+
+
 class ZeroScoresError(MaskError):
     """More entries are asked for than have a non-zero score, and the caller made that an error."""
 

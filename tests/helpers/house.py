@@ -8,7 +8,7 @@ import fish_tuning
 
 ROOT = Path(fish_tuning.__file__).parent
 LABORATORY = {
-    *("datasets", "filelock", "jinja2", "markupsafe", "matplotlib", "psutil", "pydantic", "rich", "scipy", "sklearn"),
+    *("datasets", "filelock", "jinja2", "markupsafe", "matplotlib", "pydantic", "rich", "scipy", "sklearn"),
     *("trl", "typer", "yaml"),
 }
 

@@ -5,7 +5,8 @@ import torch
 from tiny import bert, classification_batch, llama, lora
 from torch import nn
 
-from fish_tuning.scores.probes import Probes, checksum
+from fish_tuning.scores.checks import Check, checksum
+from fish_tuning.scores.probes import Probes
 
 
 def test_names_are_those_that_a_rule_covers() -> None:
@@ -29,17 +30,20 @@ def test_hooks_are_there_only_within() -> None:
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_squares_and_those_of_the_first_example() -> None:
-    model, batch = nn.Linear(3, 2), torch.randn(4, 3)
+def test_squares_and_what_a_check_is_given() -> None:
+    model, batch, weights = nn.Linear(3, 2), torch.randn(4, 3), torch.tensor([1.5, -1.0, 1.25, -2.0])
     probes = Probes(model, ["weight"])
     into: dict[str, torch.Tensor] = {"weight": torch.zeros(2, 3)}
-    first: dict[str, torch.Tensor] = {}
+    check = Check(frozenset(["weight"]), frozenset(["weight"]), 1, weights)
     with probes:
         probes.start(4, torch.device("cpu"))
         losses = model(batch).sum(1)
-        probes.backward([losses, 2 * losses], into, first)  # two loss vectors: squares add up
-    torch.testing.assert_close(into["weight"], 5 * (batch**2).sum(0).expand(2, 3))
-    torch.testing.assert_close(first["weight"], checksum(5 * (batch[0] ** 2).expand(2, 3)))
+        probes.backward([losses, 2 * losses], into, check)  # two loss vectors: squares add up
+    squares = 5 * (batch**2).sum(0).expand(2, 3)
+    torch.testing.assert_close(into["weight"], squares)
+    torch.testing.assert_close(check.of_batch["weight"], checksum(squares))
+    torch.testing.assert_close(check.of_row["weight"], checksum(5 * (batch[1] ** 2).expand(2, 3)))
+    torch.testing.assert_close(check.of_sum["weight"], checksum(5 * (weights @ batch).square().expand(2, 3)))
 
 
 def test_checksums_tell_apart_what_is_only_moved() -> None:
@@ -55,7 +59,7 @@ def test_released_names_are_not_watched() -> None:
     into = {"bias": torch.zeros(2)}
     with probes:
         probes.start(4, torch.device("cpu"))
-        probes.backward([model(torch.randn(4, 3)).sum(1)], into, {})
+        probes.backward([model(torch.randn(4, 3)).sum(1)], into)
     assert probes.names == ["bias"]
     assert into["bias"].tolist() == [4, 4]
 
@@ -76,7 +80,7 @@ def test_backward_leaves_no_gradient() -> None:
     into = {name: torch.zeros_like(model.get_parameter(name), requires_grad=False) for name in names}
     with probes:
         probes.start(4, torch.device("cpu"))
-        probes.backward([model(**batch).logits.sum(1)], into, {})
+        probes.backward([model(**batch).logits.sum(1)], into)
     assert all(parameter.grad is None for parameter in model.parameters())
     assert all(tensor.any() for tensor in into.values())
 

@@ -42,7 +42,8 @@ from fish_tuning import (
     is_masked,
     remove_mask,
 )
-from fish_tuning.sparse.delta import add_delta, load_delta, remove_delta, save_delta
+from fish_tuning.files.delta_file import load_delta
+from fish_tuning.sparse.delta import add_delta, remove_delta, save_delta
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Batch]]] = {
     "bert-lora": (lambda: lora(bert(), lora_dropout=0.0), classification_batch),

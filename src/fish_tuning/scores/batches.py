@@ -24,11 +24,13 @@ def calibration_batches(
 ) -> Iterator[Batch]:
     """Batches of tensors on `device`, at most `num_samples` examples in all; the last batch is cut to fit."""
     left = num_samples
-    for raw in loader:
+    for number, raw in enumerate(loader):
         if left == 0:
             return
         batch = {key: value.to(device) for key, value in _mapping(raw).items() if isinstance(value, Tensor)}
         size = batch_size(batch)
+        if not size:
+            raise FisherError(f"Calibration batch {number} (counted from 0) holds no example; leave empty batches out.")
         if left is not None:
             if size > left:
                 batch, size = rows(batch, 0, left), left

@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from fish_tuning.errors import FisherError
-from fish_tuning.peft_methods import refusal
+from fish_tuning.errors import FisherError, FishTuningWarning
+from fish_tuning.scores.bare_model import unwrapped
 from fish_tuning.scores.batches import batch_size, calibration_batches
+from fish_tuning.scores.finite import check_finite
 from fish_tuning.scores.loss_vectors import LossFunction, LossVectors
 from fish_tuning.scores.losses import FisherType, TokenReduction
 from fish_tuning.scores.probes import Scores
 from fish_tuning.scores.scorer import Scorer
 from fish_tuning.scores.scoring_state import scoring_state
-from fish_tuning.sparse.masked_tensors import is_masked
+from fish_tuning.scores.validation import check_arguments, check_model, device_errors_explained
 
 logger = logging.getLogger(__name__)
-
-SCORES_DTYPES = (torch.float32, torch.float64, torch.bfloat16)  # float16 has no room for small squares
 
 
 def calculate_fisher_information(
@@ -87,16 +87,10 @@ def calculate_fisher_information(
         >>> scores["classifier.weight"].shape
         torch.Size([2, 16])
     """
-    _check_arguments(model, fisher_type, token_reduction, method, loss_fn, num_samples, scores_dtype)
+    check_arguments(model, fisher_type, token_reduction, method, loss_fn, num_samples, seed, scores_dtype)
+    model = unwrapped(model)
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    if not trainable:
-        raise FisherError("The model has no trainable tensor (requires_grad=True); there is nothing to score.")
-    if reason := refusal({type(module).__name__ for module in model.modules()}, "scored"):
-        raise FisherError(reason)
-    if is_masked(model):
-        raise FisherError(
-            "The model has a mask applied; its tensors cannot be scored as a whole. Call remove_mask(model) first."
-        )
+    check_model(model, trainable)
     target = torch.device(device) if device is not None else next(iter(trainable.values())).device
     if device is not None and not hasattr(model, "hf_device_map"):
         model.to(target)
@@ -108,13 +102,17 @@ def calculate_fisher_information(
         total=num_samples, desc="Fisher information", unit="ex", disable=not progress, leave=False
     ) as bar:  # fmt: skip
         for batch in calibration_batches(calibration_dataloader, target, num_samples):
-            scorer.add(losses.trimmed(batch), first_example=seen)
+            with device_errors_explained(model, target):
+                scorer.add(losses.trimmed(batch), first_example=seen)
+            for message in scorer.new_failures():
+                warnings.warn(message, FishTuningWarning, stacklevel=2)
             seen += batch_size(batch)
             bar.update(batch_size(batch))
     if not seen:
         raise FisherError("The calibration dataloader gave no example.")
     if num_samples is not None and seen < num_samples:
         logger.warning("Fisher information: %d examples asked for, the loader gave %d.", num_samples, seen)
+    check_finite(model, scorer.scores)
     return {name: score.div_(seen) for name, score in scorer.scores.items()}
 
 
@@ -123,32 +121,3 @@ def _zeros(tensors: Mapping[str, Tensor], dtype: torch.dtype, device: torch.devi
         name: torch.zeros_like(tensor, dtype=dtype, device=device, requires_grad=False)
         for name, tensor in tensors.items()
     }
-
-
-def _check_arguments(
-    model: nn.Module,
-    fisher_type: str,
-    token_reduction: str,
-    method: str,
-    loss_fn: LossFunction | None,
-    num_samples: int | None,
-    scores_dtype: torch.dtype,
-) -> None:
-    if not isinstance(model, nn.Module):
-        raise FisherError(f"model must be a torch.nn.Module, not {type(model).__name__}.")
-    for name, value, allowed in (
-        ("fisher_type", fisher_type, get_args(FisherType)),
-        ("token_reduction", token_reduction, get_args(TokenReduction)),
-        ("method", method, ("auto", "loop")),
-    ):
-        if value not in allowed:
-            raise FisherError(f"{name}={value!r} is not known; allowed are {', '.join(map(repr, allowed))}.")
-    if scores_dtype not in SCORES_DTYPES:
-        raise FisherError(
-            f"scores_dtype={scores_dtype} cannot hold squared gradients, which are far below 1; allowed are "
-            f"{', '.join(map(str, SCORES_DTYPES))}."
-        )
-    if loss_fn is not None and fisher_type != "empirical":
-        raise FisherError(f"loss_fn gives losses for the given labels, so fisher_type={fisher_type!r} cannot use it.")
-    if num_samples is not None and num_samples < 1:
-        raise FisherError(f"num_samples={num_samples} must be at least 1, or None for the whole loader.")

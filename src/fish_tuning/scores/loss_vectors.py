@@ -12,6 +12,8 @@ from torch.func import functional_call
 
 from fish_tuning.errors import FisherError
 from fish_tuning.scores.batches import Batch, batch_size, trim_padding
+from fish_tuning.scores.finite import why_not_finite
+from fish_tuning.scores.labels import check_given_classes, check_labels, check_shapes, logits_of, whole_numbers
 from fish_tuning.scores.losses import (
     FisherType,
     Likelihood,
@@ -49,13 +51,15 @@ class LossVectors:
         """
         inputs = batch if self.encoder_decoder or self.loss_fn else _without_labels(batch)
         inputs = {**inputs, **self._positions(batch)}
+        if self.encoder_decoder and not self.loss_fn:
+            check_given_classes(self.model, batch.get("labels"), first_example)
         outputs = self._call(parameters, inputs) if parameters else self.model(**inputs)
         losses = self._losses(outputs, batch, first_example)
         for offset, finite in enumerate(torch.stack(losses).isfinite().all(dim=0).tolist()):
             if not finite:
                 raise FisherError(
                     f"The loss of calibration example {first_example + offset} is not finite, so neither is its Fisher "
-                    "information. Check the example and the model's dtype."
+                    f"information. {why_not_finite(self.model)}"
                 )
         return losses
 
@@ -70,16 +74,19 @@ class LossVectors:
     def _losses(self, outputs: Any, batch: Batch, first_example: int) -> list[Tensor]:
         if self.loss_fn is not None:
             loss = self.loss_fn(outputs, batch)
-            if loss.shape != (batch_size(batch),):
+            shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+            if shape != (batch_size(batch),):
                 raise FisherError(
-                    f"loss_fn must return one loss an example, shape ({batch_size(batch)},); it returned "
-                    f"{tuple(loss.shape)}."
+                    "loss_fn must return one loss an example, shape (n,) for a batch of n; for "
+                    f"{batch_size(batch)} examples it returned {shape}."
                 )
-            return [loss]
-        logits = outputs.logits
-        labels = align_labels(self.model, logits, labels_of(batch), batch.get("attention_mask"))
+            return [loss if loss.dtype == torch.float64 else loss.float()]
+        logits, labels = logits_of(outputs), whole_numbers(labels_of(batch))
+        check_shapes(self.model, logits, labels)
+        labels = align_labels(self.model, logits, labels, batch.get("attention_mask"))
         if self.likelihood is None:
             self.likelihood = resolve_likelihood(self.model, logits, labels, self.token_reduction)
+        check_labels(logits, labels, self.likelihood, first_example, drawn=self.fisher_type != "empirical")
         # A generator for each example makes its draw independent of the batch it is in.
         generators = [
             torch.Generator().manual_seed(self.seed + (1 + first_example + row) * 2**20)

@@ -31,6 +31,7 @@ TOKENWISE = ("ForCausalLM", "ForConditionalGeneration", "ForTokenClassification"
 class Likelihood:
     """p(y | x) as the model's head defines it, with labels already aligned to the logits.
 
+    `labels` tells what they are: a class an example, a class (or -100) a token, or a value for every logit.
     `nll(logits, labels)` gives one value an example, (n,). `sample(logits, labels, generators)` draws labels with
     `generators[i]` for example i; `labels` only tells which positions count. `expected(logits)` gives vectors whose
     squared gradients add up to the exact expectation over labels.
@@ -39,6 +40,7 @@ class Likelihood:
     nll: Callable[[Tensor, Tensor], Tensor]
     sample: Callable[[Tensor, Tensor, list[torch.Generator]], Tensor]
     expected: Callable[[Tensor], list[Tensor]] | None
+    labels: Literal["classes", "tokens", "values"]
 
 
 def example_losses(
@@ -119,7 +121,8 @@ def labels_of(batch: Mapping[str, Any]) -> Tensor:
             return batch[key]  # type: ignore[no-any-return]
     raise FisherError(
         f"The calibration batch has no 'labels' tensor (found: {', '.join(map(str, batch)) or 'nothing'}). The Fisher "
-        "information needs a label an example, also where it draws them itself, to know which tokens count."
+        "information needs a label an example, also where it draws them itself, to know which tokens count. For a task "
+        "whose target is something else, pass loss_fn=f, where f(outputs, batch) returns one loss an example."
     )
 
 
@@ -134,9 +137,9 @@ def _classification_likelihood(model: nn.Module, logits: Tensor, labels: Tensor)
         else:
             problem_type = "single_label_classification"
     return {
-        "regression": Likelihood(_regression_nll, _sample_regression, _expected_regression),
-        "multi_label_classification": Likelihood(_multi_label_nll, _sample_multi_label, None),
-        "single_label_classification": Likelihood(_class_nll, _sample_classes, _expected_classes),
+        "regression": Likelihood(_regression_nll, _sample_regression, _expected_regression, "values"),
+        "multi_label_classification": Likelihood(_multi_label_nll, _sample_multi_label, None, "values"),
+        "single_label_classification": Likelihood(_class_nll, _sample_classes, _expected_classes, "classes"),
     }[problem_type]
 
 
@@ -197,7 +200,7 @@ def _token_likelihood(reduction: TokenReduction) -> Likelihood:
             row[counted] = _draw(scores[counted], generator)
         return drawn
 
-    return Likelihood(nll, sample, None)
+    return Likelihood(nll, sample, None, "tokens")
 
 
 def _draw(logits: Tensor, generator: torch.Generator) -> Tensor:

@@ -17,26 +17,25 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 import fish_tuning.scores.peft_rules  # noqa: F401 (registers the rules of PEFT's layers)
+from fish_tuning.scores.checks import Check, add_checksum
 from fish_tuning.scores.layer_rules import LayerRule, rule_for
 
 Scores = dict[str, Tensor]
-Checksums = dict[str, Tensor]
 
 
 class Probes:
     """Identities behind the layers that own `names`, as far as there is a rule for them; `names` tells which.
 
     Use as a context manager, which removes the hooks. Between `forward` passes, `backward(losses, into)` adds the sums
-    of squared per-example gradients into `into` and, when `checksums` is given, the `checksum` of those of one `row`
-    alone into it. `broken` maps tensors whose layer was called in a way that no rule covers to the reason.
+    of squared per-example gradients into `into` and, when it is given, fills a `Check`. `broken` maps tensors whose
+    layer was called in a way that no rule covers to the reason; nothing is added for them.
     """
 
     def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
         self.anchor: Tensor | None = None
         self.batch_size = 0
         self.into: Scores | None = None  # set during the backward pass
-        self.checksums: Checksums | None = None
-        self.row = 0
+        self.check: Check | None = None
         self.broken: dict[str, str] = {}
         self.expanded: list[_Layer] = []  # layers whose one row became a row an example in the last forward pass
         self._layers = _watched_layers(model, set(names), self)
@@ -63,21 +62,24 @@ class Probes:
     def start(self, batch_size: int, device: torch.device) -> None:
         """Call before each forward pass."""
         self.batch_size = batch_size
-        self.expanded = []
+        self.expanded, self.broken = [], {}
         self.anchor = torch.zeros((), device=device, requires_grad=True)
         for layer in self._layers:
             layer.calls, layer.arrived = 0, []
 
-    def backward(self, losses: list[Tensor], into: Scores, checksums: Checksums | None = None, row: int = 0) -> None:
-        """One backward pass for each (n,) loss vector of the last forward pass."""
+    def backward(
+        self, losses: list[Tensor], into: Scores, check: Check | None = None, stand_ins: Iterable[Tensor] = ()
+    ) -> None:
+        """One backward pass for each (n,) loss vector of the last forward pass; `stand_ins` get their gradients too."""
         if self.anchor is None:
             raise RuntimeError("start() comes before backward()")
-        self.into, self.checksums, self.row = into, checksums, row
+        self.into, self.check = into, check
         for number, loss in enumerate(losses, start=1):
-            torch.autograd.grad(loss.sum(), self.anchor, allow_unused=True, retain_graph=number < len(losses))
+            weights = torch.ones_like(loss) if check is None else check.weights.to(loss)
+            torch.autograd.backward(loss, weights, inputs=[self.anchor, *stand_ins], retain_graph=number < len(losses))
             for layer in self._layers:
                 layer.square()  # calls that got no gradient never arrive
-        self.into = self.checksums = self.anchor = None
+        self.into = self.check = self.anchor = None
 
 
 class _Layer:
@@ -86,7 +88,6 @@ class _Layer:
     def __init__(self, module: nn.Module, rule: LayerRule, names: dict[str, str], probes: Probes) -> None:
         self.module, self.rule, self.names, self.probes = module, rule, names, probes
         self.calls = 0
-        self.checked = False
         self.expand = True
         self.arrived: list[tuple[Tensor, Tensor]] = []
 
@@ -112,29 +113,41 @@ class _Layer:
         if x.shape[0] != size or g.shape[0] != size:
             self._break(f"it was called with first dimension {x.shape[0]}, not with the {size} examples of the batch")
             return
-        if self.probes.checksums is not None:
-            self.checked = True
-        elif not self.checked:
-            self._break("it was not called in the first batches, where rules are checked")
-            return
         self.arrived.append((x, g))
         if len(self.arrived) == self.calls:
             self.square()
 
     @torch.no_grad()
     def square(self) -> None:
-        if not self.arrived:
+        arrived, self.arrived = self.arrived, []
+        if not arrived or not self.probes.broken.keys().isdisjoint(self.names.values()):
             return
-        calls = [self.rule.positions(self.module, _exact(x), _exact(g)) for x, g in self.arrived]
+        calls = [self.rule.positions(self.module, _exact(x), _exact(g)) for x, g in arrived]
         x, g = (_joined(list(side)) for side in zip(*calls, strict=True))
-        self.arrived = []
-        into, checksums = self.probes.into, self.probes.checksums
+        into, check = self.probes.into, self.probes.check
         with torch.autocast(x.device.type, enabled=False):
+            if check is not None:
+                g = self._add_checksums(check, x, g)
             for name, squares in self._squares(x, g):
                 add_squares(into[name], squares)  # type: ignore[index]
-            if checksums is not None:
-                for name, squares in self._squares(x[self.probes.row, None], g[self.probes.row, None]):
-                    checksums[name] = checksums.get(name, 0) + checksum(squares)
+                if check is not None and name in check.together:
+                    add_checksum(check.of_batch, name, squares)
+
+    def _add_checksums(self, check: Check, x: Tensor, g: Tensor) -> Tensor:
+        """Of one row, and of the batch's sum; gives `g` freed of the weights."""
+        own = self.names.values()
+        if not check.together.isdisjoint(own):
+            # To a rule, the positions of all examples put one after another are one example, whose gradient is the sum.
+            for name, squares in self._squares(*(side.flatten(0, 1)[None] for side in (x, g))):
+                if name in check.together:
+                    add_checksum(check.of_sum, name, squares)
+        if check.together:
+            g = g / check.weights.to(g).view(-1, *[1] * (g.dim() - 1))
+        if not check.alone.isdisjoint(own):
+            for name, squares in self._squares(*(side[check.row, None] for side in (x, g))):
+                if name in check.alone:
+                    add_checksum(check.of_row, name, squares)
+        return g
 
     def _squares(self, x: Tensor, g: Tensor) -> Iterator[tuple[str, Tensor]]:
         for local, squares in self.rule.squares(self.module, x, g).items():
@@ -167,21 +180,6 @@ def add_squares(total: Tensor, squares: Tensor) -> None:
         return
     rows, values = squares.indices()[0].to(total.device), squares.values().to(total.device, total.dtype)
     total[rows] += values  # each row once
-
-
-def checksum(squares: Tensor) -> Tensor:
-    """Two sums that tell apart tensors of squares, fp64 on the CPU: plain, and weighted by position."""
-    if squares.is_sparse:
-        rows, values = squares.indices()[0], squares.values()
-    else:
-        values = squares.reshape(squares.shape[0] if squares.dim() > 1 else 1, -1)
-        rows = torch.arange(values.shape[0], device=values.device)
-    width = values.shape[1]
-    of_rows, of_columns = values.sum(1).double(), values.sum(0).double()
-    columns = torch.arange(width, device=values.device)
-    # The position of an entry is row * width + column: no tensor of positions is needed.
-    weighted = width * (rows * of_rows).sum() + (columns * of_columns).sum()
-    return torch.stack([of_rows.sum(), weighted / max(1, squares.numel() - 1)]).cpu()
 
 
 def _joined(calls: list[Tensor]) -> Tensor:

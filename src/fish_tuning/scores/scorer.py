@@ -3,31 +3,40 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
 from fish_tuning.errors import FisherError
 from fish_tuning.scores.batches import Batch, batch_size, most_padded_row, rows
+from fish_tuning.scores.checks import (
+    LOW_PRECISION_TOLERANCE,
+    NEGLIGIBLE_GRADIENT,
+    TOLERANCE,
+    Check,
+    Checksums,
+    Comparison,
+    add_checksum,
+    random_weights,
+)
+from fish_tuning.scores.expansion import with_expansion_if_possible
 from fish_tuning.scores.loss_vectors import LossVectors
-from fish_tuning.scores.probes import Checksums, Probes, Scores, add_squares, checksum
+from fish_tuning.scores.plain_gradients import PlainGradients, Take
+from fish_tuning.scores.probes import Probes, Scores, add_squares
 
 logger = logging.getLogger("fish_tuning.scores.fisher")
 
-# A layer rule is trusted for a tensor when it agrees with the plain gradient of one example this well. Wrong rules are
-# wrong by the order of the gradient itself; rounding is far below, except where a gradient is all rounding.
-RULE_TOLERANCE = 1e-3
-LOW_PRECISION_TOLERANCE = 0.1
-NEGLIGIBLE_GRADIENT = 1e-4  # of the norm over all tensors
-CHECKED_BATCHES = 4  # in which a tensor may wait for an example that gives it a gradient
-_NO_GRADIENT = torch.zeros(2, dtype=torch.float64)
+DISAGREES = "its rule does not agree with the plain gradient"
 
 
 class Scorer:
-    """Adds batches up into `scores`, tensor by tensor by rule or by loop."""
+    """Adds batches up into `scores`, tensor by tensor by rule or by loop.
+
+    `looped` maps the tensors that go through the loop to the reason.
+    """
 
     def __init__(
         self,
@@ -39,160 +48,148 @@ class Scorer:
     ) -> None:
         self.trainable, self.losses, self.scores = trainable, losses, scores
         self.probes = Probes(model, trainable if method == "auto" else ())
-        self.reasons = dict.fromkeys(
+        self.plain = PlainGradients(model, trainable)
+        self.looped = dict.fromkeys(
             trainable.keys() - set(self.probes.names), "no rule" if method == "auto" else "method='loop'"
         )
+        self.failed: dict[str, str] = {}
         # How far each rule is proven: 1 with single examples, 2 with several, where a layer that does not keep examples
-        # apart shows. An example that gives a tensor no gradient proves nothing, so others are tried.
+        # apart shows.
         self.proven = dict.fromkeys(self.probes.names, 0)
-        self.checks = Counter[int]()
+        self.looked_at = dict.fromkeys(self.probes.names, 0)  # up to which of these an example was looked at alone
         self.begun = False
-        self.slots = _slots(model, trainable)
-        self.reach_checked: set[str] = set()
-        self.gradient_scale = 0.0  # squared norm of an example's gradient, the largest seen
+        self.gradient_scale = 0.0  # squared norm of an example's gradient over all tensors, the largest seen
 
     def add(self, batch: Batch, first_example: int) -> None:
         level = min(batch_size(batch), 2)
         unproven = [name for name in self.probes.names if self.proven[name] < level]
-        if unproven and self.checks[level] < CHECKED_BATCHES:
-            self.checks[level] += 1
-            self._add_checked(batch, first_example, unproven, level)
+        if unproven:
+            failed = self._add_checked(batch, first_example, unproven, level)
         elif self.probes.names:
-            self._batched(batch, first_example, self.scores)
-        if self.probes.broken:
-            name, reason = next(iter(self.probes.broken.items()))
-            raise FisherError(
-                f"The layer of {name!r} is called differently from batch to batch: {reason}. Use method='loop'."
-            )
-        if not self.begun:
+            self.probes.backward(self._forward(batch, first_example), self.scores)
+            failed = dict(self.probes.broken)
+        else:
+            failed = {}
+        self.probes.release(failed)
+        self.failed |= failed
+        self.looped |= failed
+        if failed or not self.begun:
             self._log_choice()
-        looped = [name for name in self.trainable if name in self.reasons]
-        if looped:
-            self._loop(batch, first_example, looped, self.scores)
+        self._loop(batch, first_example, [name for name in self.trainable if name in self.looped])
         self.begun = True
 
-    def _add_checked(self, batch: Batch, first_example: int, names: list[str], level: int) -> None:
-        """Adds the batch by rule, but keeps of `names` only those whose rule agrees with the loop on one example."""
-        row = most_padded_row(batch)  # if anything spills between examples, it shows there
+    def new_failures(self) -> list[str]:
+        """What to tell the user of rules that failed since the last call."""
+        failed, self.failed = self.failed, {}
+        return [
+            f"Fisher information: the batched rule failed for {len(names)} of {len(self.trainable)} tensors, e.g. "
+            f"{names[0]!r}: {reason}. They are scored one example at a time, which is as exact, but slower."
+            for reason in dict.fromkeys(failed.values())
+            for names in [[name for name, why in failed.items() if why == reason]]
+        ]
+
+    def _add_checked(self, batch: Batch, first_example: int, names: list[str], level: int) -> dict[str, str]:
+        """Adds the batch by rule, but nothing for those of `names` whose rule failed; returns them with the reason.
+
+        One example is looked at alone. Where it has no gradient, it proves nothing; then the gradient of the batch must
+        be what the rule says, now and in every batch to come. Where that is not zero, each example is looked at alone.
+        """
+        size, row = batch_size(batch), most_padded_row(batch)  # what spills between examples shows there
         before = {name: self.scores[name].clone() if self.begun else None for name in names}
-        by_rule: Checksums = {}
-        self._batched(batch, first_example, self.scores, by_rule, row)
-        by_loop = dict.fromkeys(names, _NO_GRADIENT)
+        new = [name for name in names if self.looked_at[name] < level]
+        self.looked_at |= dict.fromkeys(new, level)
+        alone = self._plain_checksums(batch, first_example, [row], new)
+        floor = self._floor(alone)
+        waiting = [name for name in names if name not in alone or float(alone[name][0]) <= floor]
 
-        def take(name: str, squares: Tensor) -> None:
-            by_loop[name] = by_loop[name] + checksum(squares)
+        weights = random_weights(size, seed=first_example) if waiting else torch.ones(size)
+        check = Check(frozenset(new), frozenset(waiting), row, weights)
+        together: Checksums = {}
+        stand_ins = self.plain.stand_ins(waiting, lambda name, squares: add_checksum(together, name, squares))
+        losses = self._forward(batch, first_example, self.plain.in_place(stand_ins))
+        self.probes.backward(losses, self.scores, check, stand_ins.values())
+        failed = dict(self.probes.broken)
 
-        self._square_gradients(rows(batch, row, row + 1), first_example + row, names, take)
-        wrong = self._disagreements(by_rule, by_loop, level)
-        wrong |= {name: self.probes.broken.pop(name) for name in names if name in self.probes.broken}
-        for name in wrong:
+        def compare(names: Iterable[str], rule: Checksums, plain: Checksums, floor: float) -> Comparison:
+            return Comparison.of([name for name in names if name not in failed], rule, plain, self._tolerance(), floor)
+
+        in_row = compare(new, check.of_row, alone, floor)
+        floor = size * self._floor(together, size)
+        in_sum = compare(waiting, check.of_sum, together, floor)
+        told = [name for name in waiting if name in in_sum.right]
+        one_by_one = self._plain_checksums(batch, first_example, range(size), told)
+        in_batch = compare(told, check.of_batch, one_by_one, floor)
+
+        self.proven |= dict.fromkeys(in_row.right | in_batch.agree, level)
+        disagree = in_row.disagree | in_sum.disagree | in_batch.disagree
+        failed |= {name: DISAGREES for name in names if name in disagree}
+        for name in before.keys() & failed.keys():
             earlier = before[name]
             self.scores[name].zero_() if earlier is None else self.scores[name].copy_(earlier)
-        self.probes.release(wrong)
-        self.reasons |= wrong
-        if wrong and self.begun:
-            self._log_choice()
+        return failed
 
-    def _disagreements(self, by_rule: Checksums, by_loop: Checksums, level: int) -> dict[str, str]:
-        """Tensors whose rule does not give what the loop gives on one example; those that do are proven."""
-        rule = torch.stack([by_rule.get(name, _NO_GRADIENT) for name in by_loop])
-        loop = torch.stack(list(by_loop.values()))
-        self.gradient_scale = max(self.gradient_scale, float(loop[:, 0].sum()))
-        floor = NEGLIGIBLE_GRADIENT**2 * self.gradient_scale
-        agrees = ((rule - loop).abs() <= 2 * self._tolerance() * loop[:, :1].clamp(min=floor)).all(dim=1).tolist()
-        tells = (loop[:, 0] > floor).tolist()
-        self.proven |= {name: level for name, ok, tell in zip(by_loop, agrees, tells, strict=True) if ok and tell}
-        return {
-            name: "its rule does not agree with the plain gradient"
-            for name, ok in zip(by_loop, agrees, strict=True)
-            if not ok
-        }
+    def _floor(self, gradients: Checksums, examples: int = 1) -> float:
+        """The squared norm at and below which an example's gradient of a tensor may be nothing but rounding."""
+        total = sum(float(sums[0]) for sums in gradients.values()) / examples
+        if math.isfinite(total):
+            self.gradient_scale = max(self.gradient_scale, total)
+        return NEGLIGIBLE_GRADIENT**2 * self.gradient_scale
+
+    def _plain_checksums(self, batch: Batch, first_example: int, numbers: Iterable[int], names: list[str]) -> Checksums:
+        sums: Checksums = {}
+        if names:
+            for row in numbers:
+                self._square_gradients(
+                    batch, first_example, row, names, lambda name, squares: add_checksum(sums, name, squares)
+                )
+        return sums
 
     def _tolerance(self) -> float:
         low = torch.is_autocast_enabled(self._device().type) or any(
             parameter.dtype not in (torch.float32, torch.float64) for parameter in self.losses.model.parameters()
         )
-        return LOW_PRECISION_TOLERANCE if low else RULE_TOLERANCE
+        return LOW_PRECISION_TOLERANCE if low else TOLERANCE
 
-    def _batched(
-        self, batch: Batch, first_example: int, into: Scores, checksums: Checksums | None = None, row: int = 0
-    ) -> None:
-        losses = self._forward(batch, first_example)
-        self.probes.backward(losses, into, checksums, row)
+    def _forward(self, batch: Batch, first_example: int, in_place: dict[str, Tensor] | None = None) -> list[Tensor]:
+        def attempt() -> list[Tensor]:
+            self.probes.start(batch_size(batch), self._device())
+            return self._losses(batch, first_example, in_place)
 
-    def _forward(self, batch: Batch, first_example: int) -> list[Tensor]:
-        self.probes.start(batch_size(batch), self._device())
-        try:
-            return self.losses(batch, first_example)
-        except RuntimeError:
-            if not self.probes.expanded:
-                raise
-        # A model that repeats its one row for every example by itself: leave the row as it is; the loop takes it.
-        self.probes.expanded[0].expand = False
-        return self._forward(batch, first_example)
+        return with_expansion_if_possible(attempt, self.probes)
 
-    def _loop(self, batch: Batch, first_example: int, names: list[str], into: Scores) -> None:
+    def _losses(self, batch: Batch, first_example: int, in_place: dict[str, Tensor] | None) -> list[Tensor]:
+        losses = self.losses(batch, first_example, in_place)
+        if not all(loss.requires_grad for loss in losses):
+            raise FisherError(
+                f"The loss depends on no trainable tensor (there are {len(self.trainable)}, e.g. "
+                f"{next(iter(self.trainable))!r}), so there is no gradient to square. Is the forward pass under "
+                "torch.no_grad(), or are the active adapter and the trainable one not the same?"
+            )
+        return losses
+
+    def _loop(self, batch: Batch, first_example: int, names: list[str]) -> None:
         """The definition: one example at a time, without its padding, its gradient squared."""
 
         def take(name: str, squares: Tensor) -> None:
-            add_squares(into[name], squares)
+            add_squares(self.scores[name], squares)
 
-        for row in range(batch_size(batch)):
-            self._square_gradients(rows(batch, row, row + 1), first_example + row, names, take)
+        for row in range(batch_size(batch) if names else 0):
+            self._square_gradients(batch, first_example, row, names, take)
 
-    def _square_gradients(
-        self, example: Batch, number: int, names: list[str], take: Callable[[str, Tensor], None]
-    ) -> None:
-        """`take(name, squares)` for each tensor that the example's loss depends on, once a loss vector.
-
-        Stand-ins for the parameters receive the gradients, one at a time: a whole model's never lie side by side, and
-        what hangs on the parameters themselves (`.grad`, hooks) stays out of it.
-        """
-
-        def receive(name: str, stand_in: Tensor) -> None:
-            gradient, stand_in.grad = stand_in.grad, None
-            if gradient is not None:
-                gradient = gradient.float()
-                take(name, gradient.square_() if gradient.is_contiguous() else gradient.square())
-
-        stand_ins = {name: self.trainable[name].detach().requires_grad_() for name in names}
-        for name, stand_in in stand_ins.items():
-            stand_in.register_post_accumulate_grad_hook(partial(receive, name))
-        in_place = {slot: stand_in for name, stand_in in stand_ins.items() for slot in self.slots[name]}
-        losses = self.losses(self.losses.trimmed(example), number, in_place)
-        self._check_reach(losses[0], {name: self.trainable[name] for name in names})
+    def _square_gradients(self, batch: Batch, first_example: int, row: int, names: list[str], take: Take) -> None:
+        """`take(name, squares)` for each tensor that the row's loss depends on, once a loss vector."""
+        stand_ins = self.plain.stand_ins(names, take)
+        example = self.losses.trimmed(rows(batch, row, row + 1))
+        losses = self._losses(example, first_example + row, self.plain.in_place(stand_ins))
+        self.plain.check_reach(losses[0], names)
         for vector, loss in enumerate(losses, start=1):
             torch.autograd.backward(loss.sum(), inputs=list(stand_ins.values()), retain_graph=vector < len(losses))
-
-    def _check_reach(self, loss: Tensor, own: dict[str, nn.Parameter]) -> None:
-        """Refuse a tensor that its module gets at by another way than its attribute: no stand-in can take its place."""
-        if self.reach_checked.issuperset(own):
-            return
-        self.reach_checked |= own.keys()
-        gradients = torch.autograd.grad(loss.sum(), list(own.values()), allow_unused=True, retain_graph=True)
-        for name, gradient in zip(own, gradients, strict=True):
-            if gradient is not None:
-                raise FisherError(
-                    f"{name!r} cannot be scored: its layer keeps a reference to it of its own, past the module's "
-                    "attribute. Set requires_grad_(False) on it, or use another PEFT method."
-                )
 
     def _device(self) -> torch.device:
         return next(iter(self.trainable.values())).device
 
     def _log_choice(self) -> None:
         logger.info("Fisher information: %d tensors by batched rules.", len(self.probes.names))
-        for reason, number in Counter(self.reasons.values()).items():
-            example = next(name for name, why in self.reasons.items() if why == reason)
+        for reason, number in Counter(self.looped.values()).items():
+            example = next(name for name, why in self.looped.items() if why == reason)
             logger.info("Fisher information: %d tensors by the loop (%s), e.g. %s.", number, reason, example)
-
-
-def _slots(model: nn.Module, trainable: dict[str, nn.Parameter]) -> dict[str, list[str]]:
-    """Every place of each tensor, a tied one's several; a module that is registered twice counts once."""
-    names = {id(parameter): name for name, parameter in trainable.items()}
-    slots: dict[str, list[str]] = {name: [] for name in trainable}
-    for prefix, module in model.named_modules():
-        for local, parameter in module._parameters.items():
-            if id(parameter) in names:
-                slots[names[id(parameter)]].append(f"{prefix}.{local}" if prefix else local)
-    return slots

@@ -13,10 +13,15 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from fish_tuning.scores.bare_model import uncompiled, without_mixed_precision
+
 
 @contextmanager
 def scoring_state(model: nn.Module) -> Iterator[None]:
     """Evaluation mode (no dropout), no key-value cache, gradients on, the random state of every device kept.
+
+    What `torch.compile` and accelerate's mixed precision have put into the model is off. An autocast around the call
+    stays in force: the caller has opened it.
 
     Activation checkpointing stays in force, since a model may not fit without it. transformers ties it to training
     mode, so the checkpointed layers alone keep that flag, their own functional dropout and layer drop set to 0.
@@ -26,6 +31,8 @@ def scoring_state(model: nn.Module) -> Iterator[None]:
         stack.enter_context(_random_state_kept(model))
         stack.enter_context(torch.enable_grad())
         try:
+            uncompiled(stack)
+            without_mixed_precision(model, stack)
             model.eval()
             for module in modes:
                 if getattr(module, "gradient_checkpointing", False) and hasattr(module, "_gradient_checkpointing_func"):

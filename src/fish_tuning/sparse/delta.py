@@ -6,71 +6,17 @@ place, so the outputs are those of the trained model to the bit, and nothing is 
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fish_tuning.errors import FishTuningWarning, MaskError, did_you_mean
+from fish_tuning.files.delta_file import Delta, DeltaTensor, dtype_name, load_delta, write_delta
 from fish_tuning.sparse.masked_tensors import dense_parameters, entries_digest, is_masked, masked_tensors
-
-_FORMAT = "fish_tuning.delta.v1"
-
-
-@dataclass(frozen=True)
-class DeltaTensor:
-    """The trained entries of one tensor: `values` at the ascending positions `index` of the flattened tensor.
-
-    `digest` is that of the entries before training. A tensor that was trained as a whole has neither index nor digest:
-    nothing of the base is left in it.
-    """
-
-    values: Tensor
-    index: Tensor | None
-    shape: torch.Size
-    digest: str | None
-
-    def is_sound(self) -> bool:
-        if self.index is None:
-            return self.values.shape == self.shape
-        if self.index.dim() != 1 or self.values.shape != self.index.shape or not len(self.index):
-            return False
-        return bool(self.index[0] >= 0 and self.index[-1] < self.shape.numel() and (self.index.diff() > 0).all())
-
-    def entries(self, tensor: Tensor) -> Tensor:
-        """The entries of `tensor` that are this delta's."""
-        tensor = tensor.detach()
-        return tensor if self.index is None else tensor.take(self.index.to(tensor.device, torch.long))
-
-    def write(self, tensor: Tensor, entries: Tensor) -> None:
-        with torch.no_grad():
-            if self.index is None:
-                tensor.copy_(entries)
-            else:
-                tensor.put_(self.index.to(tensor.device, torch.long), entries.to(tensor))
-
-
-@dataclass(frozen=True, repr=False)
-class Delta:
-    """A delta in memory, from `load_delta`: the trained entries of each tensor by its name in the model."""
-
-    tensors: Mapping[str, DeltaTensor]
-
-    @property
-    def num_parameters(self) -> int:
-        """Number of entries that it holds."""
-        return sum(tensor.values.numel() for tensor in self.tensors.values())
-
-    def __repr__(self) -> str:
-        return f"Delta({self.num_parameters:,} parameters of {len(self.tensors)} tensors)"
 
 
 class _Added(NamedTuple):
@@ -118,53 +64,7 @@ def save_delta(model: nn.Module, path: str | os.PathLike[str]) -> None:
             "The model keeps running statistics (batch normalisation). They are no parameters and not in the delta: "
             "outputs may differ unless those layers were in eval mode while training.", FishTuningWarning, stacklevel=2,
         )  # fmt: skip
-    tensors = _trained_tensors(model)
-    content = {f"values:{name}": tensor.values for name, tensor in tensors.items()}
-    content |= {f"index:{name}": tensor.index for name, tensor in tensors.items() if tensor.index is not None}
-    described = {
-        name: {"shape": list(tensor.shape), "dtype": _name_of(tensor.values.dtype), "digest": tensor.digest}
-        for name, tensor in tensors.items()
-    }
-    save_file(content, path, metadata={"format": _FORMAT, "tensors": json.dumps(described)})
-
-
-def load_delta(path: str | os.PathLike[str]) -> Delta:
-    """Read a delta that `save_delta` wrote. Raises MaskError when the file is missing, something else, or damaged.
-
-    Example:
-        >>> import tempfile, torch
-        >>> from fish_tuning import apply_mask, load_delta, save_delta
-        >>> model = torch.nn.Linear(4, 3, bias=False)
-        >>> apply_mask(model, {"weight": torch.eye(3, 4, dtype=torch.bool)})
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     save_delta(model, f"{folder}/delta.safetensors")
-        ...     delta = load_delta(f"{folder}/delta.safetensors")
-        >>> delta.num_parameters, delta.tensors["weight"].index.tolist()
-        (3, [0, 5, 10])
-    """
-    shown = repr(os.fspath(path))
-    if not Path(path).is_file():
-        raise MaskError(f"There is no delta file at {shown}.")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != _FORMAT:
-                raise MaskError(f"{shown} is a safetensors file, but not a delta ({_FORMAT}).")
-            tensors = {
-                name: DeltaTensor(
-                    values=file.get_tensor(f"values:{name}"),
-                    index=None if described["digest"] is None else file.get_tensor(f"index:{name}"),
-                    shape=torch.Size(described["shape"]),
-                    digest=described["digest"],
-                )
-                for name, described in json.loads(metadata["tensors"]).items()
-            }
-    except SafetensorError as error:
-        raise MaskError(f"{shown} is not a readable safetensors file: {error}") from error
-    for name, tensor in tensors.items():
-        if not tensor.is_sound():
-            raise MaskError(f"{shown} is damaged: positions, values and shape of {name!r} do not fit each other.")
-    return Delta(tensors)
+    write_delta(Delta(_trained_tensors(model)), path)
 
 
 def add_delta(
@@ -308,8 +208,8 @@ def _common_entries(one: DeltaTensor, other: DeltaTensor) -> int:
 def _check_base(parameters: Mapping[str, nn.Parameter], delta: Delta) -> None:
     different = []
     for name, tensor in delta.tensors.items():
-        dtype = _name_of(parameters[name].dtype)
-        trained = tensor.digest.partition(":")[0] if tensor.digest else _name_of(tensor.values.dtype)
+        dtype = dtype_name(parameters[name].dtype)
+        trained = tensor.digest.partition(":")[0] if tensor.digest else dtype_name(tensor.values.dtype)
         if trained != dtype:
             raise MaskError(
                 f"{name!r} is {dtype} in the model, and the delta was trained on {trained}. Load the model with "
@@ -339,10 +239,6 @@ def _records(model: nn.Module, name: str) -> dict[str, _Added]:
 
 def _forget(model: nn.Module, name: str) -> None:
     model._fish_tuning_deltas = {n: r for n, r in _added(model).items() if n != name}  # type: ignore[assignment]
-
-
-def _name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _listed(added: Mapping[str, object]) -> str:

@@ -10,106 +10,58 @@ The frozen tensor is a buffer, not a parameter without gradient: code that switc
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
-from fish_tuning.errors import MaskError, did_you_mean
-from fish_tuning.peft_methods import refusal
+from fish_tuning.sparse.adapter_names import adapters_of, check_adapter, idle_names
 
 Mask = dict[str, Tensor]
 
+# Attribute of a module: the names of its trainable parameters that the mask left as they are.
+LEFT_DENSE = "_fish_tuning_left_dense"
 
-def apply_mask(model: nn.Module, mask: Mapping[str, Tensor]) -> None:
-    """Freeze every entry of `model` that `mask` leaves out; train the selected ones as one vector a tensor.
 
-    Call it before the optimizer is made. A tensor whose mask is all true stays an ordinary dense parameter, and so does
-    one that the mask does not name. `remove_mask` undoes it and keeps what was trained.
+def get_mask(model: nn.Module, adapter_name: str | None = None) -> Mask:
+    """The mask that is applied to `model`, dense trainable tensors included as all true; bool tensors by name.
 
-    Args:
-        model: the model, changed in place. For DDP pass the very module that is wrapped, on every rank, and call
-            `synchronize_mask` after it.
-        mask: {name as in `model.named_parameters()`: bool tensor of the tensor's shape}, true where it trains.
+    With `adapter_name`, that PEFT adapter's tensors alone, whether or not it is the active one.
 
-    Raises:
-        MaskError: unknown names, wrong shapes or dtypes, tensors that are not trainable, or a mask already applied.
-            The model is then unchanged.
-
-    Example:
-        >>> import torch
-        >>> from fish_tuning import apply_mask, count_trainable_parameters
-        >>> model = torch.nn.Linear(4, 3)
-        >>> apply_mask(model, {"weight": torch.eye(3, 4, dtype=torch.bool), "bias": torch.zeros(3, dtype=torch.bool)})
-        >>> count_trainable_parameters(model)
-        3
+    Raises MaskError when the model has no such adapter.
     """
-    _check(model, mask)
-    for name, selected in mask.items():
-        if not selected.all():
-            module, local = _owner(model, name)
-            _mask_tensor(module, local, selected)
-    # DDP would send every buffer at each step.
-    ignored = set(getattr(model, "_ddp_params_and_buffers_to_ignore", ()))
-    for name, module in model.named_modules():
-        if isinstance(module, MaskedTensor):
-            ignored |= {f"{name.rpartition('.')[0]}.original", f"{name}.index"}
-    model._ddp_params_and_buffers_to_ignore = sorted(ignored)  # type: ignore[assignment]
-
-
-def synchronize_mask(model: nn.Module) -> None:
-    """Give every process of a distributed run rank 0's frozen entries, and make sure that all train the same ones.
-
-    DDP synchronises what it finds among parameters and buffers when it is made, but it is told to leave the frozen
-    entries alone, or it would send them at every step. Call this on all ranks after `apply_mask`; FishMaskCallback and
-    FishTuningTrainer do. Without a process group of two or more it does nothing.
-
-    Raises:
-        MaskError: on every rank, when the ranks' masks differ.
-    """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return
-    tensors = list(masked_tensors(model))
-    mask = hashlib.sha256()
-    for tensor in tensors:
-        mask.update(tensor.name.encode() + tensor.masked.index.cpu().numpy().tobytes())
-    ranks: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(ranks, (mask.hexdigest(), [tensor.masked.digest for tensor in tensors]))
-    if len({digest for digest, _ in ranks}) > 1:
-        raise MaskError(
-            "The processes have different masks. Score the same examples on every rank, or make the mask on rank 0, "
-            "save_mask it and load_mask it on the others."
-        )
-    for tensor, digest in zip(tensors, ranks[0][1], strict=True):
-        dist.broadcast(tensor.frozen, src=0)
-        tensor.masked.digest = digest
-
-
-def remove_mask(model: nn.Module) -> None:
-    """Make every masked tensor of `model` an ordinary, wholly trainable parameter again, with its trained values."""
-    for tensor in list(masked_tensors(model)):
-        _unmask_tensor(tensor)
-    ignored = [
-        name for name in getattr(model, "_ddp_params_and_buffers_to_ignore", ()) if ".parametrizations." not in name
-    ]
-    model._ddp_params_and_buffers_to_ignore = ignored  # type: ignore[assignment]
-
-
-def get_mask(model: nn.Module) -> Mask:
-    """The mask that is applied to `model`, dense trainable tensors included as all true; bool tensors by name."""
     mask = {tensor.name: tensor.masked.selected() for tensor in masked_tensors(model)}
     for name, parameter in dense_parameters(model).items():
         mask[name] = torch.ones_like(parameter, dtype=torch.bool, requires_grad=False)
-    return mask
+    if adapter_name is None:
+        return mask
+    check_adapter(model, adapter_name)
+    adapters = adapters_of(model, mask)
+    return {name: selected for name, selected in mask.items() if adapters[name] == adapter_name}
 
 
 def is_masked(model: nn.Module) -> bool:
     """Whether a mask is applied to any tensor of `model`."""
     return any(isinstance(module, MaskedTensor) for module in model.modules())
+
+
+def trains_masked(model: nn.Module) -> bool:
+    """Whether any tensor that trains is masked; those of PEFT adapters that are not active do not."""
+    return bool(trained_names(model))
+
+
+def trained_names(model: nn.Module) -> set[str]:
+    """The masked tensors that train now. One without a selected entry goes with the other tensors of its adapter."""
+    flags = {t.name: None if t.masked.values is None else t.masked.values.requires_grad for t in masked_tensors(model)}
+    adapters = adapters_of(model, flags)
+    told = {adapters[name] for name, flag in flags.items() if flag is not None}
+    training = {adapters[name] for name, flag in flags.items() if flag}
+    untold = {name for name in flags if adapters[name] not in told}
+    without_values = {name for name, flag in flags.items() if flag is None and adapters[name] in training}
+    return {name for name, flag in flags.items() if flag} | without_values | (untold - idle_names(model, untold))
 
 
 def replaced_parameters(model: nn.Module) -> set[int]:
@@ -118,9 +70,18 @@ def replaced_parameters(model: nn.Module) -> set[int]:
 
 
 def dense_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The trainable parameters that are no masked tensor's values: what trains as a whole."""
+    """What trains as a whole: the trainable parameters that are no masked tensor's values.
+
+    Those that a mask left dense stay among them while their PEFT adapter is not the active one.
+    """
     values = {id(tensor.masked.values) for tensor in masked_tensors(model)}
-    return {n: p for n, p in model.named_parameters() if p.requires_grad and id(p) not in values}
+    left_dense = {
+        f"{path}.{local}" if path else local
+        for path, module in model.named_modules()
+        for local in vars(module).get(LEFT_DENSE, ())
+    }
+    idle = idle_names(model, left_dense)
+    return {n: p for n, p in model.named_parameters() if (p.requires_grad or n in idle) and id(p) not in values}
 
 
 def entries_digest(entries: Tensor) -> str:
@@ -202,7 +163,7 @@ class NamedMaskedTensor(NamedTuple):
         return self.module.get_buffer(f"parametrizations.{self.local}.original")
 
 
-def _mask_tensor(module: nn.Module, local: str, selected: Tensor) -> None:
+def mask_tensor(module: nn.Module, local: str, selected: Tensor) -> None:
     dense = module.get_parameter(local)
     masked = MaskedTensor(dense, selected)
     del module._parameters[local]
@@ -216,7 +177,7 @@ def _mask_tensor(module: nn.Module, local: str, selected: Tensor) -> None:
     )
 
 
-def _unmask_tensor(tensor: NamedMaskedTensor) -> None:
+def unmask_tensor(tensor: NamedMaskedTensor, trains: bool) -> None:
     module, local, masked = tensor.module, tensor.local, tensor.masked
     trained = getattr(module, local).detach()
     _give_own_class(module)
@@ -225,6 +186,7 @@ def _unmask_tensor(tensor: NamedMaskedTensor) -> None:
         hook.remove()
     del module._buffers[local]
     masked.dense.data = trained
+    masked.dense.requires_grad_(trains)
     module.register_parameter(local, masked.dense)
 
 
@@ -272,55 +234,3 @@ def masked_tensors(model: nn.Module) -> Iterator[NamedMaskedTensor]:
             owner, _, rest = path.rpartition("parametrizations.")
             local = rest.removesuffix(".0")
             yield NamedMaskedTensor(owner + local, model.get_submodule(owner.removesuffix(".")), local, masked)
-
-
-def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    path, _, local = name.rpartition(".")
-    return model.get_submodule(path), local
-
-
-def _check(model: nn.Module, mask: Mapping[str, Tensor]) -> None:
-    if is_masked(model):
-        raise MaskError("The model has a mask already. Call remove_mask(model) before applying another.")
-    if reason := refusal({type(module).__name__ for module in model.modules()}, "masked"):
-        raise MaskError(reason)
-    parameters = dict(model.named_parameters())
-    shared = _shared_names(model)
-    for name, selected in mask.items():
-        if name not in parameters:
-            raise MaskError(
-                f"The mask names {name!r}, which the model does not have.{did_you_mean(name, parameters)} A mask fits "
-                "the model whose scores it was made from."
-            )
-        parameter = parameters[name]
-        if selected.dtype != torch.bool or selected.shape != parameter.shape:
-            raise MaskError(
-                f"The mask of {name!r} is {selected.dtype} of shape {tuple(selected.shape)}; the tensor needs "
-                f"torch.bool of shape {tuple(parameter.shape)}."
-            )
-        if not parameter.requires_grad:
-            raise MaskError(f"{name!r} is in the mask but not trainable (requires_grad=False).")
-        if parameter._backward_hooks and not selected.all():
-            raise MaskError(
-                f"{name!r} has a gradient hook, which computes with the whole tensor's gradient; a mask would take it "
-                "away. Train this tensor as a whole (names_to_exclude), or use another PEFT method."
-            )
-        if name in shared and not selected.all():
-            raise MaskError(
-                f"{name!r} is shared by several layers (tied weights: {', '.join(map(repr, shared[name]))}), which a "
-                f"mask cannot split. Ways out: model.get_parameter({name!r}).requires_grad_(False) before scoring "
-                f"leaves it out of the pool; names_to_exclude=[{name!r}] trains it as a whole."
-            )
-
-
-def _shared_names(model: nn.Module) -> dict[str, list[str]]:
-    """Each name of a tensor that several modules hold, with all the names that it has.
-
-    One module that is registered in several places holds its tensors once, and can be masked.
-    """
-    owners: dict[int, list[str]] = {}
-    for prefix, module in model.named_modules():
-        for local, parameter in module._parameters.items():
-            if parameter is not None:
-                owners.setdefault(id(parameter), []).append(f"{prefix}.{local}" if prefix else local)
-    return {name: names for names in owners.values() if len(names) > 1 for name in names}

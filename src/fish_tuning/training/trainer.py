@@ -4,31 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-import torch
-from torch import Tensor
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from fish_tuning.errors import MaskError
-from fish_tuning.files.mask_file import MASK_FILE_NAME, load_mask, save_mask
-from fish_tuning.sparse.masked_tensors import apply_mask, get_mask, is_masked, replaced_parameters, synchronize_mask
+from fish_tuning.files.atomic import sync_folder, write_atomically
+from fish_tuning.files.mask_file import MASK_FILE_NAME, save_mask
+from fish_tuning.sparse.adapter_names import idle_names
+from fish_tuning.sparse.applying import apply_mask, synchronize_mask
+from fish_tuning.sparse.masked_tensors import get_mask, replaced_parameters, trains_masked
+from fish_tuning.training.checkpoints import check_mask, checkpoint_folders, find_fault, last_checkpoint, same_selection
 from fish_tuning.training.reporting import report_figures
 
 
 class FishMaskCallback(TrainerCallback):
     """Applies a mask when a Trainer (SFTTrainer, or any other subclass) has been made, before its optimizer is.
 
-    Every checkpoint gets the mask beside it as `fish_mask.safetensors`; the adapter in it stays an ordinary PEFT
-    adapter. `report_figures(trainer)` brings the mask's figures into the loggers that `report_to` names.
+    Every checkpoint holds the mask as `fish_mask.safetensors`; the adapter in it stays an ordinary PEFT adapter. After
+    a kill, `trainer.train(resume_from_checkpoint=last_checkpoint(output_dir))` goes on from the newest whole one.
+    `report_figures(trainer)` brings the mask's figures into the loggers that `report_to` names.
 
     Args:
         mask: {parameter name: bool tensor}, from `create_mask_from_fisher`.
 
     Raises:
-        MaskError: when the mask does not fit the model, or when training starts with an optimizer that was made before
-            the mask was applied.
+        MaskError: when the mask does not fit the model, when training starts with an optimizer that was made before
+            the mask was applied, or when it resumes a checkpoint of another mask.
 
     Example:
         >>> trainer = SFTTrainer(model=peft_model, ..., callbacks=[FishMaskCallback(mask)])  # doctest: +SKIP
@@ -36,11 +41,12 @@ class FishMaskCallback(TrainerCallback):
 
     def __init__(self, mask: Mapping[str, Tensor]) -> None:
         self.mask = dict(mask)
+        self.resumed_from: Path | None = None  # where it is not in the Trainer's own folder
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
-        if not is_masked(model):
+        if not trains_masked(model):
             apply_mask(model, self.mask)
         elif not self._is_applied_to(model):
             raise MaskError(
@@ -49,8 +55,8 @@ class FishMaskCallback(TrainerCallback):
 
     def _is_applied_to(self, model: Any) -> bool:
         applied = get_mask(model)
-        dense = {name: selected for name, selected in applied.items() if name not in self.mask and selected.all()}
-        return same_mask(applied, {**dense, **self.mask})
+        idle = idle_names(model, applied)  # of other adapters, which may have other masks
+        return same_selection({name: applied[name] for name in applied.keys() - idle}, self.mask)
 
     def on_train_begin(
         self,
@@ -65,7 +71,7 @@ class FishMaskCallback(TrainerCallback):
         held = (
             {id(parameter) for group in optimizer.param_groups for parameter in group["params"]} if optimizer else set()
         )
-        if not is_masked(model) and not all(selected.all() for selected in self.mask.values()):
+        if not trains_masked(model) and not all(selected.all() for selected in self.mask.values()):
             raise MaskError(
                 "The model that is trained has no mask: the callback was added after the Trainer was made, the model "
                 "was replaced (model_init?), or the mask was removed. Pass model and callback when making the Trainer."
@@ -76,14 +82,19 @@ class FishMaskCallback(TrainerCallback):
                 "Call apply_mask(model, mask) first, then make the optimizer."
             )
 
-        if state.global_step:  # resumed; a checkpoint that lies elsewhere is FishTuningTrainer.train's to check
-            check_checkpoint(_checkpoint_folder(args, state), self.mask)
+        folder = self.resumed_from or _checkpoint_folder(args, state)
+        if state.global_step and folder.is_dir():
+            check_mask(folder, model)
         synchronize_mask(model)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         folder = _checkpoint_folder(args, state)
-        if state.is_world_process_zero and folder.is_dir():
+        if not state.is_world_process_zero or not folder.is_dir():
+            return
+        # Written before the weights by save_pretrained, unless the model has none or trains as a whole.
+        if not any(folder.rglob(MASK_FILE_NAME)):
             save_mask(self.mask, folder / MASK_FILE_NAME)
+        sync_folder(folder)
 
 
 class FishTuningTrainer(Trainer):
@@ -120,31 +131,44 @@ class FishTuningTrainer(Trainer):
     ) -> None:
         if kwargs.get("model_init") is not None:
             raise MaskError("FishTuningTrainer takes no model_init: a mask belongs to the one model it was made for.")
-        callbacks = [FishMaskCallback(mask), *(kwargs.pop("callbacks", None) or ())]
+        self._mask_callback = FishMaskCallback(mask)
+        callbacks = [self._mask_callback, *(kwargs.pop("callbacks", None) or ())]
         self.mask = dict(mask)
         super().__init__(model=model, args=args, callbacks=callbacks, **kwargs)
         report_figures(self, figures)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(resume_from_checkpoint, str | Path):
-            check_checkpoint(Path(resume_from_checkpoint), self.mask)
+        """As Trainer's; `resume_from_checkpoint=True` passes over checkpoints that a kill left half-written.
+
+        Raises MaskError when the checkpoint was trained with another mask, or a checkpoint given by its path is not
+        whole; warns (FishTuningWarning) of those that are passed over, and starts anew when none is whole.
+        """
+        output_dir = Path(self.args.output_dir or "")
+        if resume_from_checkpoint is True and checkpoint_folders(output_dir):  # none at all is Trainer's own error
+            resume_from_checkpoint = last_checkpoint(output_dir)
+        elif isinstance(resume_from_checkpoint, str | Path) and (fault := find_fault(Path(resume_from_checkpoint))):
+            raise MaskError(f"{fault[:1].upper()}{fault[1:]}. Give another checkpoint to resume from.")
+        folder = Path(resume_from_checkpoint) if isinstance(resume_from_checkpoint, str | Path) else None
+        if folder is not None:
+            check_mask(folder, cast(nn.Module, self.model))
+        self._mask_callback.resumed_from = folder
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if self.args.should_save and not isinstance(self.model, PreTrainedModel | PeftModel):
+            # The others have it from their save_pretrained. Before the weights, as there.
+            folder = Path(output_dir or self.args.output_dir or "")
+            folder.mkdir(parents=True, exist_ok=True)
+            save_mask(get_mask(cast(nn.Module, self.model)), folder / MASK_FILE_NAME)
+        super()._save(output_dir, state_dict)
 
-def check_checkpoint(folder: Path, mask: Mapping[str, Tensor]) -> None:
-    """Raise MaskError when the checkpoint in `folder` was trained with another mask than `mask`."""
-    path = folder / MASK_FILE_NAME
-    if path.is_file() and not same_mask(load_mask(path), mask):
-        raise MaskError(
-            f"The checkpoint {str(folder)!r} was trained with another mask than the one given. Use "
-            f"load_mask({str(path)!r}) to go on with its own."
-        )
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # Trainer copies the files that it knows from the checkpoint to the folder that it pushes.
+        mask = Path(checkpoint_folder, MASK_FILE_NAME)
+        if self.is_world_process_zero() and mask.is_file():
+            write_atomically(Path(self.args.output_dir or "", MASK_FILE_NAME), mask.read_bytes())
+        super()._push_from_checkpoint(checkpoint_folder)
 
 
 def _checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
     return Path(args.output_dir or "", f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
-
-
-def same_mask(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
-    """Whether two masks select the same entries of the same tensors, on whatever devices."""
-    return one.keys() == other.keys() and all(torch.equal(one[name].cpu(), other[name].cpu()) for name in one)

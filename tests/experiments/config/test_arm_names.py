@@ -26,6 +26,7 @@ MakeExperiment = Callable[..., ExperimentConfig]
         ("lora-fish@0.1", ("lora", "fish", "0.1"), "lora"),
         ("dora-fish-rev@top2", ("dora", "fish-rev", "top2"), "dora@top2"),
         ("dora@top2", ("dora", "", "top2"), "dora@top2"),
+        ("head", ("head", "", ""), "head"),
     ],
 )
 def test_names_and_their_parts(text: str, parts: tuple[str, str, str], baseline: str) -> None:
@@ -44,7 +45,7 @@ def test_fixed_layers_keeps_shares_of_the_whole_adapter(experiment: MakeExperime
     config = experiment("protocol=fixed_layers", "fish_tuning.keep_ratio=[0.5, 0.01]")
     assert config.arms == [
         "lora", "lora-fish@0.5", "lora-fish-rand@0.5", "lora-fish-rev@0.5",
-        "lora-fish@0.01", "lora-fish-rand@0.01", "lora-fish-rev@0.01",
+        "lora-fish@0.01", "lora-fish-rand@0.01", "lora-fish-rev@0.01", "head",
     ]  # fmt: skip
     plan = {arm.arm: arm for arm in plan_experiment(config).arms}
     pool, head = 2 * 3 * 4 * (16 + 16), 2 * 16 + 2

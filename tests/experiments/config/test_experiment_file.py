@@ -42,7 +42,7 @@ def test_everything_left_out_has_a_default(experiment: Path) -> None:
     assert config.name == "mine"
     assert config.training.output_dir == "results/mine"
     assert config.dataset.load_args == ["some-data"]
-    assert config.fish_tuning.methods_to_run == ["lora", "lora-fish", "lora-fish-rand", "lora-fish-rev"]
+    assert config.fish_tuning.methods_to_run == ["lora", "lora-fish", "lora-fish-rand", "lora-fish-rev", "head"]
     assert config.seeds == [42, 43, 44]
     assert config.training.args_override["learning_rate"] == 1e-3
 
@@ -267,7 +267,7 @@ def test_several_data_sets_are_several_experiments(experiment: Path) -> None:
 
 def test_methods_bring_their_arms(experiment: Path) -> None:
     config = load_experiment(experiment, ["peft.method=dora"])
-    assert config.fish_tuning.methods_to_run == ["dora", "dora-fish", "dora-fish-rand", "dora-fish-rev"]
+    assert config.fish_tuning.methods_to_run == ["dora", "dora-fish", "dora-fish-rand", "dora-fish-rev", "head"]
     two = "peft=[{method: ia3, training_args: {learning_rate: 0.01}}, {method: unipelt, args: {r: 4}}]"
     config = load_experiment(experiment, [two])
     assert config.fish_tuning.methods_to_run[3:5] == ["ia3-fish-rev", "unipelt"]

@@ -61,7 +61,29 @@ def test_an_interrupted_making_leaves_nothing(cache: Path, monkeypatch: pytest.M
     monkeypatch.setitem(builtin._MAKERS, "builtin:digits", interrupted)
     with pytest.raises(KeyboardInterrupt):
         resolve_builtin("builtin:digits")
-    assert list(cache.iterdir()) == []
+    assert [path.name for path in cache.iterdir()] == [".digits.lock"]
+
+
+def test_a_damaged_one_is_made_again(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(builtin, "PRETRAIN_EPOCHS", 1)
+    weights = Path(resolve_builtin("builtin:digits-vit"), "model.safetensors")
+    content = weights.read_bytes()
+    caplog.clear()
+    flipped = bytearray(content)
+    flipped[-1] ^= 1
+    weights.write_bytes(flipped)
+    resolve_builtin("builtin:digits-vit")
+    assert f"The files in {weights.parent} are not those that were made; they are made again." in caplog.messages
+    assert weights.read_bytes() == content
+
+
+def test_one_without_a_digest_is_made_again(cache: Path) -> None:
+    folder = Path(resolve_builtin("builtin:digits"))
+    (folder / builtin.DIGEST_FILE).unlink()
+    (folder / "train.parquet").write_bytes(b"of another version")
+    assert len(load_dataset(resolve_builtin("builtin:digits"))["train"]) == 300
 
 
 def test_counting_trains_nothing(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,5 +92,5 @@ def test_counting_trains_nothing(cache: Path, monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setitem(builtin._MAKERS, "builtin:digits-vit", trained)
     plan = plan_experiment(load_experiment("digits"))
-    assert [arm.trainable_parameters for arm in plan.arms] == [3397] * 4
+    assert [arm.trainable_parameters for arm in plan.arms] == [*[3397] * 4, 325]
     assert not (cache / "digits-vit").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,8 +22,10 @@ from fish_tuning.cli import app
 from fish_tuning.errors import ConfigurationError
 from fish_tuning.experiments.masks.mask_files import read_mask, short_names
 from fish_tuning.experiments.masks.overlaps import overlap
+from fish_tuning.experiments.records.kept import kept_shares
 from fish_tuning.experiments.records.run_record import KeptShare
-from fish_tuning.experiments.report.inspection import inspect_masks, kept_picture, kept_shares, layer_tables, percent
+from fish_tuning.experiments.report.inspection import inspect_masks, kept_picture, layer_tables, percent
+from fish_tuning.files.delta_file import Delta, DeltaTensor, write_delta
 
 LAYER = "base_model.model.bert.encoder.layer"
 HEAD = "base_model.model.classifier.modules_to_save.default"
@@ -149,12 +152,12 @@ def test_outside_peft_wholly_kept_tensors_are_dense(tmp_path: Path) -> None:
 def test_a_weight_and_its_bias_count_together(tmp_path: Path) -> None:
     name = f"{LAYER}.0.output.dense.adapter_up.default"
     mask = read_mask(saved({f"{name}.weight": first(1, 4, 2), f"{name}.bias": first(4, 4)}, tmp_path / "run"))
-    assert kept_shares(mask) == [KeptShare(0, "dense.adapter_up", 5, 12)]
+    assert kept_shares(mask.masked) == [KeptShare(0, "dense.adapter_up", 5, 12)]
 
 
 def test_a_tensor_of_no_layer_stands_apart(tmp_path: Path) -> None:
     mask = read_mask(saved(lora(1, 2) | {f"{HEAD}.weight": first(5, 2, 3)}, tmp_path / "run"))
-    assert kept_shares(mask)[0] == KeptShare(None, "classifier.modules_to_save", 5, 6)
+    assert kept_shares(mask.masked)[0] == KeptShare(None, "classifier.modules_to_save", 5, 6)
     assert mask.dense == {f"{HEAD}.bias"}
 
 
@@ -341,11 +344,52 @@ def test_wrong_use_is_exit_code_2(tmp_path: Path, arguments: Callable[[Path], li
     assert message.format(tmp_path) in result.stderr
 
 
-def test_a_damaged_configuration_is_told(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("adapter_config.json", b"{"),
+        ("adapter_config.json", b"\xff\xfe\x00"),
+        ("adapter_config.json", b"[" * 100_000),
+        ("adapter_config.json", b"[1]"),
+        ("adapter_config.json", b'"classifier"'),
+        ("adapter_config.json", b'{"modules_to_save": 1}'),
+        ("adapter_config.json", b'{"modules_to_save": [[]]}'),
+        ("adapter_model.safetensors", b""),
+        ("adapter_model.safetensors", b"\xff" * 100),
+        ("fish_mask.safetensors", b""),
+        ("fish_mask.safetensors", b"\x02\x00\x00\x00\x00\x00\x00\x00{}"),
+    ],
+)
+def test_a_damaged_adapter_folder_is_one_error_that_names_the_file(file: str, content: bytes, tmp_path: Path) -> None:
     folder = adapter(tmp_path / "adapter", None)
-    (tmp_path / "adapter" / "adapter_config.json").write_text("{")
-    with pytest.raises(MaskError, match=r"adapter_config\.json' is not readable JSON"):
+    (tmp_path / "adapter" / file).write_bytes(content)
+    with pytest.raises(MaskError, match=re.escape(str(tmp_path / "adapter" / file))):
         read_mask(folder)
+    assert CliRunner().invoke(app, ["inspect", folder], catch_exceptions=False).exit_code == 2
+
+
+def test_an_adapter_file_that_is_cut_anywhere(tmp_path: Path) -> None:
+    file = Path(adapter(tmp_path / "adapter", None)) / "adapter_model.safetensors"
+    whole = file.read_bytes()
+    for length in range(len(whole)):
+        file.write_bytes(whole[:length])
+        with pytest.raises(MaskError, match=r"adapter_model\.safetensors' is not a readable safetensors file"):
+            read_mask(str(file.parent))
+
+
+def test_a_delta_of_tensors_larger_than_memory_is_told(tmp_path: Path) -> None:
+    file = tmp_path / "delta.safetensors"
+    tensor = DeltaTensor(torch.ones(1), torch.tensor([2**50]), torch.Size([2**60]), "float32:" + "0" * 64)
+    write_delta(Delta({"a": tensor}), file)
+    with pytest.raises(MaskError, match=r"1,152,921,504,606,846,976 entries, too many for .* bytes of memory"):
+        read_mask(str(file))
+
+
+def test_paths_that_cannot_be_read_are_told(tmp_path: Path) -> None:
+    for path, reason in ((tmp_path / ("x" * 300), "File name too long"), (tmp_path / "file" / "in a file", "no file")):
+        (tmp_path / "file").touch()
+        with pytest.raises(MaskError, match=reason):
+            read_mask(str(path))
 
 
 def test_the_command(tmp_path: Path) -> None:

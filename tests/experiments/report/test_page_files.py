@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import errno
 import io
+import os
 import re
 import subprocess
 import sys
@@ -285,9 +286,7 @@ def test_an_output_that_cannot_be_made_is_exit_code_2(tmp_path: Path) -> None:
     assert "cannot write to" in result.stderr
 
 
-def full_disk(path: Path, data: bytes) -> int:
-    with path.open("wb") as file:
-        file.write(data[:10])
+def full_disk(descriptor: int) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
@@ -295,7 +294,7 @@ def test_a_full_disk_is_exit_code_1_and_leaves_what_was_there(tmp_path: Path, mo
     folder = write_experiment(tmp_path / "a", scores("lora", [0.5, 0.6, 0.7]))
     write_page([folder])
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    monkeypatch.setattr(Path, "write_bytes", full_disk)
+    monkeypatch.setattr(os, "fsync", full_disk)
     result = CliRunner().invoke(app, ["report", str(folder)], catch_exceptions=False)
     assert result.exit_code == 1
     assert "error: the disk is full" in result.stderr

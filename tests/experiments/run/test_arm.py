@@ -7,73 +7,102 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForSequenceClassification, TrainerCallback
+from transformers import AutoModelForSequenceClassification, Trainer, TrainerCallback
 
 from fish_tuning import load_mask
 from fish_tuning.experiments.config.experiment import ExperimentConfig
-from fish_tuning.experiments.data.tasks import encode
-from fish_tuning.experiments.records.run_record import KeptShare, RunRecord
-from fish_tuning.experiments.run.arm import ArmRun, Calibration, kept_shares
-from fish_tuning.experiments.run.plan import Plan, plan_experiment
+from fish_tuning.experiments.records.record_files import adapter_digests
+from fish_tuning.experiments.records.run_record import RunRecord
+from fish_tuning.experiments.run import arm as arm_module
+from fish_tuning.experiments.run.arm import run_arm
+from fish_tuning.experiments.run.calibration import Calibration
+from fish_tuning.experiments.run.context import Context, make_context
+from fish_tuning.experiments.run.plan import plan_experiment
 
 MakeExperiment = Callable[..., ExperimentConfig]
+Batches = list[list[list[int]]]
 
 
-class Spy(ArmRun):
-    """Notes the ids of every training batch, the scored weights and the weights that training starts from."""
+@pytest.fixture
+def batches(monkeypatch: pytest.MonkeyPatch) -> list[Batches]:
+    """The ids of every training batch, a list for each arm that was trained (not for warm-up steps)."""
+    seen: list[Batches] = []
+    make = arm_module.make_trainer
 
-    def _make_trainer(self, model: Any, args: Any, callbacks: list[TrainerCallback]) -> Any:
-        trainer = super()._make_trainer(model, args, callbacks)
-        self.batches: list[list[list[int]]] = []  # the last trainer's: warm-up comes before
+    def watched(*arguments: Any) -> Trainer:
+        trainer = make(*arguments)
+        seen.append([])
         step = trainer.training_step
 
         def noted(model: Any, inputs: Any, *rest: Any) -> Any:
-            self.batches.append(inputs["input_ids"].tolist())
+            seen[-1].append(inputs["input_ids"].tolist())
             return step(model, inputs, *rest)
 
-        trainer.training_step = noted
+        trainer.training_step = noted  # type: ignore[method-assign]
         return trainer
 
+    monkeypatch.setattr(arm_module, "make_trainer", watched)
+    return seen
 
-def arms(config: ExperimentConfig, plan: Plan, folder: Path) -> dict[str, tuple[RunRecord, Spy]]:
-    train, validation = encode(plan.task, plan.processing_class, 16)[:2]
+
+def context_of(config: ExperimentConfig) -> Context:
+    return make_context(config, plan_experiment(config), TrainerCallback())
+
+
+def run_all(context: Context) -> tuple[dict[str, RunRecord], Calibration]:
+    """Every arm with seed 1; the arms share their calibration, as they do in a seed."""
     calibration: Calibration | None = None
-    done = {}
-    for arm in plan.arms:
-        run = Spy(config, plan, arm, 1, train, validation, TrainerCallback(), calibration)
-        done[arm.arm] = (run.run(folder, "key"), run)
-        calibration = run.calibration
-    return done
+    records = {}
+    for arm in context.plan.arms:
+        records[arm.arm], calibration = run_arm(context, arm, 1, calibration)
+    assert calibration is not None
+    return records, calibration
 
 
-def test_arms_of_a_seed_differ_in_the_mask_alone(experiment: MakeExperiment, tmp_path: Path) -> None:
-    config = experiment("lora.dropout=0.1")
-    plan = plan_experiment(config)
-    done = arms(config, plan, tmp_path)
-    lora, *masked = done.values()
-    assert all(record.status == "ok" for record, _ in done.values())
-    assert len({record.initial_state for record, _ in masked}) == 1
-    assert all(run.batches == lora[1].batches for _, run in masked)
-    assert len(lora[1].batches) == 3
-    counts = {name: record.trainable_parameters for name, (record, _) in done.items()}
-    assert counts == {arm.arm: arm.trainable_parameters for arm in plan.arms}
+def test_arms_of_a_seed_differ_in_the_mask_alone(experiment: MakeExperiment, batches: list[Batches]) -> None:
+    context = context_of(experiment("lora.dropout=0.1"))
+    records, _ = run_all(context)
+    lora, fish, rand, rev, head = records.values()
+    assert all(record.status == "ok" for record in records.values())
+    assert fish.initial_state == rand.initial_state == rev.initial_state
+    assert len(batches) == 5
+    assert all(of_arm == batches[0] for of_arm in batches)
+    assert len(batches[0]) == 3
+    counts = {name: record.trainable_parameters for name, record in records.items()}
+    assert counts == {arm.arm: arm.trainable_parameters for arm in context.plan.arms}
     # AdamW keeps two numbers an entry, and a step counter (fp32) a tensor.
-    for record, _ in done.values():
+    for record in records.values():
         assert record.optimizer_state_bytes is not None
         assert 0 <= record.optimizer_state_bytes - 8 * (record.trainable_parameters or 0) <= 4 * 26
-    seconds = [record.fisher_seconds for record, _ in masked]
-    assert seconds[0] == seconds[2] != 0  # fish and rev share one scoring
-    assert (lora[0].fisher_seconds, seconds[1]) == (0, 0)
+    assert fish.fisher_seconds == rev.fisher_seconds != 0  # they share one scoring
+    assert lora.fisher_seconds == rand.fisher_seconds == head.fisher_seconds == 0
+
+
+def test_counts_tell_adapter_and_head_apart(experiment: MakeExperiment) -> None:
+    records, _ = run_all(context_of(experiment("fish_tuning.methods_to_run=[lora, lora-fish, head]")))
+    counts = {name: (record.kept_parameters, record.head_parameters) for name, record in records.items()}
+    assert counts == {"lora": (2 * 3 * 2 * 32, 34), "lora-fish": (175, 34), "head": (0, 34)}
+    assert {record.constant_value for record in records.values()} == {0.5}
+
+
+def test_warm_up_and_scoring_are_timed_apart(experiment: MakeExperiment) -> None:
+    masked = "fish_tuning.methods_to_run=[lora-fish]"
+    for steps in (0, 2):
+        (record,) = run_all(context_of(experiment(masked, f"fish_tuning.warmup_steps={steps}")))[0].values()
+        warmup, scoring, both = record.warmup_seconds, record.scoring_seconds, record.fisher_seconds
+        assert (warmup or 0) > 0 if steps else warmup == 0
+        assert scoring
+        assert both == (warmup or 0) + scoring
 
 
 def test_adapters_are_saved_with_their_masks_and_load_in_stock_peft(
     experiment: MakeExperiment, tmp_path: Path, bert_folder: Path
 ) -> None:
     config = experiment("fish_tuning.methods_to_run=[lora-fish]", "lora.init_lora_weights=true")
-    done = arms(config, plan_experiment(config), tmp_path)
-    record, _ = done["lora-fish"]
-    folder = tmp_path / "adapters" / "lora-fish-seed1"
+    record = run_all(context_of(config))[0]["lora-fish"]
+    folder = tmp_path / "results" / "adapters" / "lora-fish-seed1"
     assert record.adapter_bytes == (folder / "adapter_model.safetensors").stat().st_size
+    assert (record.adapter_digest, record.mask_digest) == adapter_digests(folder)
     mask = load_mask(folder / "fish_mask.safetensors")
     assert sum(int(selected.sum()) for selected in mask.values()) == record.trainable_parameters
     base = AutoModelForSequenceClassification.from_pretrained(bert_folder, num_labels=2)
@@ -81,34 +110,73 @@ def test_adapters_are_saved_with_their_masks_and_load_in_stock_peft(
     assert sum(p.numel() for n, p in loaded.named_parameters() if "lora_" in n) == 2 * 3 * 4 * 32
 
 
-def test_warm_up_scores_elsewhere_but_trains_from_the_start(experiment: MakeExperiment, tmp_path: Path) -> None:
+def test_the_head_alone_loads_in_stock_peft_as_base_and_head(
+    experiment: MakeExperiment, tmp_path: Path, bert_folder: Path
+) -> None:
+    context = context_of(experiment("lora.init_lora_weights=pissa", "training.args_override.learning_rate=0.01"))
+    arm = context.plan.arms[-1]
+    start = context.starts("head", 1)
+    run_arm(context, arm, 1)
+    base = AutoModelForSequenceClassification.from_pretrained(bert_folder, num_labels=2)
+    loaded = PeftModel.from_pretrained(base, tmp_path / "results" / "adapters" / "head-seed1").eval()
+    before, after = start.state_dict(), loaded.state_dict()
+    changed = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
+    assert changed
+    assert all("modules_to_save" in name or "original_module" in name for name in changed), changed
+    inputs = {"input_ids": torch.tensor([[2, 7, 9, 3]])}
+    encoder, plain = loaded.base_model.model.bert, AutoModelForSequenceClassification.from_pretrained(bert_folder).bert
+    with torch.no_grad():
+        assert torch.equal(encoder(**inputs).last_hidden_state, plain.eval()(**inputs).last_hidden_state)
+
+
+def test_warm_up_scores_elsewhere_but_trains_from_the_start(experiment: MakeExperiment) -> None:
     settings = ["fish_tuning.methods_to_run=[lora-fish]", "lora.init_lora_weights=true"]
-    cold, warm = (experiment(*settings, f"fish_tuning.warmup_steps={steps}") for steps in (0, 3))
-    cold_run = arms(cold, plan_experiment(cold), tmp_path / "cold")["lora-fish"]
-    warm_run = arms(warm, plan_experiment(warm), tmp_path / "warm")["lora-fish"]
-    assert cold_run[0].initial_state == warm_run[0].initial_state
-    assert warm_run[1].calibration is not None
-    assert cold_run[1].calibration is not None
-    a_scores = [
-        sum(float(s.sum()) for n, s in run.calibration.scores.items() if "lora_A" in n)  # type: ignore[union-attr]
-        for run in (cold_run[1], warm_run[1])
-    ]
-    assert a_scores[0] == 0 < a_scores[1]
+    sums = []
+    for steps in (0, 3):
+        records, calibration = run_all(context_of(experiment(*settings, f"fish_tuning.warmup_steps={steps}")))
+        a_score = sum(float(scores.sum()) for name, scores in calibration.scores.items() if "lora_A" in name)
+        sums.append((records["lora-fish"].initial_state, a_score))
+    (cold_start, cold), (warm_start, warm) = sums
+    assert cold_start == warm_start
+    assert cold == 0 < warm
 
 
-def test_scores_of_another_start_are_refused(experiment: MakeExperiment, tmp_path: Path) -> None:
-    config = experiment("fish_tuning.methods_to_run=[lora-fish]")
-    plan = plan_experiment(config)
-    train, validation = encode(plan.task, plan.processing_class, 16)[:2]
-    other = Calibration({}, 0.0, "another")
-    run = ArmRun(config, plan, plan.arms[0], 1, train, validation, TrainerCallback(), other)
+def test_scores_of_another_start_are_refused(experiment: MakeExperiment) -> None:
+    context = context_of(experiment("fish_tuning.methods_to_run=[lora-fish]"))
     with pytest.raises(Exception, match="another starting point"):
-        run.run(tmp_path, "key")
+        run_arm(context, context.plan.arms[0], 1, Calibration({}, 0.0, 0.0, "another"))
 
 
-def test_kept_shares_tell_layer_and_module() -> None:
-    mask = {
-        "base_model.model.bert.encoder.layer.3.attention.self.query.lora_A.default.weight": torch.tensor([True, False]),
-        "base_model.model.classifier.modules_to_save.default.weight": torch.ones(2, dtype=torch.bool),
-    }
-    assert kept_shares(mask, ["modules_to_save"]) == [KeptShare(layer=3, module="query.lora_A", kept=1, total=2)]
+def test_an_error_leaves_the_earlier_adapter_whole(
+    experiment: MakeExperiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = context_of(experiment("fish_tuning.methods_to_run=[lora-fish]"))
+    folder = tmp_path / "results" / "adapters" / "lora-fish-seed1"
+    run_arm(context, context.plan.arms[0], 1)
+    before = adapter_digests(folder)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(arm_module, "save_mask", full)
+    with pytest.raises(OSError, match="No space"):
+        run_arm(context, context.plan.arms[0], 1, learning_rate=0.5)
+    assert adapter_digests(folder) == before
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+def test_an_arm_under_bfloat16_is_trained_bare(experiment: MakeExperiment, monkeypatch: pytest.MonkeyPatch) -> None:
+    """accelerate wraps the forward pass for the warm-up; a second wrapping must not come upon the first."""
+    wrapped = []
+    make = arm_module.make_trainer
+
+    def watched(context: Context, model: Any, *rest: Any) -> Trainer:
+        wrapped.append("forward" in vars(model))
+        return make(context, model, *rest)
+
+    monkeypatch.setattr(arm_module, "make_trainer", watched)
+    context = context_of(experiment("fish_tuning.methods_to_run=[lora-fish]", "training.args_override.bf16=true"))
+    record, _ = run_arm(context, context.plan.arms[0], 1)
+    assert record.status == "ok"
+    assert record.warmup_seconds
+    assert wrapped == [False]

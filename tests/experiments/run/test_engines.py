@@ -7,15 +7,17 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
-from fish_tuning.errors import ConfigurationError
+from fish_tuning.errors import ConfigurationError, FishTuningError
 from fish_tuning.experiments.config.experiment import ExperimentConfig
 from fish_tuning.experiments.run import engines
 from fish_tuning.experiments.run.plan import plan_experiment
 from fish_tuning.experiments.run.runner import run_experiment
+from fish_tuning.experiments.run.shards import Shard
 
 MakeExperiment = Callable[..., ExperimentConfig]
 
@@ -24,6 +26,8 @@ def test_an_unknown_engine_and_a_missing_package_are_told(monkeypatch: pytest.Mo
     engines.check_engine("here")
     with pytest.raises(ConfigurationError, match="--engine slurm: allowed are here, ray"):
         engines.check_engine("slurm")
+    with pytest.raises(ConfigurationError, match="--workers 2: the engine here has none"):
+        engines.check_engine("here", workers=2)
     monkeypatch.setitem(__import__("sys").modules, "ray", None)
     with pytest.raises(ConfigurationError, match=r"pip install 'fish-tuning\[ray\]'"):
         engines.check_engine("ray")
@@ -59,7 +63,7 @@ def test_a_cluster_does_every_run_though_a_worker_is_killed(
     over = threading.Event()
     killer = threading.Thread(target=kill_a_worker, args=(tmp_path / "results" / "runs", killed, over))
     killer.start()
-    engines.run_on_ray(config, workers=2)
+    engines.run_on_ray(config, plan_experiment(config), workers=2)
     over.set()
     killer.join()
     assert killed
@@ -71,3 +75,55 @@ def test_a_cluster_does_every_run_though_a_worker_is_killed(
     alone = {record.arm: record.value for record in run_experiment(here, plan_experiment(here))}
     assert {record.arm: record.value for record in records if record.seed == 1} == alone
     assert json.loads((tmp_path / "results" / "results.json").read_text())["summary"]
+
+
+class Ray:
+    """As much of Ray as the engine uses, in this process; every task comes to its end at once, or raises."""
+
+    class exceptions:  # as Ray calls it
+        class WorkerCrashedError(Exception): ...
+
+        class OutOfMemoryError(Exception): ...
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.error, self.options, self.calls = error, {}, []  # type: ignore[var-annotated]
+
+    def is_initialized(self) -> bool:
+        return True
+
+    def cluster_resources(self) -> dict[str, float]:
+        return {"CPU": 2.0}
+
+    def remote(self, **options: object) -> Callable[..., object]:
+        self.options = options
+        return lambda work: SimpleNamespace(remote=lambda *arguments: self.calls.append(arguments))
+
+    def wait(self, tasks: list[object], timeout: float) -> tuple[list[object], list[object]]:
+        return tasks, []
+
+    def get(self, tasks: list[object]) -> None:
+        if self.error is not None:
+            raise self.error
+
+
+def test_workers_get_the_shard_and_no_run_kills_them_for_ever(
+    experiment: MakeExperiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, ray = experiment("fish_tuning.methods_to_run=[lora, lora-fish]", "seeds=[1, 2, 3]"), Ray()
+    monkeypatch.setattr(engines, "_ray", lambda: ray)
+    engines.run_on_ray(config, plan_experiment(config), workers=2, shard=Shard(2, 3), since=7.0)
+    assert [(shard, since) for _, shard, since in ray.calls] == [((2, 3), 7.0)] * 2
+    assert ray.options["max_retries"] == 2 * 2 + 1  # two runs in this shard, of which each may kill two workers
+
+
+def test_workers_do_their_shard_alone(experiment: MakeExperiment, tmp_path: Path) -> None:
+    config = experiment("fish_tuning.methods_to_run=[lora, lora-fish]")
+    engines._work(config.model_dump(mode="json"), (2, 2), time.time())
+    assert [path.stem for path in (tmp_path / "results" / "runs").iterdir()] == ["lora-fish-seed1"]
+
+
+def test_workers_that_die_of_no_run_are_told(experiment: MakeExperiment, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, ray = experiment(), Ray(Ray.exceptions.WorkerCrashedError("it died"))
+    monkeypatch.setattr(engines, "_ray", lambda: ray)
+    with pytest.raises(FishTuningError, match="--engine ray: workers die again and again: it died"):
+        engines.run_on_ray(config, plan_experiment(config))

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from transformers import Trainer
 
 from fish_tuning.errors import ConfigurationError
 from fish_tuning.experiments.config.experiment import ExperimentConfig
-from fish_tuning.experiments.run import learning_rates as tuning
+from fish_tuning.experiments.records.run_record import ArmPlan
+from fish_tuning.experiments.run import arm as arms
+from fish_tuning.experiments.run import learning_rates, runner
+from fish_tuning.experiments.run.context import Context
 from fish_tuning.experiments.run.plan import plan_experiment
 from fish_tuning.experiments.run.runner import run_experiment
 from fish_tuning.experiments.run.shards import Shard, parse_shard
@@ -31,7 +38,9 @@ def test_each_arm_gets_the_rate_that_is_best_on_held_out_training_examples(
         trials = json.loads((tmp_path / "results" / "selection" / f"{record.arm}.json").read_text())
         best = max(trials, key=lambda rate: trials[rate]["value"])
         assert record.learning_rate == float(best)
-    assert plan.facts["learning_rates"].keys() == {"lora", "lora-fish"}
+    facts = json.loads((tmp_path / "results" / "results.json").read_text())["facts"]
+    assert facts["learning_rates"] == {record.arm: record.learning_rate for record in records}
+    assert "learning_rates" not in plan.facts
     text = (tmp_path / "results" / "results.md").read_text()
     assert "was chosen on a fifth of the training set, with the first seed, among 1e-09, 0.01: lora " in text
 
@@ -41,14 +50,13 @@ def test_trials_are_made_once_and_see_no_validation_example(
 ) -> None:
     config = experiment(TWO_ARMS, "training.learning_rates=[0.001, 0.01]", "seeds=[1, 2]")
     sizes = []
-    run = tuning.ArmRun.run
+    run = learning_rates.run_arm
 
-    def watched(self: tuning.ArmRun, folder: Path, key: str) -> object:
-        if not key:  # a trial
-            sizes.append((len(self.train), len(self.validation), self.seed))
-        return run(self, folder, key)
+    def watched(context: Context, arm: ArmPlan, seed: int, *rest: Any) -> Any:
+        sizes.append((len(context.data.train), len(context.data.validation), seed))
+        return run(context, arm, seed, *rest)
 
-    monkeypatch.setattr(tuning.ArmRun, "run", watched)
+    monkeypatch.setattr(learning_rates, "run_arm", watched)
     run_experiment(config, plan_experiment(config))
     assert sizes == [(38, 10, 1)] * 4  # of 48 training examples; two arms, two rates
     sizes.clear()
@@ -64,6 +72,55 @@ def test_a_rate_that_fails_is_not_chosen_and_an_arm_without_one_fails(experiment
     (record,) = run_experiment(config, plan_experiment(config))
     assert record.status == "failed"
     assert "None of training.learning_rates worked for lora: 1e+30: After" in str(record.error)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("it broke")])
+def test_an_error_is_no_verdict_about_a_rate(
+    experiment: MakeExperiment, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: Exception
+) -> None:
+    config = experiment("fish_tuning.methods_to_run=[lora]", "training.learning_rates=[0.001, 0.01]")
+    run = learning_rates.run_arm
+
+    def fails(context: Context, arm: ArmPlan, seed: int, calibration: Any, rate: float) -> Any:
+        if rate == 0.01:
+            raise error
+        return run(context, arm, seed, calibration, rate)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(learning_rates, "run_arm", fails)
+        (record,) = run_experiment(config, plan_experiment(config))
+    assert record.status == "failed"
+    assert f"The trial of learning rate 0.01 for lora failed: {type(error).__name__}: {error}" in (record.error or "")
+    assert json.loads((tmp_path / "results/selection/lora.json").read_text()).keys() == {"0.001"}
+    (record,) = run_experiment(config, plan_experiment(config))
+    assert record.status == "ok"
+
+
+def test_a_full_disk_in_a_trial_stops_everything(experiment: MakeExperiment, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = experiment("fish_tuning.methods_to_run=[lora]", "training.learning_rates=[0.001, 0.01]")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(learning_rates, "run_arm", full)
+    with pytest.raises(OSError, match="No space left"):
+        run_experiment(config, plan_experiment(config))
+
+
+def test_a_failed_choice_is_no_run_of_the_arguments_own_rate(
+    experiment: MakeExperiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    only = ["fish_tuning.methods_to_run=[lora]", "training.args_override.learning_rate=0.001"]
+    config = experiment(*only)
+    run_experiment(config, plan_experiment(config))
+    config = experiment(*only, "training.learning_rates=[0.5, 0.6]")
+
+    def fails(*_: object) -> None:
+        raise RuntimeError("it broke")
+
+    monkeypatch.setattr(learning_rates, "run_arm", fails)
+    (record,) = run_experiment(config, plan_experiment(config))
+    assert record.status == "failed"
 
 
 def test_calibration_must_fit_into_what_is_left(experiment: MakeExperiment) -> None:
@@ -83,18 +140,15 @@ def test_early_stopping_reports_the_best_epoch(experiment: MakeExperiment, tmp_p
 
 
 def test_the_best_epoch_is_what_is_evaluated(experiment: MakeExperiment, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fish_tuning.experiments.run.arm import ArmRun
-
     histories = []
-    evaluate = ArmRun._evaluate
+    evaluate = arms.evaluate
 
-    def watched(self: ArmRun, trainer: object) -> dict[str, float]:
-        found = evaluate(self, trainer)  # type: ignore[arg-type]
-        log = trainer.state.log_history  # type: ignore[attr-defined]
-        histories.append((found["loss"], [entry for entry in log if "eval_loss" in entry], trainer.state))  # type: ignore[attr-defined]
+    def watched(context: Context, trainer: Trainer) -> dict[str, float]:
+        found = evaluate(context, trainer)
+        histories.append((found["loss"], [e for e in trainer.state.log_history if "eval_loss" in e], trainer.state))
         return found
 
-    monkeypatch.setattr(ArmRun, "_evaluate", watched)
+    monkeypatch.setattr(arms, "evaluate", watched)
     config = experiment(
         TWO_ARMS, "training.early_stopping_patience=1", "training.args_override.num_train_epochs=6",
         "training.args_override.learning_rate=0.05",
@@ -142,11 +196,11 @@ def test_what_failed_since_the_work_began_is_not_tried_again(
     config = experiment("fish_tuning.methods_to_run=[lora]")
     plan, tried = plan_experiment(config), []
 
-    def fails(self: object, folder: Path, key: str) -> None:
-        tried.append(key)
+    def fails(*arguments: object) -> None:
+        tried.append(arguments)
         raise RuntimeError("it broke")
 
-    monkeypatch.setattr("fish_tuning.experiments.run.arm.ArmRun.run", fails)
+    monkeypatch.setattr(runner, "run_arm", fails)
     began = time.time() - 1
     for since in (began, began, None):
         (record,) = run_experiment(config, plan, since=since)
@@ -162,9 +216,9 @@ def test_two_processes_in_one_folder_do_each_run_once(experiment: MakeExperiment
     workers = [context.Process(target=_work, args=(config, queue)) for _ in range(2)]
     for worker in workers:
         worker.start()
-    told = [queue.get(timeout=120) for _ in range(16)]
+    told = [queue.get(timeout=120) for _ in range(20)]
     for worker in workers:
         worker.join()
         assert worker.exitcode == 0
     done = [(arm, seed) for arm, seed, known in told if not known]
-    assert len(done) == len(set(done)) == 8
+    assert len(done) == len(set(done)) == 10

@@ -15,6 +15,7 @@ from fish_tuning.experiments.config.experiment import ExperimentConfig
 from fish_tuning.experiments.records.run_record import RunRecord
 from fish_tuning.experiments.run import arguments
 from fish_tuning.experiments.run import arm as arms
+from fish_tuning.experiments.run.context import Context
 from fish_tuning.experiments.run.plan import plan_experiment
 from fish_tuning.experiments.run.runner import run_experiment
 
@@ -42,14 +43,14 @@ def figures(record: RunRecord) -> dict[str, float]:
 
 
 def break_evaluation(monkeypatch: pytest.MonkeyPatch, arm: str) -> None:
-    evaluate = arms.ArmRun._evaluate
+    evaluate = arms.evaluate
 
-    def broken(self: arms.ArmRun, trainer: Trainer) -> dict[str, float]:
-        if self.arm.arm == arm:
+    def broken(context: Context, trainer: Trainer) -> dict[str, float]:
+        if str(trainer.args.run_name).endswith(f"-{arm}-seed1"):
             raise RuntimeError("it broke")
-        return evaluate(self, trainer)
+        return evaluate(context, trainer)
 
-    monkeypatch.setattr(arms.ArmRun, "_evaluate", broken)
+    monkeypatch.setattr(arms, "evaluate", broken)
 
 
 def test_each_arm_and_seed_is_one_run_from_its_figures_to_its_evaluation(

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from folders import write_bert, write_llama_config
+from folders import write_bert, write_llama, write_llama_config, write_sums
 from transformers import BertConfig, BloomConfig, RobertaConfig
 
-from fish_tuning.errors import FishTuningError
+from fish_tuning.errors import ConfigurationError, FishTuningError
 from fish_tuning.experiments.config.experiment import ExperimentConfig
 from fish_tuning.experiments.config.loading import load_experiment
 from fish_tuning.experiments.run.plan import _positions, plan_experiment
@@ -25,15 +25,15 @@ TINY_LLAMA = {"hidden_size": 2048, "num_hidden_layers": 22, "num_attention_heads
 
 
 @pytest.mark.parametrize(
-    ("name", "shape", "baseline", "fish"),
+    ("name", "shape", "baseline", "fish", "head"),
     [
-        ("bert-base-sst2", BERT_BASE, 443_906, 443_906),
-        ("tinyllama-rotten-tomatoes", TINY_LLAMA, 2_256_896, 564_224),
-        ("bert-tiny-sst2", BERT_TINY, 6_402, 3_201),
+        ("bert-base-sst2", BERT_BASE, 443_906, 443_906, 1_538),
+        ("tinyllama-rotten-tomatoes", TINY_LLAMA, 2_256_896, 564_224, 4_096),
+        ("bert-tiny-sst2", BERT_TINY, 6_402, 3_201, 258),
     ],
 )
 def test_published_counts(
-    name: str, shape: dict[str, int], baseline: int, fish: int, tmp_path: Path, sentences_folder: Path
+    name: str, shape: dict[str, int], baseline: int, fish: int, head: int, tmp_path: Path, sentences_folder: Path
 ) -> None:
     write = write_llama_config if "llama" in name else write_bert
     kwargs = {} if "llama" in name else {"weights": False}
@@ -41,7 +41,8 @@ def test_published_counts(
     overrides = [f"model.name={folder}", f"dataset.load_args=[{sentences_folder}]", "fish_tuning.num_samples=8"]
     plan = plan_experiment(load_experiment(name, overrides))
     counts = {arm.arm: arm.trainable_parameters for arm in plan.arms}
-    assert counts == {"lora": baseline, "lora-fish": fish, "lora-fish-rand": fish, "lora-fish-rev": fish}
+    masked = dict.fromkeys(("lora-fish", "lora-fish-rand", "lora-fish-rev"), fish)
+    assert counts == {"lora": baseline, **masked, "head": head}
     assert all(arm.kept + arm.dense == arm.trainable_parameters for arm in plan.arms)
 
 
@@ -82,6 +83,7 @@ def test_a_start_that_leaves_half_unscored_is_noted(experiment: MakeExperiment) 
         ("training.args_override.report_to=neptune", "'neptune': its package is not installed"),
         ("training.args_override.report_to=[wandbb]", r"no such report\. Did you mean 'wandb'\?"),
         ("training.args_override.report_to=null", "None: "),
+        ("training.args_override.auto_find_batch_size=true", "smaller batches than the others"),
     ],
 )
 def test_what_cannot_work_is_told_before_anything_is_trained(
@@ -119,3 +121,26 @@ def test_roberta_has_two_positions_fewer() -> None:
     assert _positions(RobertaConfig(max_position_embeddings=66)) == 64
     assert _positions(BertConfig(max_position_embeddings=66)) == 66
     assert _positions(BloomConfig()) is None
+
+
+def test_a_plan_cannot_be_changed(experiment: MakeExperiment) -> None:
+    plan = plan_experiment(experiment())
+    with pytest.raises(TypeError):
+        plan.facts["metric"] = "another"  # type: ignore[index]
+    assert isinstance(plan.arms, tuple)
+    assert isinstance(plan.notes, tuple)
+
+
+def test_the_head_alone_has_no_pool(experiment: MakeExperiment) -> None:
+    arms = "fish_tuning.methods_to_run=[lora, head]"
+    head = plan_experiment(experiment(arms, "lora.names_to_exclude=[modules_to_save, lora_A]")).arms[-1]
+    assert (head.arm, head.trainable_parameters, head.dense, head.pool, head.kept) == ("head", 34, 34, 0, 0)
+
+
+def test_the_head_is_left_out_where_a_task_brings_none(experiment: MakeExperiment, tmp_path: Path) -> None:
+    texts = [f"model.name={write_llama(tmp_path / 'llama')}", f"dataset.load_args=[{write_sums(tmp_path / 'sums')}]"]
+    plan = plan_experiment(experiment(*texts))
+    assert [arm.arm for arm in plan.arms] == ["lora", "lora-fish", "lora-fish-rand", "lora-fish-rev"]
+    assert "The arm head is left out: causal_lm brings no new head to train." in plan.notes
+    with pytest.raises(ConfigurationError, match="causal_lm brings none; name another arm, such as lora"):
+        plan_experiment(experiment(*texts, "fish_tuning.methods_to_run=[head]"))

@@ -2,16 +2,21 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from folders import write_sentences
 from safetensors import SafetensorError
 
 from fish_tuning.experiments.config.experiment import ExperimentConfig
+from fish_tuning.experiments.records.record_files import adapter_digests
 from fish_tuning.experiments.records.run_record import RunRecord
 from fish_tuning.experiments.run import arm as arms
+from fish_tuning.experiments.run import calibration, runner
 from fish_tuning.experiments.run.plan import plan_experiment
 from fish_tuning.experiments.run.runner import run_experiment
 
@@ -36,9 +41,9 @@ def test_a_run_writes_everything_and_is_repeatable(experiment: MakeExperiment, t
     records, _ = run(experiment())
     folder = tmp_path / "results"
     result = json.loads((folder / "results.json").read_text())
-    assert [entry["arm"] for entry in result["runs"]] == ["lora", "lora-fish", "lora-fish-rand", "lora-fish-rev"]
+    assert [entry["arm"] for entry in result["runs"]] == [arm.arm for arm in plan_experiment(experiment()).arms]
     assert all(entry.keys() >= RUN_KEYS and entry["status"] == "ok" for entry in result["runs"])
-    assert len(result["summary"]) == 4
+    assert len(result["summary"]) == 5
     for name in ("results.csv", "results.md", "metric.png", "kept.png"):
         assert (folder / name).stat().st_size
     again, _ = run(experiment(f"training.output_dir={tmp_path / 'again'}"))
@@ -71,31 +76,31 @@ def test_a_failed_arm_stops_no_other_and_is_tried_again(
         raise RuntimeError("out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(arms, "calculate_fisher_information", broken)
+        patch.setattr(calibration, "calculate_fisher_information", broken)
         records, _ = run(experiment())
-    assert [record.status for record in records] == ["ok", "failed", "ok", "failed"]
+    assert [record.status for record in records] == ["ok", "failed", "ok", "failed", "ok"]
     assert "RuntimeError: out of memory" in (records[1].error or "")
     log = tmp_path / "results" / "runs" / "lora-fish-seed1.log"
     assert "Traceback" in log.read_text()
     assert "out of memory" in (tmp_path / "results" / "results.md").read_text()
     records, seen = run(experiment())
-    assert [record.status for record in records] == ["ok"] * 4
-    assert [known for *_, known in seen] == [True, False, True, False]
+    assert [record.status for record in records] == ["ok"] * 5
+    assert [known for *_, known in seen] == [True, False, True, False, True]
     assert not log.exists()
 
 
 def test_a_full_disk_stops_the_experiment_and_keeps_what_is_finished(
     experiment: MakeExperiment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save = arms._save
+    save = arms.save
 
-    def full(model: object, mask: object, folder: Path) -> int:
+    def full(model: object, mask: object, folder: Path) -> arms.Saved:
         if "fish" in folder.name:  # as safetensors tells of it
             raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
         return save(model, mask, folder)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch:
-        patch.setattr(arms, "_save", full)
+        patch.setattr(arms, "save", full)
         with pytest.raises(OSError, match="No space left") as raised:
             run(experiment())
     assert raised.value.errno == errno.ENOSPC
@@ -103,12 +108,13 @@ def test_a_full_disk_stops_the_experiment_and_keeps_what_is_finished(
     assert [known for *_, known in seen][:2] == [True, False]
 
 
-def test_an_interruption_keeps_what_is_finished(experiment: MakeExperiment, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
+def interrupted(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
 
+
+def test_an_interruption_keeps_what_is_finished(experiment: MakeExperiment, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(arms, "calculate_fisher_information", interrupted)
+        patch.setattr(calibration, "calculate_fisher_information", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run(experiment())
     _, seen = run(experiment())
@@ -153,3 +159,82 @@ def test_further_validation_sets_are_measured_too(experiment: MakeExperiment) ->
     plan.task.more_validation["mismatched"] = plan.task.validation.select(range(10))
     (record,) = run_experiment(config, plan)
     assert record.metrics.keys() >= {"accuracy", "loss", "accuracy_mismatched", "loss_mismatched"}
+
+
+def test_a_record_is_not_believed_beside_another_runs_adapter(
+    experiment: MakeExperiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Run A; run B with another learning rate, stopped just before its record; run A again."""
+    only = "fish_tuning.methods_to_run=[lora]"
+    (first,), _ = run(experiment(only))
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "write_record", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(experiment(only, "training.args_override.learning_rate=0.1"))
+    (again,), seen = run(experiment(only))
+    assert seen == [("lora", 1, "ok", False)]
+    assert "lora, seed 1 is run again: the adapter in " in caplog.text
+    assert (again.adapter_digest, again.metrics) == (first.adapter_digest, first.metrics)
+    assert adapter_digests(tmp_path / "results" / "adapters" / "lora-seed1").adapter == again.adapter_digest
+
+
+def test_a_lost_adapter_is_made_again(
+    experiment: MakeExperiment, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    only = "fish_tuning.methods_to_run=[lora]"
+    run(experiment(only))
+    shutil.rmtree(tmp_path / "results" / "adapters")
+    _, seen = run(experiment(only))
+    assert seen == [("lora", 1, "ok", False)]
+    assert "lora, seed 1 is run again: its adapter " in caplog.text
+    assert run(experiment(only))[1] == [("lora", 1, "ok", True)]
+
+
+def test_a_run_that_killed_two_processes_is_a_failure(experiment: MakeExperiment, tmp_path: Path) -> None:
+    config = experiment("fish_tuning.methods_to_run=[lora, lora-fish]")
+    plan, began = plan_experiment(config), time.time()
+    note = tmp_path / "results" / "locks" / "lora-seed1.holder"
+    note.parent.mkdir(parents=True)
+    note.write_text(json.dumps({"process": "1 on a host", "began": [began + 1, began + 2]}))
+    for _ in range(2):  # the second time it is known to have failed
+        lora, fish = run_experiment(config, plan, since=began)
+        assert (lora.status, fish.status) == ("failed", "ok")
+        assert "2 processes that were at it have been killed" in (lora.error or "")
+    lora, _ = run_experiment(config, plan)
+    assert lora.status == "ok"
+
+
+def test_a_report_gets_notes_and_arms_and_the_plan_stays_as_it_is(experiment: MakeExperiment, tmp_path: Path) -> None:
+    config = experiment("fish_tuning.methods_to_run=[lora, lora-fish]", "fish_tuning.warmup_steps=0")
+    plan = plan_experiment(config)
+    before = dict(plan.facts)
+    run_experiment(config, plan)
+    assert dict(plan.facts) == before
+    facts = json.loads((tmp_path / "results" / "results.json").read_text())["facts"]
+    assert facts["arms"] == ["lora", "lora-fish"]
+    assert "B starts at 0" in facts["notes"][0]
+    assert before.items() <= facts.items()
+
+
+def test_a_setting_is_shared_by_seeds(experiment: MakeExperiment) -> None:
+    one, two = run(experiment("fish_tuning.methods_to_run=[lora]", "seeds=[1, 2]"))[0]
+    assert one.setting == two.setting != ""
+    assert one.config_hash != two.config_hash
+
+
+def test_the_processs_first_steps_are_no_arms(experiment: MakeExperiment, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    monkeypatch.setattr(runner, "use_once", lambda context, arm, seed: order.append("once"))
+    work = runner.run_arm
+
+    def watched(*arguments: Any) -> Any:
+        order.append("arm")
+        return work(*arguments)
+
+    monkeypatch.setattr(runner, "run_arm", watched)
+    config = experiment("fish_tuning.methods_to_run=[lora, lora-fish]")
+    run(config)
+    assert order == ["once", "arm", "arm"]
+    order.clear()
+    run(config)
+    assert order == [], "nothing is trained where all is finished"

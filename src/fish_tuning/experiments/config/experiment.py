@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from fish_tuning.errors import did_you_mean
-from fish_tuning.experiments.config.arm_names import ArmName, Variant, suffixes
+from fish_tuning.experiments.config.arm_names import HEAD_ALONE, ArmName, Variant, suffixes
 from fish_tuning.experiments.config.sections import (
     DEFAULT_SELECTIONS,
     STARTS_AT_ZERO,
@@ -45,7 +45,9 @@ class ExperimentConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _fill(cls, data: Any) -> Any:
-        """What depends on other sections: `training.output_dir` is `results/<name>`, and each method has four arms."""
+        """What depends on other sections: `training.output_dir` is `results/<name>`, the arms are four of each method
+        and the head alone.
+        """
         if not isinstance(data, dict):
             return data
         methods = data.get("peft")
@@ -60,7 +62,7 @@ class ExperimentConfig(Section):
             "fish_tuning": _with_default(
                 data.get("fish_tuning", {}),
                 "methods_to_run",
-                [f"{name}{selection}" for name in names for selection in DEFAULT_SELECTIONS],
+                [*(f"{name}{selection}" for name in names for selection in DEFAULT_SELECTIONS), HEAD_ALONE],
             ),
         }
 
@@ -68,6 +70,7 @@ class ExperimentConfig(Section):
     def _arms_of_methods(self) -> ExperimentConfig:
         names = unique([method.method for method in self.peft])
         allowed = [f"{name}{selection}" for name in names for selection in ("", *(f"-{s}" for s in suffixes()))]
+        allowed.append(HEAD_ALONE)
         for arm in self.fish_tuning.methods_to_run:
             if arm not in allowed:
                 raise ValueError(
@@ -78,8 +81,12 @@ class ExperimentConfig(Section):
 
     @property
     def arms(self) -> list[str]:
-        """The names of all arms: those of `methods_to_run`, at every budget of the protocol."""
-        names = [ArmName.parse(arm) for arm in self.fish_tuning.methods_to_run]
+        """The names of all arms: those of `methods_to_run` at every budget of the protocol, then the head alone."""
+        asked = self.fish_tuning.methods_to_run
+        names = [ArmName.parse(arm) for arm in asked if arm != HEAD_ALONE]
+        return [*self._at_every_budget(names), *(arm for arm in asked if arm == HEAD_ALONE)]
+
+    def _at_every_budget(self, names: list[ArmName]) -> list[str]:
         if self.protocol == "fixed_layers":
             budgets = [f"{ratio:g}" for ratio in self.fish_tuning.keep_ratio]
             dense = [str(name) for name in names if name.selection is None]
@@ -93,12 +100,16 @@ class ExperimentConfig(Section):
     def variant_of(self, arm: str) -> Variant:
         """The adapter that an arm trains, or chooses its entries from."""
         name = ArmName.parse(arm)
+        if arm == HEAD_ALONE:
+            return Variant()
         if self.protocol == "fixed_budget":
             return Variant(top_layers=name.top_layers if name.selection is None else self.fish_tuning.pool_layers)
         return Variant(small=name.selection is None and self.protocol == "ratio_of_baseline")
 
     def method_of(self, arm: str) -> PeftMethodConfig:
-        """The PEFT method that an arm trains."""
+        """The PEFT method that an arm trains; one of no settings for the head alone."""
+        if arm == HEAD_ALONE:
+            return PeftMethodConfig(method=HEAD_ALONE)
         return next(method for method in self.peft if method.method == ArmName.parse(arm).method)
 
     def warmup_steps(self, method: str) -> int:

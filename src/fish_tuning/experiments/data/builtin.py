@@ -2,23 +2,27 @@
 
 `builtin:digits` is the digits 5-9 as a folder of parquet files, `builtin:digits-vit` a ViT pretrained on 0-4 as a
 folder that `from_pretrained` loads. Both are made on first use and cached; after that everything sees ordinary folders.
+Each folder holds a digest of its files: one that no longer fits is made again.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from fish_tuning.errors import ConfigurationError, did_you_mean
+from fish_tuning.experiments.data.digests import folder_digest
+from fish_tuning.files.atomic import recover_folder, whole_folder
 
 logger = logging.getLogger(__name__)
 
 PREFIX = "builtin:"
+DIGEST_FILE = ".digest"  # hidden, so that it is not read as data
 PRETRAIN_EPOCHS = 40
 TRAIN_EXAMPLES = 300
 SEED = 0
@@ -53,8 +57,7 @@ def resolve_builtin(name: str, *, weights: bool = True) -> str:
     maker = _MAKERS[name]
     if not weights and name in _CONFIG_MAKERS and not folder.is_dir():
         folder, maker = folder.with_name(f"{folder.name}-config"), _CONFIG_MAKERS[name]
-    if not folder.is_dir():
-        _make(folder, maker)
+    _make_sure(folder, maker)
     return str(folder)
 
 
@@ -64,17 +67,25 @@ def cache_directory() -> Path:
     return Path(os.environ.get("FISH_TUNING_CACHE", default))
 
 
-def _make(folder: Path, maker: Callable[[Path], None]) -> None:
-    """Complete or not at all, also when two processes make it at once."""
+def _make_sure(folder: Path, maker: Callable[[Path], None]) -> None:
+    """Make the folder where it is missing or damaged; once, also when several processes come to it together."""
+    if _is_intact(folder):
+        return
     folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
-    try:
-        maker(unfinished)
-        unfinished.chmod(0o755)
-        if not folder.is_dir():
-            unfinished.rename(folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    with FileLock(folder.with_name(f".{folder.name}.lock")):
+        recover_folder(folder)
+        if _is_intact(folder):
+            return
+        if folder.is_dir():
+            logger.warning("The files in %s are not those that were made; they are made again.", folder)
+        with whole_folder(folder) as unfinished:
+            maker(unfinished)
+            (unfinished / DIGEST_FILE).write_text(folder_digest(unfinished))
+
+
+def _is_intact(folder: Path) -> bool:
+    digest = folder / DIGEST_FILE
+    return digest.is_file() and digest.read_text() == folder_digest(folder, leave_out=(DIGEST_FILE,))
 
 
 def _digits(classes: range) -> tuple[Any, Any]:

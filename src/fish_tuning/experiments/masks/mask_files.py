@@ -7,13 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fish_tuning.errors import MaskError
+from fish_tuning.files.atomic import recover_folder
+from fish_tuning.files.delta_file import load_delta
 from fish_tuning.files.mask_file import MASK_FILE_NAME, load_mask
-from fish_tuning.sparse.delta import load_delta
+from fish_tuning.files.sealed import kind_of
 
 _ADAPTER_FILE = "adapter_model.safetensors"
 HEAD = ".modules_to_save."
@@ -34,25 +37,34 @@ class Inspected:
 
 
 def read_mask(path: str) -> Inspected:
-    """The mask at `path`: a mask file, a sparse delta, or a folder with a mask or a PEFT adapter."""
-    file = Path(path)
+    """The mask at `path`: a mask file, a sparse delta, or a folder with a mask or a PEFT adapter.
+
+    Raises MaskError, which names the file, when there is nothing of the kind or it is damaged.
+    """
+    try:
+        return _read(Path(path))
+    except OSError as error:
+        raise MaskError(f"{error.filename or path!r} cannot be read: {error.strerror}.") from error
+
+
+def _read(file: Path) -> Inspected:
+    recover_folder(file)
     if file.is_dir():
         if not (file / MASK_FILE_NAME).is_file():
             return _without_mask(file)
         file = file / MASK_FILE_NAME
-    kind = _format(file)
-    if kind.startswith("fish_tuning.mask."):
-        tensors = load_mask(file)
-    elif kind.startswith("fish_tuning.delta."):
-        tensors = _selected(file)
-    else:
+    elif not file.exists():
+        raise MaskError(f"There is no file or folder at {str(file)!r}.")
+    kind = kind_of(file)
+    if kind is None:
         raise MaskError(
             f"{str(file)!r} holds weights, but is neither a mask nor a sparse delta of fish-tuning. For an adapter, "
             f"give the folder that {_ADAPTER_FILE} and {MASK_FILE_NAME} lie in."
         )
+    tensors = load_mask(file) if kind == "mask" else _selected(file)
     if not tensors:
         raise MaskError(f"{str(file)!r} holds no tensors.")
-    note = "A delta leaves out tensors without a kept entry: shares are of those it has." if "delta" in kind else ""
+    note = "A delta leaves out tensors without a kept entry: shares are of those it has." if kind == "delta" else ""
     return Inspected(
         file, tensors, frozenset(name for name, tensor in tensors.items() if _is_dense(name, tensor)), note
     )
@@ -63,20 +75,15 @@ def _is_dense(name: str, tensor: Tensor) -> bool:
     return bool(tensor.all()) and (HEAD in name or not name.startswith("base_model."))
 
 
-def _format(file: Path) -> str:
-    if not file.is_file():
-        raise MaskError(f"There is no file or folder at {str(file)!r}.")
-    try:
-        with safe_open(file, framework="pt") as content:
-            return str((content.metadata() or {}).get("format", ""))
-    except (SafetensorError, OSError) as error:
-        raise MaskError(f"{str(file)!r} is not a readable safetensors file: {error}") from error
-
-
 def _selected(file: Path) -> dict[str, Tensor]:
     """The mask that a sparse delta was trained with."""
+    delta = load_delta(file)
+    needed = sum(tensor.shape.numel() for tensor in delta.tensors.values())
+    # A delta names the shapes of its tensors and holds few of their entries.
+    if needed > (free := psutil.virtual_memory().available):
+        raise MaskError(f"{str(file)!r} is of tensors with {needed:,} entries, too many for {free:,} bytes of memory.")
     selected = {}
-    for name, tensor in load_delta(file).tensors.items():
+    for name, tensor in delta.tensors.items():
         flat = torch.full((tensor.shape.numel(),), tensor.index is None)
         if tensor.index is not None:
             flat[tensor.index.long()] = True
@@ -90,19 +97,29 @@ def _without_mask(folder: Path) -> Inspected:
         below = sorted(found for depth in ("*", "*/*") for found in folder.glob(f"{depth}/{MASK_FILE_NAME}"))
         hint = f" Folders below have masks, e.g. {str(below[0].parent)!r}." if below else ""
         raise MaskError(f"The folder {str(folder)!r} has neither {MASK_FILE_NAME} nor {_ADAPTER_FILE}.{hint}")
-    _format(file)  # tells an unreadable one
+    try:
+        with safe_open(file, framework="pt") as content:
+            shapes = {name: content.get_slice(name).get_shape() for name in content.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise MaskError(f"{str(file)!r} is not a readable safetensors file: {error}") from error
     heads = _heads(folder / "adapter_config.json")
-    with safe_open(file, framework="pt") as content:
-        shapes = {name: content.get_slice(name).get_shape() for name in content.keys()}  # noqa: SIM118
     tensors = {_full_name(name, heads): torch.tensor(True).expand(shape) for name, shape in shapes.items()}
     return Inspected(file, tensors, frozenset(tensors), f"No {MASK_FILE_NAME} lies beside it: nothing is masked.")
 
 
 def _heads(config: Path) -> list[str]:
+    if not config.is_file():
+        return []
     try:
-        return (json.loads(config.read_text()).get("modules_to_save") or []) if config.is_file() else []
-    except ValueError as error:
+        content = json.loads(config.read_bytes())
+    except (ValueError, RecursionError) as error:
         raise MaskError(f"{str(config)!r} is not readable JSON: {error}") from error
+    heads = content.get("modules_to_save") if isinstance(content, dict) else content
+    if heads is None:
+        return []
+    if not isinstance(heads, list) or not all(isinstance(head, str) for head in heads):
+        raise MaskError(f"{str(config)!r} is no adapter's configuration: modules_to_save is not a list of names.")
+    return heads
 
 
 def _full_name(name: str, heads: Sequence[str]) -> str:

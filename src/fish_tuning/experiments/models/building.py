@@ -16,28 +16,24 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from huggingface_hub.utils import logging as hub_logging
-from peft import get_peft_model
+from peft import PeftConfig, get_peft_model
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, set_seed
 
 from fish_tuning.adapters import AdapterError
 from fish_tuning.errors import ConfigurationError, did_you_mean
-from fish_tuning.experiments.config.arm_names import Variant
+from fish_tuning.experiments.config.arm_names import HEAD_ALONE, Variant
 from fish_tuning.experiments.config.experiment import ExperimentConfig
 from fish_tuning.experiments.config.sections import ModelConfig, PeftMethodConfig
 from fish_tuning.experiments.data.builtin import resolve_builtin
 from fish_tuning.experiments.data.tasks import Task
+from fish_tuning.experiments.models.head_alone import freeze_all_but_head, head_alone_config
 from fish_tuning.experiments.models.peft_methods import peft_config
 from fish_tuning.experiments.models.targets import head_names, linear_names
+from fish_tuning.experiments.models.weights import WEIGHTS_FILES
 from fish_tuning.peft_methods import peft_method
 
-WEIGHTS_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
 # A part of a tensor's name that counts layers.
 _LAYER_NUMBER = re.compile(r"\.\d+\.")
 
@@ -106,6 +102,13 @@ def build_model(
     config: ExperimentConfig, model_config: Any, task: Task, section: PeftMethodConfig, variant: Variant, *, seed: int
 ) -> Any:
     """The PEFT model that an arm starts from. The same seed and method give the same model, bit for bit."""
+    base = build_base_model(config, model_config, task, seed=seed)
+    set_seed(seed)
+    return put_adapter(base, peft_config_of(config, section, base, variant), section)
+
+
+def build_base_model(config: ExperimentConfig, model_config: Any, task: Task, *, seed: int) -> Any:
+    """The pretrained model with the task's head, which the seed decides."""
     set_seed(seed)
     base, loading = _from_hub(
         _auto_class(task),
@@ -117,8 +120,22 @@ def build_model(
         output_loading_info=True,
     )
     _check_loaded(config.model, base, loading)
-    set_seed(seed)
-    return get_peft_model(base, peft_config(config, section, base, variant))
+    return base
+
+
+def peft_config_of(config: ExperimentConfig, section: PeftMethodConfig, base: Any, variant: Variant) -> PeftConfig:
+    """The PEFT configuration that a method, or the arm that trains the head alone, puts on `base`."""
+    if section.method == HEAD_ALONE:
+        return head_alone_config(base)
+    return peft_config(config, section, base, variant)
+
+
+def put_adapter(base: Any, adapter: PeftConfig, section: PeftMethodConfig) -> Any:
+    """The PEFT model, with what the arm trains."""
+    model = get_peft_model(base, adapter)
+    if section.method == HEAD_ALONE:
+        freeze_all_but_head(model)
+    return model
 
 
 def build_meta_model(
@@ -149,11 +166,11 @@ def _counting_model(
                 f"model.name: no model can be made from the configuration of {config.model.name!r} with "
                 f"model.config_overrides={config.model.config_overrides}: {_first_line(error)}"
             ) from error
-        adapter = peft_config(config, section, base, variant)
+        adapter = peft_config_of(config, section, base, variant)
         if peft_method(section.method).takes_init_lora_weights:
             vars(adapter)["init_lora_weights"] = True  # the others compute with weights, which are not there
         try:
-            return get_peft_model(base, adapter)
+            return put_adapter(base, adapter, section)
         except AdapterError as error:  # names what there is and what to set by itself
             raise _NoAdapter(f"peft.method={section.method!r}: {error}") from error
         except Exception as error:  # PEFT's methods raise whatever comes: the user needs the reason, not the place

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING
 from fish_tuning.errors import ConfigurationError
 from fish_tuning.experiments.masks.mask_files import HEAD, Inspected, read_mask, short_names
 from fish_tuning.experiments.masks.overlaps import Overlap, overlap
+from fish_tuning.experiments.records.kept import kept_shares
 from fish_tuning.experiments.records.run_record import KeptShare, RunRecord
 from fish_tuning.experiments.report.pictures.canvas import Picture, png
 from fish_tuning.experiments.report.pictures.folder import kept_heat_maps
@@ -52,21 +52,9 @@ def inspect_masks(console: Console, paths: Sequence[str], picture: str | None = 
         console.print(f"written: {drawn}", soft_wrap=True)
 
 
-def kept_shares(mask: Inspected) -> list[KeptShare]:
-    """One share for each layer and module type; a weight and its bias, or two modules of a type, count together."""
-    kept: Counter[tuple[int, str]] = Counter()
-    total: Counter[tuple[int, str]] = Counter()
-    for name, tensor in mask.masked.items():
-        layer = re.search(r"(?:^|\.)(\d+)\.", name)
-        key = (int(layer.group(1)) if layer else -1, module_type(name))
-        kept[key] += int(tensor.sum())
-        total[key] += tensor.numel()
-    return [KeptShare(None if key[0] < 0 else key[0], key[1], kept[key], total[key]) for key in sorted(total)]
-
-
 def describe(mask: Inspected, width: int) -> list[str | Table]:
     """Counts, tables and sentences on one mask for a terminal of `width` columns."""
-    shares = kept_shares(mask)
+    shares = kept_shares(mask.masked)
     parts: list[str | Table] = [_counts(mask, shares), _dense_line(mask)]
     if mask.note:
         parts.append(mask.note)
@@ -167,7 +155,9 @@ def _sums(shares: Iterable[KeptShare]) -> tuple[int, int]:
 def kept_picture(masks: Sequence[Inspected]) -> Picture:
     """A heat map of layers and module types for each mask, in a report's look and on one colour scale."""
     labels = short_names([mask.path for mask in masks])
-    runs = [RunRecord(label, 0, "ok", "", kept=kept_shares(mask)) for label, mask in zip(labels, masks, strict=True)]
+    runs = [
+        RunRecord(label, 0, "ok", "", kept=kept_shares(mask.masked)) for label, mask in zip(labels, masks, strict=True)
+    ]
     picture = kept_heat_maps(labels, runs)
     if picture is None:
         raise ConfigurationError("--picture: no tensor is masked, so there is nothing to draw.")

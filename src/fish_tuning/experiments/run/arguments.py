@@ -49,7 +49,12 @@ def early_stopping_arguments(metric: str) -> dict[str, Any]:
 
 
 def _check_numbers(arguments: TrainingArguments) -> None:
-    """TrainingArguments takes these as they come, and training fails on them or does nothing."""
+    """TrainingArguments takes these as they come, and training fails on them, does nothing, or does something else."""
+    if arguments.auto_find_batch_size:
+        raise ConfigurationError(
+            "training.args_override.auto_find_batch_size=True: an arm that runs out of memory would be trained with "
+            "smaller batches than the others. Lower per_device_train_batch_size, and raise gradient_accumulation_steps."
+        )
     for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
         if getattr(arguments, name) < 1:
             raise ConfigurationError(

@@ -1,260 +1,174 @@
-"""One arm with one seed: build the model, score it, mask it, train it, measure it."""
+"""One arm with one seed: start, scores, mask, training, measurement, adapter."""
 
 from __future__ import annotations
 
 import contextlib
-import copy
-import logging
-import math
-import re
 import shutil
-import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from datasets import Dataset
-from torch import Tensor
-from torch.utils.data import DataLoader
-from transformers import (
-    EarlyStoppingCallback,
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments, set_seed
 
 from fish_tuning.errors import FishTuningError
-from fish_tuning.experiments.config.arm_names import ArmName, Selection
-from fish_tuning.experiments.config.experiment import ExperimentConfig
-from fish_tuning.experiments.config.sections import PeftMethodConfig
-from fish_tuning.experiments.models.building import build_model, state_digest
-from fish_tuning.experiments.records.run_record import ArmPlan, KeptShare, RunRecord
-from fish_tuning.experiments.run.arguments import early_stopping_arguments, training_arguments
-from fish_tuning.experiments.run.loggers import NO_REPORTS, open_loggers, run_name
-from fish_tuning.experiments.run.measure import PeakMemory, optimizer_state_bytes
-from fish_tuning.experiments.run.plan import Plan, names_outside_pool
+from fish_tuning.experiments.config.arm_names import ArmName
+from fish_tuning.experiments.models.building import state_digest
+from fish_tuning.experiments.records.kept import kept_shares
+from fish_tuning.experiments.records.record_files import Digests, adapter_digests, adapter_folder, run_name
+from fish_tuning.experiments.records.run_record import ArmPlan, RunRecord
+from fish_tuning.experiments.run.calibration import Calibration, calibrate
+from fish_tuning.experiments.run.context import Context
+from fish_tuning.experiments.run.loggers import open_loggers
+from fish_tuning.experiments.run.measure import PeakMemory, Stopwatch, optimizer_state_bytes
+from fish_tuning.experiments.run.plan import names_outside_pool
+from fish_tuning.experiments.run.trainers import evaluate, make_trainer
+from fish_tuning.files.atomic import whole_folder
 from fish_tuning.files.mask_file import MASK_FILE_NAME, save_mask
-from fish_tuning.masks.budgets import matching_names, module_type
+from fish_tuning.masks.budgets import matching_names
 from fish_tuning.masks.create import create_mask_from_fisher
-from fish_tuning.scores.fisher import calculate_fisher_information
+from fish_tuning.masks.selections import SELECTIONS
 from fish_tuning.sparse.masked_tensors import Mask, count_trainable_parameters
 from fish_tuning.training.trainer import FishMaskCallback
 
-logger = logging.getLogger(__name__)
+
+def run_arm(
+    context: Context,
+    arm: ArmPlan,
+    seed: int,
+    calibration: Calibration | None = None,
+    learning_rate: float | None = None,
+) -> tuple[RunRecord, Calibration | None]:
+    """Do one run: its adapter is in its place when this returns, its record is the caller's to write.
+
+    Args:
+        context: what all runs share.
+        arm: what to train.
+        seed: of the head, the adapter, the data order and the mask's ties.
+        calibration: of an earlier arm with the same start; made where one is needed and none is given.
+        learning_rate: None leaves it to the training arguments.
+
+    Returns:
+        The record, and the calibration for the next arm with this start.
+
+    Raises:
+        Diverged: training left numbers that are not finite.
+        FishTuningError: what was planned did not come out.
+    """
+    args = context.arguments(arm, seed, learning_rate)
+    model = context.starts(arm.arm, seed)
+    initial_state = state_digest(model)
+    if needs_scores(arm):
+        calibration = calibration or calibrate(context, arm, seed, model, args, initial_state)
+        calibration.check_start(initial_state)
+    mask = choose_mask(context, arm, seed, model, calibration)
+    trained = train(context, arm, seed, model, args, mask, _figures(arm, calibration))
+    saved = Saved() if context.is_trial else save(model, mask, adapter_folder(context.folder, arm.arm, seed))
+    return _record(context, arm, seed, args, mask, trained, saved, calibration, initial_state), calibration
 
 
-@dataclass(frozen=True)
-class Calibration:
-    """Scores of one starting point, and what they cost."""
+def needs_scores(arm: ArmPlan) -> bool:
+    selection = ArmName.parse(arm.arm).selection
+    return selection is not None and SELECTIONS.find(selection.method).needs_scores
 
-    scores: dict[str, Tensor]
+
+def choose_mask(context: Context, arm: ArmPlan, seed: int, model: Any, calibration: Calibration | None) -> Mask | None:
+    """The arm's mask; None for an arm that trains all of its adapter, or none of it."""
+    selection = ArmName.parse(arm.arm).selection
+    if selection is None:
+        return None
+    if needs_scores(arm) and calibration is not None:
+        scores = calibration.scores
+    else:
+        scores = {n: torch.zeros(()).expand(p.shape) for n, p in model.named_parameters() if p.requires_grad}
+    return create_mask_from_fisher(
+        scores,
+        names_to_exclude=names_outside_pool(context.config, context.plan.task),
+        num_trainable=arm.trainable_parameters,
+        method=selection.method,
+        quotas=(context.config.fish_tuning.quotas or "module_type") if selection.quotas else None,
+        normalize="module_type" if selection.normalize else None,
+        seed=seed,
+    )
+
+
+class Trained(NamedTuple):
+    """What training and evaluation gave."""
+
+    metrics: dict[str, float]
     seconds: float
-    initial_state: str
+    peak_memory_bytes: int
+    peak_memory_of: str
+    optimizer_state_bytes: int
+    loss_curve: list[tuple[int, float]]
 
 
-@dataclass
-class ArmRun:
-    """`run` does it; `calibration` is given by an earlier arm of the same seed, or made when one is needed."""
-
-    config: ExperimentConfig
-    plan: Plan
-    arm: ArmPlan
-    seed: int
-    train: Dataset
-    validation: Dataset
-    progress: TrainerCallback
-    calibration: Calibration | None = None
-    learning_rate: float | None = None
-    more_validation: Mapping[str, Dataset] = field(default_factory=dict)
-    reports: bool = True  # to the loggers that `report_to` names
-
-    def run(self, folder: Path, config_hash: str) -> RunRecord:
-        name = f"{self.arm.arm}-seed{self.seed}"
-        adapter = folder / "adapters" / name
-        shutil.rmtree(adapter, ignore_errors=True)  # of an earlier configuration
-        args = self._arguments(folder / "checkpoints" / name)
-        model = build_model(
-            self.config,
-            self.plan.model_config,
-            self.plan.task,
-            self._section,
-            self.config.variant_of(self.arm.arm),
-            seed=self.seed,
-        )
-        initial_state = state_digest(model)
-        mask = self._mask(model, initial_state, args)
-        trainer = self._trainer(model, args, mask)
-        trainable = count_trainable_parameters(model)
-        if trainable != self.arm.trainable_parameters:
-            raise FishTuningError(
-                f"{self.arm.arm} trains {trainable:,} parameters where {self.arm.trainable_parameters:,} were planned."
-            )
-        set_seed(self.seed)  # the same data order and dropout in every arm, whatever scoring drew
-        peak = PeakMemory()
-        with open_loggers(trainer, folder / "logs" / name, self._figures):
-            started = time.perf_counter()
+def train(
+    context: Context,
+    arm: ArmPlan,
+    seed: int,
+    model: Any,
+    args: TrainingArguments,
+    mask: Mask | None,
+    figures: dict[str, float],
+) -> Trained:
+    """Train and evaluate the model in place; `figures` go to the loggers."""
+    checkpoints = context.checkpoints(arm, seed)
+    shutil.rmtree(checkpoints, ignore_errors=True)  # of an earlier configuration
+    trainer = make_trainer(context, model, args, _callbacks(context, mask))
+    _check_count(arm, count_trainable_parameters(model))
+    set_seed(seed)  # the same data order and dropout in every arm, whatever scoring drew
+    peak = PeakMemory(args.device)
+    with open_loggers(trainer, context.folder / "logs" / run_name(arm.arm, seed), figures):
+        with Stopwatch() as watch:
             trainer.train()
-            train_seconds = time.perf_counter() - started
-            peak_memory = peak.bytes()
-            metrics = self._evaluate(trainer)
-        if self._patience:
-            shutil.rmtree(folder / "checkpoints" / name, ignore_errors=True)
-        _remove_empty(folder / "checkpoints" / name)
-        return RunRecord(
-            arm=self.arm.arm,
-            seed=self.seed,
-            status="ok",
-            metric=self.plan.metric,
-            value=metrics[self.plan.metric],
-            metrics=metrics,
-            trainable_parameters=trainable,
-            train_seconds=train_seconds,
-            fisher_seconds=self._figures["fisher_seconds"],
-            peak_memory_bytes=peak_memory,
-            peak_memory_of=peak.of,
-            optimizer_state_bytes=optimizer_state_bytes(trainer.optimizer) if trainer.optimizer else 0,
-            adapter_bytes=_save(model, mask, adapter),
-            kept=kept_shares(mask, names_outside_pool(self.config, self.plan.task)) if mask else [],
-            config_hash=config_hash,
-            initial_state=initial_state,
-            experiment=self.config.name,
-            task=self.plan.task.name,
-            model=self.config.model.name,
-            keep_ratio=self._figures.get("keep_ratio"),
-            learning_rate=args.learning_rate,
-            loss_curve=[(int(entry["step"]), entry["loss"]) for entry in trainer.state.log_history if "loss" in entry],
-        )
-
-    @property
-    def _section(self) -> PeftMethodConfig:
-        return self.config.method_of(self.arm.arm)
-
-    @property
-    def _selection(self) -> Selection | None:
-        return ArmName.parse(self.arm.arm).selection
-
-    @property
-    def _needs_scores(self) -> bool:
-        return self._selection is not None and self._selection.method != "rand"
-
-    @property
-    def _figures(self) -> dict[str, float]:
-        seconds = self.calibration.seconds if self.calibration and self._needs_scores else 0.0
-        ratio = {} if self._selection is None else {"keep_ratio": self.arm.kept / self.arm.pool}
-        return {**ratio, "fisher_seconds": seconds}
-
-    def _arguments(self, folder: Path, extra: Mapping[str, Any] | None = None) -> TrainingArguments:
-        chosen = {} if self.learning_rate is None else {"learning_rate": self.learning_rate}
-        stopping = early_stopping_arguments(self.plan.metric) if self._patience and not extra else {}
-        reports = {} if self.reports else NO_REPORTS
-        own = {**self.plan.task.training_arguments, **self._section.training_args}
-        arguments = training_arguments(
-            self.config, self.seed, folder, {**own, **chosen, **stopping, **reports, **(extra or {})}
-        )
-        arguments.run_name = run_name(self.config, self.arm.arm, self.seed, arguments.run_name)
-        return arguments
-
-    @property
-    def _patience(self) -> int | None:
-        return self.config.training.early_stopping_patience
-
-    def _mask(self, model: Any, initial_state: str, args: TrainingArguments) -> Mask | None:
-        if self._selection is None:
-            return None
-        if self._needs_scores:
-            if self.calibration is None:
-                self.calibration = self._calibrate(model, initial_state, args)
-            if self.calibration.initial_state != initial_state:
-                raise FishTuningError("The scores belong to another starting point than the one to be trained.")
-            scores: Mapping[str, Tensor] = self.calibration.scores
-        else:
-            scores = {n: torch.zeros(()).expand(p.shape) for n, p in model.named_parameters() if p.requires_grad}
-        return create_mask_from_fisher(
-            scores,
-            names_to_exclude=names_outside_pool(self.config, self.plan.task),
-            num_trainable=self.arm.trainable_parameters,
-            method=self._selection.method,
-            quotas=(self.config.fish_tuning.quotas or "module_type") if self._selection.quotas else None,
-            normalize="module_type" if self._selection.normalize else None,
-            seed=self.seed,
-        )
-
-    def _calibrate(self, model: Any, initial_state: str, args: TrainingArguments) -> Calibration:
-        started = time.perf_counter()
-        steps = self.config.warmup_steps(self.arm.method)
-        start = copy.deepcopy(model.state_dict()) if steps else None
-        if start is not None:
-            self._warm_up(model, str(args.output_dir), steps)
-        scores = calculate_fisher_information(
-            model, self._calibration_loader(args.per_device_train_batch_size), device=args.device, progress=False
-        )
-        if start is not None:
-            model.load_state_dict(start)
-        return Calibration(scores, time.perf_counter() - started, initial_state)
-
-    def _warm_up(self, model: Any, folder: str, steps: int) -> None:
-        """Some dense steps, so that no factor is zero when it is scored; undone afterwards."""
-        settings = {"max_steps": steps, "eval_strategy": "no", "save_strategy": "no", **NO_REPORTS}
-        arguments = self._arguments(Path(folder), settings)
-        set_seed(self.seed)
-        self._make_trainer(model, arguments, []).train()
-
-    def _calibration_loader(self, batch_size: int) -> DataLoader[Any]:
-        """The seed's calibration examples; scores are exact whatever their order, so equal lengths go together."""
-        examples = self.train.shuffle(seed=self.seed).select(range(self.config.fish_tuning.num_samples))
-        if "input_ids" in examples.column_names:
-            lengths = [len(ids) for ids in examples["input_ids"]]
-            examples = examples.select(sorted(range(len(examples)), key=lengths.__getitem__))
-        collator = self.plan.task.collator(self.plan.processing_class)
-        return DataLoader(examples, batch_size=batch_size, collate_fn=collator)
-
-    def _trainer(self, model: Any, args: TrainingArguments, mask: Mask | None) -> Trainer:
-        callbacks: list[TrainerCallback] = [self.progress]
-        if mask is not None:
-            callbacks.append(FishMaskCallback(mask))
-        if self._patience:
-            callbacks.append(EarlyStoppingCallback(early_stopping_patience=self._patience))
-        return self._make_trainer(model, args, callbacks)
-
-    def _make_trainer(self, model: Any, args: TrainingArguments, callbacks: list[TrainerCallback]) -> Trainer:
-        trainer = self.plan.task.make_trainer(
-            model=model,
-            args=args,
-            train_dataset=self.train,
-            eval_dataset=self.validation,
-            processing_class=self.plan.processing_class,
-            callbacks=callbacks,
-        )
-        trainer.remove_callback(PrinterCallback)  # it prints every log to standard output
-        return trainer
-
-    def _evaluate(self, trainer: Trainer) -> dict[str, float]:
-        metrics = trainer.evaluate(metric_key_prefix="eval")
-        names = ("loss", *self.plan.task.metrics, "perplexity")
-        found = {name: float(metrics[f"eval_{name}"]) for name in names if f"eval_{name}" in metrics}
-        for kind, split in self.more_validation.items():
-            prefix = f"eval_{kind}"
-            more = trainer.evaluate(split, metric_key_prefix=prefix)
-            found |= {f"{name}_{kind}": float(more[f"{prefix}_{name}"]) for name in names if f"{prefix}_{name}" in more}
-        for name in ("loss", self.plan.metric):
-            if not math.isfinite(found[name]):
-                raise FishTuningError(
-                    f"After {trainer.state.global_step} steps the evaluation's {name} is {found[name]}: training "
-                    "diverged or every prediction is the same. Try a lower learning rate."
-                )
-        return found
+        peak_memory = peak.bytes()
+        metrics = evaluate(context, trainer)
+    if context.config.training.early_stopping_patience:
+        shutil.rmtree(checkpoints, ignore_errors=True)
+    _remove_empty(checkpoints)
+    history = trainer.state.log_history
+    return Trained(
+        metrics,
+        watch.seconds,
+        peak_memory,
+        peak.of,
+        optimizer_state_bytes(trainer.optimizer) if trainer.optimizer else 0,
+        [(int(entry["step"]), entry["loss"]) for entry in history if "loss" in entry],
+    )
 
 
-def _save(model: Any, mask: Mask | None, folder: Path) -> int:
-    """Bytes of the adapter's weights file, as PEFT writes it; the mask goes beside it."""
-    model.save_pretrained(folder)
+def _callbacks(context: Context, mask: Mask | None) -> list[TrainerCallback]:
+    callbacks = [context.progress]
     if mask is not None:
-        save_mask(mask, folder / MASK_FILE_NAME)
-    return (folder / "adapter_model.safetensors").stat().st_size
+        callbacks.append(FishMaskCallback(mask))
+    if patience := context.config.training.early_stopping_patience:
+        callbacks.append(EarlyStoppingCallback(early_stopping_patience=patience))
+    return callbacks
+
+
+def _check_count(arm: ArmPlan, trainable: int) -> None:
+    if trainable != arm.trainable_parameters:
+        raise FishTuningError(
+            f"{arm.arm} trains {trainable:,} parameters where {arm.trainable_parameters:,} were planned."
+        )
+
+
+class Saved(NamedTuple):
+    """Digests of what was saved, and the bytes of the adapter's weights file."""
+
+    digests: Digests = Digests()
+    adapter_bytes: int | None = None
+
+
+def save(model: Any, mask: Mask | None, folder: Path) -> Saved:
+    """Put the adapter, as PEFT writes it, with its mask in the place of an earlier one, whole or not at all."""
+    with whole_folder(folder) as unfinished:
+        model.save_pretrained(unfinished)
+        if mask is not None:
+            save_mask(mask, unfinished / MASK_FILE_NAME)
+        size = (unfinished / "adapter_model.safetensors").stat().st_size
+        digests = adapter_digests(unfinished)
+    return Saved(digests, size)
 
 
 def _remove_empty(checkpoints: Path) -> None:
@@ -264,13 +178,62 @@ def _remove_empty(checkpoints: Path) -> None:
         checkpoints.parent.rmdir()
 
 
-def kept_shares(mask: Mask, names_to_exclude: Sequence[str]) -> list[KeptShare]:
-    """Kept and total entries of the pool by layer number and module type (`query.lora_A`, weight and bias together)."""
-    counts: dict[tuple[int | None, str], list[int]] = {}
-    for name in mask.keys() - matching_names(mask, names_to_exclude):
-        number = re.search(r"\.(\d+)\.", name)
-        count = counts.setdefault((int(number.group(1)) if number else None, module_type(name)), [0, 0])
-        count[0] += int(mask[name].sum())
-        count[1] += mask[name].numel()
-    shares = [KeptShare(layer, module, kept, total) for (layer, module), (kept, total) in counts.items()]
-    return sorted(shares, key=lambda share: (-1 if share.layer is None else share.layer, share.module))
+def _seconds(arm: ArmPlan, calibration: Calibration | None) -> tuple[float, float]:
+    """Of warm-up and scoring, for an arm that needs scores."""
+    if calibration is None or not needs_scores(arm):
+        return 0.0, 0.0
+    return calibration.warmup_seconds, calibration.scoring_seconds
+
+
+def _figures(arm: ArmPlan, calibration: Calibration | None) -> dict[str, float]:
+    ratio = {} if arm.selection is None else {"keep_ratio": arm.kept / arm.pool}
+    return {**ratio, "fisher_seconds": sum(_seconds(arm, calibration))}
+
+
+def _record(
+    context: Context,
+    arm: ArmPlan,
+    seed: int,
+    args: TrainingArguments,
+    mask: Mask | None,
+    trained: Trained,
+    saved: Saved,
+    calibration: Calibration | None,
+    initial_state: str,
+) -> RunRecord:
+    config, plan = context.config, context.plan
+    keys = context.keys(arm, seed, args.learning_rate)
+    warmup_seconds, scoring_seconds = _seconds(arm, calibration)
+    dense = matching_names(mask, names_outside_pool(config, plan.task)) if mask else set()
+    return RunRecord(
+        arm=arm.arm,
+        seed=seed,
+        status="ok",
+        metric=plan.metric,
+        value=trained.metrics[plan.metric],
+        metrics=trained.metrics,
+        trainable_parameters=arm.trainable_parameters,  # as they were counted on the model
+        kept_parameters=arm.kept,
+        head_parameters=arm.dense,
+        train_seconds=trained.seconds,
+        fisher_seconds=warmup_seconds + scoring_seconds,
+        warmup_seconds=warmup_seconds,
+        scoring_seconds=scoring_seconds,
+        peak_memory_bytes=trained.peak_memory_bytes,
+        peak_memory_of=trained.peak_memory_of,
+        optimizer_state_bytes=trained.optimizer_state_bytes,
+        adapter_bytes=saved.adapter_bytes,
+        kept=kept_shares(mask, dense) if mask else [],
+        config_hash=keys.run,
+        setting=keys.setting,
+        adapter_digest=saved.digests.adapter,
+        mask_digest=saved.digests.mask,
+        constant_value=plan.task.constant_value(context.data.train, context.data.validation),
+        initial_state=initial_state,
+        experiment=config.name,
+        task=plan.task.name,
+        model=config.model.name,
+        keep_ratio=None if arm.selection is None else arm.kept / arm.pool,
+        learning_rate=args.learning_rate,
+        loss_curve=trained.loss_curve,
+    )

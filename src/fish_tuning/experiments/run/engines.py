@@ -6,36 +6,52 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fish_tuning.errors import ConfigurationError
+from fish_tuning.errors import ConfigurationError, FishTuningError
 from fish_tuning.experiments.config.experiment import ExperimentConfig
+from fish_tuning.experiments.run.locks import MOST_DEATHS
 from fish_tuning.experiments.run.progress import RunProgress
+from fish_tuning.experiments.run.shards import WHOLE, Shard
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from fish_tuning.experiments.run.plan import Plan
 
 ENGINES = ("here", "ray")
 POLL_SECONDS = 2.0
 
 
-def check_engine(engine: str) -> None:
-    """Refuse an engine that is not known, or whose package is not installed."""
+def check_engine(engine: str, workers: int | None = None) -> None:
+    """Refuse an engine that is not known, or whose package is not installed, and workers where there are none."""
     if engine not in ENGINES:
         raise ConfigurationError(f"--engine {engine}: allowed are {', '.join(ENGINES)}.")
+    if engine == "here" and workers is not None:
+        raise ConfigurationError(
+            f"--workers {workers}: the engine here has none. Add --engine ray, or start the same command several times."
+        )
     if engine == "ray":
         _ray()
 
 
-def run_on_ray(config: ExperimentConfig, workers: int | None = None, since: float | None = None) -> None:
-    """Do all runs of an experiment on a Ray cluster: the one at RAY_ADDRESS, else one on this machine.
+def run_on_ray(
+    config: ExperimentConfig, plan: Plan, workers: int | None = None, shard: Shard = WHOLE, since: float | None = None
+) -> None:
+    """Do the runs of an experiment on a Ray cluster: the one at RAY_ADDRESS, else one on this machine.
 
     Every worker is a process that takes runs no other is at, just as several commands on one folder do; so the output
     folder must be one that all nodes see, and so must local data and models. A worker that dies gives its run back, and
-    Ray starts another in its place. A worker has one GPU where the cluster has any, else an equal share of the CPUs.
+    Ray starts another in its place; a run that kills two is written down as failed. A worker has one GPU where the
+    cluster has any, else an equal share of the CPUs.
 
     Args:
         config: the experiment.
+        plan: from `plan_experiment(config)`.
         workers: how many; by default one a GPU, else one a CPU.
+        shard: the part of the runs to do.
         since: see `run_experiment`.
+
+    Raises:
+        FishTuningError: workers died more often than their runs can explain.
     """
     ray = _ray()
     if not ray.is_initialized():
@@ -47,25 +63,30 @@ def run_on_ray(config: ExperimentConfig, workers: int | None = None, since: floa
     folder = Path(config.training.output_dir).absolute()
     data = config.model_dump(mode="json")
     data["training"]["output_dir"] = str(folder)
-    work = ray.remote(max_retries=-1, **share)(_work)
-    tasks = [work.remote(data, time.time() if since is None else since) for _ in range(number)]
-    with RunProgress(len(config.arms) * len(config.seeds)) as progress:
+    runs = len(shard.part(plan.arms, config.seeds))
+    # Each run may kill MOST_DEATHS workers; who dies more often does not die of a run.
+    work = ray.remote(max_retries=MOST_DEATHS * runs + 1, **share)(_work)
+    tasks = [work.remote(data, shard, time.time() if since is None else since) for _ in range(number)]
+    with RunProgress(runs) as progress:
         before = _written(folder)
         while tasks:
             done, tasks = ray.wait(tasks, timeout=POLL_SECONDS)
-            ray.get(done)  # raises what a worker could not handle
+            try:
+                ray.get(done)  # raises what a worker could not handle
+            except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError) as error:
+                raise FishTuningError(f"--engine ray: workers die again and again: {error}") from error
             for _ in range(len(_written(folder)) - len(before)):
                 progress.finish()
             before = _written(folder)
 
 
-def _work(data: dict[str, Any], since: float) -> None:
+def _work(data: dict[str, Any], shard: tuple[int, int], since: float) -> None:
     """One worker: the same as another `fish-tuning run` on the folder."""
     from fish_tuning.experiments.run.plan import plan_experiment
     from fish_tuning.experiments.run.runner import run_experiment
 
     config = ExperimentConfig.model_validate(data)
-    run_experiment(config, plan_experiment(config), since=since)
+    run_experiment(config, plan_experiment(config), shard=Shard(*shard), since=since)
 
 
 def _written(folder: Path) -> set[tuple[str, float]]:

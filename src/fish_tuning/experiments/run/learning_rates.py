@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import logging
+import math
 import shutil
-from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
-from filelock import FileLock
-
-from fish_tuning.errors import FishTuningError
-from fish_tuning.experiments.config.experiment import ExperimentConfig
-from fish_tuning.experiments.records.run_keys import config_hash
+from fish_tuning.errors import FishTuningError, RecordError
+from fish_tuning.experiments.data.tasks import Encoded
 from fish_tuning.experiments.records.run_record import ArmPlan
-from fish_tuning.experiments.run.arm import ArmRun, Calibration
-from fish_tuning.experiments.run.plan import HELD_OUT, Plan
+from fish_tuning.experiments.run.arm import run_arm
+from fish_tuning.experiments.run.calibration import Calibration
+from fish_tuning.experiments.run.context import Context
+from fish_tuning.experiments.run.locks import attempt, wait_for
+from fish_tuning.experiments.run.plan import HELD_OUT
 from fish_tuning.experiments.run.progress import RunProgress
-from fish_tuning.files.atomic import write_atomically
+from fish_tuning.experiments.run.trainers import Diverged
+from fish_tuning.files.sealed_json import read_sealed, write_sealed
 
 logger = logging.getLogger(__name__)
 
@@ -31,18 +31,16 @@ class LearningRates:
     rest; the validation set has no part in it. The trials are written into `selection/` of the output folder.
     """
 
-    def __init__(
-        self, config: ExperimentConfig, plan: Plan, train: Dataset, fixed: Mapping[str, Any], progress: RunProgress
-    ) -> None:
-        self.config, self.plan, self.fixed, self.progress = config, plan, fixed, progress
-        self.rates = config.training.learning_rates
-        self.folder = Path(config.training.output_dir) / "selection"
+    def __init__(self, context: Context, progress: RunProgress) -> None:
+        self.rates = context.config.training.learning_rates
+        self.seed = context.config.seeds[0]
+        self.folder = context.folder / "selection"
+        self.progress = progress
         self.chosen: dict[str, float] = {}
         self.calibrations: dict[tuple[str, float], Calibration | None] = {}
-        if len(self.rates) > 1:
-            parts = train.train_test_split(test_size=HELD_OUT, seed=0)
-            self.train, self.held_out = parts["train"], parts["test"]
+        if self.chooses:
             self.folder.mkdir(parents=True, exist_ok=True)
+        self.context = _of_trials(context) if self.chooses else context
 
     @property
     def chooses(self) -> bool:
@@ -52,10 +50,11 @@ class LearningRates:
     def __call__(self, arm: ArmPlan) -> float | None:
         """The arm's learning rate; None leaves it to the training arguments.
 
-        Raises FishTuningError when no rate gave a finite metric.
+        Raises FishTuningError when no rate gave a finite metric, or a trial could not be made.
         """
         if self.known(arm) is None and self.chooses:
-            with FileLock(self._file(arm).with_suffix(".lock")):  # another process may be at it: its choice is taken
+            lock = self._file(arm).with_suffix(".lock")
+            with wait_for(lock, f"the choice of a learning rate for {arm.arm}"), attempt(lock, math.inf):
                 self._try_all(arm)
             if self.known(arm) is None:
                 errors = "; ".join(f"{rate}: {trial['error']}" for rate, trial in self._trials(arm).items())
@@ -79,8 +78,7 @@ class LearningRates:
             trials = self._trials(arm)
             if rate not in trials:
                 trials[rate] = {"key": self._key(arm, rate), **self._trial(arm, rate)}
-                text = json.dumps({str(tried): trial for tried, trial in trials.items()}, indent=2)
-                write_atomically(self._file(arm), text.encode())
+                write_sealed(self._file(arm), {str(tried): trial for tried, trial in trials.items()})
 
     def _trials(self, arm: ArmPlan) -> dict[float, dict[str, Any]]:
         """What was tried with the configuration at hand."""
@@ -95,29 +93,44 @@ class LearningRates:
         return self.folder / f"{arm.arm}.json"
 
     def _key(self, arm: ArmPlan, rate: float) -> str:
-        return config_hash(self.config, arm, self.config.seeds[0], {**self.fixed, "held_out": HELD_OUT}, rate)
+        return self.context.keys(arm, self.seed, rate).run
 
     def _trial(self, arm: ArmPlan, rate: float) -> dict[str, Any]:
-        run = ArmRun(
-            self.config, self.plan, arm, self.config.seeds[0], self.train, self.held_out, self.progress,
-            self.calibrations.get((arm.method, rate)), rate, reports=False,
-        )  # fmt: skip
-        self.progress.start(f"{arm.arm}, learning rate {rate:g}", self.config.seeds[0])
-        work = self.folder / "work" / arm.arm
+        """A verdict about the rate: its metric, or that training diverged. Any other error is none, and is raised."""
+        self.progress.start(f"{arm.arm}, learning rate {rate:g}", self.seed)
+        shared = (arm.method, rate)
+        metric = self.context.plan.metric
+        context = replace(self.context, folder=self.folder / "work" / arm.arm)
         try:
-            record = run.run(work, "")
-            self.calibrations[arm.method, rate] = run.calibration
-            return {"metric": record.metric, "value": record.value, "error": None}
-        except Exception as error:  # a rate at which training diverges is one that is not chosen
-            logger.debug("%s failed at learning rate %g", arm.arm, rate, exc_info=True)
-            return {"metric": self.plan.metric, "value": None, "error": str(error) or type(error).__name__}
+            record, self.calibrations[shared] = run_arm(context, arm, self.seed, self.calibrations.get(shared), rate)
+            return {"metric": metric, "value": record.value, "error": None}
+        except Diverged as error:
+            logger.debug("%s diverged at learning rate %g", arm.arm, rate, exc_info=True)
+            return {"metric": metric, "value": None, "error": str(error)}
+        except Exception as error:
+            raise FishTuningError(
+                f"The trial of learning rate {rate:g} for {arm.arm} failed: {type(error).__name__}: {error}"
+            ) from error
         finally:
-            shutil.rmtree(work, ignore_errors=True)
+            shutil.rmtree(context.folder, ignore_errors=True)
+
+
+def _of_trials(context: Context) -> Context:
+    parts = context.data.train.train_test_split(test_size=HELD_OUT, seed=0)
+    return replace(
+        context,
+        data=Encoded(parts["train"], parts["test"], {}),
+        shared={**context.shared, "held_out": HELD_OUT},
+        is_trial=True,
+    )
 
 
 def _read(path: Path) -> dict[str, Any]:
+    """The trials that were written; those of a damaged file are made again."""
     try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError):
+        return read_sealed(path)[0]
+    except FileNotFoundError:
         return {}
-    return found if isinstance(found, dict) else {}
+    except RecordError as error:
+        logger.warning("%s Its trials are made again.", error)
+        return {}

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 NO_REPORTS = {"report_to": "none"}  # for trainings that are no arm's: warm-up steps, trials of learning rates
 
 
-def run_name(config: ExperimentConfig, arm: str, seed: int, prefix: str | None = None) -> str:
+def logged_name(config: ExperimentConfig, arm: str, seed: int, prefix: str | None = None) -> str:
     """What loggers call a run; `prefix` stands in for the experiment's name."""
     return f"{prefix or config.name}-{arm}-seed{seed}"
 

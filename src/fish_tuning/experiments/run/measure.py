@@ -1,8 +1,9 @@
-"""Peak memory and sizes of one run."""
+"""Seconds, peak memory and sizes of one run."""
 
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -12,11 +13,32 @@ _CLEAR_REFS = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
 
 
-class PeakMemory:
-    """Peak memory from here on: the GPU's where there is one, else the process's resident memory."""
+class Stopwatch:
+    """`with Stopwatch() as watch: ...` makes `watch.seconds`; a GPU's work in the block is done by its end."""
 
-    def __init__(self, of: str | None = None) -> None:
-        self.of = of or ("gpu" if torch.cuda.is_available() else "process")
+    seconds = 0.0
+
+    def __enter__(self) -> Stopwatch:
+        synchronize()
+        self._started = time.perf_counter()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        synchronize()
+        self.seconds = time.perf_counter() - self._started
+
+
+def synchronize() -> None:
+    """Wait for what a GPU was given to do."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+
+
+class PeakMemory:
+    """Peak memory from here on: that of the GPU where `device` is one, else the process's resident memory."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.of = "gpu" if device.type == "cuda" else "process"
         if self.of == "gpu":
             torch.cuda.reset_peak_memory_stats()
         elif _CLEAR_REFS.exists():

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
 from fish_tuning.errors import ConfigurationError, MaskError
-from fish_tuning.experiments.config.arm_names import ArmName, Variant
+from fish_tuning.experiments.config.arm_names import HEAD_ALONE, ArmName, Variant
 from fish_tuning.experiments.config.experiment import ExperimentConfig
 from fish_tuning.experiments.config.sections import HEAD_PATTERN, STARTS_AT_ZERO
 from fish_tuning.experiments.data.tasks import Task, encode, load_task
@@ -35,11 +36,11 @@ NUMBERED_AFTER_PADDING = (
 
 @dataclass(frozen=True)
 class Plan:
-    """A checked experiment: its arms with their counts, its data, and facts for the reader."""
+    """A checked experiment: its arms with their counts, its data, and facts for the reader. Nothing changes it."""
 
-    arms: list[ArmPlan]
-    facts: dict[str, Any]
-    notes: list[str]
+    arms: tuple[ArmPlan, ...]
+    facts: Mapping[str, Any]
+    notes: tuple[str, ...]
     task: Task
     processing_class: Any  # the model's tokenizer or image processor; None where the data is ready
     model_config: Any
@@ -73,10 +74,21 @@ def plan_experiment(config: ExperimentConfig) -> Plan:
     if task.processor == "tokenizer" and processing_class is not None:
         _check_length(config, task, processing_class, model_config)
     models = _Models(config, model_config, task)
-    arms = [_plan_arm(config, arm, models) for arm in config.arms]
+    arms = tuple(_plan_arm(config, arm, models) for arm in _arms(config, task))
     _check_samples(config, len(task.train))
-    facts = _facts(config, task, models)
-    return Plan(arms, facts, [*notes, *_notes(config, arms)], task, processing_class, model_config)
+    facts = MappingProxyType(_facts(config, task, models))
+    return Plan(arms, facts, (*notes, *_notes(config, task, arms)), task, processing_class, model_config)
+
+
+def _arms(config: ExperimentConfig, task: Task) -> list[str]:
+    """Without the head where the task brings none."""
+    arms = [arm for arm in config.arms if arm != HEAD_ALONE or task.brings_head]
+    if not arms:
+        raise ConfigurationError(
+            f"fish_tuning.methods_to_run: {HEAD_ALONE} trains a new head, and {task.kind} brings none; name another "
+            "arm, such as lora."
+        )
+    return arms
 
 
 def _check_samples(config: ExperimentConfig, examples: int) -> None:
@@ -140,6 +152,9 @@ class _Models:
 def _plan_arm(config: ExperimentConfig, arm: str, models: _Models) -> ArmPlan:
     name = ArmName.parse(arm)
     sizes = _trainable_sizes(models(arm))
+    if arm == HEAD_ALONE:
+        head, settings = sum(sizes.values()), _plain(models.settings(arm).to_dict())
+        return ArmPlan(arm, name.method, None, "-", settings, head, pool=0, kept=0, dense=head)
     outside = matching_names(sizes, names_outside_pool(config, models.task))
     dense = sum(sizes[tensor] for tensor in outside)
     pool = {tensor: size for tensor, size in sizes.items() if tensor not in outside}
@@ -257,8 +272,10 @@ def _device() -> str:
     return f"cpu ({torch.get_num_threads()} threads)"
 
 
-def _notes(config: ExperimentConfig, arms: Sequence[ArmPlan]) -> list[str]:
+def _notes(config: ExperimentConfig, task: Task, arms: Sequence[ArmPlan]) -> list[str]:
     notes = []
+    if HEAD_ALONE in config.arms and not task.brings_head:
+        notes.append(f"The arm {HEAD_ALONE} is left out: {task.kind} brings no new head to train.")
     lora = [section.method for section in config.peft if peft_method(section.method).takes_init_lora_weights]
     if lora and config.lora.init_lora_weights in STARTS_AT_ZERO and not config.warmup_steps(lora[0]):
         notes.append(

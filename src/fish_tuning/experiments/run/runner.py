@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import logging
 import math
 import time
@@ -12,26 +11,34 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
 
 from fish_tuning.errors import FishTuningError
 from fish_tuning.experiments.config.experiment import ExperimentConfig
-from fish_tuning.experiments.data.digests import data_digest
-from fish_tuning.experiments.data.tasks import encode
-from fish_tuning.experiments.records.run_keys import config_hash
+from fish_tuning.experiments.records.record_files import (
+    find_record,
+    record_file,
+    relabelled,
+    run_name,
+    write_record,
+)
+from fish_tuning.experiments.records.run_keys import RunKeys
 from fish_tuning.experiments.records.run_record import ArmPlan, RunRecord
 from fish_tuning.experiments.report.results_files import write_report
-from fish_tuning.experiments.run.arm import ArmRun, Calibration
+from fish_tuning.experiments.run.arm import run_arm
+from fish_tuning.experiments.run.calibration import Calibration
+from fish_tuning.experiments.run.context import Context, make_context
+from fish_tuning.experiments.run.facts import report_facts
+from fish_tuning.experiments.run.first_use import use_once
 from fish_tuning.experiments.run.learning_rates import LearningRates
+from fish_tuning.experiments.run.locks import MOST_DEATHS, Waiting, attempt, held
 from fish_tuning.experiments.run.plan import Plan
 from fish_tuning.experiments.run.progress import RunProgress
 from fish_tuning.experiments.run.shards import WHOLE, Shard
-from fish_tuning.files.atomic import disk_full, write_atomically
+from fish_tuning.files.atomic import disk_full
 
 logger = logging.getLogger(__name__)
 
 OnRun = Callable[[RunRecord, bool], None]
-WAIT_SECONDS = 2.0  # between two looks at what other processes are doing
 
 
 def run_experiment(
@@ -48,69 +55,73 @@ def run_experiment(
     their scores. Several processes may run the same experiment in one folder: each takes runs that no other has, and
     waits for those that others are at.
 
+    A finished run is known by its key and by its adapter, which must be the one that it wrote; else it is done again.
+
     Args:
         config: the experiment.
         plan: from `plan_experiment(config)`.
         on_run: called after each run with its record and whether it was there already.
         shard: the part of the runs to do; the others are left alone, and reported where they are finished.
         since: when the work began, as `time.time()` gives it; now if not given. Runs that failed since then, in this or
-            another process, are not tried again.
+            another process, are not tried again; nor are those that have killed two processes since then.
 
     Returns:
         One record for each arm and seed, in the order of the arms; failed runs have status "failed" and their error.
     """
-    return _Session(config, plan, on_run, shard, time.time() if since is None else since).run()
+    with RunProgress(len(shard.part(plan.arms, config.seeds))) as progress:
+        context = make_context(config, plan, progress)
+        return _Session(context, progress, on_run, shard, time.time() if since is None else since).run()
 
 
 class _Session:
     """One process at work on an experiment's folder."""
 
-    def __init__(self, config: ExperimentConfig, plan: Plan, on_run: OnRun | None, shard: Shard, since: float) -> None:
-        self.config, self.plan, self.on_run, self.shard, self.since = config, plan, on_run, shard, since
-        self.folder = Path(config.training.output_dir)
+    def __init__(
+        self, context: Context, progress: RunProgress, on_run: OnRun | None, shard: Shard, since: float
+    ) -> None:
+        self.context, self.progress, self.on_run, self.shard, self.since = context, progress, on_run, shard, since
+        self.folder = context.folder
         for name in ("runs", "locks"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
-        self.train, self.validation, self.more_validation = encode(
-            plan.task, plan.processing_class, config.training.max_seq_length
-        )
-        data = data_digest(self.train, self.validation, *self.more_validation.values())
-        plan.facts["data_fingerprint"] = data
-        self.fixed = {"data": data, "versions": plan.facts["versions"]}
+        self.rates = LearningRates(context, progress)
         self.calibrations: dict[tuple[int, str, float | None], Calibration | None] = {}
         self.records: dict[tuple[str, int], RunRecord] = {}
+        self.used_once = False
 
     def run(self) -> list[RunRecord]:
-        todo = [(arm, seed) for seed in self.config.seeds for arm in self.plan.arms]
-        mine = todo[self.shard.number - 1 :: self.shard.of]
-        with RunProgress(len(mine)) as self.progress:
-            self.tuner = LearningRates(self.config, self.plan, self.train, self.fixed, self.progress)
-            while mine:
-                left = [(arm, seed) for arm, seed in mine if not self._take(arm, seed)]
-                if len(left) == len(mine):
-                    time.sleep(WAIT_SECONDS)  # others are at the rest
-                mine = left
-        for arm, seed in todo:
+        try:
+            self._take_all()
+        finally:
+            gc.unfreeze()
+        for arm, seed in WHOLE.part(self.context.plan.arms, self.context.config.seeds):
             if (arm.arm, seed) not in self.records:
                 self._read_of_other_shards(arm, seed)
         self._report()
-        return _in_order(self.records, self.plan)
+        return self._in_order()
+
+    def _take_all(self) -> None:
+        plan, seeds = self.context.plan, self.context.config.seeds
+        mine, waiting = self.shard.part(plan.arms, seeds), Waiting()
+        while mine:
+            left = [(arm, seed) for arm, seed in mine if not self._take(arm, seed)]
+            if len(left) < len(mine):
+                waiting.over()
+            elif left:  # others are at all of them
+                arm, seed = left[0]
+                waiting.on(f"{arm.arm}, seed {seed}", self._lock(arm, seed))
+            mine = left
 
     def _read_of_other_shards(self, arm: ArmPlan, seed: int) -> None:
-        rate = self.tuner.known(arm)
-        if rate is not None or not self.tuner.chooses:
-            key = config_hash(self.config, arm, seed, self.fixed, rate)
-            record = _finished(self.folder, arm.arm, seed, key)
-            if record is not None:
-                self.records[arm.arm, seed] = record
+        found = find_record(self.folder, arm.arm, seed, self._keys(arm, seed).run, math.inf)
+        if found.record is not None:
+            self.records[arm.arm, seed] = self._named(found.record)
 
     def _take(self, arm: ArmPlan, seed: int) -> bool:
         """Do a run, or read it; False when another process is at it."""
-        path = _run_file(self.folder, arm.arm, seed)
-        try:
-            with FileLock(self.folder / "locks" / f"{path.stem}.lock", timeout=0):
-                record, known = self._record(arm, seed, path)
-        except Timeout:
-            return False
+        with held(self._lock(arm, seed)) as mine:
+            if not mine:
+                return False
+            record, known = self._record(arm, seed)
         self.records[arm.arm, seed] = record
         self.progress.finish()
         if self.on_run is not None:
@@ -118,94 +129,101 @@ class _Session:
         self._report()
         return True
 
-    def _record(self, arm: ArmPlan, seed: int, path: Path) -> tuple[RunRecord, bool]:
+    def _record(self, arm: ArmPlan, seed: int) -> tuple[RunRecord, bool]:
         """The run's record and whether it was there already."""
         self.progress.start(arm.arm, seed)
-        try:
-            rate = self.tuner(arm)
-        except FishTuningError as error:
-            return self._written(_failed(self.config, self.plan, arm, seed, str(error)), path), False
-        key = config_hash(self.config, arm, seed, self.fixed, rate)
-        record = _finished(self.folder, arm.arm, seed, key, self.since)
-        if record is not None:
-            return record, True
-        shared = (seed, arm.method, rate)  # arms that agree in these share their scores
+        if known := self._found(arm, seed):
+            return known, True
+        with attempt(self._lock(arm, seed), self.since) as deaths:
+            try:
+                if deaths >= MOST_DEATHS:
+                    raise FishTuningError(f"{deaths} processes that were at it have been killed; out of memory?")
+                if self.rates.known(arm) is None and self.rates.chooses:
+                    self.rates(arm)
+                    if known := self._found(arm, seed):
+                        return known, True
+                record = self._run(arm, seed)
+            except Exception as error:  # what stops one arm must not stop the others; it is in the table
+                record = self._failure(arm, seed, error)
+            return write_record(self.folder, record), False
+
+    def _found(self, arm: ArmPlan, seed: int) -> RunRecord | None:
+        """What is written of the run: that it has finished, or has failed since the work began."""
+        found = find_record(self.folder, arm.arm, seed, self._keys(arm, seed).run, self.since)
+        if found.damage:
+            logger.warning("%s, seed %d is run again: %s.", arm.arm, seed, found.damage)
+        return None if found.record is None else self._named(found.record)
+
+    def _keys(self, arm: ArmPlan, seed: int) -> RunKeys:
+        rate = self.rates.known(arm)
+        keys = self.context.keys(arm, seed, rate)
+        # Before a rate is chosen there can only be a failure, which must not pass for one of the arguments' own rate.
+        return keys._replace(run=f"{keys.setting}-unchosen") if rate is None and self.rates.chooses else keys
+
+    def _run(self, arm: ArmPlan, seed: int) -> RunRecord:
+        rate = self.rates.known(arm)
         self.calibrations = {known: made for known, made in self.calibrations.items() if known[0] == seed}
-        run = ArmRun(
-            self.config,
-            self.plan,
-            arm,
-            seed,
-            self.train,
-            self.validation,
-            self.progress,
-            self.calibrations.get(shared),
-            rate,
-            self.more_validation,
-        )
-        record = _attempt(run, self.folder, key)
-        self.calibrations[shared] = run.calibration
-        return self._written(record, path), False
-
-    def _written(self, record: RunRecord, path: Path) -> RunRecord:
-        write_atomically(path, json.dumps(record.to_dict(), indent=2).encode())
+        shared = (seed, arm.method, rate)  # arms that agree in these share their scores
+        try:
+            self._use_once(arm, seed)
+            record, self.calibrations[shared] = run_arm(self.context, arm, seed, self.calibrations.get(shared), rate)
+        finally:
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        _log_file(self.folder, arm, seed).unlink(missing_ok=True)
         return record
 
-    def _report(self) -> None:
-        self.plan.facts["learning_rates"] = self.tuner.chosen
-        write_report(self.config, self.plan.facts, _in_order(self.records, self.plan), self.folder)
+    def _use_once(self, arm: ArmPlan, seed: int) -> None:
+        if not self.used_once:
+            use_once(self.context, arm, seed)
+            gc.collect()
+            gc.freeze()  # the Trainer collects garbage at its start; the libraries' own objects need not be looked at
+            self.used_once = True
 
-
-def _attempt(run: ArmRun, folder: Path, key: str) -> RunRecord:
-    """The finished run's record, or that of its failure, whose traceback goes into a file beside it."""
-    log = _run_file(folder, run.arm.arm, run.seed).with_suffix(".log")
-    try:
-        record = run.run(folder, key)
-        log.unlink(missing_ok=True)
-        return record
-    except Exception as error:  # whatever stops one arm must not stop the others; nothing is hidden: it is in the table
+    def _failure(self, arm: ArmPlan, seed: int, error: Exception) -> RunRecord:
+        """The record of a failure, whose traceback goes into a file beside it. A full disk stops everything."""
         if full := disk_full(error):
-            raise full from error  # which would stop every other arm too, after training it for nothing
-        log.write_text(traceback.format_exc())
-        logger.debug("%s with seed %d failed", run.arm.arm, run.seed, exc_info=True)
+            raise full from error  # it would stop every other arm too, after training it for nothing
+        context, keys, log = self.context, self._keys(arm, seed), _log_file(self.folder, arm, seed)
+        log.write_text("".join(traceback.format_exception(error)))
+        logger.debug("%s with seed %d failed", arm.arm, seed, exc_info=error)
         reason = str(error).strip() or "no message"
         kind = "" if isinstance(error, FishTuningError) else f"{type(error).__name__}: "
-        return _failed(run.config, run.plan, run.arm, run.seed, f"{kind}{reason} (traceback in {log})", key)
-    finally:
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        return RunRecord(
+            arm=arm.arm,
+            seed=seed,
+            status="failed",
+            metric=context.plan.metric,
+            error=f"{kind}{reason} (traceback in {log})",
+            config_hash=keys.run,
+            setting=keys.setting,
+            experiment=context.config.name,
+            task=context.plan.task.name,
+            model=context.config.model.name,
+        )
+
+    def _named(self, record: RunRecord) -> RunRecord:
+        config = self.context.config
+        return relabelled(record, config.name, self.context.plan.task.name, config.model.name)
+
+    def _lock(self, arm: ArmPlan, seed: int) -> Path:
+        return self.folder / "locks" / f"{run_name(arm.arm, seed)}.lock"
+
+    def _report(self) -> None:
+        shared = self.context.shared
+        facts = report_facts(
+            self.context.plan,
+            self.rates.chosen,
+            data_fingerprint=shared["data"],
+            weights_fingerprint=shared["weights"],
+        )
+        write_report(self.context.config, facts, self._in_order(), self.folder)
+
+    def _in_order(self) -> list[RunRecord]:
+        order = [arm.arm for arm in self.context.plan.arms]
+        return [self.records[key] for key in sorted(self.records, key=lambda key: (order.index(key[0]), key[1]))]
 
 
-def _failed(config: ExperimentConfig, plan: Plan, arm: ArmPlan, seed: int, error: str, key: str = "") -> RunRecord:
-    return RunRecord(
-        arm=arm.arm,
-        seed=seed,
-        status="failed",
-        metric=plan.metric,
-        error=error,
-        config_hash=key,
-        experiment=config.name,
-        task=plan.task.name,
-        model=config.model.name,
-    )
-
-
-def _finished(folder: Path, arm: str, seed: int, key: str, since: float = math.inf) -> RunRecord | None:
-    """The record of a run with this key that is finished, or has failed since a time."""
-    path = _run_file(folder, arm, seed)
-    try:
-        record = RunRecord.from_dict(json.loads(path.read_text()))
-        failed_now = path.stat().st_mtime >= since
-    except (OSError, ValueError, TypeError, AttributeError):  # none, torn, or not a record
-        return None
-    return record if record.config_hash == key and (record.status == "ok" or failed_now) else None
-
-
-def _run_file(folder: Path, arm: str, seed: int) -> Path:
-    return folder / "runs" / f"{arm}-seed{seed}.json"
-
-
-def _in_order(records: dict[tuple[str, int], RunRecord], plan: Plan) -> list[RunRecord]:
-    order = [arm.arm for arm in plan.arms]
-    return [records[key] for key in sorted(records, key=lambda key: (order.index(key[0]), key[1]))]
+def _log_file(folder: Path, arm: ArmPlan, seed: int) -> Path:
+    return record_file(folder, arm.arm, seed).with_suffix(".log")

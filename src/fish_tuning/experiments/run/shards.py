@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from fish_tuning.errors import ConfigurationError
+from fish_tuning.experiments.records.run_record import ArmPlan
 
 
 class Shard(NamedTuple):
@@ -12,6 +14,10 @@ class Shard(NamedTuple):
 
     number: int = 1
     of: int = 1
+
+    def part(self, arms: Sequence[ArmPlan], seeds: Sequence[int]) -> list[tuple[ArmPlan, int]]:
+        """This part of all runs, seed by seed."""
+        return [(arm, seed) for seed in seeds for arm in arms][self.number - 1 :: self.of]
 
 
 WHOLE = Shard()

@@ -81,6 +81,13 @@ class Task(ABC):
         """All metrics of a Trainer's prediction."""
         raise TypeError(f"{type(self).__name__} is not measured by its Trainer's predictions.")
 
+    def constant_value(self, train: Dataset, validation: Dataset) -> float | None:
+        """The metric of always predicting the commonest class of the encoded `train`, or the mean; None: no such thing.
+
+        What an arm has to be better than before it has learned anything of the inputs.
+        """
+        return None
+
     @property
     def encodes(self) -> bool:
         """Whether rows need the model's tokenizer or image processor."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -70,6 +71,13 @@ class Classification(Task):
         if not self.labels:
             return regression_metrics(logits, prediction.label_ids)
         return class_metrics(logits.argmax(-1), prediction.label_ids, len(self.labels))
+
+    def constant_value(self, train: Dataset, validation: Dataset) -> float | None:
+        if not self.labels:
+            return 0.0  # numbers are measured by correlations, and with a constant nothing correlates
+        commonest = Counter(train["labels"]).most_common(1)[0][0]
+        predicted = [commonest] * len(validation)
+        return class_metrics(predicted, validation["labels"], len(self.labels))[self.metric]
 
     def check_labels(self) -> None:
         for split, data, what in (

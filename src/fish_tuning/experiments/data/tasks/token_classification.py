@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any, ClassVar
 
+import numpy as np
 from datasets import ClassLabel, Dataset, Features, List
 from transformers import DataCollatorForTokenClassification, Trainer
 
@@ -90,6 +93,13 @@ class TokenClassification(Task):
     def compute_metrics(self, prediction: Any) -> Metrics:
         entities = ENTITY_METRICS[0] in self.metrics
         return token_metrics(prediction.predictions, prediction.label_ids, self.labels or (), entities=entities)
+
+    def constant_value(self, train: Dataset, validation: Dataset) -> float | None:
+        counts = Counter(tag for tags in train["labels"] for tag in tags if tag != IGNORED)
+        truth = np.array([list(row) for row in zip_longest(*validation["labels"], fillvalue=IGNORED)])
+        predicted = np.full(truth.shape, counts.most_common(1)[0][0])
+        entities = ENTITY_METRICS[0] in self.metrics
+        return token_metrics(predicted.T, truth.T, self.labels or (), entities=entities)[self.metric]
 
 
 def _column(asked: Any, key: str, usual: tuple[str, ...], features: Features) -> str:

@@ -92,6 +92,6 @@ def _below(ax: Axes, x: int, arm: str, *remarks: str) -> None:
     """The name of a column, and remarks in smaller letters."""
     lines = [(fitted(arm, _NAME)[0], FONT, PALETTE["ink"].light)]
     lines += [(remark, SMALL, PALETTE["muted"].light) for remark in remarks if remark]
-    for number, (text, size, colour) in enumerate(lines):
-        down = (0.0, -18.0 - 15 * number)
+    for place, (text, size, colour) in enumerate(lines):
+        down = (0.0, -18.0 - 15 * place)
         write(ax, text, (x, 0), down, ax.get_xaxis_transform(), ha="center", fontsize=size, color=colour)

@@ -1,0 +1,100 @@
+"""What the runs of an experiment share: plain data and small functions of it, handed to every arm."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainingArguments
+
+from fish_tuning.experiments.config.experiment import ExperimentConfig
+from fish_tuning.experiments.data.digests import data_digest
+from fish_tuning.experiments.data.tasks import Encoded, encode
+from fish_tuning.experiments.models.weights import weights_digest
+from fish_tuning.experiments.records.record_files import run_name
+from fish_tuning.experiments.records.run_keys import RunKeys, plain_settings, run_keys
+from fish_tuning.experiments.records.run_record import ArmPlan
+from fish_tuning.experiments.run.arguments import early_stopping_arguments, training_arguments
+from fish_tuning.experiments.run.loggers import NO_REPORTS, logged_name
+from fish_tuning.experiments.run.plan import Plan
+from fish_tuning.experiments.run.starts import Starts
+
+
+@dataclass(frozen=True)
+class Context:
+    """All that a run needs beside its arm and seed.
+
+    Args:
+        config: the experiment.
+        plan: its checked plan.
+        data: the encoded splits.
+        folder: where adapters, checkpoints and logs go.
+        shared: what every run's key holds: contents of data and weights, versions and the like.
+        starts: gives the model that an arm with a seed starts from.
+        progress: told of every training step.
+        is_trial: of a learning rate: nothing is reported to loggers, and no adapter is kept.
+    """
+
+    config: ExperimentConfig
+    plan: Plan
+    data: Encoded
+    folder: Path
+    shared: Mapping[str, Any]
+    starts: Starts
+    progress: TrainerCallback
+    is_trial: bool = False
+
+    def arguments(
+        self, arm: ArmPlan, seed: int, learning_rate: float | None = None, extra: Mapping[str, Any] | None = None
+    ) -> TrainingArguments:
+        """The TrainingArguments of one run; `extra` goes over them, for what is no training to the end."""
+        config = self.config
+        chosen = {} if learning_rate is None else {"learning_rate": learning_rate}
+        stops = config.training.early_stopping_patience and not extra
+        stopping = early_stopping_arguments(self.plan.metric) if stops else {}
+        reports = NO_REPORTS if self.is_trial else {}
+        own = {**self.plan.task.training_arguments, **config.method_of(arm.arm).training_args}
+        arguments = training_arguments(
+            config, seed, self.checkpoints(arm, seed), {**own, **chosen, **stopping, **reports, **(extra or {})}
+        )
+        arguments.run_name = logged_name(config, arm.arm, seed, arguments.run_name)
+        return arguments
+
+    def keys(self, arm: ArmPlan, seed: int, learning_rate: float | None) -> RunKeys:
+        """The keys of one run."""
+        arguments = self.arguments(arm, seed, learning_rate)
+        # Several GPUs of one process share each step's batch.
+        values = {**arguments.to_dict(), "train_batch_size": arguments.train_batch_size}
+        return run_keys(self.config, arm, values, {**self.shared, "device": arguments.device.type})
+
+    def checkpoints(self, arm: ArmPlan, seed: int) -> Path:
+        return self.folder / "checkpoints" / run_name(arm.arm, seed)
+
+
+def make_context(config: ExperimentConfig, plan: Plan, progress: TrainerCallback) -> Context:
+    """Encode the data and find out what all runs depend on."""
+    data = encode(plan.task, plan.processing_class, config.training.max_seq_length)
+    shared = {
+        "data": data_digest(data.train, data.validation, *data.more_validation.values()),
+        "more_validation": list(data.more_validation),
+        "weights": weights_digest(config.model),
+        "model": plain_settings(plan.model_config.to_dict()),
+        "dtype": config.model.dtype,
+        "processing": _processing(plan.processing_class),
+        "task": plan.task.kind,
+        "metric": plan.metric,
+        "tokens_written": plan.task.tokens_written,
+        "versions": plan.facts["versions"],
+    }
+    folder = Path(config.training.output_dir)
+    return Context(config, plan, data, folder, shared, Starts(config, plan), progress)
+
+
+def _processing(processing_class: Any) -> dict[str, Any]:
+    """How batches are made of encoded rows: an image processor's settings, a tokenizer's padding."""
+    if hasattr(processing_class, "to_dict"):
+        return {str(name): value for name, value in processing_class.to_dict().items()}
+    names = ("padding_side", "pad_token_id", "bos_token_id", "eos_token_id")
+    return {name: getattr(processing_class, name, None) for name in names}

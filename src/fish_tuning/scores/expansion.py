@@ -1,0 +1,49 @@
+"""One row of positions that serves all examples, expanded to a row each: where a model cannot take that, found out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from fish_tuning.scores.probes import Probes
+
+Attempt = Callable[[], list[Tensor]]
+
+
+def with_expansion_if_possible(attempt: Attempt, probes: Probes) -> list[Tensor]:
+    """`attempt()`, a forward pass, with those layers left as they are that the model fails on when expanded.
+
+    A model that repeats its one row by itself cannot take a row for each example. Any other error is raised as it came:
+    it is one of an expansion only when it comes twice, and not without the expansion.
+    """
+    try:
+        return attempt()
+    except (RuntimeError, ValueError) as first:
+        layers = list(probes.expanded)
+        if not layers or _out_of_memory(first) or not _fails_again(attempt, first):
+            raise
+        for chosen in (*([layer] for layer in layers), layers):
+            for layer in chosen:
+                layer.expand = False
+            try:
+                return attempt()
+            except (RuntimeError, ValueError) as other:
+                if _out_of_memory(other):
+                    raise
+            for layer in chosen:
+                layer.expand = True
+        raise
+
+
+def _fails_again(attempt: Attempt, first: Exception) -> bool:
+    try:
+        attempt()
+    except (RuntimeError, ValueError) as again:
+        return type(again) is type(first) and str(again) == str(first)
+    return False
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """torch.OutOfMemoryError of a GPU, or the plain RuntimeError of the CPU's allocator and of other devices."""
+    return "memory" in f"{type(error).__name__} {error}".lower()

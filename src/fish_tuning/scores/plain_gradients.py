@@ -1,0 +1,69 @@
+"""Plain gradients of chosen tensors, squared: what autograd itself gives, beside every rule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from fish_tuning.errors import FisherError
+
+Take = Callable[[str, Tensor], None]
+
+
+class PlainGradients:
+    """Stand-ins take the parameters' places in a forward pass and receive their gradients.
+
+    They give them up one at a time: a whole model's never lie side by side, and what hangs on the parameters themselves
+    (`.grad`, hooks) stays out of it.
+    """
+
+    def __init__(self, model: nn.Module, trainable: dict[str, nn.Parameter]) -> None:
+        self.trainable = trainable
+        self._slots = _slots(model, trainable)
+        self._reach_checked: set[str] = set()
+
+    def stand_ins(self, names: Iterable[str], take: Take) -> dict[str, Tensor]:
+        """{name: stand-in}. A backward pass calls `take(name, squares)` for each that its loss depends on."""
+
+        def receive(name: str, stand_in: Tensor) -> None:
+            gradient, stand_in.grad = stand_in.grad, None
+            if gradient is not None:
+                gradient = gradient.float()
+                take(name, gradient.square_() if gradient.is_contiguous() else gradient.square())
+
+        made = {name: self.trainable[name].detach().requires_grad_() for name in names}
+        for name, stand_in in made.items():
+            stand_in.register_post_accumulate_grad_hook(partial(receive, name))
+        return made
+
+    def in_place(self, stand_ins: dict[str, Tensor]) -> dict[str, Tensor]:
+        """{every name that a module has the tensor by: its stand-in}, for the forward pass."""
+        return {slot: stand_in for name, stand_in in stand_ins.items() for slot in self._slots[name]}
+
+    def check_reach(self, loss: Tensor, names: Iterable[str]) -> None:
+        """Refuse a tensor that its module gets at by another way than its attribute: no stand-in can take its place."""
+        own = {name: self.trainable[name] for name in names}
+        if self._reach_checked.issuperset(own):
+            return
+        self._reach_checked |= own.keys()
+        gradients = torch.autograd.grad(loss.sum(), list(own.values()), allow_unused=True, retain_graph=True)
+        for name, gradient in zip(own, gradients, strict=True):
+            if gradient is not None:
+                raise FisherError(
+                    f"{name!r} cannot be scored: its layer keeps a reference to it of its own, past the module's "
+                    "attribute. Set requires_grad_(False) on it, or use another PEFT method."
+                )
+
+
+def _slots(model: nn.Module, trainable: dict[str, nn.Parameter]) -> dict[str, list[str]]:
+    """Every place of each tensor, a tied one's several; a module that is registered twice counts once."""
+    names = {id(parameter): name for name, parameter in trainable.items()}
+    slots: dict[str, list[str]] = {name: [] for name in trainable}
+    for prefix, module in model.named_modules():
+        for local, parameter in module._parameters.items():
+            if id(parameter) in names:
+                slots[names[id(parameter)]].append(f"{prefix}.{local}" if prefix else local)
+    return slots

@@ -1,0 +1,90 @@
+"""What is checked before and after scoring, so that no score is wrong in silence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from numbers import Integral
+from typing import get_args
+
+import torch
+from torch import nn
+
+from fish_tuning.errors import FisherError
+from fish_tuning.peft_methods import refusal
+from fish_tuning.scores.finite import tensors_of
+from fish_tuning.scores.loss_vectors import LossFunction
+from fish_tuning.scores.losses import FisherType, TokenReduction
+from fish_tuning.sparse.masked_tensors import trains_masked
+
+SCORES_DTYPES = (torch.float32, torch.float64, torch.bfloat16)  # float16 has no room for small squares
+SEEDS = range(-(2**62), 2**62)  # leaves room for a generator of its own for each example
+
+
+def check_arguments(
+    model: nn.Module,
+    fisher_type: str,
+    token_reduction: str,
+    method: str,
+    loss_fn: LossFunction | None,
+    num_samples: object,
+    seed: object,
+    scores_dtype: torch.dtype,
+) -> None:
+    """FisherError for what `calculate_fisher_information` does not take."""
+    if not isinstance(model, nn.Module):
+        raise FisherError(f"model must be a torch.nn.Module, not {type(model).__name__}.")
+    for name, value, allowed in (
+        ("fisher_type", fisher_type, get_args(FisherType)),
+        ("token_reduction", token_reduction, get_args(TokenReduction)),
+        ("method", method, ("auto", "loop")),
+    ):
+        if value not in allowed:
+            raise FisherError(f"{name}={value!r} is not known; allowed are {', '.join(map(repr, allowed))}.")
+    if scores_dtype not in SCORES_DTYPES:
+        raise FisherError(
+            f"scores_dtype={scores_dtype} cannot hold squared gradients, which are far below 1; allowed are "
+            f"{', '.join(map(str, SCORES_DTYPES))}."
+        )
+    if loss_fn is not None and fisher_type != "empirical":
+        raise FisherError(f"loss_fn gives losses for the given labels, so fisher_type={fisher_type!r} cannot use it.")
+    if num_samples is not None and (not isinstance(num_samples, Integral) or num_samples < 1):
+        raise FisherError(
+            f"num_samples={num_samples!r} must be a whole number of at least 1, or None for the whole loader."
+        )
+    if not isinstance(seed, Integral) or seed not in SEEDS:
+        raise FisherError(f"seed={seed!r} must be a whole number between -2**62 and 2**62.")
+
+
+def check_model(model: nn.Module, trainable: Mapping[str, nn.Parameter]) -> None:
+    """FisherError for a model that cannot be scored, whatever the data."""
+    if not trainable:
+        raise FisherError("The model has no trainable tensor (requires_grad=True); there is nothing to score.")
+    if reason := refusal({type(module).__name__ for module in model.modules()}, "scored"):
+        raise FisherError(reason)
+    if trains_masked(model):
+        raise FisherError(
+            "The model has a mask applied; its tensors cannot be scored as a whole. Call remove_mask(model) first."
+        )
+    offloaded = any(hasattr(module, "_hf_hook") for module in model.modules())  # its weights come when they are needed
+    for name, tensor in trainable.items() if offloaded else tensors_of(model):
+        if tensor.is_meta:
+            raise FisherError(
+                f"{name!r} is on the meta device: it has a shape, but no values. Load the model's weights first."
+            )
+
+
+@contextmanager
+def device_errors_explained(model: nn.Module, target: torch.device) -> Iterator[None]:
+    """A RuntimeError about devices, from a model that lies on several, as a FisherError that names tensors on each."""
+    try:
+        yield
+    except RuntimeError as error:
+        places = {tensor.device: name for name, tensor in tensors_of(model) if tensor.device != target}
+        if not places or "same device" not in str(error):
+            raise
+        found = ", ".join(f"{name!r} is on {device}" for device, name in places.items())
+        raise FisherError(
+            f"The model lies on several devices: the batches go to {target}, but {found}. Move it whole "
+            "(model.to(device)), or load it with a device_map, which moves what passes between its parts."
+        ) from error

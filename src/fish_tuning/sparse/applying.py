@@ -1,0 +1,183 @@
+"""Put masks onto models, take them off, and give all processes of a distributed run the same."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from fish_tuning.errors import MaskError, did_you_mean
+from fish_tuning.peft_methods import refusal
+from fish_tuning.sparse.adapter_names import adapters_of, check_adapter
+from fish_tuning.sparse.masked_tensors import (
+    LEFT_DENSE,
+    MaskedTensor,
+    mask_tensor,
+    masked_tensors,
+    trained_names,
+    trains_masked,
+    unmask_tensor,
+)
+from fish_tuning.sparse.overrides import override_methods, restore_methods
+
+
+def apply_mask(model: nn.Module, mask: Mapping[str, Tensor]) -> None:
+    """Freeze every entry of `model` that `mask` leaves out; train the selected ones as one vector a tensor.
+
+    Call it before the optimizer is made. A tensor whose mask is all true stays an ordinary dense parameter, and so does
+    one that the mask does not name. `remove_mask` undoes it and keeps what was trained.
+
+    While the mask is applied, `save_pretrained` writes it beside the weights as `fish_mask.safetensors`, and so does
+    all that calls it (a Trainer, `push_to_hub`). Each PEFT adapter of a model can have a mask of its own: apply one,
+    then `set_adapter` the next.
+
+    Args:
+        model: the model, changed in place. For DDP pass the very module that is wrapped, on every rank, and call
+            `synchronize_mask` after it.
+        mask: {name as in `model.named_parameters()`: bool tensor of the tensor's shape}, true where it trains.
+
+    Raises:
+        MaskError: unknown names, wrong shapes or dtypes, tensors that are not trainable, or a mask that is
+            applied already to what trains. The model is then unchanged.
+
+    Example:
+        >>> import torch
+        >>> from fish_tuning import apply_mask, count_trainable_parameters
+        >>> model = torch.nn.Linear(4, 3)
+        >>> apply_mask(model, {"weight": torch.eye(3, 4, dtype=torch.bool), "bias": torch.zeros(3, dtype=torch.bool)})
+        >>> count_trainable_parameters(model)
+        3
+    """
+    _check(model, mask)
+    for name, parameter in list(model.named_parameters()):
+        selected = mask.get(name)
+        module, local = _owner(model, name)
+        if selected is not None and not selected.all():
+            mask_tensor(module, local, selected)
+        elif parameter.requires_grad:
+            vars(module).setdefault(LEFT_DENSE, set()).add(local)
+    override_methods(model)
+    _tell_ddp(model)
+
+
+def remove_mask(model: nn.Module, adapter_name: str | None = None) -> None:
+    """Make every masked tensor of `model` an ordinary, whole parameter again, with its trained values.
+
+    What trained before trains now, as a whole; what PEFT had switched off meanwhile (an adapter that is not active)
+    stays off. With `adapter_name`, that PEFT adapter's tensors alone.
+
+    Raises MaskError when the model has no such adapter.
+    """
+    tensors, trained = list(masked_tensors(model)), trained_names(model)
+    if adapter_name is not None:
+        check_adapter(model, adapter_name)
+        adapters = adapters_of(model, [tensor.name for tensor in tensors])
+        tensors = [tensor for tensor in tensors if adapters[tensor.name] == adapter_name]
+    for tensor in tensors:
+        unmask_tensor(tensor, tensor.name in trained)
+    _forget_left_dense(model, adapter_name)
+    restore_methods(model)
+    _tell_ddp(model)
+
+
+def synchronize_mask(model: nn.Module) -> None:
+    """Give every process of a distributed run rank 0's frozen entries, and make sure that all train the same ones.
+
+    DDP synchronises what it finds among parameters and buffers when it is made, but it is told to leave the frozen
+    entries alone, or it would send them at every step. Call this on all ranks after `apply_mask`; FishMaskCallback and
+    FishTuningTrainer do. Without a process group of two or more it does nothing.
+
+    Raises:
+        MaskError: on every rank, when the ranks' masks differ.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return
+    tensors = list(masked_tensors(model))
+    mask = hashlib.sha256()
+    for tensor in tensors:
+        mask.update(tensor.name.encode() + tensor.masked.index.cpu().numpy().tobytes())
+    ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(ranks, (mask.hexdigest(), [tensor.masked.digest for tensor in tensors]))
+    if len({digest for digest, _ in ranks}) > 1:
+        raise MaskError(
+            "The processes have different masks. Score the same examples on every rank, or make the mask on rank 0, "
+            "save_mask it and load_mask it on the others."
+        )
+    for tensor, digest in zip(tensors, ranks[0][1], strict=True):
+        dist.broadcast(tensor.frozen, src=0)
+        tensor.masked.digest = digest
+
+
+def _tell_ddp(model: nn.Module) -> None:
+    """DDP would send every buffer at each step."""
+    ignored = {
+        name for name in getattr(model, "_ddp_params_and_buffers_to_ignore", ()) if ".parametrizations." not in name
+    }
+    for name, module in model.named_modules():
+        if isinstance(module, MaskedTensor):
+            ignored |= {f"{name.rpartition('.')[0]}.original", f"{name}.index"}
+    model._ddp_params_and_buffers_to_ignore = sorted(ignored)  # type: ignore[assignment]
+
+
+def _forget_left_dense(model: nn.Module, adapter_name: str | None) -> None:
+    for path, module in model.named_modules():
+        names = [f"{path}.{local}" for local in vars(module).get(LEFT_DENSE, ())]
+        for name, adapter in adapters_of(model, names).items() if names else ():
+            if adapter_name in (None, adapter):
+                vars(module)[LEFT_DENSE].discard(name.rpartition(".")[2])
+
+
+def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, local = name.rpartition(".")
+    return model.get_submodule(path), local
+
+
+def _check(model: nn.Module, mask: Mapping[str, Tensor]) -> None:
+    if trains_masked(model):
+        raise MaskError("The model has a mask already. Call remove_mask(model) before applying another.")
+    if reason := refusal({type(module).__name__ for module in model.modules()}, "masked"):
+        raise MaskError(reason)
+    parameters = dict(model.named_parameters())
+    shared = _shared_names(model)
+    for name, selected in mask.items():
+        if name not in parameters:
+            raise MaskError(
+                f"The mask names {name!r}, which the model does not have.{did_you_mean(name, parameters)} A mask fits "
+                "the model whose scores it was made from."
+            )
+        parameter = parameters[name]
+        if selected.dtype != torch.bool or selected.shape != parameter.shape:
+            raise MaskError(
+                f"The mask of {name!r} is {selected.dtype} of shape {tuple(selected.shape)}; the tensor needs "
+                f"torch.bool of shape {tuple(parameter.shape)}."
+            )
+        if not parameter.requires_grad:
+            raise MaskError(f"{name!r} is in the mask but not trainable (requires_grad=False).")
+        if parameter._backward_hooks and not selected.all():
+            raise MaskError(
+                f"{name!r} has a gradient hook, which computes with the whole tensor's gradient; a mask would take it "
+                "away. Train this tensor as a whole (names_to_exclude), or use another PEFT method."
+            )
+        if name in shared and not selected.all():
+            raise MaskError(
+                f"{name!r} is shared by several layers (tied weights: {', '.join(map(repr, shared[name]))}), which a "
+                f"mask cannot split. Ways out: model.get_parameter({name!r}).requires_grad_(False) before scoring "
+                f"leaves it out of the pool; names_to_exclude=[{name!r}] trains it as a whole."
+            )
+
+
+def _shared_names(model: nn.Module) -> dict[str, list[str]]:
+    """Each name of a tensor that several modules hold, with all the names that it has.
+
+    One module that is registered in several places holds its tensors once, and can be masked.
+    """
+    owners: dict[int, list[str]] = {}
+    for prefix, module in model.named_modules():
+        for local, parameter in module._parameters.items():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append(f"{prefix}.{local}" if prefix else local)
+    return {name: names for names in owners.values() if len(names) > 1 for name in names}

@@ -1,0 +1,139 @@
+"""What a key holds and what it leaves out, told by whether runs would be repeated."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from folders import write_bert
+from safetensors.torch import load_file, save_file
+from transformers import TrainerCallback
+
+from fish_tuning.experiments.config.experiment import ExperimentConfig
+from fish_tuning.experiments.config.loading import load_experiment
+from fish_tuning.experiments.data import builtin
+from fish_tuning.experiments.records.run_keys import RunKeys, effective_arguments
+from fish_tuning.experiments.run.context import make_context
+from fish_tuning.experiments.run.plan import plan_experiment
+
+MakeExperiment = Callable[..., ExperimentConfig]
+
+
+def keys(config: ExperimentConfig, arm: str = "lora-fish", seed: int = 1, rate: float | None = None) -> RunKeys:
+    context = make_context(config, plan_experiment(config), TrainerCallback())
+    return context.keys(next(plan for plan in context.plan.arms if plan.arm == arm), seed, rate)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "name=another",
+        "training.output_dir=elsewhere",
+        "training.args_override.run_name=mine",
+        "training.args_override.logging_steps=0.5",
+        "training.args_override.dataloader_pin_memory=true",
+        "training.args_override.dataloader_num_workers=2",
+        "training.args_override.save_strategy=epoch",
+        "training.args_override.weight_decay=0.0",  # the default, said
+        "training.args_override.hub_token=hf_secret",
+        "lora.baseline_rank=2",
+        "seeds=[1, 2, 3]",
+        "fish_tuning.methods_to_run=[lora-fish]",
+        "training.max_seq_length=64",  # no text is as long as either
+    ],
+)
+def test_what_cannot_change_a_result_is_not_in_the_key(experiment: MakeExperiment, override: str) -> None:
+    assert keys(experiment(override)) == keys(experiment())
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "training.args_override.learning_rate=0.5",
+        "training.args_override.weight_decay=0.1",
+        "training.args_override.bf16=true",
+        "training.args_override.eval_strategy=epoch",  # it draws random numbers
+        "training.early_stopping_patience=3",
+        "model.dtype=bfloat16",
+        "model.config_overrides.hidden_dropout_prob=0.3",
+        "dataset.metric=f1_macro",
+        "dataset.max_train_samples=32",
+        "dataset.training_args.num_train_epochs=2",
+        "peft.training_args.num_train_epochs=2",
+        "peft.args.lora_alpha=3",
+        "lora.init_lora_weights=pissa",
+        "lora.fish_rank=6",
+        "fish_tuning.num_samples=4",
+        "fish_tuning.warmup_steps=3",
+        "training.max_seq_length=5",
+    ],
+)
+def test_what_can_change_a_result_is_in_the_key(experiment: MakeExperiment, override: str) -> None:
+    other, own = keys(experiment(override)), keys(experiment())
+    assert other.run != own.run
+    assert other.setting != own.setting
+
+
+def test_seeds_share_a_setting_and_arms_do_not(experiment: MakeExperiment) -> None:
+    one, two = keys(experiment(), seed=1), keys(experiment(), seed=2)
+    assert one.run != two.run
+    assert one.setting == two.setting
+    assert keys(experiment(), "lora-fish-rev").setting != one.setting
+
+
+def test_rates_that_were_chosen_from_one_list_share_a_setting(experiment: MakeExperiment) -> None:
+    listed = experiment("training.learning_rates=[0.1, 0.2]")
+    one, two = keys(listed, rate=0.1), keys(listed, rate=0.2)
+    assert one.run != two.run
+    assert one.setting == two.setting != keys(experiment("training.learning_rates=[0.1]"), rate=0.1).setting
+
+
+def test_a_random_choice_depends_on_no_scores(experiment: MakeExperiment) -> None:
+    rand = "lora-fish-rand"
+    assert keys(experiment("fish_tuning.num_samples=4", "fish_tuning.warmup_steps=3"), rand) == keys(experiment(), rand)
+
+
+def test_weights_count_and_their_place_does_not(
+    experiment: MakeExperiment, bert_folder: Path, sentences_folder: Path, tmp_path: Path
+) -> None:
+    copy, data = tmp_path / "copy", tmp_path / "data"
+    shutil.copytree(bert_folder, copy)
+    shutil.copytree(sentences_folder, data)
+    elsewhere = experiment(f"model.name={copy}", f"dataset.load_args=[{data}]")
+    assert keys(elsewhere) == keys(experiment())
+    weights = load_file(copy / "model.safetensors")
+    next(iter(weights.values()))[0] += 1e-3
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    assert keys(elsewhere).run != keys(experiment()).run
+
+
+def test_another_tokenizer_counts(experiment: MakeExperiment, bert_folder: Path, tmp_path: Path) -> None:
+    copy = write_bert(tmp_path / "copy")
+    words = (copy / "vocab.txt").read_text().split()
+    words[5], words[9] = words[9], words[5]
+    (copy / "vocab.txt").write_text("\n".join(words))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (copy / name).unlink()
+    shutil.copy(bert_folder / "tokenizer_config.json", copy)
+    shutil.copy(bert_folder / "model.safetensors", copy)
+    assert keys(experiment(f"model.name={copy}")).run != keys(experiment()).run
+
+
+def test_a_fresh_cache_gives_the_same_keys_as_a_filled_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("FISH_TUNING_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(builtin, "PRETRAIN_EPOCHS", 1)
+    config = load_experiment("digits")
+    assert keys(config) == keys(config)
+    shutil.copytree(tmp_path / "cache", tmp_path / "moved")
+    before = keys(config)
+    monkeypatch.setenv("FISH_TUNING_CACHE", str(tmp_path / "moved"))
+    assert keys(config) == before
+
+
+def test_saving_counts_where_the_best_checkpoint_comes_back() -> None:
+    arguments = {"save_strategy": "epoch", "logging_dir": "logs", "learning_rate": 0.1}
+    assert effective_arguments(arguments) == {"learning_rate": 0.1}
+    best = {**arguments, "load_best_model_at_end": True}
+    assert effective_arguments(best) == {"save_strategy": "epoch", "learning_rate": 0.1, "load_best_model_at_end": True}
