@@ -44,7 +44,6 @@ _STYLE: dict[Any, Any] = {
     "ytick.color": PALETTE["muted"].light,
     "ytick.major.size": 0,
     "svg.fonttype": "none",  # text stays text
-    "svg.hashsalt": "fish-tuning",  # the same picture is the same file
 }
 
 

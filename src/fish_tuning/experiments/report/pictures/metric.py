@@ -62,11 +62,7 @@ def _said(intervals: Sequence[bool]) -> str:
 
 
 def _values(runs: Sequence[RunRecord], arm: str) -> list[float]:
-    return [
-        run.value
-        for run in runs
-        if run.arm == arm and run.status == "ok" and run.value is not None and isfinite(run.value)
-    ]
+    return [run.value for run in runs if run.arm == arm and run.status == "ok" and run.value is not None]
 
 
 def _column(ax: Axes, x: int, values: Sequence[float], summary: ArmSummary | None, look: Look) -> list[bool]:
