@@ -1,5 +1,5 @@
 """`python -m fish_tuning` is `fish-tuning`."""
 
-from fish_tuning.cli import main
+from fish_tuning.command import main
 
 main()

@@ -47,16 +47,25 @@ class How(NamedTuple):
     shard: str | None = None
     engine: str = "here"
     workers: int | None = None
+    extensions: tuple[str, ...] = ()
 
 
 HERE = How()
+
+
+def _tell(text: str, *, err: bool = False) -> None:
+    """Print what a terminal cannot take for a command, and without values that came from the environment."""
+    from fish_tuning.experiments.config.secrets import scrubbed
+    from fish_tuning.experiments.config.texts import visible
+
+    typer.echo(visible(scrubbed(text)), err=err)
 
 
 def _show_version(wanted: bool) -> None:
     if wanted:
         from fish_tuning import __version__
 
-        typer.echo(f"fish-tuning {__version__}")
+        _tell(f"fish-tuning {__version__}")
         raise typer.Exit
 
 
@@ -86,6 +95,10 @@ def run(
     workers: Annotated[
         int | None, typer.Option(min=1, help="Workers of the engine; by default one a GPU, else one a CPU.")
     ] = None,
+    extension: Annotated[
+        list[str] | None,
+        typer.Option(metavar="MODULE", help="A module or Python file of yours that registers what the file names."),
+    ] = None,
 ) -> None:
     """Run an experiment: every arm with every seed.
 
@@ -94,7 +107,7 @@ def run(
 
     Exit code: 0 all runs finished, 1 a run failed, 2 the configuration cannot work, 130 interrupted.
     """
-    how = How(dry_run, shard, engine, workers)
+    how = How(dry_run, shard, engine, workers, tuple(extension or ()))
     raise typer.Exit(run_command(config, overrides or [], how))
 
 
@@ -106,7 +119,7 @@ def configs() -> None:
     shipped = shipped_experiments()
     width = max(map(len, shipped), default=0)
     for name, path in shipped.items():
-        typer.echo(f"{name:<{width}}  {describe(path)}")
+        _tell(f"{name:<{width}}  {describe(path)}")
 
 
 @app.command()
@@ -129,7 +142,7 @@ def inspect(
     try:
         inspect_masks(_console(), masks, picture)
     except FishTuningError as error:
-        typer.echo(f"error: {error}", err=True)
+        _tell(f"error: {error}", err=True)
         raise typer.Exit(WRONG_USE) from None
     except OSError as error:
         raise typer.Exit(_told_full(error, "Make room, or draw to another disk.")) from None
@@ -154,13 +167,13 @@ def report(
     try:
         written, notes = write_page(folders, output)
     except FishTuningError as error:
-        typer.echo(f"error: {error}", err=True)
+        _tell(f"error: {error}", err=True)
         raise typer.Exit(WRONG_USE) from None
     except OSError as error:
         raise typer.Exit(_told_full(error, "Make room, or write elsewhere with --output.")) from None
     for note in notes:
-        typer.echo(f"note: {note}")
-    typer.echo(f"written: {', '.join(map(str, written))}")
+        _tell(f"note: {note}")
+    _tell(f"written: {', '.join(map(str, written))}")
 
 
 def main() -> None:
@@ -185,12 +198,12 @@ def run_command(config: str, overrides: list[str], how: How = HERE) -> int:
                 warnings.simplefilter("ignore", FutureWarning)
             return _run(config, overrides, how)
     except FishTuningError as error:
-        typer.echo(f"error: {error}", err=True)
+        _tell(f"error: {error}", err=True)
         return WRONG_USE
     except OSError as error:
         return _told_full(error, "What is finished is kept; make room, and the same command goes on.")
     except KeyboardInterrupt:
-        typer.echo("interrupted before the first run", err=True)
+        _tell("interrupted before the first run", err=True)
         return INTERRUPTED
 
 
@@ -200,7 +213,7 @@ def _told_full(error: OSError, way_out: str) -> int:
 
     if error.errno not in DISK_FULL:
         raise error
-    typer.echo(f"error: the disk is full ({error}). {way_out}", err=True)
+    _tell(f"error: the disk is full ({error}). {way_out}", err=True)
     return FAILED
 
 
@@ -222,8 +235,10 @@ def _interrupt(*_: object) -> None:
 
 
 def _run(config_name: str, overrides: list[str], how: How) -> int:
+    from fish_tuning.experiments.config.extensions import load_extensions
     from fish_tuning.experiments.config.loading import load_experiments
 
+    load_extensions(how.extensions)
     experiments = load_experiments(config_name, overrides)  # before torch is imported: a wrong key is told at once
 
     from fish_tuning.experiments.models.building import check_weights
@@ -251,19 +266,17 @@ def _run_one(config: ExperimentConfig, plan: Plan, how: How, shard: Shard) -> in
 
     output_dir = _writable(Path(config.training.output_dir))
     part = f", part {shard.number} of {shard.of}" if shard.of > 1 else ""
-    typer.echo(
+    _tell(
         f"{config.name}: {config.model.name} on {config.dataset.source}, {len(plan.arms)} arms x "
         f"{len(config.seeds)} seeds{part}"
     )
     began = time.time()
     try:
         if how.engine == "ray":
-            run_on_ray(config, plan, how.workers, shard, began)
+            run_on_ray(config, plan, how.workers, shard, began, how.extensions)
         runs = run_experiment(config, plan, _show_run, shard, began)
     except KeyboardInterrupt:
-        typer.echo(
-            f"interrupted; finished runs are kept in {output_dir}, the same command goes on from there", err=True
-        )
+        _tell(f"interrupted; finished runs are kept in {output_dir}, the same command goes on from there", err=True)
         raise typer.Exit(INTERRUPTED) from None
     _show_results(_console(), config, plan, runs, output_dir)
     return FAILED if any(run.status == "failed" for run in runs) else OK
@@ -280,9 +293,9 @@ def _writable(folder: Path) -> Path:
 
 
 def _console() -> Console:
-    from rich.console import Console
+    from fish_tuning.experiments.report.terminal import PlainConsole
 
-    console = Console(markup=False, highlight=False, emoji=False)
+    console = PlainConsole(markup=False, highlight=False, emoji=False)
     if not console.is_terminal:
         console.width = 100  # in a file or a pipe, whose width is unknown, nothing is cut
     return console
@@ -304,12 +317,15 @@ def _show_run(run: RunRecord, already_there: bool) -> None:
     """One line for a finished run, written around the progress bar."""
     from tqdm import tqdm
 
+    from fish_tuning.experiments.config.secrets import scrubbed
+    from fish_tuning.experiments.config.texts import visible
+
     if run.status == "failed":
         text = f"failed: {run.error}"
     else:
         text = f"{run.metric} {'-' if run.value is None else format(run.value, '.4f')}"
         text += " (finished before)" if already_there else f" ({run.train_seconds or 0:.1f} s)"
-    tqdm.write(f"{run.arm}, seed {run.seed}: {text}")
+    tqdm.write(visible(scrubbed(f"{run.arm}, seed {run.seed}: {text}")))
 
 
 def _show_results(

@@ -16,7 +16,7 @@ from fish_tuning.experiments.config.experiment import ExperimentConfig
 from fish_tuning.experiments.records.record_files import adapter_digests
 from fish_tuning.experiments.records.run_record import RunRecord
 from fish_tuning.experiments.run import arm as arms
-from fish_tuning.experiments.run import calibration, runner
+from fish_tuning.experiments.run import runner
 from fish_tuning.experiments.run.plan import plan_experiment
 from fish_tuning.experiments.run.runner import run_experiment
 
@@ -76,7 +76,7 @@ def test_a_failed_arm_stops_no_other_and_is_tried_again(
         raise RuntimeError("out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(calibration, "calculate_fisher_information", broken)
+        patch.setattr(arms, "calibrate", broken)
         records, _ = run(experiment())
     assert [record.status for record in records] == ["ok", "failed", "ok", "failed", "ok"]
     assert "RuntimeError: out of memory" in (records[1].error or "")
@@ -114,7 +114,7 @@ def interrupted(*_: object, **__: object) -> None:
 
 def test_an_interruption_keeps_what_is_finished(experiment: MakeExperiment, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(calibration, "calculate_fisher_information", interrupted)
+        patch.setattr(arms, "calibrate", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run(experiment())
     _, seen = run(experiment())

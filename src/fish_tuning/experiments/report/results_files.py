@@ -14,6 +14,8 @@ from typing import Any
 from fish_tuning.experiments.compare.conclusions import conclusion
 from fish_tuning.experiments.compare.summaries import FEWEST_FOR_INTERVAL, ArmSummary, summarize
 from fish_tuning.experiments.config.experiment import ExperimentConfig
+from fish_tuning.experiments.config.secrets import redacted, scrubbed
+from fish_tuning.experiments.records.record_files import scrubbed_record
 from fish_tuning.experiments.records.run_record import RunRecord
 from fish_tuning.experiments.report.tables import fact_text, markdown_table, table_rows
 from fish_tuning.files.atomic import write_atomically
@@ -42,7 +44,7 @@ def write_report(
         "results.md": _markdown(config, plan_facts, runs, pictures),
     }
     for name, text in texts.items():
-        write_atomically(output_dir / name, text.encode())
+        write_atomically(output_dir / name, scrubbed(text).encode())
     return [*(output_dir / name for name in texts), *pictures]
 
 
@@ -83,9 +85,9 @@ def _json(
 ) -> str:
     data = {
         "experiment": config.name,
-        "config": config.model_dump(mode="json"),
-        "facts": dict(facts),
-        "runs": [run.to_dict() for run in runs],
+        "config": redacted(config.model_dump(mode="json")),
+        "facts": redacted(dict(facts)),
+        "runs": [scrubbed_record(run).to_dict() for run in runs],
         "summary": [asdict(arm) for arm in summary],
     }
     return json.dumps(_finite(data), indent=2) + "\n"

@@ -79,9 +79,12 @@ def plain_table(headers: Sequence[str], rows: Sequence[Sequence[str]], title: st
     from rich.table import Table
     from rich.text import Text
 
+    from fish_tuning.experiments.report.terminal import plain
+
+    headers, rows = [plain(header) for header in headers], [[plain(cell) for cell in row] for row in rows]
     rule = Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
     table = Table(
-        title=Text(title, style="bold") if title else None,
+        title=Text(plain(title), style="bold") if title else None,
         title_justify="left",
         box=rule,
         show_edge=False,

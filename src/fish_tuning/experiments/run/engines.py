@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from fish_tuning.errors import ConfigurationError, FishTuningError
 from fish_tuning.experiments.config.experiment import ExperimentConfig
+from fish_tuning.experiments.config.extensions import load_extensions
+from fish_tuning.experiments.config.secrets import remember_all, remembered
 from fish_tuning.experiments.run.locks import MOST_DEATHS
 from fish_tuning.experiments.run.progress import RunProgress
 from fish_tuning.experiments.run.shards import WHOLE, Shard
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from fish_tuning.experiments.run.plan import Plan
 
@@ -34,7 +36,12 @@ def check_engine(engine: str, workers: int | None = None) -> None:
 
 
 def run_on_ray(
-    config: ExperimentConfig, plan: Plan, workers: int | None = None, shard: Shard = WHOLE, since: float | None = None
+    config: ExperimentConfig,
+    plan: Plan,
+    workers: int | None = None,
+    shard: Shard = WHOLE,
+    since: float | None = None,
+    extensions: Sequence[str] = (),
 ) -> None:
     """Do the runs of an experiment on a Ray cluster: the one at RAY_ADDRESS, else one on this machine.
 
@@ -49,6 +56,7 @@ def run_on_ray(
         workers: how many; by default one a GPU, else one a CPU.
         shard: the part of the runs to do.
         since: see `run_experiment`.
+        extensions: modules that register what the experiment names; workers import them too.
 
     Raises:
         FishTuningError: workers died more often than their runs can explain.
@@ -66,7 +74,8 @@ def run_on_ray(
     runs = len(shard.part(plan.arms, config.seeds))
     # Each run may kill MOST_DEATHS workers; who dies more often does not die of a run.
     work = ray.remote(max_retries=MOST_DEATHS * runs + 1, **share)(_work)
-    tasks = [work.remote(data, shard, time.time() if since is None else since) for _ in range(number)]
+    began = time.time() if since is None else since
+    tasks = [work.remote(data, shard, began, remembered(), list(extensions)) for _ in range(number)]
     with RunProgress(runs) as progress:
         before = _written(folder)
         while tasks:
@@ -80,8 +89,12 @@ def run_on_ray(
             before = _written(folder)
 
 
-def _work(data: dict[str, Any], shard: tuple[int, int], since: float) -> None:
+def _work(
+    data: dict[str, Any], shard: tuple[int, int], since: float, secrets: Mapping[str, str], extensions: Sequence[str]
+) -> None:
     """One worker: the same as another `fish-tuning run` on the folder."""
+    load_extensions(extensions)
+    remember_all(secrets)
     from fish_tuning.experiments.run.plan import plan_experiment
     from fish_tuning.experiments.run.runner import run_experiment
 

@@ -14,6 +14,7 @@ import torch
 
 from fish_tuning.errors import FishTuningError
 from fish_tuning.experiments.config.experiment import ExperimentConfig
+from fish_tuning.experiments.config.secrets import scrubbed
 from fish_tuning.experiments.records.record_files import (
     find_record,
     record_file,
@@ -176,9 +177,12 @@ class _Session:
 
     def _use_once(self, arm: ArmPlan, seed: int) -> None:
         if not self.used_once:
+            # The Trainer collects garbage when it starts: up to half a second, in which nothing is trained, to look
+            # through the objects of libraries. They are set aside, those of the first steps too.
+            gc.freeze()
             use_once(self.context, arm, seed)
             gc.collect()
-            gc.freeze()  # the Trainer collects garbage at its start; the libraries' own objects need not be looked at
+            gc.freeze()
             self.used_once = True
 
     def _failure(self, arm: ArmPlan, seed: int, error: Exception) -> RunRecord:
@@ -186,7 +190,7 @@ class _Session:
         if full := disk_full(error):
             raise full from error  # it would stop every other arm too, after training it for nothing
         context, keys, log = self.context, self._keys(arm, seed), _log_file(self.folder, arm, seed)
-        log.write_text("".join(traceback.format_exception(error)))
+        log.write_text(scrubbed("".join(traceback.format_exception(error))))
         logger.debug("%s with seed %d failed", arm.arm, seed, exc_info=error)
         reason = str(error).strip() or "no message"
         kind = "" if isinstance(error, FishTuningError) else f"{type(error).__name__}: "

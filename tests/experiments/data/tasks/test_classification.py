@@ -219,3 +219,16 @@ def test_a_decoder_classifies_by_its_last_token_on_whatever_side_it_is_padded(
     assert (batch["input_ids"][2, 0] == 13) == (side == "right")
     alone = [model(input_ids=torch.tensor([row["input_ids"]])).logits[0] for row in rows]
     assert torch.allclose(model(**batch).logits, torch.stack(alone), atol=1e-6)
+
+
+def test_the_constant_value_is_that_of_the_commonest_training_class(tmp_path: Path) -> None:
+    write_split(tmp_path / "d", "train", {"text": ["a"] * 5, "label": [2, 2, 2, 0, 1]})
+    write_split(tmp_path / "d", "validation", {"text": ["a"] * 4, "label": [2, 0, 0, 1]})
+    for metric, value in (("accuracy", 0.25), ("f1_macro", 0.4 / 3), ("matthews_correlation", 0.0)):
+        task = task_of(tmp_path / "d", metric=metric)
+        assert task.constant_value(task.train, task.validation) == pytest.approx(value)
+
+
+def test_a_constant_correlates_with_nothing(tmp_path: Path) -> None:
+    task = task_of(write_pairs(tmp_path / "pairs"))
+    assert task.constant_value(task.train, task.validation) == 0.0

@@ -88,3 +88,14 @@ def test_entities_are_learned(experiment: Callable[..., ExperimentConfig], tmp_p
     assert record.status == "ok", record.error
     assert record.metrics.keys() == {"loss", "entity_f1", "accuracy", "f1_macro"}
     assert record.metrics["accuracy"] > 0.6  # always the commonest tag: 0.5
+
+
+def test_the_constant_value_counts_first_tokens_alone(tmp_path: Path) -> None:
+    task = task_of(write_entities(tmp_path / "d", names=["N", "V", "D"]), metric="accuracy")
+    rows = {"labels": [[-100, 2, 2, -100], [2, 1]]}
+    validation = {"labels": [[-100, 2, 1, -100, 2], [1]]}
+    assert task.constant_value(Dataset.from_dict(rows), Dataset.from_dict(validation)) == 0.5
+    entities = task_of(write_entities(tmp_path / "e"))
+    assert entities.metric == "entity_f1"
+    outside = Dataset.from_dict({"labels": [[0, 0, 1]]})
+    assert entities.constant_value(outside, outside) == 0.0
