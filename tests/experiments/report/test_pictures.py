@@ -68,9 +68,12 @@ def test_what_is_not_a_number_is_not_drawn() -> None:
     assert not [text for text in shown if "nan" in text or "inf" in text]
 
 
-def test_what_rounds_to_nothing_has_no_minus() -> None:
-    assert texts(metric_picture(["lora"], [ok("lora", 1, -0.0004)]))[0] == "0.000"
-    assert texts(metric_picture(["lora"], [ok("lora", 1, -0.004)]))[0] == "\N{MINUS SIGN}0.004"
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(-0.0004, "0.000"), (-0.004, "\N{MINUS SIGN}0.004"), (12345.6, "12345.600"), (-2e300, "\N{MINUS SIGN}2e+300")],
+)
+def test_means_are_short_and_what_rounds_to_nothing_has_no_minus(value: float, text: str) -> None:
+    assert texts(metric_picture(["lora"], [ok("lora", 1, value)]))[0] == text
 
 
 def test_an_arm_has_one_colour_and_mark_in_every_picture() -> None:

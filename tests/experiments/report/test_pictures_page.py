@@ -75,6 +75,16 @@ def test_of_several_tasks_the_average_is_large_and_each_task_small(tmp_path: Pat
     assert captions[0].startswith("average over tasks: mean of the metrics . Means with 95 % intervals.")
 
 
+def test_each_task_has_its_own_sizes_and_losses(tmp_path: Path) -> None:
+    for task, size, loss in (("cola", 700, 0.9), ("rte", 800, 0.8)):
+        write_experiment(tmp_path / "all" / task, arms(task=task, kept_parameters=size, loss_curve=[(1, loss)]))
+    page = page_of(tmp_path / "all")
+    _, _, *sizes = [svg.one("desc").text for svg in page.all("svg", class_="score-size")]
+    assert ["lora: 700 kept" in sizes[0], "lora: 800 kept" in sizes[1]] == [True, True]
+    losses = [svg.one("desc").text for svg in page.all("svg", class_="curves")]
+    assert ["lora: from 0.900" in losses[0], "lora: from 0.800" in losses[1]] == [True, True]
+
+
 def test_no_caption_claims_an_interval_that_is_not_drawn(tmp_path: Path) -> None:
     page = page_of(write_experiment(tmp_path / "a", arms(values=(0.5, 0.6))))
     assert not page.all("g", class_="interval")

@@ -112,8 +112,8 @@ def test_budgets_of_an_arm_are_joined_in_their_order() -> None:
 
 def test_sizes_are_kept_entries_where_every_record_has_them() -> None:
     new = [
-        ok("lora", 1, 0.5, kept_parameters=90, trainable_parameters=100),
-        ok("lora", 2, 0.5, kept_parameters=95, trainable_parameters=105),
+        ok("lora", 1, 0.5, kept_parameters=95, trainable_parameters=105),
+        ok("lora", 2, 0.5, kept_parameters=90, trainable_parameters=100),
         ok("head", 1, 0.5, kept_parameters=0, trainable_parameters=10),
     ]
     assert arm_sizes(new) == ({"lora": 95, "head": 0}, "kept")

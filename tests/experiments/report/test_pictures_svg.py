@@ -24,7 +24,7 @@ from fish_tuning.experiments.report.pictures.rows import (
 from fish_tuning.experiments.report.pictures.score_size import Point, score_size_picture
 from fish_tuning.experiments.report.pictures.svg import svg
 
-EVIL = "lora-$x^{2$ \\frac{ </script><b>&amp; \x00\x07\x1b[31m\ud800 \"'" + "long" * 40
+EVIL = "lora-\N{FISH}$x^{2$ \\frac{ </script><b>&amp; \x00\x07\x1b[31m\ud800 \"'" + "long" * 40
 ARMS = [EVIL, "lora-fish@0.1", "dora"]
 LOOKS = looks(ARMS)
 
@@ -65,7 +65,7 @@ def test_a_hostile_name_is_only_text(draw: Callable[[], Picture]) -> None:
     picture = node(text)
     assert not picture.all("b")
     assert not picture.all("script")
-    assert "lora-$x^{2$ \\frac{ </script><b>&amp;" in picture.attributes["aria-label"]
+    assert "lora-\N{FISH}$x^{2$ \\frac{ </script><b>&amp;" in picture.attributes["aria-label"]
     assert picture.attributes["role"] == "img"
     assert picture.all("title")[0].text
     assert picture.one("desc").text

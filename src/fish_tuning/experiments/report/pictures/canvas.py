@@ -44,7 +44,6 @@ _STYLE: dict[Any, Any] = {
     "ytick.color": PALETTE["muted"].light,
     "ytick.major.size": 0,
     "svg.fonttype": "none",  # text stays text
-    "svg.hashsalt": "fish-tuning",  # the same picture is the same file
 }
 
 
@@ -76,7 +75,7 @@ class Margins(NamedTuple):
 
 @contextmanager
 def style() -> Iterator[None]:
-    """Draw and save in here: whatever a user's matplotlibrc says, pictures look alike."""
+    """Around, or over, all that draws, measures or saves: whatever a user's matplotlibrc says, pictures look alike."""
     import matplotlib
 
     with matplotlib.rc_context(), warnings.catch_warnings():
@@ -161,9 +160,9 @@ def write(
     ax.annotate(text, at, moved, xycoords=coordinates, textcoords="offset points", **looks)
 
 
-def number(value: float) -> str:
+def rounded(value: float) -> str:
     """With three digits; what rounds to nothing has no minus."""
-    return f"{round(value, 3) + 0.0:.3f}".replace("-", "\N{MINUS SIGN}")
+    return (f"{round(value, 3) + 0.0:.3f}" if abs(value) < 1e6 else f"{value:.3g}").replace("-", "\N{MINUS SIGN}")
 
 
 def value_axis(ax: Axes, which: str, most: int) -> None:

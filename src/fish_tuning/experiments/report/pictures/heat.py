@@ -34,6 +34,7 @@ _COLOURS = "cividis"  # even steps for the eye, whatever colours it tells apart
 _ON_LIGHT, _ON_DARK = "#010101", "#fefefe"
 
 
+@style()
 def heat_picture(maps: Mapping[str, Shares], top: float, *, titles: bool = True) -> Picture:
     """A map for each arm, side by side as far as there is room, on one scale of colours that ends with the share `top`.
 
@@ -46,18 +47,17 @@ def heat_picture(maps: Mapping[str, Shares], top: float, *, titles: bool = True)
     down, frame = ceil(len(maps) / across), titles * _FRAME
     whole_width = across * (width + _GAP) - _GAP + titles * _SCALE + 2 * frame
     whole_height = down * (height + _GAP) - _GAP + 2 * frame
-    with style():
-        figure = empty_figure(whole_width, whole_height)
-        for number, (arm, shares) in enumerate(maps.items()):
-            x, y = frame + (number % across) * (width + _GAP), frame + (number // across) * (height + _GAP)
-            _map(figure, shares, top, x, y + titles * _NAME)
-            if titles:
-                figure.text(x / whole_width, 1 - (y + FONT) / whole_height, label(arm), color=PALETTE["ink"].light)
+    figure = empty_figure(whole_width, whole_height)
+    for number, (arm, shares) in enumerate(maps.items()):
+        x, y = frame + (number % across) * (width + _GAP), frame + (number // across) * (height + _GAP)
+        _map(figure, shares, top, x, y + titles * _NAME)
         if titles:
-            left, above = whole_width - frame - _SCALE + 16, frame + _NAME + _LAYERS
-            _scale(figure, top, left, above, min(whole_height - above - frame, 160.0))
-        title = f"Share of entries that {', '.join(maps)} keep{'s' if len(maps) == 1 else ''}"
-        return Picture(figure, "heat", title, "; ".join(map(_said, maps.values())))
+            figure.text(x / whole_width, 1 - (y + FONT) / whole_height, label(arm), color=PALETTE["ink"].light)
+    if titles:
+        left, above = whole_width - frame - _SCALE + 16, frame + _NAME + _LAYERS
+        _scale(figure, top, left, above, min(whole_height - above - frame, 160.0))
+    title = f"Share of entries that {', '.join(maps)} keep{'s' if len(maps) == 1 else ''}"
+    return Picture(figure, "heat", title, "; ".join(map(_said, maps.values())))
 
 
 def largest_share(maps: Mapping[str, Shares]) -> float:

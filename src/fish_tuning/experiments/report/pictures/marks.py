@@ -75,11 +75,11 @@ def draw_score(
     return there
 
 
+@style()
 def swatch(look: Look) -> Picture:
     """The mark alone, for a legend."""
-    with style():
-        figure, ax = figure_and_axes(16, 16, Margins(0, 0, 0, 0))
-        ax.set_axis_off()
-        ax.set(xlim=(0, 16), ylim=(0, 16))
-        draw_mark(ax, 8, 8, look)
-        return Picture(figure, "swatch", "", "")
+    figure, ax = figure_and_axes(16, 16, Margins(0, 0, 0, 0))
+    ax.set_axis_off()
+    ax.set(xlim=(0, 16), ylim=(0, 16))
+    draw_mark(ax, 8, 8, look)
+    return Picture(figure, "swatch", "", "")

@@ -17,7 +17,7 @@ from fish_tuning.experiments.report.pictures.canvas import (
     figure_and_axes,
     fitted,
     interval_words,
-    number,
+    rounded,
     style,
     value_axis,
     write,
@@ -34,6 +34,7 @@ _NAME = 180.0  # the most width of a name
 _HEIGHT = 400
 
 
+@style()
 def metric_picture(arms: Sequence[str], runs: Sequence[RunRecord]) -> Picture:
     """A column for each arm, in this order."""
     column = max([_COLUMN] + [fitted(arm, _NAME)[1] + 12 for arm in arms])
@@ -41,20 +42,19 @@ def metric_picture(arms: Sequence[str], runs: Sequence[RunRecord]) -> Picture:
     summaries = {summary.arm: summary for summary in summarize(runs)}
     sizes, of_what = arm_sizes([run for run in runs if run.status == "ok"])
     intervals: list[bool] = []
-    with style():
-        figure, ax = figure_and_axes(_MARGINS.left + _MARGINS.right + column * max(1, len(arms)), _HEIGHT, _MARGINS)
-        for x, (arm, look) in enumerate(looks(arms).items()):
-            values = _values(runs, arm)
-            intervals += _column(ax, x, values, summaries.get(arm), look)
-            _below(ax, x, arm, f"{sizes[arm]:,} {of_what}" if arm in sizes else "", _failed(summaries.get(arm)))
-        value_axis(ax, "y", 6)
-        ax.margins(y=0.08)
-        ax.set(xlim=(-0.5, max(1, len(arms)) - 0.5), xticks=[], ylabel=metric)
-        if not intervals:
-            ax.set_yticks([])
-        said = _said(intervals)
-        ax.set_title(said, fontsize=SMALL, loc="left", pad=12)
-        return Picture(figure, "metric", f"{metric} of every arm", said)
+    figure, ax = figure_and_axes(_MARGINS.left + _MARGINS.right + column * max(1, len(arms)), _HEIGHT, _MARGINS)
+    for x, (arm, look) in enumerate(looks(arms).items()):
+        values = _values(runs, arm)
+        intervals += _column(ax, x, values, summaries.get(arm), look)
+        _below(ax, x, arm, f"{sizes[arm]:,} {of_what}" if arm in sizes else "", _failed(summaries.get(arm)))
+    value_axis(ax, "y", 6)
+    ax.margins(y=0.08)
+    ax.set(xlim=(-0.5, max(1, len(arms)) - 0.5), xticks=[], ylabel=metric)
+    if not intervals:
+        ax.set_yticks([])
+    said = _said(intervals)
+    ax.set_title(said, fontsize=SMALL, loc="left", pad=12)
+    return Picture(figure, "metric", f"{metric} of every arm", said)
 
 
 def _said(intervals: Sequence[bool]) -> str:
@@ -62,11 +62,7 @@ def _said(intervals: Sequence[bool]) -> str:
 
 
 def _values(runs: Sequence[RunRecord], arm: str) -> list[float]:
-    return [
-        run.value
-        for run in runs
-        if run.arm == arm and run.status == "ok" and run.value is not None and isfinite(run.value)
-    ]
+    return [run.value for run in runs if run.arm == arm and run.status == "ok" and run.value is not None]
 
 
 def _column(ax: Axes, x: int, values: Sequence[float], summary: ArmSummary | None, look: Look) -> list[bool]:
@@ -80,7 +76,7 @@ def _column(ax: Axes, x: int, values: Sequence[float], summary: ArmSummary | Non
     left = [x - 0.12 - step * number for number in range(len(values))]
     ax.scatter(left, values, s=24, color=look.hex, alpha=0.6, linewidths=0, clip_on=False, zorder=3)
     there = draw_score(ax, x + 0.12, (summary.low, summary.mean, summary.high), look, 10.0, str(x))
-    write(ax, number(summary.mean), (x + 0.12, summary.mean), (9, 0), va="center", color=PALETTE["ink"].light)
+    write(ax, rounded(summary.mean), (x + 0.12, summary.mean), (9, 0), va="center", color=PALETTE["ink"].light)
     return [there]
 
 

@@ -53,41 +53,41 @@ class Words(NamedTuple):
     above: str
 
 
+@style()
 def differences_picture(rows: Sequence[Difference], words: Words, width: float) -> Picture:
     """The mean difference of each row and its interval."""
-    with style():
-        figure, ax = _rows([row.name for row in rows], width)
-        ax.set_xlim(*padded([0.0, *(bound for row in rows for bound in row[1:4] if bound is not None)]))
-        ax.axvline(0, color=PALETTE["muted"].light, linewidth=1.5, zorder=1)
-        for y, row in enumerate(rows):
-            if row.low is not None and row.high is not None and has_interval(row.low, row.high):
-                draw_interval(ax, (row.low, row.high), (y, y), row.look, gid=f"interval-{y}")
-            draw_mark(ax, row.mean, y, row.look, gid=f"mark-{y}")
-        for x, side, text in (
-            (0.0, "left", f"\N{LEFTWARDS ARROW} {words.below}"),
-            (1.0, "right", f"{words.above} \N{RIGHTWARDS ARROW}"),
-        ):
-            _under(ax, x, side, text)
-        intervals = interval_words(has_interval(row.low, row.high) for row in rows)
-        told = {f"{part}-{y}": row.told for y, row in enumerate(rows) for part in ("mark", "interval")}
-        return Picture(figure, "differences", words.title, "; ".join(row.told for row in rows), told, intervals)
+    figure, ax = _rows([row.name for row in rows], width)
+    ax.set_xlim(*padded([0.0, *(bound for row in rows for bound in row[1:4] if bound is not None)]))
+    ax.axvline(0, color=PALETTE["muted"].light, linewidth=1.5, zorder=1)
+    for y, row in enumerate(rows):
+        if row.low is not None and row.high is not None and has_interval(row.low, row.high):
+            draw_interval(ax, (row.low, row.high), (y, y), row.look, gid=f"interval-{y}")
+        draw_mark(ax, row.mean, y, row.look, gid=f"mark-{y}")
+    for x, side, text in (
+        (0.0, "left", f"\N{LEFTWARDS ARROW} {words.below}"),
+        (1.0, "right", f"{words.above} \N{RIGHTWARDS ARROW}"),
+    ):
+        _under(ax, x, side, text)
+    intervals = interval_words(has_interval(row.low, row.high) for row in rows)
+    told = {f"{part}-{y}": row.told for y, row in enumerate(rows) for part in ("mark", "interval")}
+    return Picture(figure, "differences", words.title, "; ".join(row.told for row in rows), told, intervals)
 
 
+@style()
 def seconds_picture(rows: Sequence[Seconds], title: str, width: float) -> Picture:
     """Seconds of scoring (hatched) and of training (solid)."""
     grey, ground = PALETTE["muted"].light, PALETTE["ground"].light
     high = 14 / _row_height(width)
-    with style():
-        figure, ax = _rows([row.name for row in rows], width)
-        ax.set_xlim(0, 1.02 * max(row.scoring + row.training for row in rows) or 1.0)
-        for y, row in enumerate(rows):
-            if row.scoring:
-                ax.barh(y, row.scoring, high, color=ground, edgecolor=grey, lw=0, hatch="////", gid=f"scoring-{y}")
-            ax.barh(y, row.training, high, row.scoring, color=grey, lw=0, gid=f"training-{y}")
-        _under(ax, 0.5, "center", "seconds")
-        said = [f"{row.name}: {row.scoring:.1f} s scoring, {row.training:.1f} s training" for row in rows]
-        told = {f"{part}-{y}": each for y, each in enumerate(said) for part in ("scoring", "training")}
-        return Picture(figure, "seconds", title, "; ".join(said), told)
+    figure, ax = _rows([row.name for row in rows], width)
+    ax.set_xlim(0, 1.02 * max(row.scoring + row.training for row in rows) or 1.0)
+    for y, row in enumerate(rows):
+        if row.scoring:
+            ax.barh(y, row.scoring, high, color=ground, edgecolor=grey, lw=0, hatch="////", gid=f"scoring-{y}")
+        ax.barh(y, row.training, high, row.scoring, color=grey, lw=0, gid=f"training-{y}")
+    _under(ax, 0.5, "center", "seconds")
+    said = [f"{row.name}: {row.scoring:.1f} s scoring, {row.training:.1f} s training" for row in rows]
+    told = {f"{part}-{y}": each for y, each in enumerate(said) for part in ("scoring", "training")}
+    return Picture(figure, "seconds", title, "; ".join(said), told)
 
 
 def _row_height(width: float) -> float:

@@ -15,8 +15,8 @@ from fish_tuning.experiments.report.pictures.canvas import (
     add_axes,
     figure_and_axes,
     interval_words,
-    number,
     padded,
+    rounded,
     size_of,
     style,
     tick_text,
@@ -42,6 +42,7 @@ class Point(NamedTuple):
     high: float | None
 
 
+@style()
 def score_size_picture(
     points: Sequence[Point], look: Mapping[str, Look], title: str, of_what: str, width: float, height: float
 ) -> Picture:
@@ -49,24 +50,23 @@ def score_size_picture(
     inner = width - _MARGINS.left - _MARGINS.right
     layout = arrange(Counter(point.size for point in points), inner)
     at = _places(points, layout)
-    with style():
-        figure, ax = figure_and_axes(width, height, _MARGINS)
-        ax.set(xlim=(0, inner), xticks=[])
-        ax.set_ylim(*padded([bound for point in points for bound in point[2:] if bound is not None]))
-        ax.spines["bottom"].set_visible(False)
-        value_axis(ax, "y", 6)
-        for column in layout.columns:
-            _draw_column(ax, column, layout.named, height - _MARGINS.top - _MARGINS.bottom)
-        _size_axis(figure, ax, layout, inner, of_what)
-        _links(ax, points, at, look)
-        size = min(10.0, layout.step)
-        intervals = [
-            draw_score(ax, at[point.arm], (point.low, point.mean, point.high), look[point.arm], size, str(place))
-            for place, point in enumerate(points)
-        ]
-        told = {f"{part}-{n}": _told(point, of_what) for n, point in enumerate(points) for part in ("mark", "interval")}
-        described = "; ".join(_told(point, of_what) for point in points)
-        return Picture(figure, "score-size", title, described, told, interval_words(intervals))
+    figure, ax = figure_and_axes(width, height, _MARGINS)
+    ax.set(xlim=(0, inner), xticks=[])
+    ax.set_ylim(*padded([bound for point in points for bound in point[2:] if bound is not None]))
+    ax.spines["bottom"].set_visible(False)
+    value_axis(ax, "y", 6)
+    for column in layout.columns:
+        _draw_column(ax, column, layout.named, height - _MARGINS.top - _MARGINS.bottom)
+    _size_axis(figure, ax, layout, inner, of_what)
+    _links(ax, points, at, look)
+    size = min(10.0, layout.step)
+    intervals = [
+        draw_score(ax, at[point.arm], (point.low, point.mean, point.high), look[point.arm], size, str(place))
+        for place, point in enumerate(points)
+    ]
+    told = {f"{part}-{n}": _told(point, of_what) for n, point in enumerate(points) for part in ("mark", "interval")}
+    described = "; ".join(_told(point, of_what) for point in points)
+    return Picture(figure, "score-size", title, described, told, interval_words(intervals))
 
 
 def _places(points: Sequence[Point], layout: Layout) -> dict[str, float]:
@@ -158,7 +158,7 @@ def _links(ax: Axes, points: Sequence[Point], at: Mapping[str, float], look: Map
 
 
 def _told(point: Point, of_what: str) -> str:
-    interval = (
-        "" if point.low is None or point.high is None else f", interval {number(point.low)} to {number(point.high)}"
-    )
-    return f"{point.arm}: {point.size:,} {of_what}, {number(point.mean)}{interval}"
+    told = f"{point.arm}: {point.size:,} {of_what}, {rounded(point.mean)}"
+    if point.low is None or point.high is None:
+        return told
+    return f"{told}, interval {rounded(point.low)} to {rounded(point.high)}"
