@@ -248,11 +248,12 @@ def test_an_adapter_without_a_mask_is_dense(tmp_path: Path, heads: list[str] | N
 
 def test_the_picture_has_a_panel_for_each_mask(tmp_path: Path) -> None:
     paths = [saved(lora(1, 8, 0, 3), tmp_path / "fish"), saved(lora(4, 4, 4, 4), tmp_path / "rand")]
-    fish, rand, *_ = (axes for axes in kept_picture([read_mask(path) for path in paths]).axes if axes.images)
-    assert (fish.get_title(), rand.get_title()) == ("fish", "rand")
-    assert fish.images[0].get_array().tolist() == [[0.125, 1.0], [0.0, 0.375]]
-    assert [label.get_text() for label in fish.get_xticklabels()] == ["query.lora_A", "query.lora_B"]
-    assert [text.get_text() for text in rand.texts] == ["50"] * 4
+    figure = kept_picture([read_mask(path) for path in paths]).figure
+    fish, rand, *_ = (axes for axes in figure.axes if axes.images)
+    assert [text.get_text() for text in figure.texts] == ["fish", "rand"]
+    assert fish.images[0].get_array().tolist() == [[0.125, 0.0], [1.0, 0.375]]
+    assert [label.get_text() for label in fish.get_yticklabels()] == ["query.lora_A", "query.lora_B"]
+    assert [text.get_text() for text in rand.texts] == ["layer", *["50"] * 4]
 
 
 def test_the_picture_is_written_and_named(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import errno
 import io
+import os
 import re
 import subprocess
 import sys
@@ -19,15 +20,11 @@ from typer.testing import CliRunner
 
 from fish_tuning import save_mask
 from fish_tuning.cli import app
-from fish_tuning.experiments.records.run_record import KeptShare
 from fish_tuning.experiments.report.page import write_page
 from fish_tuning.experiments.report.page.forest import signed
-from fish_tuning.experiments.report.page.heat import colour, mean_shares, percent
 from fish_tuning.experiments.report.page.load import load_experiments
-from fish_tuning.experiments.report.page.marks import looks
 from fish_tuning.experiments.report.page.masks import agreements, joined
 from fish_tuning.experiments.report.page.results import join_results
-from fish_tuning.experiments.report.page.svg import element, log_ticks, ticks
 from fish_tuning.experiments.report.page.texts import latex_escape
 
 EVIL = r"50% of a_b & c#d $x$ {y} \z ~^ <t>"
@@ -183,45 +180,11 @@ def test_a_broken_mask_file_is_a_note(tmp_path: Path) -> None:
     assert "left out of the overlaps" in parse((folder / "report.html").read_text()).one("section", id="failures").text
 
 
-def test_a_weight_counts_with_its_bias_in_a_heat_map() -> None:
-    shares = [KeptShare(0, "dense", 10, 10), KeptShare(0, "dense", 0, 90)]
-    assert mean_shares([ok("lora-fish", 1, 0.5, kept=shares)]) == {(0, "dense"): 0.1}
-
-
 @pytest.mark.parametrize(
     ("value", "text"), [(0.0124, "+0.012"), (-0.0124, "\N{MINUS SIGN}0.012"), (-0.0004, "+0.000"), (0.0, "+0.000")]
 )
 def test_what_rounds_to_nothing_has_no_minus(value: float, text: str) -> None:
     assert signed(value) == text
-
-
-@pytest.mark.parametrize(
-    ("share", "text"), [(0, "0"), (1, "100"), (0.0001, "<0.1"), (0.9999, ">99"), (0.042, "4.2"), (0.42, "42")]
-)
-def test_percent_says_nothing_and_all_only_where_it_is_so(share: float, text: str) -> None:
-    assert percent(share) == text
-
-
-def test_the_scale_gets_steadily_lighter() -> None:
-    light = [sum(colour(step / 10)) for step in range(11)]
-    assert light == sorted(light)
-
-
-def test_ticks_are_round_and_inside() -> None:
-    assert ticks(0.693, 0.817) == [0.7, 0.75, 0.8]
-    assert ticks(-1.2, 1.2, 3) == [-1, 0, 1]
-    assert log_ticks(900, 120_000, 4) == [1000, 10_000, 100_000]
-
-
-def test_elements_escape_text_and_attributes() -> None:
-    assert element("g", "<b>", aria_label='"&') == '<g aria-label="&#34;&amp;">&lt;b&gt;</g>'
-
-
-def test_each_arm_of_a_budget_has_a_look_of_its_own() -> None:
-    one = looks(["lora", "lora-fish", "lora-fish-rand", "lora-fish-rev", "lora-fish-quota", "lora-fish-norm"])
-    assert len({look.colour for look in one.values()}) == len({look.shape for look in one.values()}) == 6
-    many = looks([f"{method}{suffix}" for method in ("lora", "dora", "loha") for suffix in ("", "-fish", "-fish-rand")])
-    assert len(set(many.values())) == 9
 
 
 @pytest.fixture
@@ -323,9 +286,7 @@ def test_an_output_that_cannot_be_made_is_exit_code_2(tmp_path: Path) -> None:
     assert "cannot write to" in result.stderr
 
 
-def full_disk(path: Path, data: bytes) -> int:
-    with path.open("wb") as file:
-        file.write(data[:10])
+def full_disk(descriptor: int) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
@@ -333,7 +294,7 @@ def test_a_full_disk_is_exit_code_1_and_leaves_what_was_there(tmp_path: Path, mo
     folder = write_experiment(tmp_path / "a", scores("lora", [0.5, 0.6, 0.7]))
     write_page([folder])
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    monkeypatch.setattr(Path, "write_bytes", full_disk)
+    monkeypatch.setattr(os, "fsync", full_disk)
     result = CliRunner().invoke(app, ["report", str(folder)], catch_exceptions=False)
     assert result.exit_code == 1
     assert "error: the disk is full" in result.stderr

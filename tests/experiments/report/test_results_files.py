@@ -13,7 +13,6 @@ from fakes import SEEDS, experiment, failed, kept, ok, scores
 
 from fish_tuning.experiments.compare.conclusions import conclusion
 from fish_tuning.experiments.compare.summaries import summarize
-from fish_tuning.experiments.report.pictures import kept_figure, metric_figure
 from fish_tuning.experiments.report.results_files import report_notes, write_report
 from fish_tuning.experiments.report.tables import console_tables, fact_text, human_bytes, table_rows
 
@@ -179,31 +178,3 @@ def test_notes_say_why_there_is_no_interval() -> None:
     config = experiment(seeds=[1])
     notes = report_notes(config, {}, summarize([ok("lora", 1, 0.5), ok("lora-fish", 1, 0.6)]))
     assert any("fewer than 3 seeds" in note for note in notes)
-
-
-def test_metric_figure_shows_failed_and_absent_arms() -> None:
-    runs = [*scores("lora", [0.5, 0.6, 0.7]), failed("lora-fish", 1)]
-    axes = metric_figure(["lora", "lora-fish", "lora-fish-rand"], runs).axes[0]
-    texts = [text.get_text() for text in axes.texts]
-    assert texts == ["0.600", "failed", "not run"]
-    assert [label.get_text().splitlines()[0] for label in axes.get_xticklabels()] == [
-        "lora",
-        "lora-fish",
-        "lora-fish-rand",
-    ]
-    assert len(axes.collections[0].get_offsets()) == 3  # a dot for each seed
-
-
-def test_kept_figure_is_the_mean_share_on_one_scale() -> None:
-    runs = [ok("lora-fish", 1, 0.5, kept=kept(1, 9)), ok("lora-fish", 2, 0.5, kept=kept(3, 9)), ok("lora", 1, 0.5)]
-    runs += [ok("lora-fish-rand", 1, 0.5, kept=kept(5, 5))]
-    figure = kept_figure(["lora", "lora-fish", "lora-fish-rand"], runs)
-    assert figure is not None
-    fish, rand, *_ = (axes for axes in figure.axes if axes.images)
-    shares = fish.images[0].get_array()
-    assert shares[0, 0] == pytest.approx(0.2)
-    assert shares[1, 1] == pytest.approx(0.9)
-    assert fish.images[0].get_clim() == rand.images[0].get_clim() == (0, 0.9)
-    assert [text.get_text() for text in fish.texts] == ["20", "90"]
-    assert [axes.get_title() for axes in (fish, rand)] == ["lora-fish", "lora-fish-rand"]
-    assert kept_figure(["lora"], runs) is None

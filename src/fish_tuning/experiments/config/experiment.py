@@ -22,13 +22,14 @@ from fish_tuning.experiments.config.sections import (
     TrainingConfig,
     unique,
 )
+from fish_tuning.experiments.config.texts import check_title
 from fish_tuning.peft_methods import peft_method
 
 
 class ExperimentConfig(Section):
     """A whole experiment: one model, one data set, the arms, and the seeds each of them runs with."""
 
-    name: str = Field(default="experiment", pattern=r"^[^/\\]+$", description="a name without slashes")
+    name: str = Field(default="experiment", description="a name without slashes that begins with no dot")
     model: ModelConfig = Field(description="a section with the key name")
     dataset: DatasetConfig = Field(description="a section with the key load_args, or a list of them")
     peft: list[PeftMethodConfig] = Field(
@@ -129,6 +130,11 @@ class ExperimentConfig(Section):
         steps = self.warmup_steps(method)
         scored = f"scored after {steps} warm-up steps" if steps else "scored at its start"
         return ", ".join([*words, scored] if steps or not words else words)
+
+    @field_validator("name")
+    @classmethod
+    def _stays_in_its_folder(cls, value: str) -> str:
+        return check_title(value)
 
     @field_validator("seeds", mode="before")
     @classmethod

@@ -13,7 +13,8 @@ from pydantic import ValidationError
 from fish_tuning.errors import ConfigurationError, did_you_mean
 from fish_tuning.experiments.config.config_errors import readable
 from fish_tuning.experiments.config.experiment import ExperimentConfig
-from fish_tuning.experiments.config.yaml_files import parse, read_mapping
+from fish_tuning.experiments.config.texts import text_problems, visible
+from fish_tuning.experiments.config.yaml_files import MOST_DEPTH, parse, read_mapping
 
 _VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 
@@ -56,6 +57,8 @@ def load_experiments(path_or_name: str | os.PathLike[str], overrides: Sequence[s
 
 
 def _validated(data: dict[str, Any], source: str) -> ExperimentConfig:
+    if problems := list(text_problems(data)):
+        raise ConfigurationError("\n".join([f"{source}:", *problems]))
     try:
         return ExperimentConfig.model_validate(data)
     except ValidationError as error:
@@ -105,7 +108,7 @@ def parse_override(override: str) -> dict[str, Any]:
     """`a.b=1` as `{"a": {"b": 1}}`."""
     key, equals, text = override.partition("=")
     parts = key.strip().split(".")
-    if not equals or not all(parts):
+    if not equals or not all(parts) or len(parts) > MOST_DEPTH:
         raise ConfigurationError(
             f"{override!r} is no override: write key=value, such as seeds=[1,2] or "
             "training.args_override.learning_rate=1e-4."
@@ -138,9 +141,12 @@ def expand_variables(value: Any, key: str = "") -> Any:
 
 
 def _find(path_or_name: str) -> Path:
-    path = Path(path_or_name).expanduser()
-    if path.is_file():
-        return path
+    try:
+        path = Path(path_or_name).expanduser()
+        if path.is_file():
+            return path
+    except (OSError, RuntimeError, ValueError) as error:  # too long, no such user's home, or no path at all
+        raise ConfigurationError(f"{visible(path_or_name[:200])!r} is no file's name: {error}") from error
     shipped = shipped_experiments()
     name = path_or_name.removesuffix(".yaml")
     if name in shipped:

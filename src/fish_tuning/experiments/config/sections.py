@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from fish_tuning.errors import did_you_mean
 from fish_tuning.experiments.config.arm_names import SELECTIONS
 from fish_tuning.experiments.config.task_kinds import BUILT_IN, task_kinds
+from fish_tuning.experiments.config.texts import MOST_BYTES_OF_TITLE, check_path
 from fish_tuning.experiments.config.training_keys import training_argument_problems
 from fish_tuning.scores.named import SCORES
 
@@ -36,9 +37,12 @@ UNNAMED_CONFIGURATIONS = ("main", "default", "plain_text")  # of a data set that
 
 
 class Section(BaseModel):
-    """Unknown keys are errors, values are not converted (`"16"` is no number), and nothing changes once it is read."""
+    """Unknown keys are errors, values are not converted (`"16"` is no number) and numbers are finite.
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    Nothing changes once it is read.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class ModelConfig(Section):
@@ -48,6 +52,12 @@ class ModelConfig(Section):
     """
 
     name: str = Field(min_length=1, description="a model's name on the hub or its folder")
+
+    @field_validator("name")
+    @classmethod
+    def _possible(cls, value: str) -> str:
+        return check_path(value)
+
     config_overrides: dict[str, Any] = Field(
         default={}, description="names and values of the model's own configuration"
     )
@@ -122,7 +132,8 @@ class DatasetConfig(Section):
         """What the data set is called in tables and folders: the last part of its name, or of its configuration's."""
         named = [name for name in self.load_args[1:] if name not in UNNAMED_CONFIGURATIONS] or self.load_args
         last = named[0] if named else PurePath(next(iter(self.data_files.values()))).parent.name
-        return PurePath(last).name.removeprefix("builtin:") or "data"
+        name = PurePath(last).name.removeprefix("builtin:").lstrip(".")  # never a folder above, nor a hidden one
+        return name if 0 < len(name.encode()) <= MOST_BYTES_OF_TITLE else "data"
 
     @field_validator("load_args", mode="before")
     @classmethod
@@ -134,7 +145,12 @@ class DatasetConfig(Section):
     def _filled(cls, value: list[str]) -> list[str]:
         if not all(value):
             raise ValueError("must not hold an empty name")
-        return value
+        return [check_path(name) for name in value]
+
+    @field_validator("data_files")
+    @classmethod
+    def _possible(cls, value: dict[str, str]) -> dict[str, str]:
+        return {name: check_path(path) for name, path in value.items()}
 
     @field_validator("validation_split")
     @classmethod
@@ -333,6 +349,11 @@ class TrainingConfig(Section):
         "its best epoch; null to train to the end",
     )
     args_override: dict[str, Any] = Field(default={}, description="names and values of transformers' TrainingArguments")
+
+    @field_validator("output_dir")
+    @classmethod
+    def _possible(cls, value: str) -> str:
+        return check_path(value)
 
     @field_validator("learning_rates")
     @classmethod

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
@@ -15,13 +14,14 @@ from fish_tuning.experiments.masks.mask_files import HEAD, Inspected, read_mask,
 from fish_tuning.experiments.masks.overlaps import Overlap, overlap
 from fish_tuning.experiments.records.kept import kept_shares
 from fish_tuning.experiments.records.run_record import KeptShare, RunRecord
-from fish_tuning.experiments.report.pictures import DPI, kept_figure
+from fish_tuning.experiments.report.pictures.canvas import Picture, png
+from fish_tuning.experiments.report.pictures.folder import kept_heat_maps
+from fish_tuning.experiments.report.shares import factor_shares
 from fish_tuning.experiments.report.tables import plain_table
 from fish_tuning.files.atomic import DISK_FULL, write_atomically
 from fish_tuning.masks.budgets import module_type
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
     from rich.console import Console
     from rich.table import Table
 
@@ -63,7 +63,7 @@ def describe(mask: Inspected, width: int) -> list[str | Table]:
     parts += ["", _totals(shares), "", "share of entries kept by layer, %"]
     for table in layer_tables(shares, width):
         parts += [table, ""]
-    return parts + [line for line in (_factors(mask), _extremes(shares)) if line]
+    return parts + [line for line in (_factors(shares), _extremes(shares)) if line]
 
 
 def _counts(mask: Inspected, shares: Sequence[KeptShare]) -> str:
@@ -120,11 +120,11 @@ def layer_tables(shares: Sequence[KeptShare], width: int) -> list[Table]:
     ]
 
 
-def _factors(mask: Inspected) -> str:
-    kept = {factor: [t for name, t in mask.masked.items() if f"lora_{factor}" in name] for factor in "AB"}
-    if not kept["A"] or not kept["B"]:
+def _factors(shares: Sequence[KeptShare]) -> str:
+    parts = factor_shares(shares)
+    if not {"A", "B"} <= parts.keys():
         return ""
-    (a, all_a), (b, all_b) = ((sum(int(t.sum()) for t in ts), sum(t.numel() for t in ts)) for ts in kept.values())
+    (a, all_a), (b, all_b) = parts["A"], parts["B"]
     ratio = f", {a / b:.2f} of A for each of B" if b else ""
     return f"LoRA: kept {a:,} of A ({percent(a, all_a)}%) and {b:,} of B ({percent(b, all_b)}%){ratio}."
 
@@ -152,25 +152,24 @@ def _sums(shares: Iterable[KeptShare]) -> tuple[int, int]:
     return sum(kept for kept, _ in counted), sum(total for _, total in counted)
 
 
-def kept_picture(masks: Sequence[Inspected]) -> Figure:
+def kept_picture(masks: Sequence[Inspected]) -> Picture:
     """A heat map of layers and module types for each mask, in a report's look and on one colour scale."""
     labels = short_names([mask.path for mask in masks])
     runs = [
         RunRecord(label, 0, "ok", "", kept=kept_shares(mask.masked)) for label, mask in zip(labels, masks, strict=True)
     ]
-    figure = kept_figure(labels, runs)
-    if figure is None:
+    picture = kept_heat_maps(labels, runs)
+    if picture is None:
         raise ConfigurationError("--picture: no tensor is masked, so there is nothing to draw.")
-    return figure
+    return picture
 
 
 def _draw(masks: Sequence[Inspected], file: Path) -> Path:
     if file.suffix.lower() != ".png":
         raise ConfigurationError(f"--picture {file}: the picture is a PNG, so its name must end in .png.")
-    content = io.BytesIO()
-    kept_picture(masks).savefig(content, format="png", dpi=DPI)
+    content = png(kept_picture(masks))
     try:
-        return write_atomically(file, content.getvalue())
+        return write_atomically(file, content)
     except OSError as error:
         if error.errno in DISK_FULL:
             raise

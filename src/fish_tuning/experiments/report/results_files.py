@@ -27,15 +27,15 @@ def write_report(
 ) -> list[Path]:
     """Write what is known so far; each file is replaced as a whole, so a reader never sees half of one.
 
-    Pictures are drawn once all runs are there (drawing takes longer than writing). Returns the paths written.
+    Pictures are drawn once all runs are there (picture takes longer than writing). Returns the paths written.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
     summary = summarize(runs)
-    pictures: list[Path] = []
+    pictures: dict[Path, str] = {}
     if len(runs) >= len(config.arms) * len(config.seeds):
-        from fish_tuning.experiments.report.pictures import draw_figures
+        from fish_tuning.experiments.report.pictures.folder import draw_pictures
 
-        pictures = draw_figures(config.arms, runs, output_dir)
+        pictures = draw_pictures(config.arms, runs, output_dir)
     texts = {
         "results.json": _json(config, plan_facts, runs, summary),
         "results.csv": _csv(config.name, runs),
@@ -111,14 +111,10 @@ def _csv(name: str, runs: Sequence[RunRecord]) -> str:
 
 
 def _markdown(
-    config: ExperimentConfig, facts: Mapping[str, Any], runs: Sequence[RunRecord], pictures: Sequence[Path]
+    config: ExperimentConfig, facts: Mapping[str, Any], runs: Sequence[RunRecord], pictures: Mapping[Path, str]
 ) -> str:
     summary = summarize(runs)
     headers, rows = table_rows(summary)
-    captions = {
-        "metric.png": "The metric of every arm: a dot for each seed, the mean with its 95 % interval.",
-        "kept.png": "Share of entries kept, by layer and module, as a mean over seeds.",
-    }
     parts = [
         f"# {config.name}",
         _list(f"{key}: {fact_text(value)}" for key, value in _settings(config, facts).items()),
@@ -128,7 +124,7 @@ def _markdown(
     notes = report_notes(config, facts, summary)
     if notes:
         parts += ["## Notes", _list(notes)]
-    parts += [f"![{captions.get(path.name, path.stem)}]({path.name})" for path in pictures]
+    parts += [f"![{caption}]({path.name})" for path, caption in pictures.items()]
     return "\n\n".join(parts) + "\n"
 
 
