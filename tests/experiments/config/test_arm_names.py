@@ -70,6 +70,7 @@ def test_fixed_budget_matches_the_top_layers(experiment: MakeExperiment, method:
 def test_fixed_budget_names_layers_from_the_output(experiment: MakeExperiment) -> None:
     config = experiment("protocol=fixed_budget", "fish_tuning.top_layers=[1]", "fish_tuning.pool_layers=2")
     assert plan_experiment(config).arms[0].settings["layers_to_transform"] == [1]
+    assert config.arms.count("head") == 1  # whatever the budgets
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 from folders import write_bert
-from huggingface_hub import constants
 from transformers import AutoModel
 
 from fish_tuning.errors import ConfigurationError
@@ -52,20 +51,24 @@ def test_a_folder_without_weights_is_told(tmp_path: Path) -> None:
         digest(folder)
 
 
-def test_weights_in_the_hubs_cache_have_the_digest_of_a_folders_and_are_not_read(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The cache keeps a file under the SHA-256 of its bytes, and a link to it in each snapshot."""
-    repository = tmp_path / "hub" / "models--some--bert"
+def cache_of(hub: Path, name: str, weights_file: Path) -> None:
+    """The hub's cache: a file under the SHA-256 of its bytes, and a link to it in the snapshot."""
+    repository = hub / "models--some--bert"
     snapshot = repository / "snapshots" / ("0" * 40)
     for path in (snapshot, repository / "refs", repository / "blobs"):
         path.mkdir(parents=True)
     (repository / "refs" / "main").write_text("0" * 40)
-    blob = repository / "blobs" / weights.file_digest(folder / "model.safetensors")
-    shutil.copy(folder / "model.safetensors", blob)
-    (snapshot / "model.safetensors").symlink_to(blob)
+    blob = repository / "blobs" / weights.file_digest(weights_file)
+    shutil.copy(weights_file, blob)
+    (snapshot / name).symlink_to(blob)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_weights_in_the_hubs_cache_have_the_digest_of_a_folders_and_are_not_read(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    cache_of(tmp_path / "hub", name, folder / "model.safetensors")
     in_folder = digest(folder)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.delattr(weights, "file_digest")
     assert digest("some/bert") == in_folder

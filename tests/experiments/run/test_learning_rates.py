@@ -23,6 +23,7 @@ from fish_tuning.experiments.run.context import Context
 from fish_tuning.experiments.run.plan import plan_experiment
 from fish_tuning.experiments.run.runner import run_experiment
 from fish_tuning.experiments.run.shards import Shard, parse_shard
+from fish_tuning.files.sealed_json import read_sealed
 
 MakeExperiment = Callable[..., ExperimentConfig]
 TWO_ARMS = "fish_tuning.methods_to_run=[lora, lora-fish]"
@@ -35,7 +36,7 @@ def test_each_arm_gets_the_rate_that_is_best_on_held_out_training_examples(
     plan = plan_experiment(config)
     records = run_experiment(config, plan)
     for record in records:
-        trials = json.loads((tmp_path / "results" / "selection" / f"{record.arm}.json").read_text())
+        trials, _ = read_sealed(tmp_path / "results" / "selection" / f"{record.arm}.json")
         best = max(trials, key=lambda rate: trials[rate]["value"])
         assert record.learning_rate == float(best)
     facts = json.loads((tmp_path / "results" / "results.json").read_text())["facts"]
@@ -91,7 +92,7 @@ def test_an_error_is_no_verdict_about_a_rate(
         (record,) = run_experiment(config, plan_experiment(config))
     assert record.status == "failed"
     assert f"The trial of learning rate 0.01 for lora failed: {type(error).__name__}: {error}" in (record.error or "")
-    assert json.loads((tmp_path / "results/selection/lora.json").read_text()).keys() == {"0.001"}
+    assert read_sealed(tmp_path / "results/selection/lora.json")[0].keys() == {"0.001"}
     (record,) = run_experiment(config, plan_experiment(config))
     assert record.status == "ok"
 

@@ -7,13 +7,17 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
 
+from fish_tuning.experiments.config.experiment import ExperimentConfig
 from fish_tuning.experiments.run import locks
 from fish_tuning.experiments.run.locks import attempt, held, wait_for
+from fish_tuning.experiments.run.plan import plan_experiment
+from fish_tuning.experiments.run.runner import run_experiment
 
 
 def _hold(lock: Path, told: Connection) -> None:
@@ -94,3 +98,23 @@ def test_who_waits_says_for_what_and_whom_and_when_it_goes_on(
     with wait_for(lock, "lora, seed 1"):
         pass
     assert not caplog.records
+
+
+def test_an_experiment_waits_for_the_process_that_is_at_its_run(
+    experiment: Callable[..., ExperimentConfig],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(locks, "WAIT_SECONDS", 0.01)
+    config = experiment("fish_tuning.methods_to_run=[lora]")
+    plan = plan_experiment(config)
+    process, told = holder(tmp_path / "results" / "locks" / "lora-seed1.lock")
+    timer = threading.Timer(1.0, told.send, ["go"])
+    timer.start()
+    (record,) = run_experiment(config, plan)
+    process.join()
+    assert record.status == "ok"
+    waited, went_on = [each.getMessage() for each in caplog.records if each.name == locks.__name__]
+    assert waited.startswith(f"Waiting for lora, seed 1, which process {process.pid} on ")
+    assert went_on == "Going on: lora, seed 1 is done."
