@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from device import DEVICE
+from device import DEVICE, placed
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import (
@@ -37,7 +37,7 @@ def bert(num_labels: int = 3, seed: int = 0, layers: int = 2, **config: Any) -> 
         "pad_token_id": PAD,
         "initializer_range": 0.3,  # far from the flat start of a real model: gradients of every tensor count
     }
-    return BertForSequenceClassification(BertConfig(**(settings | config))).eval().to(DEVICE)
+    return placed(BertForSequenceClassification(BertConfig(**(settings | config))).eval())
 
 
 def llama_config(**config: Any) -> LlamaConfig:
@@ -59,12 +59,12 @@ def llama_config(**config: Any) -> LlamaConfig:
 
 def llama(seed: int = 0, **config: Any) -> LlamaForCausalLM:
     torch.manual_seed(seed)
-    return LlamaForCausalLM(llama_config(**config)).eval().to(DEVICE)
+    return placed(LlamaForCausalLM(llama_config(**config)).eval())
 
 
 def llama_classifier(seed: int = 0, **config: Any) -> LlamaForSequenceClassification:
     torch.manual_seed(seed)
-    return LlamaForSequenceClassification(llama_config(num_labels=3, **config)).eval().to(DEVICE)
+    return placed(LlamaForSequenceClassification(llama_config(num_labels=3, **config)).eval())
 
 
 def vit(seed: int = 0, **config: Any) -> ViTForImageClassification:
@@ -80,7 +80,7 @@ def vit(seed: int = 0, **config: Any) -> ViTForImageClassification:
         "num_labels": 3,
         "initializer_range": 0.3,
     }
-    return ViTForImageClassification(ViTConfig(**(settings | config))).eval().to(DEVICE)
+    return placed(ViTForImageClassification(ViTConfig(**(settings | config))).eval())
 
 
 def lora(model: nn.Module, rank: int = 4, seed: int = 0, **config: Any) -> PeftModel:
