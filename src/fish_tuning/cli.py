@@ -332,6 +332,7 @@ def _show_results(
     console: Console, config: ExperimentConfig, plan: Plan, runs: list[RunRecord], output_dir: Path
 ) -> None:
     from fish_tuning.experiments.compare.conclusions import conclusion
+    from fish_tuning.experiments.compare.references import nothing_learned, unlearned_note, with_references
     from fish_tuning.experiments.compare.summaries import summarize
     from fish_tuning.experiments.report.results_files import FILES, report_notes, start_text
     from fish_tuning.experiments.report.tables import console_tables
@@ -339,10 +340,13 @@ def _show_results(
 
     summary = summarize(runs)
     console.print()
-    for table in console_tables(summary, console.width, title=f"{config.name} ({start_text(config)})"):
+    title = f"{config.name} ({start_text(config)})"
+    for table in console_tables(with_references(summary, runs), console.width, title=title):
         console.print(table)
         console.print()
     rates = {run.arm: run.learning_rate for run in runs if run.learning_rate is not None}
+    if nothing_learned(runs):
+        console.print(f"note: {unlearned_note(plan.task.name, runs)}")
     for note in report_notes(config, report_facts(plan, rates), summary):
         console.print(f"note: {note}")
     written = [str(output_dir / name) for name in FILES if (output_dir / name).exists()]

@@ -7,7 +7,7 @@ import math
 import pytest
 from fakes import failed, ok, scores
 
-from fish_tuning.experiments.compare.summaries import mean_interval, paired_difference, summarize
+from fish_tuning.experiments.compare.summaries import mean_interval, summarize
 
 
 def test_interval_is_students_t() -> None:
@@ -29,25 +29,7 @@ def test_no_interval_from_too_few_or_broken_values(values: list[float]) -> None:
     interval = mean_interval(values)
     assert interval.low is None
     assert interval.high is None
-    assert interval.includes_zero is None
     assert interval.n == len(values)
-
-
-def test_difference_is_paired_by_seed() -> None:
-    # The seeds differ by far more than the arms: only pairing shows the steady 0.01.
-    runs = [*scores("lora", [0.2, 0.5, 0.8]), *reversed(scores("lora-fish", [0.21, 0.51, 0.81]))]
-    difference = paired_difference(runs, "lora-fish", "lora")
-    assert difference.mean == pytest.approx(0.01)
-    assert difference.includes_zero is False
-
-
-def test_difference_uses_common_finished_seeds() -> None:
-    runs = [ok("lora", 1, 0.5), failed("lora", 2), ok("lora", 3, 0.6)]
-    runs += [ok("lora-fish", 2, 0.9), ok("lora-fish", 3, 0.7), ok("lora-fish", 4, 0.1)]
-    difference = paired_difference(runs, "lora-fish", "lora")
-    assert difference.n == 1
-    assert difference.mean == pytest.approx(0.1)
-    assert paired_difference(runs, "lora-fish-rev", "lora").mean is None
 
 
 def test_summary_of_each_arm() -> None:
@@ -58,14 +40,12 @@ def test_summary_of_each_arm() -> None:
         failed("lora-fish", 3, "RuntimeError: no"),
     ]
     lora, fish = summarize(runs)
-    assert (lora.arm, lora.n_ok, lora.n_failed, lora.difference) == ("lora", 3, 0, None)
+    assert (lora.arm, lora.n_ok, lora.n_failed) == ("lora", 3, 0)
     assert lora.mean == pytest.approx(0.6)
     assert lora.low is not None
     assert (fish.n_ok, fish.n_failed, fish.low) == (2, 1, None)
     assert (fish.train_seconds, fish.fisher_seconds, fish.peak_memory_bytes) == (15.0, 1.5, 9)
     assert fish.errors == ["seed 3: RuntimeError: no"]
-    assert fish.difference is not None
-    assert fish.difference.n == 2
 
 
 def test_summary_of_an_arm_that_never_finished() -> None:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,8 +22,8 @@ from typer.testing import CliRunner
 from fish_tuning import save_mask
 from fish_tuning.cli import app
 from fish_tuning.experiments.report.page import write_page
-from fish_tuning.experiments.report.page.forest import signed
-from fish_tuning.experiments.report.page.load import load_experiments
+from fish_tuning.experiments.report.page.differences import signed
+from fish_tuning.experiments.report.page.load import read_experiments
 from fish_tuning.experiments.report.page.masks import agreements, joined
 from fish_tuning.experiments.report.page.results import join_results
 from fish_tuning.experiments.report.page.texts import latex_escape
@@ -34,11 +35,11 @@ def test_torn_files_are_left_out_with_a_note(tmp_path: Path) -> None:
     folder = write_experiment(tmp_path / "a", scores("lora", [0.5, 0.6, 0.7]))
     for name, text in (("torn", '{"arm": "lo'), ("list", "[1]"), ("other", '{"arm": 3, "seed": "x"}')):
         (folder / "runs" / f"{name}.json").write_text(text)
-    experiments, notes = load_experiments([tmp_path])
+    experiments, notes = read_experiments([tmp_path])
     assert [run.seed for run in experiments[0].runs] == [1, 2, 3]
     told = [note for note in notes if "left out" in note]
     assert len(told) == 3
-    assert "torn, or not JSON" in next(note for note in told if "torn.json" in note)
+    assert "cut off, or not JSON" in next(note for note in told if "torn.json" in note)
     assert "not the record of a run" in next(note for note in told if "other.json" in note)
 
 
@@ -46,7 +47,7 @@ def test_runs_come_from_results_json_where_their_files_are_gone(tmp_path: Path) 
     folder = write_experiment(tmp_path / "a", scores("lora", [0.5, 0.6]), settings=config("trial", ["lora"], [1, 2]))
     for path in (folder / "runs").iterdir():
         path.unlink()
-    experiments, notes = load_experiments([folder])
+    experiments, notes = read_experiments([folder])
     assert len(experiments[0].runs) == 2
     assert notes == []
 
@@ -55,7 +56,7 @@ def test_a_run_of_an_earlier_configuration_is_told(tmp_path: Path) -> None:
     folder = write_experiment(tmp_path / "a", scores("lora", [0.5, 0.6]), settings=config("trial", ["lora"], [1, 2]))
     path = folder / "runs" / "lora-seed2.json"
     path.write_text(path.read_text().replace('"config_hash": ""', '"config_hash": "old"'))
-    _, notes = load_experiments([folder])
+    _, notes = read_experiments([folder])
     assert len(notes) == 1
     assert "1 of 2 runs" in notes[0]
     assert "lora seed 2" in notes[0]
@@ -65,30 +66,34 @@ def test_older_records_take_task_and_model_from_the_folder(tmp_path: Path) -> No
     folder = write_experiment(
         tmp_path / "a", scores("lora", [0.5]), settings=config("trial", ["lora"], [1, 2]), task="sst2"
     )
-    (experiment,), _ = load_experiments([folder, tmp_path])  # found twice, read once
+    (experiment,), _ = read_experiments([folder, tmp_path])  # found twice, read once
     assert (experiment.runs[0].task, experiment.runs[0].model, experiment.name) == ("sst2", "org/tiny", "trial")
     assert experiment.missing == [("lora", 2)]
 
 
 def test_experiments_on_one_task_share_a_column_unless_they_contradict(tmp_path: Path) -> None:
-    write_experiment(tmp_path / "one", scores("lora", [0.5, 0.6], task="rte"))
-    write_experiment(tmp_path / "two", scores("lora-fish", [0.5, 0.6], task="rte"))
-    shared = join_results(load_experiments([tmp_path])[0])
+    settings: dict[str, Any] = {"task": "rte", "setting": "s", "experiment": "x"}
+    runs = [*scores("lora", [0.5, 0.6], **settings), *scores("lora-fish", [0.5], **settings)]
+    write_experiment(tmp_path / "one", runs)
+    later = [replace(ok(arm, 3, 0.7, **settings), experiment="x") for arm in ("lora", "lora-fish")]
+    write_experiment(tmp_path / "two", later)
+    shared = join_results(read_experiments([tmp_path])[0])
     assert shared.tasks == ("rte",)
     assert shared.to_dense.overall[0].n == 2
     write_experiment(tmp_path / "three", scores("lora", [0.5, 0.9], task="rte"))
-    apart = join_results(load_experiments([tmp_path])[0])
+    apart = join_results(read_experiments([tmp_path])[0])
     assert apart.tasks == ("rte (one)", "rte (three)", "rte (two)")
     assert apart.averages == {}
     assert any("column of its own" in note for note in apart.notes)
 
 
 def test_a_run_that_failed_in_one_folder_and_finished_in_another_counts_as_finished(tmp_path: Path) -> None:
-    first = [ok("lora", 1, 0.5, task="rte"), *(replace(failed("lora", seed), task="rte") for seed in (2, 3))]
+    named = {"task": "rte", "experiment": "x"}
+    first = [ok("lora", 1, 0.5, **named), *(replace(failed("lora", seed), **named) for seed in (2, 3))]
     write_experiment(tmp_path / "a", first)
-    write_experiment(tmp_path / "b", [ok("lora", 2, 0.6, task="rte")])
+    write_experiment(tmp_path / "b", [ok("lora", 2, 0.6, **named)])
     for folders in (["a", "b"], ["b", "a"]):
-        results = join_results(load_experiments([tmp_path / name for name in folders])[0])
+        results = join_results(read_experiments([tmp_path / name for name in folders])[0])
         assert results.tasks == ("rte",)
         score = results.scores["lora", "rte"]
         assert (sorted(score.values), score.n_failed) == ([0.5, 0.6], 1)
@@ -96,7 +101,7 @@ def test_a_run_that_failed_in_one_folder_and_finished_in_another_counts_as_finis
 
 def test_a_failed_run_with_another_metric_is_no_contradiction(tmp_path: Path) -> None:
     runs = [replace(ok("lora", 1, 0.5, task="cola"), metric="matthews"), replace(failed("lora", 2), task="cola")]
-    (experiment,), _ = load_experiments([write_experiment(tmp_path / "a", runs)])
+    (experiment,), _ = read_experiments([write_experiment(tmp_path / "a", runs)])
     results = join_results([experiment])
     assert (results.tasks, results.notes) == (("cola",), ())
 
@@ -104,13 +109,13 @@ def test_a_failed_run_with_another_metric_is_no_contradiction(tmp_path: Path) ->
 def test_one_task_with_two_models_has_two_columns(tmp_path: Path) -> None:
     for model in ("org/tiny", "org/base"):
         write_experiment(tmp_path / model, scores("lora", [0.5, 0.6], task="rte", model=model))
-    assert join_results(load_experiments([tmp_path])[0]).tasks == ("rte (base)", "rte (tiny)")
+    assert join_results(read_experiments([tmp_path])[0]).tasks == ("rte (base)", "rte (tiny)")
 
 
 def test_arms_stand_by_method_choice_and_budget(tmp_path: Path) -> None:
     arms = ["lora-fish@0.5", "dora", "lora-fish-rand", "lora-fish@0.05", "lora", "lora-fish", "dora-fish"]
     write_experiment(tmp_path / "a", [ok(arm, 1, 0.5) for arm in arms])
-    assert join_results(load_experiments([tmp_path])[0]).arms == (
+    assert join_results(read_experiments([tmp_path])[0]).arms == (
         *("dora", "dora-fish"),
         *("lora", "lora-fish@0.05", "lora-fish@0.5", "lora-fish", "lora-fish-rand"),
     )
@@ -118,16 +123,17 @@ def test_arms_stand_by_method_choice_and_budget(tmp_path: Path) -> None:
 
 def test_on_each_task_p_is_corrected_over_all_tasks(tmp_path: Path) -> None:
     for task in ("a", "b", "c", "d"):
-        better = [0.6 + seed / 100 for seed in range(7)]
+        better = [0.5 + seed / 90 + wobble for seed, wobble in enumerate([0.06, -0.02, 0.05, -0.01, 0.06, 0.01, 0.04])]
         runs = [
             *scores("lora", [0.5 + seed / 90 for seed in range(7)], task=task),
             *scores("lora-fish", better, task=task),
         ]
         write_experiment(tmp_path / task, runs)
-    results = join_results(load_experiments([tmp_path])[0])
+    results = join_results(read_experiments([tmp_path])[0])
     alone = results.to_dense.by_task["lora-fish", "lora", "a"]
-    assert alone.p == pytest.approx(2 / 2**7)  # significant alone, but not as one of four
-    assert (alone.p_corrected, alone.verdict) == (pytest.approx(8 / 2**7), "too few seeds")
+    assert alone.p == pytest.approx(0.0586, abs=0.02)
+    assert alone.p_corrected == pytest.approx(4 * alone.p)
+    assert alone.verdict == "no difference shown"
     assert results.to_dense.overall[0].verdict == "better"
 
 
@@ -140,7 +146,7 @@ def test_overlap_of_masks_beside_chance(tmp_path: Path) -> None:
         mask[entries] = True
         (folder / "adapters" / name).mkdir(parents=True)
         save_mask({"base_model.x.lora_A.weight": mask}, folder / "adapters" / name / "fish_mask.safetensors")
-    found, notes = agreements(load_experiments([folder])[0])
+    found, notes = agreements(read_experiments([folder])[0])
     assert notes == []
     seeds, random = found
     assert (seeds.arm, seeds.other, seeds.pairs) == ("lora-fish", "other seeds", 1)
@@ -160,7 +166,7 @@ def test_overlaps_of_several_experiments_are_joined(tmp_path: Path) -> None:
             (folder / "adapters" / f"lora-fish-seed{seed}").mkdir(parents=True)
             path = folder / "adapters" / f"lora-fish-seed{seed}" / "fish_mask.safetensors"
             save_mask({"base_model.x.lora_A.weight": mask}, path)
-    found, _ = agreements(load_experiments([tmp_path])[0])
+    found, _ = agreements(read_experiments([tmp_path])[0])
     assert [(each.experiment, each.jaccard) for each in found] == [("a", 1.0), ("b", 0.0)]
     (both,) = joined(found)
     assert (both.arm, both.other, both.pairs, both.jaccard) == ("lora-fish", "other seeds", 2, 0.5)
@@ -181,7 +187,7 @@ def test_a_broken_mask_file_is_a_note(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [(0.0124, "+0.012"), (-0.0124, "\N{MINUS SIGN}0.012"), (-0.0004, "+0.000"), (0.0, "+0.000")]
+    ("value", "text"), [(0.0124, "+0.012"), (-0.0124, "\N{MINUS SIGN}0.012"), (-0.0004, "0.000"), (0.0, "0.000")]
 )
 def test_what_rounds_to_nothing_has_no_minus(value: float, text: str) -> None:
     assert signed(value) == text
@@ -230,9 +236,8 @@ def test_latex_escape() -> None:
 def test_markdown_keeps_its_tables_whole(texts: dict[str, str]) -> None:
     text = texts[".md"]
     widths = {len(re.findall(r"(?<!\\)\|", line)) for line in text.splitlines() if line.startswith("|")}
-    assert widths == {4, 7, 11}  # scores, costs, differences and choices
-    assert "narrower than it should be" in text
-    assert "| lora-fish | 1,000 | 0.730 ▲ [0.710, 0.750] |" in text
+    assert widths == {5, 7, 10}  # scores, costs, differences and choices
+    assert "| lora-fish | 1,000 |  | 0.730 ▲ [0.710, 0.750] |" in text
     assert "2 seeds, no interval, 1 of 3 failed" in text
     assert "<t>" not in text.replace(r"\<t\>", "")
 
@@ -243,10 +248,10 @@ def test_csv_has_a_line_for_each_arm_and_task(texts: dict[str, str]) -> None:
     assert [row["family"] for row in rows] == ["", "dense", "dense", "choice"]
     fish, random, choice = rows[1:]
     assert (fish["task"], fish["n_ok"], fish["verdict"], fish["baseline"]) == (EVIL, "7", "better", "lora")
-    assert float(fish["p_corrected"]) == pytest.approx(2 / 2**7 * 2)
-    assert float(fish["difference_low"]) < float(fish["bootstrap_low"]) < float(fish["difference"])
+    assert float(fish["p_corrected"]) == pytest.approx(float(fish["p"]))  # the other arm has too few seeds for a p
+    assert 0 < float(fish["difference_low"]) <= float(fish["raw_low"]) < float(fish["difference"])
     assert (random["low"], random["n_failed"], random["verdict"]) == ("", "1", "too few seeds")
-    assert random["bootstrap_low"] == ""
+    assert random["raw_low"] == ""
     assert random["remark"].startswith("2 seeds; at least 3 are needed.")
     assert (choice["baseline"], choice["n_pairs"], choice["mean"]) == ("lora-fish-rand", "2", "")
 
@@ -260,7 +265,7 @@ def test_the_command_writes_and_tells(tmp_path: Path) -> None:
         app, ["report", str(tmp_path), "--output", str(tmp_path / "out")], catch_exceptions=False
     )
     assert result.exit_code == 0
-    assert "torn.json was left out" in result.output
+    assert "torn.json is cut off" in result.output
     assert f"{tmp_path / 'out' / 'report.html'}" in result.output
     assert (tmp_path / "out" / "report.html").is_file()
 
@@ -306,7 +311,7 @@ def test_a_full_disk_is_exit_code_1_and_leaves_what_was_there(tmp_path: Path, mo
 def test_results_json_that_says_nothing_is_not_called_missing(tmp_path: Path, text: str) -> None:
     folder = write_experiment(tmp_path / "a", scores("lora", [0.5]))
     (folder / "results.json").write_text(text)
-    experiments, notes = load_experiments([folder])
+    experiments, notes = read_experiments([folder])
     assert len(experiments[0].runs) == 1
     assert any("holds no configuration that can be read" in note for note in notes)
     assert not any("There is no results.json" in note for note in notes)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from fish_tuning.experiments.compare.comparisons import Comparison, choice_pairs, compare
-from fish_tuning.experiments.compare.summaries import ArmSummary, baseline_of, summarize
-from fish_tuning.experiments.config.arm_names import CONTROLS, ArmName
+from fish_tuning.experiments.compare.comparisons import SIGNIFICANT, Comparison, choice_pairs, compare
+from fish_tuning.experiments.compare.numbers import number, signed
+from fish_tuning.experiments.compare.summaries import ArmSummary, summarize
+from fish_tuning.experiments.config.arm_names import CONTROLS, HEAD_ALONE, ArmName, baseline_of
 from fish_tuning.experiments.records.run_record import RunRecord
 
 _CHOSEN = dict(zip(CONTROLS, ("at random", "in reverse"), strict=True))
@@ -16,8 +17,8 @@ _CHOSEN = dict(zip(CONTROLS, ("at random", "in reverse"), strict=True))
 def conclusion(runs: Sequence[RunRecord]) -> str:
     """For each method: its FISH arm against its dense arm and against other choices, then its other arms' means.
 
-    A difference is called one only where it is significant: a sign-flip test, p at most 0.05 after correction for all
-    arms (those of other choices are corrected apart, as in the report).
+    A difference is called one only where its interval, corrected for all arms, leaves out zero (those of other choices
+    are corrected apart, as in the report).
     """
     summary = summarize(runs)
     if not summary:
@@ -25,7 +26,9 @@ def conclusion(runs: Sequence[RunRecord]) -> str:
     # One experiment has one task and model, whatever records of other versions say of it.
     finished = [replace(run, task="", model="") for run in runs if run.status == "ok"]
     compared = [*compare(finished), *compare(finished, choice_pairs(run.arm for run in finished))]
-    methods = dict.fromkeys(baseline_of(arm.arm) for arm in summary)
+    methods = dict.fromkeys(baseline_of(arm.arm) for arm in summary if arm.arm != HEAD_ALONE)
+    if not methods:
+        return "Only the head alone has run, so there is nothing to compare."
     return " ".join(
         _of_method([arm for arm in summary if baseline_of(arm.arm) == method], method, compared) for method in methods
     )
@@ -37,7 +40,7 @@ def _of_method(summary: Sequence[ArmSummary], baseline: str, compared: Sequence[
     if reference is None or reference.mean is None or not finished:
         return f"There is no finished pair of {baseline} and another arm, so there is nothing to compare."
     main = next((arm for arm in finished if arm.arm == f"{baseline}-fish"), finished[0])
-    others = [f"{arm.arm} {arm.mean:.3f}" for arm in finished if arm is not main]
+    others = [f"{arm.arm} {number(arm.mean or 0.0)}" for arm in finished if arm is not main]
     mine = {each.baseline: each for each in compared if each.arm == main.arm}
     sentences = [_reached(main, reference), _verdict("The mean difference", mine.get(baseline))]
     for name, each in mine.items():
@@ -51,12 +54,12 @@ def _of_method(summary: Sequence[ArmSummary], baseline: str, compared: Sequence[
 
 def _reached(arm: ArmSummary, reference: ArmSummary) -> str:
     ours, theirs = arm.trainable_parameters, reference.trainable_parameters
-    reached = f"{arm.arm} reaches {arm.metric} {arm.mean:.3f}"
+    reached = f"{arm.arm} reaches {arm.metric} {number(arm.mean or 0.0)}"
     if not ours or not theirs or ours == theirs:
         size = f", each with {ours:,} trainable parameters" if ours else ""
-        return f"{reached} and {reference.arm} {reference.mean:.3f}{size}."
+        return f"{reached} and {reference.arm} {number(reference.mean or 0.0)}{size}."
     size = f"with {_share(ours / theirs)} the trainable parameters of {reference.arm} ({ours:,} against {theirs:,})"
-    return f"{reached} {size}, which reaches {reference.mean:.3f}."
+    return f"{reached} {size}, which reaches {number(reference.mean or 0.0)}."
 
 
 def _share(ratio: float) -> str:
@@ -68,20 +71,15 @@ def _share(ratio: float) -> str:
 
 
 def _verdict(subject: str, each: Comparison | None) -> str:
-    if each is None or each.mean_difference is None or each.p_corrected is None:
-        return "They have no finished seed in common, so there is no paired difference."
-    text = f"{subject} over {each.n} paired {'seed' if each.n == 1 else 'seeds'} is {_signed(each.mean_difference)}"
-    if each.low is not None and each.high is not None:
-        text += f", 95 % interval [{_signed(each.low)}, {_signed(each.high)}]"
-    p = f"p = {each.p_corrected:.2g} after correction"
-    if each.verdict in ("better", "worse"):
-        return f"{text}: significantly {'above' if each.verdict == 'better' else 'below'} zero on this data set, {p}."
-    if each.verdict == "no difference shown":
-        return f"{text}: not significant ({p}), so this run does not tell them apart."
+    if each is None or each.mean_difference is None:
+        return f"{each.reason}" if each and each.reason else "They have no finished seed in common."
+    text = f"{subject} over {each.n} paired {'seed' if each.n == 1 else 'seeds'} is {signed(each.mean_difference)}"
     if each.verdict == "all pairs equal":
         return f"{text}: every pair is equal."
-    return f"{text}, and this run does not tell them apart: {each.reason}"
-
-
-def _signed(value: float) -> str:
-    return f"{round(value, 3) + 0.0:+.3f}"  # no minus before zero
+    if each.low is None or each.high is None:
+        return f"{text}, and this run does not tell them apart: {each.reason}"
+    text += f", 95 % interval corrected for all comparisons [{signed(each.low)}, {signed(each.high)}]"
+    if each.verdict in SIGNIFICANT:
+        side = "above" if each.verdict == "better" else "below"
+        return f"{text}: significantly {side} zero on this data set."
+    return f"{text}: it holds zero, so this run does not tell them apart."

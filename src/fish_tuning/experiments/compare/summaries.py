@@ -1,4 +1,4 @@
-"""Means over seeds with their intervals, and paired differences to the baseline. Pure functions of run records."""
+"""Means over seeds with their intervals. Pure functions of run records."""
 
 from __future__ import annotations
 
@@ -7,19 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, stdev
 
-from fish_tuning.experiments.config.arm_names import baseline_of
 from fish_tuning.experiments.records.run_record import RunRecord
 
 FEWEST_FOR_INTERVAL = 3
-__all__ = [
-    "FEWEST_FOR_INTERVAL",
-    "ArmSummary",
-    "Interval",
-    "baseline_of",
-    "mean_interval",
-    "paired_difference",
-    "summarize",
-]
 
 
 @dataclass(frozen=True)
@@ -31,13 +21,6 @@ class Interval:
     high: float | None
     n: int
 
-    @property
-    def includes_zero(self) -> bool | None:
-        """Whether the mean may as well be zero; None when there is no interval to tell it by."""
-        if self.low is None or self.high is None:
-            return None
-        return self.low <= 0 <= self.high
-
 
 @dataclass(frozen=True)
 class ArmSummary:
@@ -48,10 +31,11 @@ class ArmSummary:
     n_ok: int
     n_failed: int
     trainable_parameters: int | None
+    kept_parameters: int | None  # of these the chosen entries of the adapter, a dense arm's all
+    head_parameters: int | None  # and what trains as a whole beside them
     mean: float | None
     low: float | None
     high: float | None
-    difference: Interval | None  # to the method's dense arm, over the seeds that both finished; None for that arm
     train_seconds: float | None
     fisher_seconds: float | None
     peak_memory_bytes: int | None
@@ -73,18 +57,12 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval
     return Interval(mean, mean - half, mean + half, n)
 
 
-def paired_difference(runs: Sequence[RunRecord], arm: str, baseline: str) -> Interval:
-    """`arm` minus `baseline`, seed by seed: a seed's head, data order and luck are the same in both."""
-    ours, theirs = _values(runs, arm), _values(runs, baseline)
-    return mean_interval([ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())])
-
-
 def summarize(runs: Sequence[RunRecord]) -> list[ArmSummary]:
     """One summary for each arm, in the order in which the arms first appear."""
-    return [_summarize_arm(runs, arm, baseline_of(arm)) for arm in dict.fromkeys(run.arm for run in runs)]
+    return [_summarize_arm(runs, arm) for arm in dict.fromkeys(run.arm for run in runs)]
 
 
-def _summarize_arm(runs: Sequence[RunRecord], arm: str, baseline: str) -> ArmSummary:
+def _summarize_arm(runs: Sequence[RunRecord], arm: str) -> ArmSummary:
     mine = [run for run in runs if run.arm == arm]
     ok = [run for run in mine if run.status == "ok"]
     failed = [run for run in mine if run.status != "ok"]
@@ -95,10 +73,11 @@ def _summarize_arm(runs: Sequence[RunRecord], arm: str, baseline: str) -> ArmSum
         n_ok=len(ok),
         n_failed=len(failed),
         trainable_parameters=_largest([run.trainable_parameters for run in ok]),
+        kept_parameters=_largest([run.kept_parameters for run in ok]),
+        head_parameters=_largest([run.head_parameters for run in ok]),
         mean=score.mean,
         low=score.low,
         high=score.high,
-        difference=None if arm == baseline else paired_difference(runs, arm, baseline),
         train_seconds=_mean([run.train_seconds for run in ok]),
         fisher_seconds=_mean([run.fisher_seconds for run in ok]),
         peak_memory_bytes=_largest([run.peak_memory_bytes for run in ok]),

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fish_tuning.errors import RecordError
-from fish_tuning.experiments.config.secrets import scrubbed
 from fish_tuning.experiments.data.digests import file_digest, folder_digest
-from fish_tuning.experiments.records.run_record import RunRecord
+from fish_tuning.experiments.records.run_record import RunRecord, scrubbed_record
 from fish_tuning.files.atomic import recover_folder
 from fish_tuning.files.mask_file import MASK_FILE_NAME
 from fish_tuning.files.sealed_json import read_sealed, write_sealed
@@ -60,17 +59,6 @@ def write_record(folder: Path, record: RunRecord) -> RunRecord:
     path = record_file(folder, record.arm, record.seed)
     write_sealed(path, scrubbed_record(record).to_dict())
     return record
-
-
-def scrubbed_record(record: RunRecord) -> RunRecord:
-    """The record without values that came from the environment. Its arm, which it is found by, is never one."""
-    return replace(
-        record,
-        experiment=scrubbed(record.experiment),
-        task=scrubbed(record.task),
-        model=scrubbed(record.model),
-        error=None if record.error is None else scrubbed(record.error),
-    )
 
 
 def find_record(folder: Path, arm: str, seed: int, key: str, failed_since: float) -> Found:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
+
+from fish_tuning.experiments.config.secrets import scrubbed
 
 
 @dataclass(frozen=True)
@@ -77,3 +79,14 @@ class ArmPlan:
     pool: int
     kept: int
     dense: int  # entries outside the pool that always train (the head)
+
+
+def scrubbed_record(record: RunRecord) -> RunRecord:
+    """The record without values that came from the environment. Its arm, which it is found by, is never one."""
+    return replace(
+        record,
+        experiment=scrubbed(record.experiment),
+        task=scrubbed(record.task),
+        model=scrubbed(record.model),
+        error=None if record.error is None else scrubbed(record.error),
+    )

@@ -11,13 +11,14 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from fish_tuning.experiments.compare.comparisons import Comparison, choice_pairs, compare
 from fish_tuning.experiments.compare.conclusions import conclusion
+from fish_tuning.experiments.compare.references import nothing_learned, unlearned_note, with_references
 from fish_tuning.experiments.compare.summaries import FEWEST_FOR_INTERVAL, ArmSummary, summarize
 from fish_tuning.experiments.config.experiment import ExperimentConfig
 from fish_tuning.experiments.config.secrets import redacted, scrubbed
-from fish_tuning.experiments.records.record_files import scrubbed_record
-from fish_tuning.experiments.records.run_record import RunRecord
-from fish_tuning.experiments.report.tables import fact_text, markdown_table, table_rows
+from fish_tuning.experiments.records.run_record import RunRecord, scrubbed_record
+from fish_tuning.experiments.report.tables import fact_text, harmless, markdown_table, table_rows
 from fish_tuning.files.atomic import write_atomically
 
 FILES = ("results.json", "results.csv", "results.md", "metric.png", "kept.png")
@@ -34,7 +35,7 @@ def write_report(
     output_dir.mkdir(parents=True, exist_ok=True)
     summary = summarize(runs)
     pictures: dict[Path, str] = {}
-    if len(runs) >= len(config.arms) * len(config.seeds):
+    if len(runs) >= _planned(config, plan_facts):
         from fish_tuning.experiments.report.pictures.folder import draw_pictures
 
         pictures = draw_pictures(config.arms, runs, output_dir)
@@ -70,7 +71,7 @@ def report_notes(config: ExperimentConfig, facts: Mapping[str, Any], summary: Se
         notes.append(
             "Early stopping: each run went back to its best epoch on the validation set, the one that is reported."
         )
-    planned = len(config.arms) * len(config.seeds)
+    planned = _planned(config, facts)
     finished = sum(arm.n_ok + arm.n_failed for arm in summary)
     if finished < planned:
         notes.append(f"{finished} of {planned} runs are in; the rest has not run yet.")
@@ -89,6 +90,7 @@ def _json(
         "facts": redacted(dict(facts)),
         "runs": [scrubbed_record(run).to_dict() for run in runs],
         "summary": [asdict(arm) for arm in summary],
+        "comparisons": [asdict(each) for each in compared(runs)],
     }
     return json.dumps(_finite(data), indent=2) + "\n"
 
@@ -108,7 +110,7 @@ def _csv(name: str, runs: Sequence[RunRecord]) -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["experiment", *columns])
     for run in runs:
-        writer.writerow([name, *(getattr(run, column) for column in columns)])
+        writer.writerow([harmless(cell) for cell in (name, *(getattr(run, column) for column in columns))])
     return text.getvalue()
 
 
@@ -116,7 +118,7 @@ def _markdown(
     config: ExperimentConfig, facts: Mapping[str, Any], runs: Sequence[RunRecord], pictures: Mapping[Path, str]
 ) -> str:
     summary = summarize(runs)
-    headers, rows = table_rows(summary)
+    headers, rows = table_rows(with_references(summary, runs))
     parts = [
         f"# {config.name}",
         _list(f"{key}: {fact_text(value)}" for key, value in _settings(config, facts).items()),
@@ -124,10 +126,33 @@ def _markdown(
         conclusion(runs),
     ]
     notes = report_notes(config, facts, summary)
+    if nothing_learned(runs):
+        notes.insert(0, unlearned_note(str(facts.get("task") or "the task"), runs))
     if notes:
         parts += ["## Notes", _list(notes)]
     parts += [f"![{caption}]({path.name})" for path, caption in pictures.items()]
     return "\n\n".join(parts) + "\n"
+
+
+def _planned(config: ExperimentConfig, facts: Mapping[str, Any]) -> int:
+    return len(facts.get("arms") or config.arms) * len(config.seeds)
+
+
+def budget_text(config: ExperimentConfig) -> str:
+    """How many entries the masked arms keep, as the protocol sets it."""
+    fish = config.fish_tuning
+    if config.protocol == "fixed_layers":
+        return f"{', '.join(f'{ratio:g}' for ratio in fish.keep_ratio)} of the pool"
+    if config.protocol == "fixed_budget":
+        layers = ", ".join(map(str, fish.top_layers))
+        return f"as many parameters as the dense arms of the top {layers} layers, out of the top {fish.pool_layers}"
+    return f"{fish.prune_to_ratio_of_baseline:g} x the trainable parameters of the dense arm"
+
+
+def compared(runs: Sequence[RunRecord]) -> list[Comparison]:
+    """Each arm with its dense arm, then Fisher's choice with others; each of the two corrected by itself."""
+    finished = [run for run in runs if run.status == "ok"]
+    return [*compare(finished), *compare(finished, choice_pairs(run.arm for run in finished))]
 
 
 def start_text(config: ExperimentConfig) -> str:
@@ -144,13 +169,13 @@ def _settings(config: ExperimentConfig, facts: Mapping[str, Any]) -> dict[str, A
         "model": f"{config.model.name} ({config.model.dtype})",
         "data set": config.dataset.source,
         "adapters": facts.get("adapters"),
-        "budget": f"{config.fish_tuning.prune_to_ratio_of_baseline:g} x the trainable parameters of the dense arm",
+        "budget": budget_text(config),
         "start": start_text(config),
         "seeds": [str(seed) for seed in config.seeds],
     }
     chosen = ("learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "weight_decay")
     settings |= {key: str(training[key]) for key in chosen if key in training}
-    told = (*settings, "notes", "learning_rates")
+    told = (*settings, "notes", "arms", "learning_rates")
     return settings | {key.replace("_", " "): value for key, value in facts.items() if key not in told}
 
 

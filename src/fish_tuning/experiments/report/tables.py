@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from fish_tuning.experiments.compare.numbers import number
 from fish_tuning.experiments.compare.summaries import ArmSummary
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ def table_rows(summary: Sequence[ArmSummary]) -> tuple[list[str], list[list[str]
     memory = " or ".join("GPU" if of == "gpu" else of for of in measured)
     headers = [
         "arm",
-        "trainable parameters",
+        "trainable parameters, kept + head",
         f"{metric}, mean [95 % interval]",
         "train s",
         "Fisher s",
@@ -32,7 +33,7 @@ def table_rows(summary: Sequence[ArmSummary]) -> tuple[list[str], list[list[str]
 def _row(arm: ArmSummary) -> list[str]:
     return [
         arm.arm,
-        "-" if arm.trainable_parameters is None else f"{arm.trainable_parameters:,}",
+        parameters_text(arm.trainable_parameters, arm.kept_parameters, arm.head_parameters),
         score_text(arm),
         _seconds(arm.train_seconds),
         _seconds(arm.fisher_seconds),
@@ -47,8 +48,15 @@ def score_text(arm: ArmSummary) -> str:
     failed = f"{arm.n_failed} of {arm.n_ok + arm.n_failed} failed" if arm.n_failed else ""
     if arm.mean is None:
         return failed or "-"
-    interval = "" if arm.low is None or arm.high is None else f" [{arm.low:.3f}, {arm.high:.3f}]"
-    return f"{arm.mean:.3f}{interval}" + (f" ({failed})" if failed else "")
+    interval = "" if arm.low is None or arm.high is None else f" [{number(arm.low)}, {number(arm.high)}]"
+    return f"{number(arm.mean)}{interval}" + (f" ({failed})" if failed else "")
+
+
+def parameters_text(total: int | None, kept: int | None, head: int | None) -> str:
+    """`3,397 = 3,072 + 325`: kept entries and head, where the records tell them apart."""
+    if total is None:
+        return "-"
+    return f"{total:,}" if kept is None or head is None else f"{total:,} = {kept:,} + {head:,}"
 
 
 def _seconds(seconds: float | None) -> str:
@@ -73,6 +81,11 @@ def markdown_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str
     return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)
 
 
+def harmless(cell: Any) -> Any:
+    """A text that no spreadsheet takes for a formula; numbers stay numbers."""
+    return f"'{cell}" if isinstance(cell, str) and cell[:1] in ("=", "+", "-", "@", "\t", "\r") else cell
+
+
 def plain_table(headers: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> Table:
     """A table for the terminal in plain ASCII, which any terminal and any log shows as it is."""
     from rich.box import Box
@@ -91,11 +104,11 @@ def plain_table(headers: Sequence[str], rows: Sequence[Sequence[str]], title: st
         pad_edge=False,
     )
     table.padding = (0, 1, 0, 0)  # with the space of the rule: two between columns
-    for number, header in enumerate(headers):
+    for column, header in enumerate(headers):
         # Headers wrap at words. A score and its interval stay on one line; a remark in parentheses may go below.
-        cells = [row[number].partition(" (")[0] for row in rows]
+        cells = [row[column].partition(" (")[0] for row in rows]
         width = max(map(len, [*header.split(), *cells]))
-        table.add_column(Text(header), justify="right" if number else "left", width=width, overflow="fold")
+        table.add_column(Text(header), justify="right" if column else "left", width=width, overflow="fold")
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     return table

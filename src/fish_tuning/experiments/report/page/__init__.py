@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fish_tuning.errors import ConfigurationError
 from fish_tuning.experiments.report.page.html import html_page
-from fish_tuning.experiments.report.page.load import load_experiments
+from fish_tuning.experiments.report.page.load import read_experiments
 from fish_tuning.experiments.report.page.results import join_results
 from fish_tuning.experiments.report.page.texts import csv_text, latex_text, markdown_text
 from fish_tuning.files.atomic import DISK_FULL, write_atomically
@@ -26,7 +26,7 @@ def write_page(folders: Sequence[Path], output: Path | None = None) -> tuple[lis
         ConfigurationError: a folder is missing or has no readable run, or `output` cannot be written.
         OSError: the disk is full; what was there before is kept.
     """
-    experiments, notes = load_experiments(folders)
+    experiments, notes = read_experiments(folders)
     results = join_results(experiments)
     notes = [*notes, *results.notes]
     target = output or folders[0]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path, PurePath
 
+from fish_tuning.experiments.compare.pairs import setting_of, unique_runs
 from fish_tuning.experiments.records.run_record import RunRecord
 from fish_tuning.experiments.report.page.load import Experiment, finished
 
@@ -14,7 +16,7 @@ def column_labels(experiments: Sequence[Experiment]) -> tuple[dict[Path, str], l
     """The column of each experiment, by its folder, and notes.
 
     A column is a task. It is named with its model where a task ran on several, and with its experiment where two
-    experiments have different results for one arm and seed: those are different settings, and are never mixed.
+    experiments differ in more than their seeds: those are different settings, and are never mixed.
     """
     groups: dict[tuple[str, str], list[Experiment]] = defaultdict(list)
     for experiment in experiments:
@@ -31,8 +33,7 @@ def column_labels(experiments: Sequence[Experiment]) -> tuple[dict[Path, str], l
         names = zip(members, _names(members), strict=True)
         labels |= {member.folder: _label(task, [*within, name]) for member, name in names}
         notes.append(
-            f"{len(members)} experiments on {label} have different results for the same arm and seed, so each has a "
-            "column of its own."
+            f"{len(members)} experiments on {label} differ in more than their seeds, so each has a column of its own."
         )
     return labels, notes
 
@@ -46,15 +47,17 @@ def _key(experiment: Experiment) -> tuple[str, str]:
 
 
 def _contradict(members: Sequence[Experiment]) -> bool:
-    """Whether experiments have different results for one arm and seed; a failed run is no result."""
-    if len(members) == 1:
-        return False
+    """Whether experiments differ in more than their seeds; a failed run says nothing."""
+    runs = [run for member in members for run in member.runs if finished(run)]
     known: dict[tuple[str, int], RunRecord] = {}
-    for run in (run for member in members for run in member.runs if finished(run)):
+    for run in runs:
         other = known.setdefault((run.arm, run.seed), run)
         if (other.value, other.metric, other.config_hash) != (run.value, run.metric, run.config_hash):
             return True
-    return len({run.metric for run in known.values()}) > 1
+    settings: dict[str, set[tuple[str, ...]]] = defaultdict(set)
+    for run in unique_runs([replace(run, task="") for run in runs]):
+        settings[run.arm].add(setting_of(run))
+    return len({run.metric for run in runs}) > 1 or any(len(found) > 1 for found in settings.values())
 
 
 def _names(members: Sequence[Experiment]) -> list[str]:

@@ -15,7 +15,7 @@ from fish_tuning import __version__
 from fish_tuning.experiments.report.look import looks, style_sheet
 from fish_tuning.experiments.report.page import pictures, words
 from fish_tuning.experiments.report.page.costs import costs
-from fish_tuning.experiments.report.page.forest import spoken_bounds, spoken_difference
+from fish_tuning.experiments.report.page.differences import spoken_bounds, spoken_difference
 from fish_tuning.experiments.report.page.load import Experiment
 from fish_tuning.experiments.report.page.masks import agreements, joined
 from fish_tuning.experiments.report.page.results import Results, Score
@@ -41,6 +41,7 @@ def html_page(results: Results, experiments: Sequence[Experiment], notes: Sequen
         title=_title(experiments),
         columns=[*results.tasks, *(["average"] if results.averages else [])],
         dashes=any(not (each.values or each.n_failed or each.n_missing) for each in results.scores.values()),
+        intervals=any(score.low is not None for score in results.scores.values()),
         cells={arm: _cells(results, arm) for arm in results.arms},
         legend=pictures.legend(look),
         score_sizes=pictures.score_sizes(results, look),

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from fish_tuning.errors import ConfigurationError
+from fish_tuning.errors import ConfigurationError, RecordError
 from fish_tuning.experiments.records.run_record import RunRecord
+from fish_tuning.files.sealed_json import read_sealed
 
 _NOT_SEARCHED = ("adapters", "checkpoints", "locks", "runs", "selection")
 _TEXTS = ("arm", "status", "metric", "task", "model", "experiment", "peak_memory_of", "config_hash")
@@ -43,7 +44,7 @@ def finished(run: RunRecord) -> bool:
     return run.status == "ok" and run.value is not None and math.isfinite(run.value)
 
 
-def load_experiments(folders: Sequence[Path]) -> tuple[list[Experiment], list[str]]:
+def read_experiments(folders: Sequence[Path]) -> tuple[list[Experiment], list[str]]:
     """All experiments, in the order of `folders` and then of their paths, and notes on what could not be read."""
     notes: list[str] = []
     found: dict[Path, Experiment] = {}
@@ -68,10 +69,10 @@ def read_experiment(folder: Path, notes: list[str]) -> Experiment:
     config, facts = _mapping(results.get("config")), _mapping(results.get("facts"))
     files = sorted((folder / "runs").glob("*.json"))
     listed = results.get("runs")
-    parts = [_read_json(path, notes) for path in files] if files else listed if isinstance(listed, list) else []
+    parts = [_read_record(path, notes) for path in files] if files else listed if isinstance(listed, list) else []
     sources = [str(path) for path in files] or [f"{folder / 'results.json'}, run {n}" for n, _ in enumerate(parts, 1)]
     runs = [run for data, source in zip(parts, sources, strict=True) if (run := _record(data, source, notes))]
-    planned = _planned(config)
+    planned = _planned(config, facts)
     if not planned:
         notes.append(f"{_why_no_plan(folder, config)}, so it is not known whether runs are missing: {folder}.")
     name = str(results.get("experiment") or config.get("name") or (runs and runs[0].experiment) or folder.name)
@@ -113,6 +114,17 @@ def _read_json(path: Path, notes: list[str]) -> Any:
         return None
 
 
+def _read_record(path: Path, notes: list[str]) -> Any:
+    """One run's file; what its checksum does not vouch for is left out, what has none is of an earlier version."""
+    try:
+        return read_sealed(path)[0]
+    except RecordError as error:
+        notes.append(f"{str(error).removesuffix('.')}; it was left out.")
+    except OSError as error:
+        notes.append(f"{path} was left out: {error.strerror}.")
+    return None
+
+
 def _record(data: Any, source: str, notes: list[str]) -> RunRecord | None:
     if data is None:  # told already
         return None
@@ -121,7 +133,7 @@ def _record(data: Any, source: str, notes: list[str]) -> RunRecord | None:
         curve = [point for point in data.get("loss_curve") or [] if None not in point]
         run = RunRecord.from_dict(data | {"loss_curve": curve})
         _check(run)
-    except (TypeError, ValueError, AttributeError, KeyError):
+    except (TypeError, ValueError, AttributeError, KeyError, OverflowError):
         notes.append(f"{source} was left out: it is not the record of a run.")
         return None
     return run
@@ -146,17 +158,19 @@ def _completed(run: RunRecord, name: str, config: dict[str, Any], facts: dict[st
     )
 
 
-def _planned(config: dict[str, Any]) -> tuple[tuple[str, int], ...]:
-    """Every arm with every seed, from the stored configuration."""
+def _planned(config: dict[str, Any], facts: dict[str, Any]) -> tuple[tuple[str, int], ...]:
+    """Every planned arm with every seed, from the stored facts and configuration."""
     from pydantic import ValidationError
 
     from fish_tuning.experiments.config.experiment import ExperimentConfig
 
     try:
         known = ExperimentConfig.model_validate(config)
-    except ValidationError:  # of another version, or none
+    except (ValidationError, RecursionError):  # of another version, or none
         return ()
-    return tuple((arm, seed) for arm in known.arms for seed in known.seeds)
+    stored = facts.get("arms")
+    arms = [str(arm) for arm in stored] if isinstance(stored, list) and stored else known.arms
+    return tuple((arm, seed) for arm in arms for seed in known.seeds)
 
 
 def _leftovers(folder: Path, runs: Sequence[RunRecord], listed: Sequence[Any]) -> list[str]:

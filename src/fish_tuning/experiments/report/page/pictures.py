@@ -13,7 +13,7 @@ from fish_tuning.experiments.records.run_record import RunRecord
 from fish_tuning.experiments.report.look import Look
 from fish_tuning.experiments.report.page import words
 from fish_tuning.experiments.report.page.costs import Cost
-from fish_tuning.experiments.report.page.forest import spoken_difference
+from fish_tuning.experiments.report.page.differences import spoken_difference
 from fish_tuning.experiments.report.page.results import Family, Results, Score
 from fish_tuning.experiments.report.pictures.canvas import Picture
 from fish_tuning.experiments.report.pictures.curves import curves_picture, mean_curve

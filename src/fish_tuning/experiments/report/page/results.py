@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 
 from fish_tuning.experiments.compare.comparisons import Comparison, choice_pairs, compare, compare_by_task
-from fish_tuning.experiments.compare.paired_tests import TIE, stratified_interval
+from fish_tuning.experiments.compare.paired import TIE, estimate
+from fish_tuning.experiments.compare.references import constant_name, constant_of, nothing_learned, unlearned_note
 from fish_tuning.experiments.compare.summaries import FEWEST_FOR_INTERVAL, mean_interval
-from fish_tuning.experiments.config.arm_names import SELECTIONS, ArmName, baseline_of
+from fish_tuning.experiments.config.arm_names import HEAD_ALONE, SELECTIONS, ArmName, baseline_of
 from fish_tuning.experiments.records.run_record import RunRecord
 from fish_tuning.experiments.report.page.columns import column_labels
 from fish_tuning.experiments.report.page.load import Experiment, finished
@@ -53,6 +54,9 @@ class Results:
     of_choice: Family  # each arm chosen by Fisher scores minus those of its budget chosen at random or in reverse
     missing: tuple[tuple[str, str, int], ...]  # task, arm, seed
     notes: tuple[str, ...]
+    constants: dict[str, float]  # task -> the metric of always giving the same answer
+    constant_name: str
+    unlearned: dict[str, str]  # task that no arm learns -> what is said of it
 
     @property
     def failed(self) -> list[RunRecord]:
@@ -64,8 +68,12 @@ class Results:
 
     def parameters(self, arm: str) -> tuple[int, int] | None:
         """Fewest and most trainable parameters; tasks may differ by their heads."""
-        known = [int(run.trainable_parameters) for run in self.of_arm(arm) if run.trainable_parameters]
-        return (min(known), max(known)) if known else None
+        return self.span(arm, "trainable_parameters")
+
+    def span(self, arm: str, name: str) -> tuple[int, int] | None:
+        """The least and the most of a count that the arm's records hold; None where one of them lacks it."""
+        known = [getattr(run, name) for run in self.of_arm(arm)]
+        return (min(known), max(known)) if known and None not in known else None
 
     def comparison(self, arm: str, task: str | None = None) -> Comparison | None:
         """An arm with its dense arm, over all tasks or on one."""
@@ -83,6 +91,9 @@ def join_results(experiments: Sequence[Experiment]) -> Results:
         if key not in unique or finished(run):  # a run that failed in one folder may have finished in another
             unique[key] = replace(run, task=label)
     runs = [run if finished(run) else replace(run, error=run.error or NOT_A_NUMBER) for run in unique.values()]
+    # Over all tasks, a task counts once, under its own name.
+    original = [run for experiment in experiments for run in experiment.runs]
+    of_task = {task: [run for run in runs if run.task == task] for task in dict.fromkeys(labels.values())}
     planned = [(labels[each.folder], arm, seed) for each in experiments for arm, seed in each.planned]
     missing = [key for key in dict.fromkeys(planned) if key not in unique]
     tasks = tuple(dict.fromkeys(labels.values()))
@@ -91,8 +102,8 @@ def join_results(experiments: Sequence[Experiment]) -> Results:
     averages = {}
     if len({run.task for each in experiments for run in each.runs}) < len(tasks):
         notes.append(
-            "One task stands under several models or settings: there is no average over tasks, and the differences "
-            "over all columns count it several times; those of each task are apart."
+            "One task stands under several models or settings: there is no average over tasks, and no verdict over all "
+            "of them; each column has its own."
         )
     elif len(tasks) > 1:
         averages = {arm: _average([scores[arm, task] for task in tasks]) for arm in arms}
@@ -103,22 +114,28 @@ def join_results(experiments: Sequence[Experiment]) -> Results:
         metrics={run.task: run.metric for run in reversed(runs)},
         scores=scores,
         averages=averages,
-        to_dense=_family(runs, arms, None),
-        of_choice=_family(runs, arms, choice_pairs(arm for arm in arms if any(run.arm == arm for run in runs))),
+        to_dense=_family(original, runs, arms, None),
+        of_choice=_family(
+            original, runs, arms, choice_pairs(arm for arm in arms if any(run.arm == arm for run in runs))
+        ),
         missing=tuple(missing),
         notes=tuple(notes),
+        constants={task: value for task, found in of_task.items() if (value := constant_of(found)) is not None},
+        constant_name=constant_name(runs),
+        unlearned={task: unlearned_note(task, found) for task, found in of_task.items() if nothing_learned(found)},
     )
 
 
 def _in_order(arms: Sequence[str]) -> tuple[str, ...]:
-    """Methods as first named; of each the dense arms first, then the others by how they choose and how many."""
+    """The head alone, then methods as first named: the dense arms, then the others by how they choose and how many."""
     names = {arm: ArmName.parse(arm) for arm in dict.fromkeys(arms)}
     methods = list(dict.fromkeys(name.method for name in names.values()))
     suffixes = list(dict.fromkeys(["", *SELECTIONS, *(name.suffix for name in names.values())]))
 
     def place(arm: str) -> tuple[int, int, float]:
         name = names[arm]
-        return methods.index(name.method), suffixes.index(name.suffix), _size(name.budget)
+        first = -1 if arm == HEAD_ALONE else methods.index(name.method)
+        return first, suffixes.index(name.suffix), _size(name.budget)
 
     return tuple(sorted(names, key=place))
 
@@ -158,11 +175,18 @@ def _average(scores: Sequence[Score]) -> Score:
         return Score(fmean(means), None, None, means, failed, missing, reason)
     if not any(_spread(score.values) for score in scores):
         return Score(fmean(means), None, None, means, failed, missing, "all seeds equal")
-    low, high = stratified_interval([score.values for score in scores])
+    found = estimate([score.values for score in scores])
+    low, high = (None, None) if found is None else found.interval(0.05)
     return Score(fmean(means), low, high, means, failed, missing)
 
 
-def _family(runs: Sequence[RunRecord], arms: Sequence[str], pairs: Sequence[tuple[str, str]] | None) -> Family:
-    by_task = {(each.arm, each.baseline, task): each for task, each in compare_by_task(runs, pairs)}
-    overall = compare(runs, pairs)
+def _family(
+    original: Sequence[RunRecord],
+    columns: Sequence[RunRecord],
+    arms: Sequence[str],
+    pairs: Sequence[tuple[str, str]] | None,
+) -> Family:
+    """Of the runs under their own tasks, and of those of each column."""
+    by_task = {(each.arm, each.baseline, task): each for task, each in compare_by_task(columns, pairs)}
+    overall = compare(original, pairs)
     return Family(tuple(overall if pairs else sorted(overall, key=lambda each: arms.index(each.arm))), by_task)

@@ -5,20 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import PurePath
 
-from fish_tuning.experiments.compare.comparisons import Comparison
+from fish_tuning.experiments.compare import numbers, references
+from fish_tuning.experiments.compare.comparisons import SIGNIFICANT, Comparison
 from fish_tuning.experiments.config.arm_names import CONTROLS, ArmName
-from fish_tuning.experiments.report.page.forest import signed, spoken_difference
+from fish_tuning.experiments.report.page.differences import signed, spoken_difference
 from fish_tuning.experiments.report.page.results import Results, Score
 from fish_tuning.experiments.report.tables import human_bytes
 
+UNLEARNED = references.UNLEARNED
 BETTER_MARK, WORSE_MARK = "\N{BLACK UP-POINTING TRIANGLE}", "\N{BLACK DOWN-POINTING TRIANGLE}"
-# The table of `stratified_interval` has more of these figures.
-BOOTSTRAP = (
-    "The bootstrap interval (percentile, each task resampled by itself) is there for comparison only: at few seeds it "
-    "is narrower than it should be. Of simulated 95 % intervals it held the true difference in 76 % of cases for three "
-    "seeds of one task, 84 % for five, 85 % for three seeds of six tasks; the t interval in 95 to 96 %."
-)
 _MOST_NAMES = 6
+_MOST_ROWS = 12
 _CONTROLS = dict(zip(CONTROLS, ("at random", "in reverse"), strict=True))
 
 
@@ -71,14 +68,34 @@ def _answer(comparisons: Sequence[Comparison]) -> str:
     return " ".join([*parts, *(reason for reason in why if reason)])
 
 
-_SENTENCES = {
+_SENTENCES: dict[str, str] = {
     "better": "Significantly better: {}.",
     "worse": "Significantly worse: {}.",
     "no difference shown": "No difference is shown for {}.",
     "too few seeds": "There are too few seeds to tell whether there is a difference for {}.",
     "all pairs equal": "Every pair is equal for {}.",
+    "no spread": "Every seed gave the same difference, which tells nothing of its spread, for {}.",
+    "settings differ": "No verdict is given for {}: runs of the same task differ in more than their seeds.",
     "no pairs": "No seed finished in both for {}.",
 }
+
+
+def verdict_rows(results: Results) -> tuple[list[Comparison], str]:
+    """The rows of the answer, significant ones first, and what is said of those that are left out."""
+    every = [*results.to_dense.overall, *results.of_choice.overall]
+    rows = sorted(every, key=lambda each: each.verdict not in SIGNIFICANT)
+    if len(rows) <= _MOST_ROWS:
+        return every, ""
+    shown = [each for each in rows if each.verdict in SIGNIFICANT][:_MOST_ROWS]
+    left = len(rows) - len(shown)
+    of_those = "" if any(each.verdict in SIGNIFICANT for each in rows[len(shown) :]) else ", none of them significant"
+    return shown, f"{count(left, 'more comparison')}{of_those}: in the tables of differences below."
+
+
+def against(each: Comparison) -> str:
+    """What a comparison is with: its dense arm, or as many entries chosen otherwise."""
+    how = _CONTROLS.get(ArmName.parse(each.baseline).suffix)
+    return f"as many entries chosen {how}" if how else each.baseline
 
 
 def reasons(comparisons: Sequence[Comparison]) -> list[tuple[str, str]]:
@@ -143,9 +160,14 @@ def parameters_text(span: tuple[int, int] | None) -> str:
     return f"{span[0]:,}" if span[0] == span[1] else f"{span[0]:,}\N{EN DASH}{span[1]:,}"
 
 
+def parts_text(results: Results, arm: str) -> str:
+    """`3,072 kept + 325 head`, or nothing where older records do not tell them apart."""
+    kept, head = (results.span(arm, name) for name in ("kept_parameters", "head_parameters"))
+    return "" if kept is None or head is None else f"{parameters_text(kept)} kept + {parameters_text(head)} head"
+
+
 def number(value: float) -> str:
-    text = f"{value:.3f}" if abs(value) < 100 else f"{value:,.1f}"
-    return text.replace("-", "\N{MINUS SIGN}")
+    return numbers.typeset(numbers.number(value) if abs(value) < 100 else f"{value:,.1f}")
 
 
 def p_text(p: float | None) -> str:

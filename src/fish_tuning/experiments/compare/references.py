@@ -1,0 +1,73 @@
+"""What a score is to be seen beside: a constant answer, and whether any arm is above it. Pure functions of records."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fish_tuning.experiments.compare.summaries import ArmSummary, mean_interval
+from fish_tuning.experiments.config.arm_names import HEAD_ALONE
+from fish_tuning.experiments.records.run_record import RunRecord
+
+UNLEARNED = "\N{DAGGER}"  # the mark of a task that no arm learns
+
+
+def constant_of(runs: Sequence[RunRecord]) -> float | None:
+    """The metric of always giving the same answer; None where no record tells it (language models, older records)."""
+    return next((run.constant_value for run in runs if run.constant_value is not None), None)
+
+
+def constant_name(runs: Sequence[RunRecord]) -> str:
+    """What the constant answer is: of numbers the mean, else the largest class."""
+    numbers = any("pearson" in run.metrics or "pearson" in run.metric for run in runs)
+    return "always the mean" if numbers else "always the largest class"
+
+
+def nothing_learned(runs: Sequence[RunRecord]) -> bool:
+    """Whether no arm's interval lies above the constant answer; False where that cannot be told."""
+    constant = constant_of(runs)
+    if constant is None:
+        return False
+    values = {arm: [run.value for run in runs if run.arm == arm and run.value is not None] for arm in _arms(runs)}
+    intervals = [mean_interval(found) for found in values.values()]
+    known = [interval for interval in intervals if interval.low is not None]
+    return bool(known) and all((interval.low or 0.0) <= constant for interval in known)
+
+
+def _arms(runs: Sequence[RunRecord]) -> list[str]:
+    return list(dict.fromkeys(run.arm for run in runs if run.status == "ok"))
+
+
+def with_references(summary: Sequence[ArmSummary], runs: Sequence[RunRecord]) -> list[ArmSummary]:
+    """The rows of a table of one task: the constant answer, the head alone, then all other arms."""
+    rows = sorted(summary, key=lambda arm: arm.arm != HEAD_ALONE)
+    constant = constant_of(runs)
+    return rows if constant is None or not rows else [_constant_row(constant, runs, rows[0].metric), *rows]
+
+
+def _constant_row(constant: float, runs: Sequence[RunRecord], metric: str) -> ArmSummary:
+    return ArmSummary(
+        arm=constant_name(runs),
+        metric=metric,
+        n_ok=0,
+        n_failed=0,
+        trainable_parameters=0,
+        kept_parameters=None,
+        head_parameters=None,
+        mean=constant,
+        low=None,
+        high=None,
+        train_seconds=None,
+        fisher_seconds=None,
+        peak_memory_bytes=None,
+        peak_memory_of="process",
+        optimizer_state_bytes=None,
+        adapter_bytes=None,
+    )
+
+
+def unlearned_note(task: str, runs: Sequence[RunRecord]) -> str:
+    """In words, for a task that no arm learns."""
+    return (
+        f"No arm is shown to learn {task}: none is above {constant_name(runs)} ({constant_of(runs):.3f}), so "
+        "differences between arms say nothing of learning."
+    )
