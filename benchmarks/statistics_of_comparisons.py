@@ -325,9 +325,7 @@ def corrections(size: int) -> str:
             cells += [_percent(float((true > levels).mean())), _percent(float((true > levels).all(-1).mean()))]
         rows.append([f"{arms}, {tasks} x {seeds}", *cells])
     each = ["false", "found", "each holds", "all hold"]
-    return table(
-        ["arms, tasks x seeds", *(f"{how}: {what}" for how in ("Bonferroni", "Holm") for what in each)], rows
-    )
+    return table(["arms, tasks x seeds", *(f"{how}: {what}" for how in ("Bonferroni", "Holm") for what in each)], rows)
 
 
 def main() -> None:
