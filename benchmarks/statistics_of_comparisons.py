@@ -12,12 +12,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterable, Sequence
 from itertools import product
+from typing import Any
 
 import numpy as np
 from scipy.special import polygamma
 from scipy.stats import rankdata, t
 
-Array = np.ndarray
+Array = Any  # of NumPy
 Tasks = list[Array]  # for each task: simulated comparisons x arms x seeds
 Noise = Callable[[np.random.Generator, tuple[int, ...]], Array]
 ALPHA = 0.05
@@ -310,7 +311,7 @@ def families(size: int) -> str:
 
 
 def corrections(size: int) -> str:
-    """Holm beside Bonferroni on the unbiased t: any false finding, findings of real differences, intervals that hold."""
+    """Holm beside Bonferroni on the unbiased t: false findings, real ones, intervals that hold."""
     rows = []
     for number, (arms, (tasks, seeds)) in enumerate(product((1, 3, 7), [(1, 3), (1, 5), (3, 3), (6, 3), (6, 5)])):
         real = (arms + 1) // 2
