@@ -64,7 +64,7 @@ DESIGNS = [(1, 3), (1, 5), (1, 10), (2, 3), (3, 3), (3, 5), (6, 3), (6, 5)]  # t
 def simulate(
     g: np.random.Generator, noise: Noise, tasks: int, seeds: Sequence[int], spread: float, size: int, arms: int = 1
 ) -> Tasks:
-    """Differences of each task with a mean of zero; the tasks' standard deviations lie evenly between 1 and `spread`."""
+    """Differences of each task with mean zero; the tasks' standard deviations lie evenly from 1 to `spread`."""
     scales = np.geomspace(1, spread, tasks)
     return [scale * noise(g, (size, arms, n)) for scale, n in zip(scales, seeds, strict=True)]
 
@@ -212,7 +212,7 @@ def bonferroni_rejects(p: Array, alpha: float = ALPHA) -> Array:
 
 
 def holm_levels(p: Array, alpha: float = ALPHA) -> Array:
-    """The level at which Holm decides each comparison: its interval at that level leaves out zero if it is a finding."""
+    """The level at which Holm decides each comparison; its interval at that level leaves out zero if it is found."""
     arms = p.shape[-1]
     order = p.argsort(-1)
     ordered = np.take_along_axis(p, order, -1)
@@ -242,7 +242,7 @@ def _percent(share: float, limit: float | None = None) -> str:
 
 def _limit(size: int) -> float:
     """Three standard errors above 5 %: more is not chance."""
-    return ALPHA + 3 * (ALPHA * (1 - ALPHA) / size) ** 0.5
+    return float(ALPHA + 3 * (ALPHA * (1 - ALPHA) / size) ** 0.5)
 
 
 def single(kinds: dict[str, Noise], size: int) -> str:
