@@ -17,7 +17,7 @@ from fish_tuning.experiments.config.secrets import redacted, remember
 from fish_tuning.experiments.config.texts import text_problems, visible
 from fish_tuning.experiments.config.yaml_files import MOST_DEPTH, parse, read_mapping
 
-_VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
+_VARIABLE = re.compile(r"\$\{(\w+)(?::-((?:[^}$]|\$(?!\{))*))?\}")  # a default holds no ${, which also keeps this quick
 
 
 def load_experiment(path_or_name: str | os.PathLike[str], overrides: Sequence[str] = ()) -> ExperimentConfig:
