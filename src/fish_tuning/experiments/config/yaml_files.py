@@ -114,7 +114,7 @@ def parse(text: str, source: str) -> Any:
         finally:
             loader.dispose()
     except yaml.YAMLError as error:
-        raise ConfigurationError(f"{source}{_reason(error)}") from error
+        raise ConfigurationError(f"{source}{_reason(error)}") from None  # its cause quotes lines, maybe with a secret
     except RecursionError as error:
         raise ConfigurationError(f"{source} is nested deeper than {MOST_DEPTH}.") from error
     except (ValueError, OverflowError) as error:  # PyYAML's own, of escapes and directives with senseless numbers
