@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 import time
 from collections.abc import Iterable
 
@@ -9,12 +11,16 @@ import regex
 
 SECONDS = 5.0  # for one pattern on all names of a model
 MOST_CHARACTERS = 1000
+MOST_REPETITIONS = 100_000
 
 
 def compiled(pattern: str) -> regex.Pattern[str]:
     """The pattern, compiled. Raises ValueError for what is no regular expression, or a very long one."""
     if len(pattern) > MOST_CHARACTERS:
         raise ValueError(f"a pattern of {len(pattern):,} characters; {MOST_CHARACTERS:,} are the most")
+    counts = (max(1, int(count)) for count in re.findall(r"(?<=[{,])\d{1,9}(?=[},])", pattern))
+    if math.prod(counts) > MOST_REPETITIONS:  # counts within counts are written out when they are compiled
+        raise ValueError(f"a pattern that repeats its parts more than {MOST_REPETITIONS:,} times")
     try:
         return regex.compile(pattern)
     except (regex.error, RecursionError, OverflowError, MemoryError) as error:

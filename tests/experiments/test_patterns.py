@@ -75,3 +75,10 @@ def test_targets_that_match_nothing_are_told(key: str, experiment: Callable[...,
     config = experiment(f"{key}='nothing'")
     with pytest.raises(ConfigurationError, match=rf"{re.escape(key)}: 'nothing' stands for none of the modules"):
         peft_config(config, config.peft[0], bert(), Variant())
+
+
+@pytest.mark.parametrize("pattern", ["(((((a?){30}){30}){30}){30}){30}", "((((((a{9,}){0}){9}){9,99}){99}){99}){99}"])
+def test_counts_within_counts_are_not_written_out(pattern: str) -> None:
+    with pytest.raises(ValueError, match="repeats its parts more than 100,000 times"):
+        compiled(pattern)
+    assert matching(r"^(\w{1,20}\.){2,9}query\.", NAMES) == NAMES[:1]

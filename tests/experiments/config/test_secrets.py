@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -72,3 +73,43 @@ def test_short_values_destroy_no_text() -> None:
     remember("PART", "secret-part")
     remember("WHOLE", "secret-part-and-more")
     assert scrubbed("seed 1, abc, secret-part-and-more") == "seed 1, ${MY_TOKEN}, ${WHOLE}"
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["training.args_override.hub_token=hf_written_out", "lora.fish_rnk=1"],
+        ["training.args_override.hub_token=[hf_written_out"],
+        ["lora.token=hf_written_out"],
+        ["lora.token={a: ${MY_HF_TOKEN}}"],
+        ["model.dtype=${MY_HF_TOKEN}"],
+    ],
+)
+def test_no_message_of_an_override_holds_one(monkeypatch: pytest.MonkeyPatch, overrides: list[str]) -> None:
+    monkeypatch.setenv("MY_HF_TOKEN", SECRET)
+    with pytest.raises(ConfigurationError) as error:
+        load_experiment("digits", overrides)
+    assert "hf_" not in str(error.value)
+    assert error.value.__cause__ is None or "hf_" not in str(error.value.__cause__)
+
+
+def test_what_is_written_out_is_found_in_texts_too() -> None:
+    config = load_experiment(
+        "digits", ["training.args_override.hub_token=hf_written_out", "model.config_overrides={password: 123456}"]
+    )
+    assert config.training.args_override["hub_token"] == "hf_written_out"
+    assert scrubbed("401 for hf_written_out") == "401 for ***"
+    assert redacted(config.model_dump())["model"]["config_overrides"] == {"password": "***"}
+
+
+def test_quoted_forms_are_found() -> None:
+    value = "it's \"quoted\\ and ümlauts"
+    remember("PART", value)
+    for text in (value, repr(value), json.dumps(value)):
+        assert scrubbed(text).strip("'\"") == "${PART}"
+
+
+def test_names_of_ours_stay_readable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ARM", "lora-fish")
+    stored = redacted(load_experiment("digits", ["fish_tuning.methods_to_run=['${ARM}']"]).model_dump())
+    assert ExperimentConfig.model_validate(stored).arms == ["lora-fish"]

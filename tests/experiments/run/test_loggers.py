@@ -125,6 +125,10 @@ def test_tensorboard_in_a_folder_of_ones_own(report: Report, tmp_path: Path, mon
     for record in report("tensorboard"):
         assert_in_tensorboard(record, tmp_path / "all" / f"small-{record.arm}-seed{record.seed}")
     assert not (tmp_path / "results" / "logs").exists()
+    report(
+        "tensorboard", "training.args_override.run_name=../../mine", "fish_tuning.methods_to_run=[lora]", "seeds=[2]"
+    )
+    assert (tmp_path / "all" / ".._.._mine-lora-seed2").is_dir()
 
 
 @pytest.mark.slow

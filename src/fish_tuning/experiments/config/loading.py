@@ -13,11 +13,11 @@ from pydantic import ValidationError
 from fish_tuning.errors import ConfigurationError, did_you_mean
 from fish_tuning.experiments.config.config_errors import readable
 from fish_tuning.experiments.config.experiment import ExperimentConfig
-from fish_tuning.experiments.config.secrets import redacted, remember
+from fish_tuning.experiments.config.secrets import redacted, remember, remember_literal, scrubbed
 from fish_tuning.experiments.config.texts import text_problems, visible
 from fish_tuning.experiments.config.yaml_files import MOST_DEPTH, parse, read_mapping
 
-_VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
+_VARIABLE = re.compile(r"\$\{(\w+)(?::-((?:[^}$]|\$(?!\{))*))?\}")  # a default holds no ${, which also keeps this quick
 
 
 def load_experiment(path_or_name: str | os.PathLike[str], overrides: Sequence[str] = ()) -> ExperimentConfig:
@@ -63,7 +63,8 @@ def _validated(data: dict[str, Any], source: str) -> ExperimentConfig:
     try:
         return ExperimentConfig.model_validate(data)
     except ValidationError as error:
-        raise ConfigurationError(f"{source}:\n{readable(error, redacted(data))}") from error
+        # Without its cause, which quotes the values.
+        raise ConfigurationError(scrubbed(f"{source}:\n{readable(error, redacted(data))}")) from None
 
 
 def _in_its_folder(experiment: ExperimentConfig) -> ExperimentConfig:
@@ -114,7 +115,8 @@ def parse_override(override: str) -> dict[str, Any]:
             f"{override!r} is no override: write key=value, such as seeds=[1,2] or "
             "training.args_override.learning_rate=1e-4."
         )
-    value = parse(text, f"The override {override!r}")
+    remember_literal(key.strip(), _VARIABLE.sub("", text).strip(" []{}\"'"))
+    value = parse(text, f"The override {scrubbed(override)!r}")
     for part in reversed(parts):
         value = {part: value}
     return dict(value)
@@ -128,12 +130,13 @@ def expand_variables(value: Any, key: str = "") -> Any:
         return [expand_variables(item, key) for item in value]
     if not isinstance(value, str):
         return value
+    remember_literal(key, _VARIABLE.sub("", value))
 
     def replace(match: re.Match[str]) -> str:
         name, default = match.groups()
         from_environment = os.environ.get(name)
         if from_environment:
-            remember(name, from_environment)
+            remember(name, from_environment, key)
         found = from_environment or default
         if found is None:
             raise ConfigurationError(

@@ -6,6 +6,7 @@ place, so that it can be repeated where the variable is set.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -17,13 +18,24 @@ _NAMED = re.compile(
 )
 _OF_TOKENIZERS = re.compile(r"(?:pad|eos|bos|unk|sep|cls|mask|image|video|audio)_token$", re.I)
 
+# Keys whose values are names that the package gives: a report reads them again.
+_NAMES_OF_OURS = ("protocol", "dtype", "method", "methods_to_run", "task", "metric", "score", "init_lora_weights")
+
 _values: dict[str, str] = {}  # what was found in the environment, and the variable that it was found under
 
 
-def remember(variable: str, value: str) -> None:
-    """Note that a configuration holds this value of an environment variable."""
+def remember(variable: str, value: str, key: str = "") -> None:
+    """Note that a configuration holds, under a key, this value of an environment variable."""
+    if key.rpartition(".")[2] in _NAMES_OF_OURS and not is_secret_name(variable):
+        return
     if len(value) >= _SHORTEST or (value and is_secret_name(variable)):
         _values[value] = f"${{{variable}}}"
+
+
+def remember_literal(key: str, value: str) -> None:
+    """Note a value that is written out in a file or an override, if its key says that it is a secret."""
+    if len(value) >= _SHORTEST and is_secret_name(key):
+        _values.setdefault(value, HIDDEN)
 
 
 def remembered() -> dict[str, str]:
@@ -41,10 +53,10 @@ def is_secret_name(name: str) -> bool:
 
 
 def scrubbed(text: str) -> str:
-    """The text with `${NAME}` in the place of every remembered value."""
+    """The text with `${NAME}` in the place of every remembered value, as it is or as Python and JSON quote it."""
     for value in sorted(_values, key=len, reverse=True):  # one may be a part of another
-        if value in text:
-            text = text.replace(value, _values[value])
+        for form in (value, repr(value)[1:-1], json.dumps(value)[1:-1]):
+            text = text.replace(form, _values[value])
     return text
 
 
@@ -54,6 +66,8 @@ def redacted(value: Any, key: str = "") -> Any:
         return {scrubbed(str(name)): redacted(item, str(name)) for name, item in value.items()}
     if isinstance(value, list | tuple):
         return [redacted(item, key) for item in value]
+    if isinstance(value, int) and not isinstance(value, bool) and is_secret_name(key):
+        return HIDDEN
     if not isinstance(value, str):
         return value
     clean = scrubbed(value)

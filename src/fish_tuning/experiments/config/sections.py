@@ -308,7 +308,8 @@ class FishTuningConfig(Section):
     def _shares(cls, value: list[float]) -> list[float]:
         if not all(0 < ratio <= 1 for ratio in value):
             raise ValueError("must be numbers above 0, up to 1")
-        return unique(value)
+        unique([f"{ratio:g}" for ratio in value])  # as arms are called
+        return value
 
     @field_validator("top_layers")
     @classmethod

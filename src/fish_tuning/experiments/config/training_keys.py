@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import importlib.util
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,7 @@ def _problem(name: str, value: Any, types: Mapping[str, str]) -> str:
     if not set(kinds) <= _NUMBERS.keys():
         return ""  # strings and structures: TrainingArguments checks them itself
     wanted = {kind for known in kinds for kind in _NUMBERS[known]}
-    if type(value) in wanted:  # exact, because Python counts True among the whole numbers
+    finite = not isinstance(value, float) or math.isfinite(value)
+    if type(value) in wanted and finite:  # exact, because Python counts True among the whole numbers
         return ""
     return f"{key}={value!r}: must be {' or '.join(_WORDS[kind] for kind in kinds)}."

@@ -114,9 +114,11 @@ def parse(text: str, source: str) -> Any:
         finally:
             loader.dispose()
     except yaml.YAMLError as error:
-        raise ConfigurationError(f"{source}{_reason(error)}") from error
+        raise ConfigurationError(f"{source}{_reason(error)}") from None  # its cause quotes lines, maybe with a secret
     except RecursionError as error:
         raise ConfigurationError(f"{source} is nested deeper than {MOST_DEPTH}.") from error
+    except (ValueError, OverflowError) as error:  # PyYAML's own, of escapes and directives with senseless numbers
+        raise ConfigurationError(f"{source} is no YAML: {error}.") from error
 
 
 def _check_size(root: yaml.Node) -> None:
@@ -156,6 +158,8 @@ def _children(node: yaml.Node) -> Iterator[yaml.Node]:
 
 def _reason(error: yaml.YAMLError) -> str:
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
-        mark = error.problem_mark
-        return f", line {mark.line + 1}, column {mark.column + 1}: {error.problem}."
+        mark, problem = error.problem_mark, str(error.problem)
+        if problem.startswith("but "):  # "expected a single document", "but found another document"
+            problem = f"{error.context}, {problem}"
+        return f", line {mark.line + 1}, column {mark.column + 1}: {problem}."
     return f": {str(error).splitlines()[0]}."

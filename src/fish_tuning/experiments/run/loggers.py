@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -77,7 +78,8 @@ def _place_tensorboard(trainer: Trainer, held: list[_HeldOpen], folder: Path) ->
     """Its default is the folder of checkpoints, which may be removed."""
     shutil.rmtree(folder, ignore_errors=True)  # of an earlier configuration: TensorBoard would join the two
     shared = os.environ.get("TENSORBOARD_LOGGING_DIR")
-    own = Path(shared).expanduser() / str(trainer.args.run_name) if shared else folder
+    name = re.sub(r"[/\\]", "_", str(trainer.args.run_name))  # one folder, wherever it would lead
+    own = Path(shared).expanduser() / name if shared else folder
     for callback in held:
         if isinstance(callback.callback, TensorBoardCallback):
             callback.callback.logging_dir = str(own)
