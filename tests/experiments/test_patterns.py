@@ -82,3 +82,12 @@ def test_counts_within_counts_are_not_written_out(pattern: str) -> None:
     with pytest.raises(ValueError, match="repeats its parts more than 100,000 times"):
         compiled(pattern)
     assert matching(r"^(\w{1,20}\.){2,9}query\.", NAMES) == NAMES[:1]
+
+
+@pytest.mark.parametrize(
+    "args", ["{rank_pattern: {'(a+)+$': 4}}", "{modules_to_save: ['.*.*.*.*x']}", "{layers_pattern: '(a|a)*b'}"]
+)
+def test_patterns_that_peft_matches_itself_are_plain(args: str, experiment: Callable[..., ExperimentConfig]) -> None:
+    config = experiment(f"peft.args={args}")
+    with pytest.raises(ConfigurationError, match="PEFT's engine could take for ever"):
+        peft_config(config, config.peft[0], bert(), Variant())

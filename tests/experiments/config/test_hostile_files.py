@@ -64,6 +64,9 @@ REFUSED = {
     "an argument that is no number": "training: {args_override: {learning_rate: .nan}}",
     "two ratios of one name": "protocol: fixed_layers\nfish_tuning: {keep_ratio: [0.1, 0.10000001]}",
     "variables without an end": "name: " + "${a:-" * 10_000,
+    "a key of several lines": '"a\\nb": 1',
+    "a long key": "? " + "k" * 900 + "\n: 1",
+    "numbers that are none, deep down": "model: {name: m, config_overrides: {a: [.nan]}}",
     "a key twice": "lora: {dropout: 0.1, dropout: 0.2}",
     "a folder above": "name: ..",
     "a hidden folder": "name: .x",
@@ -105,6 +108,25 @@ def test_a_long_file_is_refused(load: Any) -> None:
 
 def test_dates_and_marks_of_order_are_texts(load: Any) -> None:
     assert load("\ufeff" + BASE + "name: 2024-01-01")[0].name == "2024-01-01"
+
+
+def test_whole_numbers_are_those_of_yaml_1_2(load: Any) -> None:
+    assert load(BASE + "lora: {fish_rank: 010, baseline_rank: 0x1F}")[0].lora.fish_rank == 10
+    assert load(BASE + "lora: {baseline_rank: 0x1F}")[0].lora.baseline_rank == 31
+    with pytest.raises(ConfigurationError, match=r"seeds='1:30'"):
+        load(BASE + "seeds: 1:30")
+
+
+def test_a_variable_leads_out_of_no_folder(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UP", "../../etc")
+    with pytest.raises(ConfigurationError, match="a variable's value leads to a folder above"):
+        load(BASE + "training: {output_dir: 'results/${UP}'}")
+    assert load(BASE + "training: {output_dir: '${UP}'}")[0].training.output_dir == "../../etc"  # it is the user's own
+
+
+@pytest.mark.parametrize("budget", ["topx", "top\u00b2", "top" + "9" * 5000, "top-1", "top"])
+def test_a_budget_that_is_none_names_no_layers(budget: str) -> None:
+    assert ArmName.parse(f"lora@{budget}").top_layers is None
 
 
 def test_folders_of_data_sets_stay_below(load: Any) -> None:

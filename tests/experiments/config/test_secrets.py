@@ -113,3 +113,9 @@ def test_names_of_ours_stay_readable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ARM", "lora-fish")
     stored = redacted(load_experiment("digits", ["fish_tuning.methods_to_run=['${ARM}']"]).model_dump())
     assert ExperimentConfig.model_validate(stored).arms == ["lora-fish"]
+
+
+def test_a_value_that_is_another_variables_name_is_replaced_once() -> None:
+    remember("A", "HF_TOKEN")
+    remember("HF_TOKEN", SECRET)
+    assert scrubbed(f"{SECRET} HF_TOKEN") == "${HF_TOKEN} ${A}"

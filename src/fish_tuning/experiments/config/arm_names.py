@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -63,7 +64,8 @@ class ArmName:
 
     @property
     def top_layers(self) -> int | None:
-        return int(self.budget.removeprefix("top")) if self.budget.startswith("top") else None
+        found = re.fullmatch(r"top([0-9]{1,4})", self.budget)
+        return int(found[1]) if found else None
 
     @property
     def baseline(self) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from pydantic import ValidationError
@@ -144,7 +144,19 @@ def expand_variables(value: Any, key: str = "") -> Any:
             )
         return found
 
-    return _VARIABLE.sub(replace, value)
+    expanded = _VARIABLE.sub(replace, value)
+    if key == "training.output_dir" and not _VARIABLE.fullmatch(value):
+        _check_stays_below(value, expanded)
+    return expanded
+
+
+def _check_stays_below(written: str, expanded: str) -> None:
+    """Refuse a variable in the middle of a path that leads out of the folder that is written before it."""
+    if PurePath(expanded).parts.count("..") > PurePath(written).parts.count(".."):
+        raise ConfigurationError(
+            f"training.output_dir={written!r}: a variable's value leads to a folder above. Set the variable to a name, "
+            "or write the whole path into it."
+        )
 
 
 def _find(path_or_name: str) -> Path:

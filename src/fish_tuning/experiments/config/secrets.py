@@ -54,10 +54,14 @@ def is_secret_name(name: str) -> bool:
 
 def scrubbed(text: str) -> str:
     """The text with `${NAME}` in the place of every remembered value, as it is or as Python and JSON quote it."""
-    for value in sorted(_values, key=len, reverse=True):  # one may be a part of another
-        for form in (value, repr(value)[1:-1], json.dumps(value)[1:-1]):
-            text = text.replace(form, _values[value])
-    return text
+    forms = {
+        form: told for value, told in _values.items() for form in (value, repr(value)[1:-1], json.dumps(value)[1:-1])
+    }
+    if not forms:
+        return text
+    # In one pass, the longest first: one value may be a part of another, or of what is written for another.
+    any_of_them = re.compile("|".join(re.escape(form) for form in sorted(forms, key=len, reverse=True)))
+    return any_of_them.sub(lambda found: forms[found[0]], text)
 
 
 def redacted(value: Any, key: str = "") -> Any:

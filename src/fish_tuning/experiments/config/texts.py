@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -18,12 +19,15 @@ def text_problems(value: Any, key: str = "") -> Iterator[str]:
     if isinstance(value, Mapping):
         for name, item in value.items():
             inner = f"{key}.{visible(name)}".lstrip(".")
-            if _INVISIBLE.search(name):
-                yield f"{inner}: a key holds a control character."
+            if _INVISIBLE.search(name) or "\n" in name or len(name) > MOST_BYTES_OF_NAME:
+                yield f"{inner.splitlines()[0][:80]}: a key that is longer than a line, or holds a control character."
+                continue
             yield from text_problems(item, inner)
     elif isinstance(value, list):
         for item in value:
             yield from text_problems(item, key)
+    elif isinstance(value, float) and not math.isfinite(value):
+        yield f"{key} is {value}: numbers must be finite."
     elif isinstance(value, str):
         if found := _INVISIBLE.search(value):
             yield f"{key} holds the control character {visible(found[0])}, which no text here needs."

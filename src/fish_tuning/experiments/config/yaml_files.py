@@ -22,7 +22,8 @@ _KINDS = {
     **{"map": "keys and values", "seq": "a list", "merge": "a merge key"},
 }
 _REPLACED = (f"{_CORE}float", f"{_CORE}bool")
-_LEFT_OUT = (f"{_CORE}timestamp", f"{_CORE}value")  # dates are texts, and so is "="
+_LEFT_OUT = (f"{_CORE}timestamp", f"{_CORE}value", f"{_CORE}int")  # dates are texts, and so is "="
+_INT = re.compile(r"^(?:[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+)$")  # 010 is ten, and 1:30 a text
 
 # A file that is passed on must not be able to fill the memory or to keep the reader busy.
 MOST_BYTES = 2**18
@@ -65,6 +66,11 @@ def _refused(problem: str, node: yaml.Node) -> yaml.MarkedYAMLError:
     return yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
 
 
+def _whole_number(text: str) -> int:
+    base = {"0x": 16, "0o": 8}.get(text[:2], 10)
+    return int(text[2:] if base != 10 else text, base)
+
+
 def shortened(text: str, most: int = 60) -> str:
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
@@ -73,6 +79,8 @@ _Loader.yaml_implicit_resolvers = {
     first: [resolver for resolver in resolvers if resolver[0] not in (*_REPLACED, *_LEFT_OUT)]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
+_Loader.add_implicit_resolver(f"{_CORE}int", _INT, list("-+0123456789"))
+_Loader.add_constructor(f"{_CORE}int", lambda _, node: _whole_number(str(node.value)))
 _Loader.add_implicit_resolver(_REPLACED[0], _FLOAT, list("-+0123456789."))
 _Loader.add_implicit_resolver(_REPLACED[1], _BOOL, list("tTfF"))
 

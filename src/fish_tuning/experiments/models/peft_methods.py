@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any
@@ -37,6 +38,9 @@ from fish_tuning.peft_methods import (
 
 # Fields of PEFT's configurations in which a text is a regular expression for the names of modules.
 PATTERN_FIELDS = ("target_modules", "exclude_modules", "feedforward_modules", "prefix_modules")
+# Fields whose texts PEFT hands to an engine that cannot be stopped, and that stand for no list of names.
+_HANDED_ON = ("rank_pattern", "alpha_pattern", "layers_pattern", "modules_to_save")
+_MOST_REPETITIONS = 3
 KEYS_AND_VALUES = ("key", "value", "k_proj", "v_proj", "k_lin", "v_lin", "key_proj", "value_proj")
 
 
@@ -94,6 +98,7 @@ def _names_for_patterns(
 
     PEFT matches them with an engine that cannot be stopped, and some would keep it busy for ever.
     """
+    _check_handed_on(given)
     asked = {name: given.get(name) for name in PATTERN_FIELDS}
     if isinstance(config.lora.target_modules, str) and values.get("target_modules") == config.lora.target_modules:
         asked["target_modules"] = config.lora.target_modules
@@ -113,6 +118,19 @@ def _names_for_patterns(
                     f"{', '.join(linear_names(base))}."
                 )
     return found
+
+
+def _check_handed_on(given: Mapping[str, Any]) -> None:
+    """Refuse patterns that could keep PEFT busy for ever: repetitions of groups, and more than a few repetitions."""
+    for field in _HANDED_ON:
+        value = given.get(field) or ()
+        for pattern in [value] if isinstance(value, str) else list(value):
+            text = str(pattern)
+            if re.search(r"\)[*+?{]", text) or len(re.findall(r"[*+?{]", text)) > _MOST_REPETITIONS:
+                raise ConfigurationError(
+                    f"peft.args.{field}: {text[:80]!r} repeats a group, or repeats more than {_MOST_REPETITIONS} "
+                    "times. PEFT's engine could take for ever on it; name the modules more plainly."
+                )
 
 
 def size_text(config: PeftConfig) -> str:

@@ -29,7 +29,7 @@ def training_arguments(
     }
     try:
         arguments = TrainingArguments(output_dir=str(folder), seed=seed, disable_tqdm=True, **chosen)
-    except (ValueError, TypeError, ImportError) as error:
+    except Exception as error:  # transformers raises whatever a value of the wrong kind leads to
         raise ConfigurationError(f"training.args_override: {error}") from error
     _check_numbers(arguments)
     _check_reports(arguments)
