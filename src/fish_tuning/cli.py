@@ -349,7 +349,7 @@ def _show_results(
         console.print(f"note: {unlearned_note(plan.task.name, runs)}")
     for note in report_notes(config, report_facts(plan, rates), summary):
         console.print(f"note: {note}")
-    written = [str(output_dir / name) for name in FILES if (output_dir / name).exists()]
+    written = [str(path) for path in [*(output_dir / name for name in FILES), *sorted(output_dir.glob("*.png"))]]
     console.print(f"written: {', '.join(written)}", soft_wrap=True)
     console.print()
     console.print(conclusion(runs))

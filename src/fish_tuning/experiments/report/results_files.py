@@ -21,7 +21,7 @@ from fish_tuning.experiments.records.run_record import RunRecord, scrubbed_recor
 from fish_tuning.experiments.report.tables import fact_text, harmless, markdown_table, table_rows
 from fish_tuning.files.atomic import write_atomically
 
-FILES = ("results.json", "results.csv", "results.md", "metric.png", "kept.png")
+FILES = ("results.json", "results.csv", "results.md")  # beside the pictures
 _NOT_IN_CSV = ("kept", "metrics", "loss_curve", "experiment")  # tables of their own; they are in results.json
 
 
@@ -30,7 +30,7 @@ def write_report(
 ) -> list[Path]:
     """Write what is known so far; each file is replaced as a whole, so a reader never sees half of one.
 
-    Pictures are drawn once all runs are there (picture takes longer than writing). Returns the paths written.
+    Pictures are drawn once all runs are there (drawing takes longer than writing). Returns the paths written.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
     summary = summarize(runs)
@@ -38,7 +38,7 @@ def write_report(
     if len(runs) >= _planned(config, plan_facts):
         from fish_tuning.experiments.report.pictures.folder import draw_pictures
 
-        pictures = draw_pictures(config.arms, runs, output_dir)
+        pictures = draw_pictures(plan_facts.get("arms") or config.arms, runs, output_dir)
     texts = {
         "results.json": _json(config, plan_facts, runs, summary),
         "results.csv": _csv(config.name, runs),
