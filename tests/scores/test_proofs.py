@@ -100,6 +100,19 @@ def test_factors_without_any_gradient_stay_with_their_rules() -> None:
     assert_scores_close(scores, reference_fisher(model, batch))
 
 
+@pytest.mark.parametrize("fisher_type", ["empirical", "expected"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.1)])
+def test_weighted_passes_give_the_same_scores(
+    dtype: torch.dtype, tolerance: float, checkpointing: bool, fisher_type: str
+) -> None:
+    model, loader = lora(bert(), init_lora_weights=True).to(dtype), rebatch(classification_batch(), 2)
+    by_loop = scored(model, loader, method="loop", fisher_type=fisher_type)
+    if checkpointing:
+        model.train().activation_checkpointing_enable()
+    assert_scores_close(scored(model, loader, fisher_type=fisher_type), by_loop, tolerance)
+
+
 class Gated(PastTheLayer):
     """The same rows, but the layer is called: its rule is right."""
 
