@@ -49,7 +49,9 @@ def calculate_fisher_information(
 
     Args:
         model: any model whose forward pass takes the batch as keyword arguments and returns `logits`. All tensors with
-            `requires_grad` are scored.
+            `requires_grad` are scored, in the precision that the weights have: an autocast that accelerate has left in
+            the model is off meanwhile, one that you open around the call counts. DDP, DataParallel, `torch.compile` and
+            an FSDP that shards nothing are looked through.
         calibration_dataloader: gives mappings of tensors with `labels`, as transformers' collators do; any batch size.
         device: where to compute. The model is moved there. Default: where its first trainable tensor is.
         num_samples: stop after that many examples. Default: all of the loader.
@@ -58,8 +60,8 @@ def calculate_fisher_information(
             class) and regression.
         token_reduction: for token-wise tasks, whether an example's loss is the "mean" or the "sum" over its tokens.
             Padding and labels of -100 never count.
-        method: "auto" squares gradients by per-layer rules in batches. Each rule is checked on your model against the
-            plain gradient of one example, and whatever no rule covers goes through the loop; the log says what went
+        method: "auto" squares gradients by per-layer rules in batches. Each rule is checked on your model against
+            plain gradients; what no rule covers, or a rule fails on, goes through the loop, and the log says what went
             where. "loop" forces one backward pass an example: the slow reference.
         loss_fn: `loss_fn(outputs, batch)` giving the (n,) loss of each example, for tasks not known here. It must form
             each example's loss from that example alone. Only with fisher_type="empirical".
@@ -71,10 +73,15 @@ def calculate_fisher_information(
         progress: show a progress bar.
 
     Returns:
-        {name as in `model.named_parameters()`: scores of the same shape}.
+        {name as in `model.named_parameters()`: scores of the same shape}. For a wrapped model they are the names of the
+        module within, as `apply_mask` takes them.
 
     Raises:
-        FisherError: nothing to train or to calibrate on, missing labels, an unknown task, or a loss that is not finite.
+        FisherError: nothing to train or to calibrate on, an unknown task, labels that are missing, out of range or do
+            not count, or a loss or score that is not finite; it names the example or the tensor.
+
+    Warns:
+        FishTuningWarning: a rule failed on this model. The scores are exact all the same, but slower to get.
 
     Example:
         >>> import torch

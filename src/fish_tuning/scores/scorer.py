@@ -110,8 +110,10 @@ class Scorer:
         self.probes.backward(losses, self.scores, check, stand_ins.values())
         failed = dict(self.probes.broken)
 
+        tolerance = self._tolerance()
+
         def compare(names: Iterable[str], rule: Checksums, plain: Checksums, floor: float) -> Comparison:
-            return Comparison.of([name for name in names if name not in failed], rule, plain, self._tolerance(), floor)
+            return Comparison.of([name for name in names if name not in failed], rule, plain, tolerance, floor)
 
         in_row = compare(new, check.of_row, alone, floor)
         floor = size * self._floor(together, size)

@@ -1,0 +1,50 @@
+"""Checksums of squares, and what their comparison says."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fish_tuning.scores.checks import Comparison, checksum, random_weights
+
+
+def test_checksums_tell_apart_what_is_only_moved() -> None:
+    one, other = checksum(torch.tensor([[1.0, 2.0], [3.0, 4.0]])), checksum(torch.tensor([[1.0, 3.0], [2.0, 4.0]]))
+    assert one[0] == other[0] == 10
+    assert one[1] != other[1]
+
+
+def test_checksum_tells_the_place_of_the_entries() -> None:
+    squares = torch.rand(3, 4)
+    turned = squares.flip(1)
+    assert checksum(squares)[0] == pytest.approx(float(checksum(turned)[0]))
+    assert checksum(squares)[1] != pytest.approx(float(checksum(turned)[1]), rel=1e-3)
+    assert checksum(torch.zeros(0)).tolist() == [0, 0]
+
+
+def test_sparse_squares_have_the_checksum_of_the_dense_ones() -> None:
+    dense = torch.zeros(5, 3)
+    dense[[1, 4]] = torch.rand(2, 3)
+    assert torch.allclose(checksum(dense.to_sparse(1).coalesce()), checksum(dense))
+
+
+def test_weights_are_far_from_zero_and_the_same_for_the_same_batch() -> None:
+    weights = random_weights(100, seed=3)
+    assert weights.abs().min() >= 1
+    assert weights.abs().max() < 2
+    assert (weights > 0).any()
+    assert (weights < 0).any()
+    assert torch.equal(weights, random_weights(100, seed=3))
+
+
+def test_comparison() -> None:
+    plain = {"same": torch.tensor([4.0, 2.0]), "other": torch.tensor([4.0, 2.0]), "moved": torch.tensor([4.0, 2.0]),
+             "tiny": torch.tensor([1e-9, 1e-9]), "missed": torch.tensor([4.0, 2.0]),
+             "nan": torch.tensor([float("nan"), 0.0])}  # fmt: skip
+    rule = plain | {"other": torch.tensor([4.1, 2.0]), "moved": torch.tensor([4.0, 2.1]),
+                    "tiny": torch.tensor([0.0, 0.0])}  # fmt: skip
+    del rule["missed"]
+    found = Comparison.of([*plain, "neither"], rule, plain, tolerance=1e-3, floor=1e-5)
+    assert found.right == {"same"}
+    assert found.agree == {"same", "tiny", "neither"}
+    assert found.disagree == {"other", "moved", "missed", "nan"}

@@ -1,0 +1,187 @@
+"""A rule counts only once an example has proven it; until then the gradient of the whole batch must agree."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from tiny import (
+    Batch,
+    assert_scores_close,
+    bert,
+    causal_batch,
+    classification_batch,
+    llama,
+    lora,
+    rebatch,
+    reference_fisher,
+)
+from torch import Tensor, nn
+from transformers import MambaConfig, MambaForCausalLM
+
+from fish_tuning import FishTuningWarning, calculate_fisher_information, register_rule
+from fish_tuning.scores.layer_rules import _RULES
+
+
+def scored(model: nn.Module, loader: Batch | list[Batch], **kwargs: object) -> dict[str, Tensor]:
+    batches = [loader] if isinstance(loader, dict) else loader
+    return calculate_fisher_information(model, batches, progress=False, **kwargs)  # type: ignore[arg-type]
+
+
+class PastTheLayer(nn.Module):
+    """A layer whose weight is used without a call of it, and on rows alone whose first entry is positive."""
+
+    loss_type = "ForSequenceClassification"
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.head = nn.Linear(6, 6, bias=False), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> object:
+        awake = (x[:, :1] > 0).float()
+        logits = self.head(x + awake * nn.functional.linear(x, self.layer.weight))
+        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
+        return type("Output", (), {"logits": logits, "loss": loss})()
+
+
+@pytest.mark.parametrize("awake", [1, 5, 7], ids=["first batch", "later batch", "last batch"])
+@pytest.mark.parametrize("twice", [False, True], ids=["one row", "two equal rows"])
+def test_a_weight_used_past_its_layer_is_caught_in_whichever_row(awake: int, twice: bool) -> None:
+    x = torch.randn(8, 6, generator=torch.Generator().manual_seed(1))
+    x[:, 0] = -1.0
+    labels = torch.arange(8) % 3
+    x[awake, 0] = 1.0
+    if twice:
+        x[awake - 1], labels[awake - 1] = x[awake], labels[awake]
+    model, batch = PastTheLayer(), {"x": x, "labels": labels}
+    reference = reference_fisher(model, batch)
+    assert reference["layer.weight"].any()
+    with pytest.warns(FishTuningWarning, match=r"1 of 3 tensors, e\.g\. 'layer\.weight': its rule does not agree"):
+        assert_scores_close(scored(model, rebatch(batch, 2)), reference)
+
+
+@pytest.mark.parametrize("lengths", [(5, 9, 3, 7), (2, 9, 9, 9)])
+def test_mamba(lengths: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    config = MambaConfig(
+        vocab_size=40, hidden_size=16, num_hidden_layers=2, state_size=4, intermediate_size=32, time_step_rank=2,
+        pad_token_id=0, initializer_range=0.3,
+    )  # fmt: skip
+    model, batch = MambaForCausalLM(config).eval(), causal_batch(lengths)
+    with pytest.warns(FishTuningWarning, match=r"dt_proj\.weight"):
+        assert_scores_close(scored(model, batch), scored(model, batch, method="loop"))
+
+
+def passes(model: nn.Module, loader: list[Batch]) -> list[int]:
+    """How many examples each forward pass of a scoring has."""
+    sizes: list[int] = []
+    handle = model.register_forward_pre_hook(
+        lambda _, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FishTuningWarning)
+        scored(model, loader)
+    handle.remove()
+    return sizes
+
+
+def test_one_example_alone_proves_the_rules_of_lora() -> None:
+    assert passes(lora(bert()), rebatch(classification_batch((5, 9, 3, 7) * 2), 4)) == [1, 4, 4]
+
+
+def test_factors_without_any_gradient_stay_with_their_rules() -> None:
+    # B = 0: no example ever gives A a gradient, and none needs to be looked at alone for it again.
+    model, batch = lora(bert(), init_lora_weights=True), classification_batch((5, 9, 3, 7) * 2)
+    assert passes(model, rebatch(batch, 4)) == [1, 4, 4]
+    scores = scored(model, rebatch(batch, 4))
+    assert all(bool(score.any()) != ("lora_A" in name) for name, score in scores.items())
+    assert_scores_close(scores, reference_fisher(model, batch))
+
+
+@pytest.mark.parametrize("fisher_type", ["empirical", "expected"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.1)])
+def test_weighted_passes_give_the_same_scores(
+    dtype: torch.dtype, tolerance: float, checkpointing: bool, fisher_type: str
+) -> None:
+    model, loader = lora(bert(), init_lora_weights=True).to(dtype), rebatch(classification_batch(), 2)
+    by_loop = scored(model, loader, method="loop", fisher_type=fisher_type)
+    if checkpointing:
+        model.train().activation_checkpointing_enable()
+    assert_scores_close(scored(model, loader, fisher_type=fisher_type), by_loop, tolerance)
+
+
+class Gated(PastTheLayer):
+    """The same rows, but the layer is called: its rule is right."""
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> object:
+        logits = self.head(x + (x[:, :1] > 0).float() * self.layer(x).tanh())
+        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
+        return type("Output", (), {"logits": logits, "loss": loss})()
+
+
+def test_a_right_rule_is_proven_by_the_first_batch_that_has_a_gradient() -> None:
+    x = torch.randn(8, 6, generator=torch.Generator().manual_seed(1))
+    x[:, 0] = -1.0
+    x[3, 0] = 1.0
+    model, batch, sizes = Gated(), {"x": x, "labels": torch.arange(8) % 3}, []
+    reference = reference_fisher(model, batch)
+    model.register_forward_pre_hook(lambda _, args, kwargs: sizes.append(len(kwargs["x"])), with_kwargs=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FishTuningWarning)
+        assert_scores_close(scored(model, rebatch(batch, 2)), reference)
+    assert sizes == [1, 2, 2, 1, 1, 2, 2]  # the second batch's examples are looked at alone, and none after it
+
+
+def test_what_never_had_a_rule_is_no_warning(caplog: pytest.LogCaptureFixture) -> None:
+    model, batch = llama(tie_word_embeddings=True), causal_batch()
+    with caplog.at_level("INFO", "fish_tuning"), warnings.catch_warnings():
+        warnings.simplefilter("error", FishTuningWarning)
+        scored(model, batch)
+    assert "1 tensors by the loop (no rule)" in caplog.text
+
+
+class Scale(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((6,), 0.7))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight
+
+
+class Scaled(PastTheLayer):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = Scale()  # type: ignore[assignment]
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> object:
+        logits = self.head(self.layer(x).tanh())
+        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
+        return type("Output", (), {"logits": logits, "loss": loss})()
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.01], ids=["right", "wrong"])
+def test_a_rule_of_the_users_own(
+    factor: float, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("fish_tuning.scores.layer_rules._RULES", dict(_RULES))
+
+    @register_rule(Scale)
+    def scale(module: nn.Module, x: Tensor, g: Tensor) -> dict[str, Tensor]:
+        return {"weight": factor * (x * g).sum(1).square().sum(0)}
+
+    batch = {"x": torch.randn(4, 6, generator=torch.Generator().manual_seed(1)), "labels": torch.arange(4) % 3}
+    with caplog.at_level("INFO", "fish_tuning"), warnings.catch_warnings(record=True) as given:
+        warnings.simplefilter("always")
+        assert_scores_close(scored(Scaled(), batch), reference_fisher(Scaled(), batch))
+    assert f"{3 if factor == 1 else 2} tensors by batched rules" in caplog.text
+    assert any(issubclass(warning.category, FishTuningWarning) for warning in given) == (factor != 1)
+
+
+def test_the_warning_points_at_the_callers_line() -> None:
+    with pytest.warns(FishTuningWarning) as given:
+        calculate_fisher_information(bert(), [classification_batch(side="left")], progress=False)
+    assert {warning.filename for warning in given if warning.category is FishTuningWarning} == {__file__}
