@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from fish_tuning.errors import ConfigurationError, FishTuningError
+from fish_tuning.experiments.config import secrets
 from fish_tuning.experiments.config.experiment import ExperimentConfig
 from fish_tuning.experiments.run import engines
 from fish_tuning.experiments.run.plan import plan_experiment
@@ -111,14 +112,15 @@ def test_workers_get_the_shard_and_no_run_kills_them_for_ever(
 ) -> None:
     config, ray = experiment("fish_tuning.methods_to_run=[lora, lora-fish]", "seeds=[1, 2, 3]"), Ray()
     monkeypatch.setattr(engines, "_ray", lambda: ray)
-    engines.run_on_ray(config, plan_experiment(config), workers=2, shard=Shard(2, 3), since=7.0)
-    assert [(shard, since) for _, shard, since in ray.calls] == [((2, 3), 7.0)] * 2
+    monkeypatch.setattr(secrets, "_values", {"hf_secret": "${TOKEN}"})
+    engines.run_on_ray(config, plan_experiment(config), 2, Shard(2, 3), 7.0, ("my_module",))
+    assert [call[1:] for call in ray.calls] == [((2, 3), 7.0, {"hf_secret": "${TOKEN}"}, ["my_module"])] * 2
     assert ray.options["max_retries"] == 2 * 2 + 1  # two runs in this shard, of which each may kill two workers
 
 
 def test_workers_do_their_shard_alone(experiment: MakeExperiment, tmp_path: Path) -> None:
     config = experiment("fish_tuning.methods_to_run=[lora, lora-fish]")
-    engines._work(config.model_dump(mode="json"), (2, 2), time.time())
+    engines._work(config.model_dump(mode="json"), (2, 2), time.time(), {}, [])
     assert [path.stem for path in (tmp_path / "results" / "runs").iterdir()] == ["lora-fish-seed1"]
 
 

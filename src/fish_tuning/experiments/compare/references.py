@@ -50,7 +50,7 @@ def _constant_row(constant: float, runs: Sequence[RunRecord], metric: str) -> Ar
         metric=metric,
         n_ok=0,
         n_failed=0,
-        trainable_parameters=0,
+        trainable_parameters=None,
         kept_parameters=None,
         head_parameters=None,
         mean=constant,

@@ -121,9 +121,10 @@ def console_tables(summary: Sequence[ArmSummary], width: int, title: str | None 
     if sum(column.width or 0 for column in whole.columns) + 2 * (len(headers) - 1) <= width:  # two between columns
         return [whole]
     results, costs = range(3), (0, *range(3, len(headers)))
+    measured = [row for row in rows if {row[i] for i in costs[1:]} != {"-"}]
     return [
-        plain_table([headers[i] for i in columns], [[row[i] for i in columns] for row in rows], title=title)
-        for columns, title in ((results, title), (costs, None))
+        plain_table([headers[i] for i in columns], [[row[i] for i in columns] for row in shown], title=title)
+        for columns, shown, title in ((results, rows, title), (costs, measured, None))
     ]
 
 
