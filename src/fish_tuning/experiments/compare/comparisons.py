@@ -102,7 +102,7 @@ def choice_pairs(arms: Iterable[str]) -> list[tuple[str, str]]:
     """Each arm that Fisher scores choose, with those of its method and budget chosen at random and in reverse."""
     known = list(dict.fromkeys(arms))
     names = [ArmName.parse(arm) for arm in known]
-    chosen = [name for name in names if name.selection is not None and name.selection.method == "fish"]
+    chosen = [name for name in names if name.selection is not None and name.selection.name == "fish"]
     pairs = [(str(name), str(replace(name, suffix=control))) for control in CONTROLS for name in chosen]
     return [pair for pair in pairs if pair[1] in known]
 

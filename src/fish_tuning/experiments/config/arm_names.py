@@ -12,7 +12,7 @@ from fish_tuning.masks.selections import SELECTIONS as REGISTERED
 class Selection(NamedTuple):
     """How a masked arm chooses its entries; see `create_mask_from_fisher`."""
 
-    method: str  # its argument: a name in the table of selections
+    name: str  # of the selection, as `method` of that function takes it
     quotas: bool = False
     normalize: bool = False
 

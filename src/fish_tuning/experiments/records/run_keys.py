@@ -87,7 +87,7 @@ def _arm_parts(config: ExperimentConfig, arm: ArmPlan) -> dict[str, Any]:
     if selection is not None:
         parts["names_to_exclude"] = config.lora.names_to_exclude
         parts |= {"quotas": config.fish_tuning.quotas} if selection.quotas else {}
-        if SELECTIONS.find(selection.method).needs_scores:
+        if SELECTIONS.find(selection.name).needs_scores:
             parts |= {"score": config.fish_tuning.score, "num_samples": config.fish_tuning.num_samples}
             parts |= {"warmup_steps": config.warmup_steps(arm.method)}
     return parts

@@ -68,7 +68,7 @@ def run_arm(
 
 def needs_scores(arm: ArmPlan) -> bool:
     selection = ArmName.parse(arm.arm).selection
-    return selection is not None and SELECTIONS.find(selection.method).needs_scores
+    return selection is not None and SELECTIONS.find(selection.name).needs_scores
 
 
 def choose_mask(context: Context, arm: ArmPlan, seed: int, model: Any, calibration: Calibration | None) -> Mask | None:
@@ -84,7 +84,7 @@ def choose_mask(context: Context, arm: ArmPlan, seed: int, model: Any, calibrati
         scores,
         names_to_exclude=names_outside_pool(context.config, context.plan.task),
         num_trainable=arm.trainable_parameters,
-        method=selection.method,
+        method=selection.name,
         quotas=(context.config.fish_tuning.quotas or "module_type") if selection.quotas else None,
         normalize="module_type" if selection.normalize else None,
         seed=seed,

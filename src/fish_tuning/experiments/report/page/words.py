@@ -7,7 +7,7 @@ from pathlib import PurePath
 
 from fish_tuning.experiments.compare import numbers, references
 from fish_tuning.experiments.compare.comparisons import SIGNIFICANT, Comparison
-from fish_tuning.experiments.config.arm_names import CONTROLS, ArmName
+from fish_tuning.experiments.config.arm_names import CONTROLS, HEAD_ALONE, ArmName
 from fish_tuning.experiments.report.page.differences import signed, spoken_difference
 from fish_tuning.experiments.report.page.results import Results, Score
 from fish_tuning.experiments.report.tables import human_bytes
@@ -21,7 +21,7 @@ _CONTROLS = dict(zip(CONTROLS, ("at random", "in reverse"), strict=True))
 
 def question(results: Results) -> str:
     """What was compared on what, in a sentence."""
-    methods = list(dict.fromkeys(ArmName.parse(arm).method for arm in results.arms))
+    methods = list(dict.fromkeys(ArmName.parse(arm).method for arm in results.arms if arm != HEAD_ALONE))
     masked = [arm for arm in results.arms if ArmName.parse(arm).suffix]
     models = list(dict.fromkeys(PurePath(run.model).name for run in results.runs if run.model))
     where = f"on {listed(results.tasks)}" + (f" with {listed(models)}" if models else "")
