@@ -33,6 +33,7 @@ if __name__ == "__main__":
 
 import yaml
 from folders import write_bert, write_sentences
+from tqdm import tqdm
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
@@ -354,12 +355,12 @@ def run_all(root: Path, kills: int, damages: int, seed: int = 0) -> Tally:
     """`kills` runs that die in one of three ways, full disks at a quarter as many events, and `damages` files."""
     faults = Faults(root, seed)
     ways = (faults.killed, faults.killed_over, faults.two_workers)
-    for index, fault in enumerate(faults.moments(kills)):
+    for index, fault in enumerate(tqdm(list(faults.moments(kills)), desc="kills", disable=None)):
         ways[index % 4 % 3](fault)
-    for _ in range(kills // 4):
+    for _ in tqdm(range(kills // 4), desc="full disks", disable=None):
         faults.full_disk(faults.random.randrange(1, faults.events + 1))
     files = faults.files()
-    for index in range(damages):
+    for index in tqdm(range(damages), desc="damaged files", disable=None):
         faults.damaged(files[index % len(files)])
     return faults.tally
 
