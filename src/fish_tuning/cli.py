@@ -187,7 +187,7 @@ def run_command(config: str, overrides: list[str], how: How = HERE) -> int:
         os.environ.setdefault(name, value)
     # Where bitsandbytes is installed it warns of a faster kernel at every start, wanted or not.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    from fish_tuning.errors import FishTuningError
+    from fish_tuning.errors import ConfigurationError, FishTuningError, MaskError
 
     signal.signal(signal.SIGTERM, _interrupt)  # batch systems stop a job with it
     try:
@@ -199,7 +199,7 @@ def run_command(config: str, overrides: list[str], how: How = HERE) -> int:
             return _run(config, overrides, how)
     except FishTuningError as error:
         _tell(f"error: {error}", err=True)
-        return WRONG_USE
+        return WRONG_USE if isinstance(error, ConfigurationError | MaskError) else FAILED
     except OSError as error:
         return _told_full(error, "What is finished is kept; make room, and the same command goes on.")
     except KeyboardInterrupt:
