@@ -111,32 +111,6 @@ def test_any_content_comes_back(content: Any, tmp_path: Path) -> None:
     assert (tmp_path / "file").read_bytes() == first
 
 
-def damaged(whole: bytes, damage: list[tuple[str, int, bytes]]) -> bytes:
-    for kind, where, data in damage:
-        at = where % (len(whole) + 1)
-        if kind == "flip" and whole:
-            at %= len(whole)
-            whole = whole[:at] + bytes([whole[at] ^ (1 << where % 8)]) + whole[at + 1 :]
-        elif kind == "cut":
-            whole = whole[:at]
-        elif kind == "insert":
-            whole = whole[:at] + data + whole[at:]
-        else:
-            whole = whole[:at] + data + whole[at + len(data) :]
-    return whole
-
-
-damages = st.lists(
-    st.tuples(
-        st.sampled_from(["flip", "flip", "flip", "cut", "insert", "overwrite"]),
-        st.integers(0, 10**6),
-        st.binary(min_size=1, max_size=4) | st.sampled_from([b"9", b"[", b'"', b"{}", b"1e9", b"\\u0000"]),
-    ),
-    min_size=1,
-    max_size=3,
-)
-
-
 @EITHER
 def test_any_damage_is_seen_or_changes_nothing(
     write: Callable[..., Any], load: Callable[[Path], Any], content: Any, tmp_path: Path
@@ -145,9 +119,9 @@ def test_any_damage_is_seen_or_changes_nothing(
     whole = (tmp_path / "file").read_bytes()
 
     @fuzz.settings()
-    @given(damage=damages)
-    def test(damage: list[tuple[str, int, bytes]]) -> None:
-        (tmp_path / "file").write_bytes(damaged(whole, damage))
+    @given(damage=fuzz.damages)
+    def test(damage: fuzz.Damage) -> None:
+        (tmp_path / "file").write_bytes(fuzz.damaged(whole, damage))
         try:
             loaded = load(tmp_path / "file")
         except MaskError as error:

@@ -6,20 +6,18 @@ import json
 import math
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
+
+from pydantic import TypeAdapter
 
 from fish_tuning.errors import ConfigurationError, RecordError
 from fish_tuning.experiments.records.run_record import RunRecord
 from fish_tuning.files.sealed_json import read_sealed
 
 _NOT_SEARCHED = ("adapters", "checkpoints", "locks", "runs", "selection")
-_TEXTS = ("arm", "status", "metric", "task", "model", "experiment", "peak_memory_of", "config_hash")
-_NUMBERS = (
-    *("value", "trainable_parameters", "train_seconds", "fisher_seconds", "peak_memory_bytes"),
-    *("optimizer_state_bytes", "adapter_bytes", "learning_rate"),
-)
 
 
 @dataclass(frozen=True)
@@ -132,19 +130,16 @@ def _record(data: Any, source: str, notes: list[str]) -> RunRecord | None:
         # Where results.json stands for the files, a loss that was not finite is null.
         curve = [point for point in data.get("loss_curve") or [] if None not in point]
         run = RunRecord.from_dict(data | {"loss_curve": curve})
-        _check(run)
-    except (TypeError, ValueError, AttributeError, KeyError, OverflowError):
+        return _kinds().validate_python(asdict(run))
+    except (TypeError, ValueError, AttributeError, KeyError, OverflowError):  # pydantic's are ValueErrors
         notes.append(f"{source} was left out: it is not the record of a run.")
         return None
-    return run
 
 
-def _check(run: RunRecord) -> None:
-    texts = all(isinstance(getattr(run, name), str) for name in _TEXTS)
-    numbers = all(isinstance(getattr(run, name), int | float | None) for name in _NUMBERS)
-    shares = all(isinstance(share.kept, int) and isinstance(share.total, int) for share in run.kept)
-    if not (texts and numbers and shares and isinstance(run.seed, int) and isinstance(run.metrics, dict)):
-        raise TypeError("fields of another type")
+@cache
+def _kinds() -> TypeAdapter[RunRecord]:
+    """Tells whether every field is of the kind that a record has there."""
+    return TypeAdapter(RunRecord)
 
 
 def _completed(run: RunRecord, name: str, config: dict[str, Any], facts: dict[str, Any]) -> RunRecord:
