@@ -97,6 +97,14 @@ def satterthwaite(data: Tasks) -> Array:
     return _known(_t_p(mean, shares.sum(0) / len(data) ** 2, degrees), shares)
 
 
+def reduced_degrees(data: Tasks) -> Array:
+    """Satterthwaite's degrees are too many where few seeds tell which task is the noisiest; 0.85 of them are not."""
+    mean, shares, nu = _parts(data)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        degrees = np.maximum(nu.min(), 0.85 * shares.sum(0) ** 2 / (shares**2 / nu).sum(0))
+    return _known(_t_p(mean, shares.sum(0) / len(data) ** 2, degrees), shares)
+
+
 def unbiased_degrees(data: Tasks) -> Array:
     """Welch 1947: squares of estimated variances are too large by (nu + 2) / nu, which makes the degrees too few."""
     mean, shares, nu = _parts(data)
@@ -188,6 +196,7 @@ def bootstrap_t(data: Tasks, resamples: int = 200) -> Array:
 
 STATISTICS: dict[str, Callable[[Tasks], Array]] = {
     "t, Satterthwaite": satterthwaite,
+    "t, 0.85 of its degrees": reduced_degrees,
     "t, unbiased degrees": unbiased_degrees,
     "t, fewest degrees": fewest_degrees,
     "t, skew-adjusted": skew_adjusted,
@@ -197,6 +206,7 @@ STATISTICS: dict[str, Callable[[Tasks], Array]] = {
 }
 OF_FAMILIES: dict[str, Callable[[Tasks], Array]] = {
     "t, Satterthwaite": satterthwaite,
+    "t, 0.85 of its degrees": reduced_degrees,
     "t, unbiased degrees": unbiased_degrees,
     "variance pooled over arms": pooled_arms,
     "moderated variances": moderated,
@@ -311,13 +321,13 @@ def families(size: int) -> str:
 
 
 def corrections(size: int) -> str:
-    """Holm beside Bonferroni on the unbiased t: false findings, real ones, intervals that hold."""
+    """Holm beside Bonferroni on the t with reduced degrees: false findings, real ones, intervals that hold."""
     rows = []
     for number, (arms, (tasks, seeds)) in enumerate(product((1, 3, 7), [(1, 3), (1, 5), (3, 3), (6, 3), (6, 5)])):
         real = (arms + 1) // 2
         data = family(np.random.default_rng(300 + number), arms, tasks, seeds, size, np.ones(arms), real)
         centred = [x - np.where(np.arange(arms) < real, 4.0 / tasks**0.5, 0.0)[:, None] for x in data]
-        p, true = unbiased_degrees(data), unbiased_degrees(centred)
+        p, true = reduced_degrees(data), reduced_degrees(centred)
         cells = []
         for levels in (np.full_like(p, ALPHA / arms), holm_levels(p)):
             found = p <= levels

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fish_tuning.errors import ConfigurationError
+from fish_tuning.experiments.compare import paired
 from fish_tuning.experiments.compare.comparisons import (
     SIGNIFICANT,
     Comparison,
@@ -135,8 +136,11 @@ def test_estimate_of_one_task_is_a_paired_t_test() -> None:
     assert found.interval(0.1) == pytest.approx(tuple(slow.confidence_interval(0.9)))
 
 
-def test_estimate_of_two_tasks_is_welchs() -> None:
+def test_estimate_of_two_tasks_is_welchs_with_fewer_degrees(monkeypatch: pytest.MonkeyPatch) -> None:
     from scipy.stats import ttest_ind
+
+    reduced = estimate([[0.01, 0.05, -0.02, 0.04], [0.3, 0.1, 0.25]])
+    monkeypatch.setattr(paired, "REDUCTION", 1.0)
 
     first, second = [0.01, 0.05, -0.02, 0.04], [0.3, 0.1, 0.25]
     # The sum of two means is the difference to the mirrored second, for which scipy has Welch's test.
@@ -144,6 +148,8 @@ def test_estimate_of_two_tasks_is_welchs() -> None:
     bounds = welch.confidence_interval(0.9)
     found = estimate([first, second])
     assert found is not None
+    assert reduced is not None
+    assert reduced.degrees == pytest.approx(max(2, 0.85 * found.degrees))
     assert found.p == pytest.approx(welch.pvalue)
     assert found.interval(0.1) == pytest.approx((bounds.low / 2, bounds.high / 2))
     # A task without spread adds no error; tasks that are equally noisy add their degrees of freedom: t(.975, 4).
