@@ -284,10 +284,13 @@ def _run_one(config: ExperimentConfig, plan: Plan, how: How, shard: Shard) -> in
 
 def _writable(folder: Path) -> Path:
     from fish_tuning.errors import ConfigurationError
+    from fish_tuning.files.atomic import DISK_FULL
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
+        if error.errno in DISK_FULL:
+            raise
         raise ConfigurationError(f"training.output_dir: cannot make the folder {folder}: {error.strerror}") from error
     return folder
 
