@@ -69,7 +69,7 @@ def peak_of_own_process(script: str, *args: str) -> int:
 
 def print_rise(run: Callable[[], object], device: str) -> None:
     """What a `--peak` process does: print how far `run` rises above what was in use before it."""
-    peak = PeakMemory("gpu" if device.startswith("cuda") else "process")
+    peak = PeakMemory(torch.device(device))
     before = peak.bytes()
     run()
     print(json.dumps({"peak_bytes": peak.bytes() - before}))
