@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from fish_tuning.sparse.masked_tensors import count_trainable_parameters, get_mask, is_masked
     from fish_tuning.sparse.shira import create_shira_config
     from fish_tuning.training.checkpoints import last_checkpoint
+    from fish_tuning.training.head_rate import set_head_learning_rate
     from fish_tuning.training.reporting import report_figures
     from fish_tuning.training.trainer import FishMaskCallback, FishTuningTrainer
 
@@ -54,6 +55,7 @@ _PUBLIC = {
     "FishMaskCallback": "training.trainer",
     "last_checkpoint": "training.checkpoints",
     "report_figures": "training.reporting",
+    "set_head_learning_rate": "training.head_rate",
     "apply_mask": "sparse.applying",
     "remove_mask": "sparse.applying",
     "synchronize_mask": "sparse.applying",
@@ -115,6 +117,7 @@ __all__ = [
     "report_figures",
     "save_delta",
     "save_mask",
+    "set_head_learning_rate",
     "synchronize_mask",
 ]
 

@@ -11,7 +11,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from fish_tuning.sparse.masked_tensors import count_trainable_parameters, get_mask, is_masked
 
-_HEAD = "modules_to_save"  # how PEFT names what trains as a whole, outside the pool
+HEAD = "modules_to_save"  # how PEFT names what trains as a whole, outside the pool
 
 
 def report_figures(trainer: Trainer, figures: Mapping[str, float] | None = None) -> None:
@@ -43,7 +43,7 @@ def report_figures(trainer: Trainer, figures: Mapping[str, float] | None = None)
 def mask_figures(model: nn.Module) -> dict[str, float]:
     """`trainable_parameters`, and `keep_ratio` where a mask is applied."""
     figures: dict[str, float] = {"trainable_parameters": count_trainable_parameters(model)}
-    pool = [selected for name, selected in get_mask(model).items() if _HEAD not in name] if is_masked(model) else []
+    pool = [selected for name, selected in get_mask(model).items() if HEAD not in name] if is_masked(model) else []
     if pool:
         kept = sum(int(selected.sum()) for selected in pool)
         figures["keep_ratio"] = kept / sum(selected.numel() for selected in pool)

@@ -18,6 +18,7 @@ from fish_tuning.sparse.adapter_names import idle_names
 from fish_tuning.sparse.applying import apply_mask, synchronize_mask
 from fish_tuning.sparse.masked_tensors import get_mask, replaced_parameters, trains_masked
 from fish_tuning.training.checkpoints import check_mask, checkpoint_folders, find_fault, last_checkpoint, same_selection
+from fish_tuning.training.head_rate import set_head_learning_rate
 from fish_tuning.training.reporting import report_figures
 
 
@@ -107,11 +108,14 @@ class FishTuningTrainer(Trainer):
         args: TrainingArguments.
         mask: {parameter name: bool tensor}, from `create_mask_from_fisher`.
         figures: further figures to log, such as `{"fisher_seconds": seconds}`; see `report_figures`.
+        head_learning_rate: a learning rate of its own for the head; see `set_head_learning_rate`. Default:
+            `args.learning_rate`, as all else.
         **kwargs: everything else that Trainer takes (`train_dataset`, `processing_class`, `data_collator`, ...), but
             `model_init`: a mask belongs to one model.
 
     Raises:
-        MaskError: the mask does not fit the model, or the checkpoint to resume from was trained with another mask.
+        MaskError: the mask does not fit the model, the checkpoint to resume from was trained with another mask, or
+            `head_learning_rate` without a head.
 
     Example:
         >>> trainer = FishTuningTrainer(
@@ -127,6 +131,7 @@ class FishTuningTrainer(Trainer):
         *,
         mask: Mapping[str, Tensor],
         figures: Mapping[str, float] | None = None,
+        head_learning_rate: float | None = None,
         **kwargs: Any,
     ) -> None:
         if kwargs.get("model_init") is not None:
@@ -136,6 +141,8 @@ class FishTuningTrainer(Trainer):
         self.mask = dict(mask)
         super().__init__(model=model, args=args, callbacks=callbacks, **kwargs)
         report_figures(self, figures)
+        if head_learning_rate is not None:
+            set_head_learning_rate(self, head_learning_rate)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As Trainer's; `resume_from_checkpoint=True` passes over checkpoints that a kill left half-written.

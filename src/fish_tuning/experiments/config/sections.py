@@ -347,6 +347,9 @@ class TrainingConfig(Section):
         description="a list of numbers above 0: each arm's is chosen on a part of the training set; empty for the one "
         "in args_override",
     )
+    head_learning_rate: float | None = Field(
+        default=None, gt=0, description="a number above 0: the learning rate of the head alone; null for that of all"
+    )
     early_stopping_patience: int | None = Field(
         default=None,
         ge=1,

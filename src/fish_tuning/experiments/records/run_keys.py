@@ -81,6 +81,8 @@ def _arm_parts(config: ExperimentConfig, arm: ArmPlan) -> dict[str, Any]:
         "trainable_parameters": arm.trainable_parameters,
         "early_stopping_patience": config.training.early_stopping_patience,
     }
+    if config.training.head_learning_rate is not None:
+        parts["head_learning_rate"] = config.training.head_learning_rate
     if peft_method(arm.method).takes_init_lora_weights:
         parts["init_lora_weights"] = config.lora.init_lora_weights  # which settings, made without weights, lack
     selection = ArmName.parse(arm.arm).selection

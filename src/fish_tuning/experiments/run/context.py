@@ -62,6 +62,11 @@ class Context:
         arguments.run_name = logged_name(config, arm.arm, seed, arguments.run_name)
         return arguments
 
+    @property
+    def head_learning_rate(self) -> float | None:
+        """The head's own rate; None where it has that of all else, or the task brings no head."""
+        return self.config.training.head_learning_rate if self.plan.task.brings_head else None
+
     def keys(self, arm: ArmPlan, seed: int, learning_rate: float | None) -> RunKeys:
         """The keys of one run."""
         arguments = self.arguments(arm, seed, learning_rate)

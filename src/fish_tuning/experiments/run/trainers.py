@@ -10,6 +10,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from fish_tuning.errors import FishTuningError
 from fish_tuning.experiments.run.context import Context
+from fish_tuning.training.head_rate import set_head_learning_rate
 
 
 class Diverged(FishTuningError):
@@ -27,6 +28,8 @@ def make_trainer(context: Context, model: Any, args: TrainingArguments, callback
         callbacks=callbacks,
     )
     trainer.remove_callback(PrinterCallback)  # it prints every log to standard output
+    if context.head_learning_rate is not None:
+        set_head_learning_rate(trainer, context.head_learning_rate)
     return trainer
 
 
