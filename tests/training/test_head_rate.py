@@ -51,7 +51,8 @@ def test_each_part_moves_as_with_its_own_rate(tmp_path: Path) -> None:
     head = [move for name, move in moved.items() if "modules_to_save" in name and "weight" in name]
     pool = [move for name, move in moved.items() if "lora_B" in name and move]
     assert head == pytest.approx([0.003] * len(head), rel=1e-3)
-    assert pool and pool == pytest.approx([0.02] * len(pool), rel=1e-3)
+    assert pool
+    assert pool == pytest.approx([0.02] * len(pool), rel=1e-3)
 
 
 def test_the_same_rate_changes_nothing(tmp_path: Path) -> None:
