@@ -77,7 +77,7 @@ def split_off(optimizer: Optimizer, parameters: list[Tensor], learning_rate: flo
 
 def _head(model: nn.Module) -> list[Tensor]:
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    named = [parameter for name, parameter in parameters.items() if HEAD in name]
+    named: list[Tensor] = [parameter for name, parameter in parameters.items() if HEAD in name]
     if named or not is_masked(model) or isinstance(model, PeftModel):
         return named
     return [parameter for name, parameter in dense_parameters(model).items() if name in parameters]
