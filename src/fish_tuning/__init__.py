@@ -24,9 +24,11 @@ if TYPE_CHECKING:
     from fish_tuning.masks.create import create_mask_from_fisher
     from fish_tuning.masks.selections import register_selection
     from fish_tuning.peft_methods import PeftMethod, register_peft_method
+    from fish_tuning.scores.calculate import calculate_scores
     from fish_tuning.scores.fisher import calculate_fisher_information
     from fish_tuning.scores.layer_rules import register_rule
-    from fish_tuning.scores.named import register_score
+    from fish_tuning.scores.moments import Moments, measure_moments
+    from fish_tuning.scores.named import Evidence, register_score
     from fish_tuning.sparse.adapter_names import rename_adapter
     from fish_tuning.sparse.applying import apply_mask, remove_mask, synchronize_mask
     from fish_tuning.sparse.delta import add_delta, merge_delta, remove_delta, save_delta
@@ -42,7 +44,11 @@ __version__ = "0.1.0"
 _PUBLIC = {
     # score
     "calculate_fisher_information": "scores.fisher",
+    "calculate_scores": "scores.calculate",
+    "measure_moments": "scores.moments",
+    "Moments": "scores.moments",
     "register_rule": "scores.layer_rules",
+    "Evidence": "scores.named",
     "register_score": "scores.named",
     # select
     "create_mask_from_fisher": "masks.create",
@@ -86,18 +92,21 @@ _PUBLIC = {
 __all__ = [
     "ConfigurationError",
     "Delta",
+    "Evidence",
     "FishMaskCallback",
     "FishTuningError",
     "FishTuningTrainer",
     "FishTuningWarning",
     "FisherError",
     "MaskError",
+    "Moments",
     "PeftMethod",
     "RecordError",
     "ZeroScoresError",
     "add_delta",
     "apply_mask",
     "calculate_fisher_information",
+    "calculate_scores",
     "count_trainable_parameters",
     "create_mask_from_fisher",
     "create_shira_config",
@@ -106,6 +115,7 @@ __all__ = [
     "last_checkpoint",
     "load_delta",
     "load_mask",
+    "measure_moments",
     "merge_delta",
     "register_peft_method",
     "register_rule",

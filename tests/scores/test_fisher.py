@@ -32,8 +32,9 @@ from tiny import (
 )
 from torch import Tensor, nn
 
-import fish_tuning.scores.fisher as fisher_module
+import fish_tuning.scores.moments as moments_module
 from fish_tuning import FisherError, FishTuningWarning, apply_mask, calculate_fisher_information
+from fish_tuning.scores.layer_rules import Gradients
 
 # That a rule failed is what some of the tests are about; those that are about the warning ask for it.
 pytestmark = pytest.mark.filterwarnings("ignore::fish_tuning.FishTuningWarning")
@@ -436,7 +437,7 @@ def test_unused_tensor_scores_zero() -> None:
 def test_rule_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = bert(), classification_batch()
     whole = scored(model, batch)
-    monkeypatch.setattr("fish_tuning.scores.layer_rules.CHUNK_ENTRIES", 700)
+    monkeypatch.setattr("fish_tuning.scores.example_gradients.CHUNK_ENTRIES", 700)
     assert_scores_close(scored(model, batch), whole, tolerance=1e-6)
 
 
@@ -657,12 +658,12 @@ def test_device_moves_the_model() -> None:
 def test_wrong_rule_is_found_out(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     import fish_tuning.scores.layer_rules as per_example
 
-    def wrong(module: nn.Module, x: Tensor, g: Tensor) -> dict[str, Tensor]:
-        return {name: 1.01 * s for name, s in per_example._linear(module, x, g).items()}
+    def wrong(module: nn.Module, x: Tensor, g: Tensor) -> Gradients:
+        return per_example._linear(module, 1.01 * x, g)
 
-    monkeypatch.setitem(per_example._RULES, nn.Linear, replace(per_example._RULES[nn.Linear], squares=wrong))
+    monkeypatch.setitem(per_example._RULES, nn.Linear, replace(per_example._RULES[nn.Linear], gradients=wrong))
     model, batch = lora(bert()), classification_batch()
-    with caplog.at_level(logging.INFO, fisher_module.logger.name):
+    with caplog.at_level(logging.INFO, moments_module.logger.name):
         assert_scores_close(scored(model, batch), reference_fisher(model, batch))
     assert "does not agree with the plain gradient" in caplog.text
 

@@ -6,6 +6,7 @@ from torch import nn
 
 from fish_tuning.scores.checks import Check, checksum
 from fish_tuning.scores.probes import Probes
+from fish_tuning.scores.totals import Totals
 
 
 def test_names_are_those_that_a_rule_covers() -> None:
@@ -32,14 +33,16 @@ def test_hooks_are_there_only_within() -> None:
 def test_squares_and_what_a_check_is_given() -> None:
     model, batch, weights = nn.Linear(3, 2), torch.randn(4, 3), torch.tensor([1.5, -1.0, 1.25, -2.0])
     probes = Probes(model, ["weight"])
-    into: dict[str, torch.Tensor] = {"weight": torch.zeros(2, 3)}
+    into = Totals({"weight": torch.zeros(2, 3)}, {"weight": torch.zeros(2, 3)})
     check = Check(frozenset(["weight"]), frozenset(["weight"]), 1, weights)
     with probes:
         probes.start(4, torch.device("cpu"))
         losses = model(batch).sum(1)
         probes.backward([losses, 2 * losses], into, check)  # two loss vectors: squares add up
     squares = 5 * (batch**2).sum(0).expand(2, 3)
-    torch.testing.assert_close(into["weight"], squares)
+    torch.testing.assert_close(into.squares["weight"], squares)
+    assert into.gradients is not None
+    torch.testing.assert_close(into.gradients["weight"], 3 * batch.sum(0).expand(2, 3))  # freed of the weights
     torch.testing.assert_close(check.of_batch["weight"], checksum(squares))
     torch.testing.assert_close(check.of_row["weight"], checksum(5 * (batch[1] ** 2).expand(2, 3)))
     torch.testing.assert_close(check.of_sum["weight"], checksum(5 * (weights @ batch).square().expand(2, 3)))
@@ -49,12 +52,12 @@ def test_released_names_are_not_watched() -> None:
     model = nn.Linear(3, 2)
     probes = Probes(model, ["weight", "bias"])
     probes.release(["weight"])
-    into = {"bias": torch.zeros(2)}
+    into = Totals({"bias": torch.zeros(2)})
     with probes:
         probes.start(4, torch.device("cpu"))
         probes.backward([model(torch.randn(4, 3)).sum(1)], into)
     assert probes.names == ["bias"]
-    assert into["bias"].tolist() == [4, 4]
+    assert into.squares["bias"].tolist() == [4, 4]
 
 
 def test_calls_in_the_wrong_shape_are_reported() -> None:
@@ -62,7 +65,7 @@ def test_calls_in_the_wrong_shape_are_reported() -> None:
     probes = Probes(model, ["weight"])
     with probes:
         probes.start(4, torch.device("cpu"))
-        probes.backward([model(torch.randn(5, 3)).sum(1)], {"weight": torch.zeros(2, 3)})
+        probes.backward([model(torch.randn(5, 3)).sum(1)], Totals({"weight": torch.zeros(2, 3)}))
     assert "first dimension 5, not with the 4 examples" in probes.broken["weight"]
 
 
@@ -70,9 +73,9 @@ def test_backward_leaves_no_gradient() -> None:
     model, batch = lora(bert()), classification_batch()
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     probes = Probes(model, names)
-    into = {name: torch.zeros_like(model.get_parameter(name), requires_grad=False) for name in names}
+    into = Totals.zeros({name: model.get_parameter(name) for name in names}, torch.float32, None, gradients=False)
     with probes:
         probes.start(4, torch.device("cpu"))
         probes.backward([model(**batch).logits.sum(1)], into)
     assert all(parameter.grad is None for parameter in model.parameters())
-    assert all(tensor.any() for tensor in into.values())
+    assert all(tensor.any() for tensor in into.squares.values())

@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
-from fish_tuning.errors import FisherError, FishTuningWarning
-from fish_tuning.scores.bare_model import unwrapped
-from fish_tuning.scores.batches import batch_size, calibration_batches
-from fish_tuning.scores.finite import check_finite
-from fish_tuning.scores.loss_vectors import LossFunction, LossVectors
+from fish_tuning.scores.loss_vectors import LossFunction
 from fish_tuning.scores.losses import FisherType, TokenReduction
-from fish_tuning.scores.probes import Scores
-from fish_tuning.scores.scorer import Scorer
-from fish_tuning.scores.scoring_state import scoring_state
-from fish_tuning.scores.validation import check_arguments, check_model, device_errors_explained
-
-logger = logging.getLogger(__name__)
+from fish_tuning.scores.moments import measure_moments
 
 
 def calculate_fisher_information(
@@ -94,37 +82,20 @@ def calculate_fisher_information(
         >>> scores["classifier.weight"].shape
         torch.Size([2, 16])
     """
-    check_arguments(model, fisher_type, token_reduction, method, loss_fn, num_samples, seed, scores_dtype)
-    model = unwrapped(model)
-    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    check_model(model, trainable)
-    target = torch.device(device) if device is not None else next(iter(trainable.values())).device
-    if device is not None and not hasattr(model, "hf_device_map"):
-        model.to(target)
-
-    losses = LossVectors(model, fisher_type, token_reduction, loss_fn, seed)
-    scorer = Scorer(model, trainable, losses, method, _zeros(trainable, scores_dtype, scores_device))
-    seen = 0
-    with scoring_state(model), scorer.probes, tqdm(
-        total=num_samples, desc="Fisher information", unit="ex", disable=not progress, leave=False
-    ) as bar:  # fmt: skip
-        for batch in calibration_batches(calibration_dataloader, target, num_samples):
-            with device_errors_explained(model, target):
-                scorer.add(losses.trimmed(batch), first_example=seen)
-            for message in scorer.new_failures():
-                warnings.warn(message, FishTuningWarning, stacklevel=2)
-            seen += batch_size(batch)
-            bar.update(batch_size(batch))
-    if not seen:
-        raise FisherError("The calibration dataloader gave no example.")
-    if num_samples is not None and seen < num_samples:
-        logger.warning("Fisher information: %d examples asked for, the loader gave %d.", num_samples, seen)
-    check_finite(model, scorer.scores)
-    return {name: score.div_(seen) for name, score in scorer.scores.items()}
-
-
-def _zeros(tensors: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device | str | None) -> Scores:
-    return {
-        name: torch.zeros_like(tensor, dtype=dtype, device=device, requires_grad=False)
-        for name, tensor in tensors.items()
-    }
+    moments = measure_moments(
+        model,
+        calibration_dataloader,
+        device,
+        gradients=False,
+        num_samples=num_samples,
+        fisher_type=fisher_type,
+        token_reduction=token_reduction,
+        method=method,
+        loss_fn=loss_fn,
+        seed=seed,
+        scores_dtype=scores_dtype,
+        scores_device=scores_device,
+        progress=progress,
+        stacklevel=2,
+    )
+    return moments.mean_squares

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fish_tuning.scores.layer_rules import bias_squares, register_rule
+from fish_tuning.scores.example_gradients import Each
+from fish_tuning.scores.layer_rules import Gradients, register_rule
 
 
 def _output(module: nn.Module, x: Tensor, output: Tensor) -> Tensor:
@@ -27,12 +28,12 @@ def _magnitudes(module: Any) -> list[str]:
     keep=_output,
     parameters=_magnitudes,
 )
-def _dora(module: Any, output: Tensor, g: Tensor) -> dict[str, Tensor]:
+def _dora(module: Any, output: Tensor, g: Tensor) -> Gradients:
     """y = m * (W x + s B A x) / norm + b, with a norm that carries no gradient: dy/dm = (y - b) / m."""
     (name,) = _magnitudes(module)
     bias = getattr(module.get_base_layer(), "bias", None)
     scaled = output if bias is None else output - bias
-    return {name: (g * scaled).sum(1).div_(module.get_parameter(name)).square_().sum(0)}
+    return {name: Each((g * scaled).sum(1).div_(module.get_parameter(name)))}
 
 
 def _scales(module: Any) -> list[str]:
@@ -51,13 +52,13 @@ def _scaled_side(module: Any, x: Tensor, output: Tensor) -> Tensor:
     keep=_scaled_side,
     parameters=_scales,
 )
-def _ia3(module: Any, kept: Tensor, g: Tensor) -> dict[str, Tensor]:
+def _ia3(module: Any, kept: Tensor, g: Tensor) -> Gradients:
     """y = (W x + b) * l: dy/dl = y / l. In feed-forward layers y = W (x * l) + b: the gradient is that of W's input."""
     (name,) = _scales(module)
     scale = module.get_parameter(name)
     if not module.is_feedforward:
-        return {name: bias_squares(g * kept / scale.flatten()).view_as(scale)}
-    return {name: bias_squares(kept * _input_gradient(module.base_layer, kept, g)).view_as(scale)}
+        return {name: Each((g * kept / scale.flatten()).sum(1).view(-1, *scale.shape))}
+    return {name: Each((kept * _input_gradient(module.base_layer, kept, g)).sum(1).view(-1, *scale.shape))}
 
 
 def _input_gradient(layer: nn.Module, x: Tensor, g: Tensor) -> Tensor:

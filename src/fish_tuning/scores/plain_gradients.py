@@ -1,4 +1,4 @@
-"""Plain gradients of chosen tensors, squared: what autograd itself gives, beside every rule."""
+"""Plain gradients of chosen tensors: what autograd itself gives, beside every rule."""
 
 from __future__ import annotations
 
@@ -26,13 +26,12 @@ class PlainGradients:
         self._reach_checked: set[str] = set()
 
     def stand_ins(self, names: Iterable[str], take: Take) -> dict[str, Tensor]:
-        """{name: stand-in}. A backward pass calls `take(name, squares)` for each that its loss depends on."""
+        """{name: stand-in}. A backward pass calls `take(name, fp32 gradient)` for each that its loss depends on."""
 
         def receive(name: str, stand_in: Tensor) -> None:
             gradient, stand_in.grad = stand_in.grad, None
             if gradient is not None:
-                gradient = gradient.float()
-                take(name, gradient.square_() if gradient.is_contiguous() else gradient.square())
+                take(name, gradient.float())
 
         made = {name: self.trainable[name].detach().requires_grad_() for name in names}
         for name, stand_in in made.items():

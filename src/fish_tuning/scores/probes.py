@@ -1,4 +1,4 @@
-"""Watch layers during a batched pass and square their per-example gradients as the backward pass meets them.
+"""Watch layers during a batched pass and add up their per-example gradients as the backward pass meets them.
 
 An identity is put behind each watched layer. It saves what the layer's rule needs of the call, as autograd saves
 tensors (so activation checkpointing drops and recomputes it), and hands it, with the gradient at the output, to the
@@ -17,24 +17,25 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 import fish_tuning.scores.peft_rules  # noqa: F401 (registers the rules of PEFT's layers)
+from fish_tuning.errors import FisherError
 from fish_tuning.scores.checks import Check, add_checksum
+from fish_tuning.scores.example_gradients import Each, ExampleGradients
 from fish_tuning.scores.layer_rules import LayerRule, rule_for
-
-Scores = dict[str, Tensor]
+from fish_tuning.scores.totals import Totals
 
 
 class Probes:
     """Identities behind the layers that own `names`, as far as there is a rule for them; `names` tells which.
 
-    Use as a context manager, which removes the hooks. Between `forward` passes, `backward(losses, into)` adds the sums
-    of squared per-example gradients into `into` and, when it is given, fills a `Check`. `broken` maps tensors whose
+    Use as a context manager, which removes the hooks. Between `forward` passes, `backward(losses, into)` adds the
+    per-example gradients to the totals `into` and, when it is given, fills a `Check`. `broken` maps tensors whose
     layer was called in a way that no rule covers to the reason; nothing is added for them.
     """
 
     def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
         self.anchor: Tensor | None = None
         self.batch_size = 0
-        self.into: Scores | None = None  # set during the backward pass
+        self.into: Totals | None = None  # set during the backward pass
         self.check: Check | None = None
         self.broken: dict[str, str] = {}
         self.expanded: list[_Layer] = []  # layers whose one row became a row an example in the last forward pass
@@ -68,7 +69,7 @@ class Probes:
             layer.calls, layer.arrived = 0, []
 
     def backward(
-        self, losses: list[Tensor], into: Scores, check: Check | None = None, stand_ins: Iterable[Tensor] = ()
+        self, losses: list[Tensor], into: Totals, check: Check | None = None, stand_ins: Iterable[Tensor] = ()
     ) -> None:
         """One backward pass for each (n,) loss vector of the last forward pass; `stand_ins` get their gradients too."""
         if self.anchor is None:
@@ -78,7 +79,7 @@ class Probes:
             weights = torch.ones_like(loss) if check is None else check.weights.to(loss)
             torch.autograd.backward(loss, weights, inputs=[self.anchor, *stand_ins], retain_graph=number < len(losses))
             for layer in self._layers:
-                layer.square()  # calls that got no gradient never arrive
+                layer.add_up()  # calls that got no gradient never arrive
         self.into = self.check = self.anchor = None
 
 
@@ -115,10 +116,10 @@ class _Layer:
             return
         self.arrived.append((x, g))
         if len(self.arrived) == self.calls:
-            self.square()
+            self.add_up()
 
     @torch.no_grad()
-    def square(self) -> None:
+    def add_up(self) -> None:
         arrived, self.arrived = self.arrived, []
         if not arrived or not self.probes.broken.keys().isdisjoint(self.names.values()):
             return
@@ -128,8 +129,9 @@ class _Layer:
         with torch.autocast(x.device.type, enabled=False):
             if check is not None:
                 g = self._add_checksums(check, x, g)
-            for name, squares in self._squares(x, g):
-                add_squares(into[name], squares)  # type: ignore[index]
+            for name, gradients in self._gradients(x, g):
+                squares = gradients.squares()
+                into.add(name, squares, gradients.sum)  # type: ignore[union-attr]
                 if check is not None and name in check.together:
                     add_checksum(check.of_batch, name, squares)
 
@@ -138,21 +140,30 @@ class _Layer:
         own = self.names.values()
         if not check.together.isdisjoint(own):
             # To a rule, the positions of all examples put one after another are one example, whose gradient is the sum.
-            for name, squares in self._squares(*(side.flatten(0, 1)[None] for side in (x, g))):
+            for name, gradients in self._gradients(*(side.flatten(0, 1)[None] for side in (x, g))):
                 if name in check.together:
-                    add_checksum(check.of_sum, name, squares)
+                    add_checksum(check.of_sum, name, gradients.squares())
         if check.together:
             g = g / check.weights.to(g).view(-1, *[1] * (g.dim() - 1))
         if not check.alone.isdisjoint(own):
-            for name, squares in self._squares(*(side[check.row, None] for side in (x, g))):
+            for name, gradients in self._gradients(*(side[check.row, None] for side in (x, g))):
                 if name in check.alone:
-                    add_checksum(check.of_row, name, squares)
+                    add_checksum(check.of_row, name, gradients.squares())
         return g
 
-    def _squares(self, x: Tensor, g: Tensor) -> Iterator[tuple[str, Tensor]]:
-        for local, squares in self.rule.squares(self.module, x, g).items():
-            if local in self.names:
-                yield self.names[local], squares
+    def _gradients(self, x: Tensor, g: Tensor) -> Iterator[tuple[str, ExampleGradients]]:
+        for local, gradients in self.rule.gradients(self.module, x, g).items():
+            if local not in self.names:
+                continue
+            if isinstance(gradients, Tensor):
+                shape = (x.shape[0], *self.module.get_parameter(local).shape)
+                if gradients.shape != shape:
+                    raise FisherError(
+                        f"The rule of {type(self.module).__name__} gave a tensor of shape {tuple(gradients.shape)} for "
+                        f"{local!r}; it must give each example's gradient, here {shape} (no squares, no sum)."
+                    )
+                gradients = Each(gradients)
+            yield self.names[local], gradients
 
     def _break(self, reason: str) -> None:
         self.probes.broken.update(dict.fromkeys(self.names.values(), reason))
@@ -171,15 +182,6 @@ class _Probe(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         ctx.layer.receive(ctx.saved_tensors[0], grads[0])
         return grads[0], None, None, None
-
-
-def add_squares(total: Tensor, squares: Tensor) -> None:
-    """`total += squares`, wherever and in whatever dtype the total is kept; `squares` may be sparse by rows."""
-    if not squares.is_sparse:
-        total += squares.to(total.device, total.dtype)
-        return
-    rows, values = squares.indices()[0].to(total.device), squares.values().to(total.device, total.dtype)
-    total[rows] += values  # each row once
 
 
 def _joined(calls: list[Tensor]) -> Tensor:

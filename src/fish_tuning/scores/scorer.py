@@ -1,4 +1,4 @@
-"""Adds up squared per-example gradients: by layer rules that are proven on the model, else by the loop."""
+"""Adds up per-example gradients and their squares: by layer rules that are proven on the model, else by the loop."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ from fish_tuning.scores.checks import (
 from fish_tuning.scores.expansion import with_expansion_if_possible
 from fish_tuning.scores.loss_vectors import LossVectors
 from fish_tuning.scores.plain_gradients import PlainGradients, Take
-from fish_tuning.scores.probes import Probes, Scores, add_squares
+from fish_tuning.scores.probes import Probes
+from fish_tuning.scores.totals import Totals, squared
 
 logger = logging.getLogger("fish_tuning.scores.fisher")
 
@@ -33,7 +34,7 @@ DISAGREES = "its rule does not agree with the plain gradient"
 
 
 class Scorer:
-    """Adds batches up into `scores`, tensor by tensor by rule or by loop.
+    """Adds batches up into `totals`, tensor by tensor by rule or by loop.
 
     `looped` maps the tensors that go through the loop to the reason.
     """
@@ -44,9 +45,9 @@ class Scorer:
         trainable: dict[str, nn.Parameter],
         losses: LossVectors,
         method: str,
-        scores: Scores,
+        totals: Totals,
     ) -> None:
-        self.trainable, self.losses, self.scores = trainable, losses, scores
+        self.trainable, self.losses, self.totals = trainable, losses, totals
         self.probes = Probes(model, trainable if method == "auto" else ())
         self.plain = PlainGradients(model, trainable)
         self.looped = dict.fromkeys(
@@ -66,7 +67,7 @@ class Scorer:
         if unproven:
             failed = self._add_checked(batch, first_example, unproven, level)
         elif self.probes.names:
-            self.probes.backward(self._forward(batch, first_example), self.scores)
+            self.probes.backward(self._forward(batch, first_example), self.totals)
             failed = dict(self.probes.broken)
         else:
             failed = {}
@@ -95,7 +96,7 @@ class Scorer:
         be what the rule says, now and in every batch to come. Where that is not zero, each example is looked at alone.
         """
         size, row = batch_size(batch), most_padded_row(batch)  # what spills between examples shows there
-        before = {name: self.scores[name].clone() if self.begun else None for name in names}
+        before = self.totals.copy(names) if self.begun else None
         new = [name for name in names if self.looked_at[name] < level]
         self.looked_at |= dict.fromkeys(new, level)
         alone = self._plain_checksums(batch, first_example, [row], new)
@@ -105,9 +106,11 @@ class Scorer:
         weights = random_weights(size, seed=first_example) if waiting else torch.ones(size)
         check = Check(frozenset(new), frozenset(waiting), row, weights)
         together: Checksums = {}
-        stand_ins = self.plain.stand_ins(waiting, lambda name, squares: add_checksum(together, name, squares))
+        stand_ins = self.plain.stand_ins(
+            waiting, lambda name, gradient: add_checksum(together, name, squared(gradient))
+        )
         losses = self._forward(batch, first_example, self.plain.in_place(stand_ins))
-        self.probes.backward(losses, self.scores, check, stand_ins.values())
+        self.probes.backward(losses, self.totals, check, stand_ins.values())
         failed = dict(self.probes.broken)
 
         tolerance = self._tolerance()
@@ -125,9 +128,8 @@ class Scorer:
         self.proven |= dict.fromkeys(in_row.right | in_batch.agree, level)
         disagree = in_row.disagree | in_sum.disagree | in_batch.disagree
         failed |= {name: DISAGREES for name in names if name in disagree}
-        for name in before.keys() & failed.keys():
-            earlier = before[name]
-            self.scores[name].zero_() if earlier is None else self.scores[name].copy_(earlier)
+        for name in set(names) & failed.keys():
+            self.totals.set_back(name, before)
         return failed
 
     def _floor(self, gradients: Checksums, examples: int = 1) -> float:
@@ -141,8 +143,8 @@ class Scorer:
         sums: Checksums = {}
         if names:
             for row in numbers:
-                self._square_gradients(
-                    batch, first_example, row, names, lambda name, squares: add_checksum(sums, name, squares)
+                self._take_gradients(
+                    batch, first_example, row, names, lambda name, gradient: add_checksum(sums, name, squared(gradient))
                 )
         return sums
 
@@ -170,16 +172,13 @@ class Scorer:
         return losses
 
     def _loop(self, batch: Batch, first_example: int, names: list[str]) -> None:
-        """The definition: one example at a time, without its padding, its gradient squared."""
-
-        def take(name: str, squares: Tensor) -> None:
-            add_squares(self.scores[name], squares)
+        """The definition: one example at a time, without its padding, its gradient and that squared."""
 
         for row in range(batch_size(batch) if names else 0):
-            self._square_gradients(batch, first_example, row, names, take)
+            self._take_gradients(batch, first_example, row, names, self.totals.add_plain)
 
-    def _square_gradients(self, batch: Batch, first_example: int, row: int, names: list[str], take: Take) -> None:
-        """`take(name, squares)` for each tensor that the row's loss depends on, once a loss vector."""
+    def _take_gradients(self, batch: Batch, first_example: int, row: int, names: list[str], take: Take) -> None:
+        """`take(name, gradient)` for each tensor that the row's loss depends on, once a loss vector."""
         stand_ins = self.plain.stand_ins(names, take)
         example = self.losses.trimmed(rows(batch, row, row + 1))
         losses = self._losses(example, first_example + row, self.plain.in_place(stand_ins))

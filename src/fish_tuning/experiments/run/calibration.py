@@ -18,7 +18,7 @@ from fish_tuning.experiments.run.context import Context
 from fish_tuning.experiments.run.loggers import NO_REPORTS
 from fish_tuning.experiments.run.measure import Stopwatch
 from fish_tuning.experiments.run.trainers import make_trainer
-from fish_tuning.scores.named import SCORES
+from fish_tuning.scores.calculate import calculate_scores
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,15 @@ def calibrate(
             with warmup:
                 train_steps(context, arm, seed, model, args.learning_rate, steps)
         with scoring:
-            score = SCORES.find(context.config.fish_tuning.score, "fish_tuning.score")
-            scores = score(model, loader, device=args.device, seed=seed)
+            scores = calculate_scores(
+                model,
+                loader,
+                context.config.fish_tuning.score,
+                args.device,
+                batch_size=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+                seed=seed,
+                progress=False,
+            )
     scores = {name: tensor.cpu() for name, tensor in scores.items()}
     return Calibration(scores, warmup.seconds, scoring.seconds, initial_state)
 

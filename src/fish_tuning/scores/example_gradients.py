@@ -1,0 +1,128 @@
+"""The gradients of a batch's examples, as what gives their sum and the sum of their squares.
+
+They rarely lie in memory whole: one layer's would be the batch size times the layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+# Entries of per-example gradients held at a time (fp32: 16 MiB), however many examples a batch has.
+CHUNK_ENTRIES = 2**22
+
+
+class ExampleGradients(Protocol):
+    """One tensor's gradients G_n. Both sums have the tensor's shape, dense or sparse by rows."""
+
+    def sum(self) -> Tensor:
+        """sum_n G_n."""
+
+    def squares(self) -> Tensor:
+        """sum_n G_n^2."""
+
+
+@dataclass(frozen=True)
+class Each:
+    """Small ones, as they are: (n, *shape)."""
+
+    gradients: Tensor
+
+    def sum(self) -> Tensor:
+        return self.gradients.sum(0)
+
+    def squares(self) -> Tensor:
+        return self.gradients.square().sum(0)
+
+
+@dataclass(frozen=True)
+class OuterProducts:
+    """G_n = g_n^T x_n for g (n, P, o) and x (n, P, i), as (o, i)."""
+
+    g: Tensor
+    x: Tensor
+
+    def sum(self) -> Tensor:
+        return self.g.flatten(0, 1).T @ self.x.flatten(0, 1)
+
+    def squares(self) -> Tensor:
+        """In parts of bounded size."""
+        g, x = self.g, self.x
+        if g.shape[1] == 1:  # one position: the square of an outer product is the outer product of the squares
+            return g[:, 0].square().T @ x[:, 0].square()
+        total = g.new_zeros(g.shape[2], x.shape[2])
+        height = max(1, CHUNK_ENTRIES // x.shape[2])
+        for rows, g_rows in zip(total.split(height), g.split(height, dim=2), strict=True):
+            for g_part, x_part in _chunks(g_rows, x, entries=rows.numel()):
+                rows += torch.bmm(g_part.transpose(1, 2), x_part).square_().sum(0)
+        return total
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """Parts put one after another along the tensor's first dimension, in its shape."""
+
+    parts: Sequence[ExampleGradients]
+    shape: torch.Size
+
+    def sum(self) -> Tensor:
+        return torch.cat([part.sum() for part in self.parts]).view(self.shape)
+
+    def squares(self) -> Tensor:
+        return torch.cat([part.squares() for part in self.parts]).view(self.shape)
+
+
+@dataclass(frozen=True)
+class OfRows:
+    """Each example touches few rows of a table, so its gradient is kept for those alone, and sums are sparse.
+
+    Args:
+        ids: (n, P), the row that each position reads.
+        g: (n, P, width), the gradient of what was read.
+        rows: of the table.
+        without: a row that gets no gradient, if there is one.
+    """
+
+    ids: Tensor
+    g: Tensor
+    rows: int
+    without: int | None = None
+
+    def sum(self) -> Tensor:
+        return self._over_examples(*self._of_cells())
+
+    def squares(self) -> Tensor:
+        cells, gradients = self._of_cells()
+        return self._over_examples(cells, gradients.square_())
+
+    def _of_cells(self) -> tuple[Tensor, Tensor]:
+        """Each example's gradient of the rows that it touches; a cell is an example and a row."""
+        examples = torch.arange(self.ids.shape[0], device=self.ids.device)[:, None]
+        cells, inverse = (examples * self.rows + self.ids).flatten().unique(return_inverse=True)
+        gradients = _scatter_add(len(cells), inverse, self.g.reshape(-1, self.g.shape[-1]))
+        if self.without is not None:
+            gradients[cells % self.rows == self.without] = 0
+        return cells, gradients
+
+    def _over_examples(self, cells: Tensor, values: Tensor) -> Tensor:
+        rows, inverse = (cells % self.rows).unique(return_inverse=True)
+        shape = (self.rows, values.shape[1])
+        values = _scatter_add(len(rows), inverse, values)
+        return torch.sparse_coo_tensor(rows[None], values, shape, is_coalesced=True, check_invariants=False)
+
+
+def _chunks(*tensors: Tensor, entries: int) -> Iterator[tuple[Tensor, ...]]:
+    size = max(1, CHUNK_ENTRIES // entries)
+    return zip(*(tensor.split(size) for tensor in tensors), strict=True)
+
+
+def _scatter_add(size: int, index: Tensor, values: Tensor) -> Tensor:
+    """Rows of `values` added up by `index`, in the same order every time on either kind of device."""
+    total = values.new_zeros(size, values.shape[1])
+    if values.device.type == "cpu":
+        return total.index_add_(0, index, values)
+    return total.index_put_((index,), values, accumulate=True)

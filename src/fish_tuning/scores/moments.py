@@ -1,0 +1,120 @@
+"""One pass over the calibration examples: mean gradients and mean squares of every trainable tensor."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from fish_tuning.errors import FisherError, FishTuningWarning
+from fish_tuning.scores.bare_model import unwrapped
+from fish_tuning.scores.batches import batch_size, calibration_batches
+from fish_tuning.scores.finite import check_finite
+from fish_tuning.scores.loss_vectors import LossFunction, LossVectors
+from fish_tuning.scores.losses import FisherType, TokenReduction
+from fish_tuning.scores.scorer import Scorer
+from fish_tuning.scores.scoring_state import scoring_state
+from fish_tuning.scores.totals import Totals
+from fish_tuning.scores.validation import check_arguments, check_model, device_errors_explained
+
+logger = logging.getLogger("fish_tuning.scores.fisher")
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What a calibration pass tells of every entry's gradient; tensors by name, in the shapes of their parameters.
+
+    Args:
+        mean_gradients: g_i = (1/N) sum_n d loss_n / d theta_i; empty where they were not asked for.
+        mean_squares: F_i = (1/N) sum_n (d loss_n / d theta_i)^2, the diagonal Fisher information.
+        num_samples: N.
+    """
+
+    mean_gradients: dict[str, Tensor]
+    mean_squares: dict[str, Tensor]
+    num_samples: int
+
+
+def measure_moments(
+    model: nn.Module,
+    calibration_dataloader: Iterable[Mapping[str, Any]],
+    device: torch.device | str | None = None,
+    *,
+    gradients: bool = True,
+    num_samples: int | None = None,
+    fisher_type: FisherType = "empirical",
+    token_reduction: TokenReduction = "mean",
+    method: Literal["auto", "loop"] = "auto",
+    loss_fn: LossFunction | None = None,
+    seed: int = 0,
+    scores_dtype: torch.dtype = torch.float32,
+    scores_device: torch.device | str | None = None,
+    progress: bool = True,
+    stacklevel: int = 1,
+) -> Moments:
+    """Mean gradients and mean squared gradients of every trainable tensor, exact per example, in one pass.
+
+    From g and F follows all that first-order scores need: F - g^2 is the variance of an entry's gradient over examples.
+    The gradients are those of each example's own loss, in evaluation mode, averaged over examples.
+
+    Args:
+        gradients: whether the mean gradients are wanted; without them this is `calculate_fisher_information`, whose
+            other arguments it shares.
+        stacklevel: of warnings, counted from the caller.
+
+    Raises:
+        FisherError: as `calculate_fisher_information`; also for mean gradients of drawn or expected labels, which are
+            nothing but noise around zero.
+
+    Example:
+        >>> import torch
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> from fish_tuning import measure_moments
+        >>> config = BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+        >>> batch = {"input_ids": torch.randint(5, 99, (4, 8)), "labels": torch.tensor([0, 1, 1, 0])}
+        >>> moments = measure_moments(BertForSequenceClassification(config), [batch], progress=False)
+        >>> moments.mean_gradients["classifier.weight"].shape
+        torch.Size([2, 16])
+    """
+    check_arguments(model, fisher_type, token_reduction, method, loss_fn, num_samples, seed, scores_dtype)
+    if gradients and fisher_type != "empirical":
+        raise FisherError(
+            f"fisher_type={fisher_type!r}: the mean gradient under the model's own labels is zero but for chance. Use "
+            "fisher_type='empirical', or gradients=False."
+        )
+    model = unwrapped(model)
+    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    check_model(model, trainable)
+    target = torch.device(device) if device is not None else next(iter(trainable.values())).device
+    if device is not None and not hasattr(model, "hf_device_map"):
+        model.to(target)
+
+    losses = LossVectors(model, fisher_type, token_reduction, loss_fn, seed)
+    totals = Totals.zeros(trainable, scores_dtype, scores_device, gradients)
+    scorer = Scorer(model, trainable, losses, method, totals)
+    seen = 0
+    with scoring_state(model), scorer.probes, tqdm(
+        total=num_samples, desc="Fisher information", unit="ex", disable=not progress, leave=False
+    ) as bar:  # fmt: skip
+        for batch in calibration_batches(calibration_dataloader, target, num_samples):
+            with device_errors_explained(model, target):
+                scorer.add(losses.trimmed(batch), first_example=seen)
+            for message in scorer.new_failures():
+                warnings.warn(message, FishTuningWarning, stacklevel=stacklevel + 1)
+            seen += batch_size(batch)
+            bar.update(batch_size(batch))
+    if not seen:
+        raise FisherError("The calibration dataloader gave no example.")
+    if num_samples is not None and seen < num_samples:
+        logger.warning("Fisher information: %d examples asked for, the loader gave %d.", num_samples, seen)
+    check_finite(model, totals.squares)
+    for sums in (totals.squares, totals.gradients or {}):
+        for total in sums.values():
+            total.div_(seen)
+    return Moments(totals.gradients or {}, totals.squares, seen)

@@ -1,0 +1,75 @@
+"""What scoring adds up: the sums of per-example gradients and of their squares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Scores = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sums over examples by tensor: of squared gradients, and, where they are asked for, of gradients."""
+
+    squares: Scores
+    gradients: Scores | None = None
+
+    @classmethod
+    def zeros(
+        cls,
+        tensors: Mapping[str, Tensor],
+        dtype: torch.dtype,
+        device: torch.device | str | None,
+        gradients: bool,
+    ) -> Totals:
+        """`device`: None for that of each tensor."""
+
+        def zeros() -> Scores:
+            return {
+                name: torch.zeros_like(tensor, dtype=dtype, device=device, requires_grad=False)
+                for name, tensor in tensors.items()
+            }
+
+        return cls(zeros(), zeros() if gradients else None)
+
+    def add(self, name: str, squares: Tensor, gradients: Callable[[], Tensor]) -> None:
+        """Both are dense or sparse by rows; `gradients` is called only where it is wanted."""
+        _add(self.squares[name], squares)
+        if self.gradients is not None:
+            _add(self.gradients[name], gradients())
+
+    def add_plain(self, name: str, gradient: Tensor) -> None:
+        """One example's, which is given up."""
+        if self.gradients is not None:
+            _add(self.gradients[name], gradient)
+        _add(self.squares[name], squared(gradient))
+
+    def copy(self, names: Iterable[str]) -> Totals:
+        """Of some tensors, to go back to."""
+        kept = list(names)
+        squares = {name: self.squares[name].clone() for name in kept}
+        return Totals(squares, self.gradients and {name: self.gradients[name].clone() for name in kept})
+
+    def set_back(self, name: str, earlier: Totals | None) -> None:
+        """To an earlier copy, or to nothing."""
+        for now, then in ((self.squares, earlier and earlier.squares), (self.gradients, earlier and earlier.gradients)):
+            if now is not None:
+                now[name].copy_(then[name]) if then else now[name].zero_()
+
+
+def squared(gradient: Tensor) -> Tensor:
+    """Its square, in its own memory where that can be written to as it is."""
+    return gradient.square_() if gradient.is_contiguous() else gradient.square()
+
+
+def _add(total: Tensor, part: Tensor) -> None:
+    """`total += part`, wherever and in whatever dtype the total is kept."""
+    if not part.is_sparse:
+        total += part.to(total.device, total.dtype)
+        return
+    rows, values = part.indices()[0].to(total.device), part.values().to(total.device, total.dtype)
+    total[rows] += values  # each row once

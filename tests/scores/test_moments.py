@@ -1,0 +1,133 @@
+"""Mean gradients and mean squares from one pass: rules, the loop and autograd agree."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from peft import IA3Config, LoraConfig, PeftConfig, get_peft_model
+from tiny import (
+    Batch,
+    assert_scores_close,
+    bert,
+    causal_batch,
+    classification_batch,
+    examples,
+    image_batch,
+    llama,
+    lora,
+    rebatch,
+    reference_fisher,
+    vit,
+)
+from torch import Tensor, nn
+
+from fish_tuning import FisherError, Moments, calculate_fisher_information, measure_moments
+from fish_tuning.scores.layer_rules import _RULES, register_rule
+
+pytestmark = pytest.mark.filterwarnings("ignore::fish_tuning.FishTuningWarning")
+
+
+def measured(model: nn.Module, loader: Batch | list[Batch], **kwargs: object) -> Moments:
+    batches = [loader] if isinstance(loader, dict) else loader
+    return measure_moments(model, batches, progress=False, **kwargs)  # type: ignore[arg-type]
+
+
+def reference_gradients(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    """The definition: transformers' own loss on each unpadded row alone."""
+    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    rows = list(examples(batch))
+    model.eval()
+    losses = torch.stack([model(**row).loss for row in rows])
+    gradients = torch.autograd.grad(losses.mean(), list(parameters.values()), allow_unused=True)
+    return {
+        name: torch.zeros_like(parameter) if gradient is None else gradient
+        for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True)
+    }
+
+
+def peft(config: PeftConfig) -> Callable[[], nn.Module]:
+    return lambda: get_peft_model(bert(), config)
+
+
+DORA = LoraConfig(task_type="SEQ_CLS", target_modules=["query"], use_dora=True, init_lora_weights=False)
+IA3 = IA3Config(task_type="SEQ_CLS", target_modules=["key", "output.dense"], feedforward_modules=["output.dense"])
+CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Batch]]] = {
+    "lora": (lambda: lora(bert()), classification_batch),
+    "lora-b-is-zero": (lambda: lora(bert(), init_lora_weights=True), classification_batch),
+    "all-of-bert": (bert, classification_batch),
+    "all-of-llama-left": (llama, lambda: causal_batch(side="left")),
+    "tied": (lambda: llama(tie_word_embeddings=True), causal_batch),
+    "vit": (vit, image_batch),
+    "dora": (peft(DORA), classification_batch),
+    "ia3": (peft(IA3), classification_batch),
+}
+
+
+@pytest.mark.parametrize("method", ["auto", "loop"])
+@pytest.mark.parametrize("case", CASES)
+def test_moments_equal_the_definition(case: str, method: str) -> None:
+    make_model, make_batch = CASES[case]
+    model, batch = make_model(), make_batch()
+    moments = measured(model, batch, method=method)
+    gradients = reference_gradients(model, batch)
+    assert any(gradient.any() for gradient in gradients.values())
+    assert_scores_close(moments.mean_squares, reference_fisher(model, batch))
+    assert_gradients_close(moments.mean_gradients, gradients)
+
+
+def assert_gradients_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    scale = max(float(gradient.abs().max()) for gradient in expected.values())
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient.detach().float(), rtol=1e-4, atol=1e-6 * scale, msg=name)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("case", ["lora", "lora-b-is-zero", "all-of-bert"])
+def test_batches_make_no_difference(case: str, size: int) -> None:
+    """Checked batches are weighted at random, which must not show."""
+    make_model, make_batch = CASES[case]
+    model, batch = make_model(), make_batch()
+    whole = measured(model, batch)
+    split = measured(model, rebatch(batch, size))
+    assert_gradients_close(split.mean_gradients, whole.mean_gradients)
+
+
+def test_without_gradients_it_is_the_fisher_information() -> None:
+    model, batch = lora(bert()), classification_batch()
+    alone = measured(model, batch, gradients=False)
+    fisher = calculate_fisher_information(model, [batch], progress=False)
+    assert alone.mean_gradients == {}
+    assert alone.num_samples == len(batch["labels"])
+    both = measured(model, batch)
+    for name, scores in fisher.items():
+        assert torch.equal(scores, alone.mean_squares[name])
+        assert torch.equal(scores, both.mean_squares[name])
+
+
+def test_bf16_weights_are_measured_in_fp32() -> None:
+    model, batch = lora(bert()).to(torch.bfloat16), classification_batch()
+    moments = measured(model, batch)
+    assert all(gradient.dtype == torch.float32 for gradient in moments.mean_gradients.values())
+    loop = measured(model, batch, method="loop")
+    for name, gradient in loop.mean_gradients.items():
+        torch.testing.assert_close(moments.mean_gradients[name], gradient, rtol=0.2, atol=5e-3)
+
+
+@pytest.mark.parametrize("fisher_type", ["sampled", "expected"])
+def test_gradients_of_drawn_labels_are_refused(fisher_type: str) -> None:
+    with pytest.raises(FisherError, match="zero but for chance"):
+        measured(bert(), classification_batch(), fisher_type=fisher_type)
+
+
+def test_squares_for_gradients_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fish_tuning.scores.layer_rules._RULES", dict(_RULES))
+
+    @register_rule(nn.Linear)
+    def squares(module: nn.Module, x: Tensor, g: Tensor) -> dict[str, Tensor]:
+        return {"bias": g.sum(1).square().sum(0)}
+
+    with pytest.raises(FisherError, match="must give each example's gradient"):
+        measured(bert(), classification_batch())
