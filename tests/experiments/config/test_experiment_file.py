@@ -132,10 +132,10 @@ def test_environment_variables_are_expanded(experiment: Path, monkeypatch: pytes
         ("peft.method=DoRA", "peft.method='DoRA': must be a method's name in small letters"),
         ("peft=[{method: lora}, {method: lora}]", "holds 'lora' twice"),
         ("peft=[{method: lora, args: 3}]", "peft.args=3: must be names and values of the method's PEFT configuration"),
-        ("protocol=fixed", "protocol='fixed': must be ratio_of_baseline, fixed_layers or fixed_budget."),
+        ("protocol=fixed", "protocol='fixed': must be ratio_of_baseline, fixed_layers, fixed_budget or fixed_count."),
         ("fish_tuning.keep_ratio=[0.5, 0]", "must be numbers above 0, up to 1"),
         ("fish_tuning.top_layers=[6]", "fish_tuning.top_layers: 6 is more than the pool's layers"),
-        ("peft=5", "peft=5: must be a section with the keys method, args"),
+        ("peft=5", "peft=5: must be a section with the keys method, name, args"),
         ("peft=[]", "peft=[]: must be a section with the key method, or a list of them"),
         ("peft.training_args.evaluation_strategy=no", "write 'eval_strategy'"),
         ("fish_tuning.num_samples=0", "fish_tuning.num_samples=0: must be a whole number from 1"),
@@ -249,8 +249,8 @@ def test_target_modules_as_text_is_a_regular_expression(experiment: Path) -> Non
 )
 def test_warm_up_is_what_the_start_needs_unless_it_is_set(overrides: list[str], steps: int) -> None:
     config = load_experiment("my_experiment", overrides)
-    assert config.warmup_steps("lora") == steps
-    assert (f"after {steps} warm-up" in config.start("lora")) == bool(steps)
+    assert config.warmup_steps(config.peft[0]) == steps
+    assert (f"after {steps} warm-up" in config.start(config.peft[0])) == bool(steps)
 
 
 def test_several_data_sets_are_several_experiments(experiment: Path) -> None:
@@ -272,7 +272,7 @@ def test_methods_bring_their_arms(experiment: Path) -> None:
     config = load_experiment(experiment, [two])
     assert config.fish_tuning.methods_to_run[3:5] == ["ia3-fish-rev", "unipelt"]
     assert config.method_of("unipelt-fish-quota").args == {"r": 4}
-    assert [config.warmup_steps(name) for name in ("ia3", "unipelt")] == [0, 20]
-    assert config.start("ia3") == "scored at its start"
+    assert [config.warmup_steps(section) for section in config.peft] == [0, 20]
+    assert config.start(config.peft[0]) == "scored at its start"
     chosen = load_experiment(experiment, [two, "fish_tuning.methods_to_run=[ia3, unipelt-fish-norm]"])
     assert chosen.fish_tuning.methods_to_run == ["ia3", "unipelt-fish-norm"]

@@ -15,7 +15,7 @@ from fish_tuning.errors import ConfigurationError, did_you_mean
 from fish_tuning.experiments.compare.paired import TIE, Decision, Estimate, estimate, holm
 from fish_tuning.experiments.compare.pairs import Pairs, paired, unique_runs
 from fish_tuning.experiments.compare.summaries import FEWEST_FOR_INTERVAL
-from fish_tuning.experiments.config.arm_names import CONTROLS, ArmName, baseline_of
+from fish_tuning.experiments.config.arm_names import CONTROLS, HEAD_ALONE, ArmName, baseline_of
 from fish_tuning.experiments.records.run_record import RunRecord
 
 Verdict = Literal[
@@ -67,7 +67,7 @@ def compare(
 
     Args:
         runs: of any number of experiments; failed runs and copies may be among them.
-        pairs: names of arms and their baselines; by default every other arm with the dense arm of its method.
+        pairs: names of arms and their baselines; by default those of `dense_pairs`.
         confidence: of the intervals; a difference is better or worse when the corrected p is at most 1 - confidence.
 
     Raises:
@@ -98,6 +98,22 @@ def compare_by_task(
     return [(task, each) for (task, _), each in zip(found, judged, strict=True)]
 
 
+def dense_pairs(runs: Iterable[RunRecord]) -> list[tuple[str, str]]:
+    """Each masked arm with the dense arm of its method; one that keeps a given number of entries with every dense arm
+    that trains as many, and with that of its method where it has run.
+    """
+    kept = {run.arm: run.kept_parameters for run in runs}
+    found = []
+    for arm in kept:
+        name = ArmName.parse(arm)
+        if name.count is None:
+            found += [(arm, baseline_of(arm))] if arm != baseline_of(arm) else []
+            continue
+        dense = [other for other in kept if not ArmName.parse(other).suffix and other != HEAD_ALONE]
+        found += [(arm, other) for other in dense if kept[other] == name.count or other == baseline_of(arm)]
+    return found
+
+
 def choice_pairs(arms: Iterable[str]) -> list[tuple[str, str]]:
     """Each arm that Fisher scores choose, with those of its method and budget chosen at random and in reverse."""
     known = list(dict.fromkeys(arms))
@@ -115,7 +131,7 @@ def _check_confidence(confidence: float) -> None:
 def _known_pairs(runs: Sequence[RunRecord], pairs: Iterable[tuple[str, str]] | None) -> list[tuple[str, str]]:
     arms = list(dict.fromkeys(run.arm for run in runs))
     if pairs is None:
-        return [(arm, baseline_of(arm)) for arm in arms if arm != baseline_of(arm)]
+        return dense_pairs(runs)
     chosen = list(dict.fromkeys(pairs))
     for arm, baseline in chosen:
         for name in [name for name in (arm, baseline) if name not in arms]:

@@ -26,12 +26,37 @@ def conclusion(runs: Sequence[RunRecord]) -> str:
     # One experiment has one task and model, whatever records of other versions say of it.
     finished = [replace(run, task="", model="") for run in runs if run.status == "ok"]
     compared = [*compare(finished), *compare(finished, choice_pairs(run.arm for run in finished))]
+    counted = [arm for arm in summary if ArmName.parse(arm.arm).count is not None]
+    if counted:
+        return " ".join(_of_count(arm, summary, compared) for arm in _main_arms(counted))
     methods = dict.fromkeys(baseline_of(arm.arm) for arm in summary if arm.arm != HEAD_ALONE)
     if not methods:
         return "Only the head alone has run, so there is nothing to compare."
     return " ".join(
         _of_method([arm for arm in summary if baseline_of(arm.arm) == method], method, compared) for method in methods
     )
+
+
+def _main_arms(counted: Sequence[ArmSummary]) -> list[ArmSummary]:
+    """Those that scores choose; where none does, all."""
+    finished = [arm for arm in counted if arm.mean is not None]
+    return [arm for arm in finished if ArmName.parse(arm.arm).suffix not in CONTROLS] or finished
+
+
+def _of_count(arm: ArmSummary, summary: Sequence[ArmSummary], compared: Sequence[Comparison]) -> str:
+    """An arm of a given number of entries: against every dense arm of that size, then against other choices."""
+    means = {each.arm: each.mean for each in summary}
+    sentences = [f"{arm.arm} reaches {arm.metric} {number(arm.mean or 0.0)}."]
+    for each in compared:
+        if each.arm != arm.arm or each.mean_difference is None:
+            continue
+        how = _CHOSEN.get(ArmName.parse(each.baseline).suffix)
+        mean = number(means.get(each.baseline) or 0.0)
+        other = f"as many entries chosen {how} ({mean})" if how else f"{each.baseline} ({mean})"
+        sentences.append(_verdict(f"The mean difference to {other}", each))
+    if len(sentences) == 1:
+        sentences.append("No dense arm of that size and no other choice has run beside it.")
+    return " ".join(sentences)
 
 
 def _of_method(summary: Sequence[ArmSummary], baseline: str, compared: Sequence[Comparison]) -> str:

@@ -39,9 +39,10 @@ class ArmName:
     """An arm's name in its parts; empty where there is none.
 
     Args:
-        method: of PEFT, such as `lora`.
+        method: of PEFT, such as `lora`, or what the file calls it.
         suffix: one of `suffixes()`, or empty for a dense arm, which trains all of its adapter.
-        budget: a keep ratio (`0.1`: that share of the pool), or `top2`: as many as in the top two layers.
+        budget: a keep ratio (`0.1`: that share of the pool), `n4608` (that many entries), or `top2`: as many as in the
+            top two layers.
     """
 
     method: str
@@ -68,9 +69,19 @@ class ArmName:
         return int(found[1]) if found else None
 
     @property
+    def count(self) -> int | None:
+        """How many entries it keeps, where that is its budget."""
+        found = re.fullmatch(r"n([0-9]{1,18})", self.budget)
+        return int(found[1]) if found else None
+
+    @property
     def baseline(self) -> str:
         """The dense arm that this one is compared with: of the same method, and of the same layers if they are few."""
         return str(ArmName(self.method, budget=self.budget if self.top_layers else ""))
+
+
+def count_budget(entries: int) -> str:
+    return f"n{entries}"
 
 
 def baseline_of(arm: str) -> str:

@@ -8,11 +8,12 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from fish_tuning.errors import did_you_mean
-from fish_tuning.experiments.config.arm_names import HEAD_ALONE, ArmName, Variant, suffixes
+from fish_tuning.experiments.config.arm_names import HEAD_ALONE, ArmName, Variant, count_budget, suffixes
 from fish_tuning.experiments.config.sections import (
     DEFAULT_SELECTIONS,
     STARTS_AT_ZERO,
     WARMUP_STEPS,
+    ChoiceConfig,
     DatasetConfig,
     FishTuningConfig,
     LoraSection,
@@ -35,8 +36,8 @@ class ExperimentConfig(Section):
     peft: list[PeftMethodConfig] = Field(
         default=[PeftMethodConfig()], min_length=1, description="a section with the key method, or a list of them"
     )
-    protocol: Literal["ratio_of_baseline", "fixed_layers", "fixed_budget"] = Field(
-        default="ratio_of_baseline", description="ratio_of_baseline, fixed_layers or fixed_budget"
+    protocol: Literal["ratio_of_baseline", "fixed_layers", "fixed_budget", "fixed_count"] = Field(
+        default="ratio_of_baseline", description="ratio_of_baseline, fixed_layers, fixed_budget or fixed_count"
     )
     lora: LoraSection = LoraSection()
     fish_tuning: FishTuningConfig = Field(description="a section")  # always there: its arms follow from peft
@@ -53,7 +54,7 @@ class ExperimentConfig(Section):
             return data
         methods = data.get("peft")
         methods = [{}] if methods is None else methods if isinstance(methods, list) else [methods]
-        names = [method.get("method", "lora") for method in methods if isinstance(method, dict)] or ["lora"]
+        names = [m.get("name") or m.get("method", "lora") for m in methods if isinstance(m, dict)] or ["lora"]
         return {
             **data,
             "peft": methods,
@@ -69,7 +70,11 @@ class ExperimentConfig(Section):
 
     @model_validator(mode="after")
     def _arms_of_methods(self) -> ExperimentConfig:
-        names = unique([method.method for method in self.peft])
+        names = unique([section.name for section in self.peft])
+        if self.protocol == "fixed_count" and not self.fish_tuning.kept_parameters:
+            raise ValueError(
+                "fish_tuning.kept_parameters is missing; protocol fixed_count needs a list of whole numbers from 1."
+            )
         allowed = [f"{name}{selection}" for name in names for selection in ("", *(f"-{s}" for s in suffixes()))]
         allowed.append(HEAD_ALONE)
         for arm in self.fish_tuning.methods_to_run:
@@ -88,14 +93,16 @@ class ExperimentConfig(Section):
         return [*self._at_every_budget(names), *(arm for arm in asked if arm == HEAD_ALONE)]
 
     def _at_every_budget(self, names: list[ArmName]) -> list[str]:
-        if self.protocol == "fixed_layers":
-            budgets = [f"{ratio:g}" for ratio in self.fish_tuning.keep_ratio]
-            dense = [str(name) for name in names if name.selection is None]
-            masked = [name for name in names if name.selection is not None]
-            return dense + [str(replace(name, budget=budget)) for budget in budgets for name in masked]
         if self.protocol == "fixed_budget":
             budgets = [f"top{number}" for number in self.fish_tuning.top_layers]
             return [str(replace(name, budget=budget)) for budget in budgets for name in names]
+        if self.protocol in ("fixed_layers", "fixed_count"):
+            ratios = [f"{ratio:g}" for ratio in self.fish_tuning.keep_ratio]
+            counts = [count_budget(number) for number in self.fish_tuning.kept_parameters]
+            budgets = ratios if self.protocol == "fixed_layers" else counts
+            dense = [str(name) for name in names if name.selection is None]
+            masked = [name for name in names if name.selection is not None]
+            return dense + [str(replace(name, budget=budget)) for budget in budgets for name in masked]
         return [str(name) for name in names]
 
     def variant_of(self, arm: str) -> Variant:
@@ -108,26 +115,41 @@ class ExperimentConfig(Section):
         return Variant(small=name.selection is None and self.protocol == "ratio_of_baseline")
 
     def method_of(self, arm: str) -> PeftMethodConfig:
-        """The PEFT method that an arm trains; one of no settings for the head alone."""
+        """The section of `peft` that an arm belongs to; one of no settings for the head alone."""
         if arm == HEAD_ALONE:
             return PeftMethodConfig(method=HEAD_ALONE)
-        return next(method for method in self.peft if method.method == ArmName.parse(arm).method)
+        return next(section for section in self.peft if section.name == ArmName.parse(arm).method)
 
-    def warmup_steps(self, method: str) -> int:
+    def choice_of(self, section: PeftMethodConfig) -> ChoiceConfig:
+        """How entries of a method's pool are chosen: as `fish_tuning` says, with the method's own changes."""
+        own = section.fish_tuning
+        return self.fish_tuning.model_copy(update={key: getattr(own, key) for key in own.model_fields_set})
+
+    def learning_rates_of(self, section: PeftMethodConfig) -> list[float]:
+        """Those that a method's arms choose from."""
+        return section.learning_rates or self.training.learning_rates
+
+    def warmup_steps(self, section: PeftMethodConfig) -> int:
         """Dense steps before scoring: as asked for, else what the method's start needs."""
-        if self.fish_tuning.warmup_steps is not None:
-            return self.fish_tuning.warmup_steps
-        known = peft_method(method)
+        asked = self.choice_of(section).warmup_steps
+        if asked is not None:
+            return asked
+        known = peft_method(section.method)
         if known.takes_init_lora_weights:
-            return WARMUP_STEPS if self.lora.init_lora_weights in STARTS_AT_ZERO else 0
+            return WARMUP_STEPS if self.init_lora_weights(section) in STARTS_AT_ZERO else 0
         return 0 if known.starts_away_from_zero else WARMUP_STEPS
 
-    def start(self, method: str) -> str:
+    def init_lora_weights(self, section: PeftMethodConfig) -> bool | str:
+        """Where a LoRA starts: as the method's `args` say, else as `lora` does."""
+        asked: bool | str = section.args.get("init_lora_weights", self.lora.init_lora_weights)
+        return asked
+
+    def start(self, section: PeftMethodConfig) -> str:
         """The starting point of a method's adapter and of the scores, in words."""
-        init = self.lora.init_lora_weights
+        init = self.init_lora_weights(section)
         text = f"init_lora_weights {str(init).lower() if isinstance(init, bool) else init}"
-        words = [text] if peft_method(method).takes_init_lora_weights else []
-        steps = self.warmup_steps(method)
+        words = [text] if peft_method(section.method).takes_init_lora_weights else []
+        steps = self.warmup_steps(section)
         scored = f"scored after {steps} warm-up steps" if steps else "scored at its start"
         return ", ".join([*words, scored] if steps or not words else words)
 

@@ -225,6 +225,42 @@ class LoraSection(Section):
         return self
 
 
+class ChoiceConfig(Section):
+    """How entries are chosen."""
+
+    score: str = Field(
+        default="fisher", description="a score's name, such as fisher, fisher_sampled or fisher_expected"
+    )
+    num_samples: int = Field(default=128, ge=1, description="a whole number from 1: training examples to score with")
+    warmup_steps: int | None = Field(
+        default=None,
+        ge=0,
+        description="a whole number from 0: dense steps before scoring, undone after it; "
+        f"null for {WARMUP_STEPS} where B starts at 0, else 0",
+    )
+    quotas: dict[str, float] | None = Field(
+        default=None,
+        description="regular expressions for tensors and their shares of the kept entries, adding up to 1, for the "
+        "-fish-quota arms; null for the same keep ratio in every module type",
+    )
+
+    @field_validator("score")
+    @classmethod
+    def _known_score(cls, value: str) -> str:
+        if value not in SCORES:
+            raise ValueError(f"must be one of {', '.join(SCORES)}.{did_you_mean(value, SCORES)}")
+        return value
+
+    @field_validator("quotas")
+    @classmethod
+    def _adding_up(cls, value: dict[str, float] | None) -> dict[str, float] | None:
+        for pattern in value or ():
+            _regular_expression(pattern)
+        if value is not None and (min(value.values(), default=-1) < 0 or abs(sum(value.values()) - 1) > 1e-6):
+            raise ValueError(f"must be shares from 0 that add up to 1; they add up to {sum(value.values()):g}")
+        return value
+
+
 class PeftMethodConfig(Section):
     """One PEFT method of the experiment, with the arguments of its PEFT configuration by their own names."""
 
@@ -234,6 +270,11 @@ class PeftMethodConfig(Section):
         description="a method's name in small letters: lora, dora, serial_adapter, prefix_tuning, ia3, unipelt, or "
         "another one of PEFT's",
     )
+    name: str = Field(
+        default="",
+        pattern=r"^[a-z0-9_]*$",
+        description="what its arms are called, in small letters, digits and _: the method's name unless it is given",
+    )
     args: dict[str, Any] = Field(default={}, description="names and values of the method's PEFT configuration")
     baseline_args: dict[str, Any] = Field(default={}, description="changes to args for the dense arm")
     fish_args: dict[str, Any] = Field(default={}, description="changes to args for the pool of the masked arms")
@@ -241,13 +282,38 @@ class PeftMethodConfig(Section):
         default={}, description="changes to training.args_override for this method's arms, such as learning_rate"
     )
 
+    fish_tuning: ChoiceConfig = Field(
+        default=ChoiceConfig(), description=f"a section with any of the keys {', '.join(ChoiceConfig.model_fields)}"
+    )
+    learning_rates: list[float] = Field(
+        default=[], description="a list of numbers above 0 in place of training.learning_rates, for its arms"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, data: Any) -> Any:
+        """Its name is the method's unless it is given."""
+        return {"name": data.get("method", "lora"), **data} if isinstance(data, dict) else data
+
+    @field_validator("name")
+    @classmethod
+    def _is_no_other_arm(cls, value: str) -> str:
+        if not value:
+            raise ValueError("must not be empty")
+        return value
+
+    @field_validator("learning_rates")
+    @classmethod
+    def _positive(cls, value: list[float]) -> list[float]:
+        return _rates(value)
+
     @field_validator("training_args")
     @classmethod
     def _known_arguments(cls, value: dict[str, Any]) -> dict[str, Any]:
         return _checked_arguments(value)
 
 
-class FishTuningConfig(Section):
+class FishTuningConfig(ChoiceConfig):
     """Which arms run, and how their masks are chosen."""
 
     methods_to_run: list[str] = Field(
@@ -269,36 +335,17 @@ class FishTuningConfig(Section):
         default=5, ge=1, description="a whole number from 1: layers of the pool, for protocol fixed_budget"
     )
     prune_to_ratio_of_baseline: float = Field(default=0.5, gt=0, le=1, description="a number above 0, up to 1")
-    score: str = Field(
-        default="fisher", description="a score's name, such as fisher, fisher_sampled or fisher_expected"
+    kept_parameters: list[int] = Field(
+        default=[],
+        description="a list of whole numbers from 1: entries that each masked arm trains, for protocol fixed_count",
     )
-    num_samples: int = Field(default=128, ge=1, description="a whole number from 1: training examples to score with")
-    warmup_steps: int | None = Field(
-        default=None,
-        ge=0,
-        description="a whole number from 0: dense steps before scoring, undone after it; "
-        f"null for {WARMUP_STEPS} where B starts at 0, else 0",
-    )
-
-    quotas: dict[str, float] | None = Field(
-        default=None,
-        description="regular expressions for tensors and their shares of the kept entries, adding up to 1, for the "
-        "-fish-quota arms; null for the same keep ratio in every module type",
-    )
-
-    @field_validator("score")
-    @classmethod
-    def _known_score(cls, value: str) -> str:
-        if value not in SCORES:
-            raise ValueError(f"must be one of {', '.join(SCORES)}.{did_you_mean(value, SCORES)}")
-        return value
 
     @field_validator("methods_to_run")
     @classmethod
     def _different_arms(cls, value: list[str]) -> list[str]:
         return unique(value)
 
-    @field_validator("keep_ratio", "top_layers", mode="before")
+    @field_validator("keep_ratio", "top_layers", "kept_parameters", mode="before")
     @classmethod
     def _wrap(cls, value: Any) -> Any:
         return value if isinstance(value, list) else [value]
@@ -311,9 +358,9 @@ class FishTuningConfig(Section):
         unique([f"{ratio:g}" for ratio in value])  # as arms are called
         return value
 
-    @field_validator("top_layers")
+    @field_validator("top_layers", "kept_parameters")
     @classmethod
-    def _layers(cls, value: list[int]) -> list[int]:
+    def _from_one(cls, value: list[int]) -> list[int]:
         if not all(number >= 1 for number in value):
             raise ValueError("must be whole numbers from 1")
         return unique(value)
@@ -326,15 +373,6 @@ class FishTuningConfig(Section):
                 f"fish_tuning.pool_layers={self.pool_layers}"
             )
         return self
-
-    @field_validator("quotas")
-    @classmethod
-    def _adding_up(cls, value: dict[str, float] | None) -> dict[str, float] | None:
-        for pattern in value or ():
-            _regular_expression(pattern)
-        if value is not None and (min(value.values(), default=-1) < 0 or abs(sum(value.values()) - 1) > 1e-6):
-            raise ValueError(f"must be shares from 0 that add up to 1; they add up to {sum(value.values()):g}")
-        return value
 
 
 class TrainingConfig(Section):
@@ -366,14 +404,18 @@ class TrainingConfig(Section):
     @field_validator("learning_rates")
     @classmethod
     def _positive(cls, value: list[float]) -> list[float]:
-        if not all(rate > 0 for rate in value):
-            raise ValueError("must be numbers above 0")
-        return unique(value)
+        return _rates(value)
 
     @field_validator("args_override")
     @classmethod
     def _known_arguments(cls, value: dict[str, Any]) -> dict[str, Any]:
         return _checked_arguments(value)
+
+
+def _rates(value: list[float]) -> list[float]:
+    if not all(rate > 0 for rate in value):
+        raise ValueError("must be numbers above 0")
+    return unique(value)
 
 
 def _checked_arguments(value: dict[str, Any]) -> dict[str, Any]:

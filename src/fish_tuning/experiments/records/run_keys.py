@@ -53,8 +53,9 @@ def run_keys(
     """
     parts = {**shared, **_arm_parts(config, arm), "arguments": effective_arguments(arguments)}
     seedless = {name: value for name, value in parts["arguments"].items() if name not in ("seed", "data_seed")}
-    if len(config.training.learning_rates) > 1:
-        seedless["learning_rate"] = config.training.learning_rates
+    rates = config.learning_rates_of(config.method_of(arm.arm))
+    if len(rates) > 1:
+        seedless["learning_rate"] = rates
     return RunKeys(_digest(parts), _digest({**parts, "arguments": seedless}))
 
 
@@ -83,15 +84,17 @@ def _arm_parts(config: ExperimentConfig, arm: ArmPlan) -> dict[str, Any]:
     }
     if config.training.head_learning_rate is not None:
         parts["head_learning_rate"] = config.training.head_learning_rate
+    section = config.method_of(arm.arm)
+    choice = config.choice_of(section)
     if peft_method(arm.method).takes_init_lora_weights:
-        parts["init_lora_weights"] = config.lora.init_lora_weights  # which settings, made without weights, lack
+        parts["init_lora_weights"] = config.init_lora_weights(section)  # which settings, made without weights, lack
     selection = ArmName.parse(arm.arm).selection
     if selection is not None:
         parts["names_to_exclude"] = config.lora.names_to_exclude
-        parts |= {"quotas": config.fish_tuning.quotas} if selection.quotas else {}
+        parts |= {"quotas": choice.quotas} if selection.quotas else {}
         if SELECTIONS.find(selection.name).needs_scores:
-            parts |= {"score": config.fish_tuning.score, "num_samples": config.fish_tuning.num_samples}
-            parts |= {"warmup_steps": config.warmup_steps(arm.method)}
+            parts |= {"score": choice.score, "num_samples": choice.num_samples}
+            parts |= {"warmup_steps": config.warmup_steps(section)}
     return parts
 
 

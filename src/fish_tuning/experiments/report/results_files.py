@@ -146,6 +146,8 @@ def budget_text(config: ExperimentConfig) -> str:
     if config.protocol == "fixed_budget":
         layers = ", ".join(map(str, fish.top_layers))
         return f"as many parameters as the dense arms of the top {layers} layers, out of the top {fish.pool_layers}"
+    if config.protocol == "fixed_count":
+        return f"{', '.join(f'{number:,}' for number in fish.kept_parameters)} entries of each pool"
     return f"{fish.prune_to_ratio_of_baseline:g} x the trainable parameters of the dense arm"
 
 
@@ -158,8 +160,8 @@ def compared(runs: Sequence[RunRecord]) -> list[Comparison]:
 def start_text(config: ExperimentConfig) -> str:
     """The start of each method's adapter and scores; with its name where there are several methods."""
     if len(config.peft) == 1:
-        return config.start(config.peft[0].method)
-    return "; ".join(f"{section.method}: {config.start(section.method)}" for section in config.peft)
+        return config.start(config.peft[0])
+    return "; ".join(f"{section.name}: {config.start(section)}" for section in config.peft)
 
 
 def _settings(config: ExperimentConfig, facts: Mapping[str, Any]) -> dict[str, Any]:

@@ -85,7 +85,7 @@ def choose_mask(context: Context, arm: ArmPlan, seed: int, model: Any, calibrati
         names_to_exclude=names_outside_pool(context.config, context.plan.task),
         num_trainable=arm.trainable_parameters,
         method=selection.name,
-        quotas=(context.config.fish_tuning.quotas or "module_type") if selection.quotas else None,
+        quotas=(context.choice(arm).quotas or "module_type") if selection.quotas else None,
         normalize="module_type" if selection.normalize else None,
         seed=seed,
     )

@@ -40,8 +40,9 @@ def calibrate(
     context: Context, arm: ArmPlan, seed: int, model: Any, args: TrainingArguments, initial_state: str
 ) -> Calibration:
     """Score the model; it is left as it was."""
-    steps = context.config.warmup_steps(arm.method)
-    loader = calibration_loader(context, seed, args.per_device_train_batch_size)
+    choice = context.choice(arm)
+    steps = context.config.warmup_steps(context.config.method_of(arm.arm))
+    loader = calibration_loader(context, seed, choice.num_samples, args.per_device_train_batch_size)
     warmup, scoring = Stopwatch(), Stopwatch()
     with undone(model):
         if steps:
@@ -51,7 +52,7 @@ def calibrate(
             scores = calculate_scores(
                 model,
                 loader,
-                context.config.fish_tuning.score,
+                choice.score,
                 args.device,
                 batch_size=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
                 seed=seed,
@@ -95,9 +96,9 @@ def undone(model: Any) -> Iterator[None]:
             vars(model).pop("forward", None)
 
 
-def calibration_loader(context: Context, seed: int, batch_size: int) -> DataLoader[Any]:
+def calibration_loader(context: Context, seed: int, number: int, batch_size: int) -> DataLoader[Any]:
     """The seed's calibration examples; scores are exact whatever their order, so equal lengths go together."""
-    examples = context.data.train.shuffle(seed=seed).select(range(context.config.fish_tuning.num_samples))
+    examples = context.data.train.shuffle(seed=seed).select(range(number))
     if "input_ids" in examples.column_names:
         lengths = [len(ids) for ids in examples["input_ids"]]
         examples = examples.select(sorted(range(len(examples)), key=lengths.__getitem__))

@@ -10,6 +10,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainingArguments
 
 from fish_tuning.experiments.config.experiment import ExperimentConfig
+from fish_tuning.experiments.config.sections import ChoiceConfig
 from fish_tuning.experiments.data.digests import data_digest
 from fish_tuning.experiments.data.tasks import Encoded, encode
 from fish_tuning.experiments.models.weights import weights_digest
@@ -61,6 +62,10 @@ class Context:
         )
         arguments.run_name = logged_name(config, arm.arm, seed, arguments.run_name)
         return arguments
+
+    def choice(self, arm: ArmPlan) -> ChoiceConfig:
+        """How the arm's entries are chosen."""
+        return self.config.choice_of(self.config.method_of(arm.arm))
 
     @property
     def head_learning_rate(self) -> float | None:

@@ -15,5 +15,6 @@ def use_once(context: Context, arm: ArmPlan, seed: int) -> None:
     model = context.starts(arm.arm, seed)
     args = context.arguments(arm, seed)
     train_steps(context, arm, seed, model, args.learning_rate, 1)
-    batches = list(islice(calibration_loader(context, seed, args.per_device_train_batch_size), 1))
+    number = context.choice(arm).num_samples
+    batches = list(islice(calibration_loader(context, seed, number, args.per_device_train_batch_size), 1))
     calculate_fisher_information(model, batches, device=args.device, progress=False)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fish_tuning.errors import FishTuningError, RecordError
+from fish_tuning.experiments.config.arm_names import ArmName
 from fish_tuning.experiments.data.tasks import Encoded
 from fish_tuning.experiments.records.run_record import ArmPlan
 from fish_tuning.experiments.run.arm import run_arm
@@ -32,27 +33,32 @@ class LearningRates:
     """
 
     def __init__(self, context: Context, progress: RunProgress) -> None:
-        self.rates = context.config.training.learning_rates
+        config = context.config
+        self.of_method = {section.name: config.learning_rates_of(section) for section in config.peft}
         self.seed = context.config.seeds[0]
         self.folder = context.folder / "selection"
         self.progress = progress
         self.chosen: dict[str, float] = {}
         self.calibrations: dict[tuple[str, float], Calibration | None] = {}
-        if self.chooses:
+        any_choice = any(len(rates) > 1 for rates in (config.training.learning_rates, *self.of_method.values()))
+        if any_choice:
             self.folder.mkdir(parents=True, exist_ok=True)
-        self.context = _of_trials(context) if self.chooses else context
+        self.context = _of_trials(context) if any_choice else context
 
-    @property
-    def chooses(self) -> bool:
+    def rates(self, arm: ArmPlan) -> list[float]:
+        """Those that the arm chooses from; none where the training arguments have the one."""
+        return self.of_method.get(ArmName.parse(arm.arm).method, self.context.config.training.learning_rates)
+
+    def chooses(self, arm: ArmPlan) -> bool:
         """Whether there is a choice to make."""
-        return len(self.rates) > 1
+        return len(self.rates(arm)) > 1
 
     def __call__(self, arm: ArmPlan) -> float | None:
         """The arm's learning rate; None leaves it to the training arguments.
 
         Raises FishTuningError when no rate gave a finite metric, or a trial could not be made.
         """
-        if self.known(arm) is None and self.chooses:
+        if self.known(arm) is None and self.chooses(arm):
             lock = self._file(arm).with_suffix(".lock")
             with wait_for(lock, f"the choice of a learning rate for {arm.arm}"), attempt(lock, math.inf):
                 self._try_all(arm)
@@ -63,18 +69,19 @@ class LearningRates:
 
     def known(self, arm: ArmPlan) -> float | None:
         """The arm's learning rate, if it needs no choice or is chosen already."""
-        if not self.chooses:
-            return self.rates[0] if self.rates else None
+        rates = self.rates(arm)
+        if len(rates) < 2:
+            return rates[0] if rates else None
         if arm.arm not in self.chosen:
             trials = self._trials(arm)
             values = {rate: trial["value"] for rate, trial in trials.items() if trial["value"] is not None}
-            if len(trials) < len(self.rates) or not values:
+            if len(trials) < len(rates) or not values:
                 return None
             self.chosen[arm.arm] = max(values, key=values.__getitem__)
         return self.chosen[arm.arm]
 
     def _try_all(self, arm: ArmPlan) -> None:
-        for rate in self.rates:
+        for rate in self.rates(arm):
             trials = self._trials(arm)
             if rate not in trials:
                 trials[rate] = {"key": self._key(arm, rate), **self._trial(arm, rate)}
@@ -85,7 +92,7 @@ class LearningRates:
         written = _read(self._file(arm))
         return {
             rate: written[str(rate)]
-            for rate in self.rates
+            for rate in self.rates(arm)
             if written.get(str(rate), {}).get("key") == self._key(arm, rate)
         }
 
@@ -98,7 +105,7 @@ class LearningRates:
     def _trial(self, arm: ArmPlan, rate: float) -> dict[str, Any]:
         """A verdict about the rate: its metric, or that training diverged. Any other error is none, and is raised."""
         self.progress.start(f"{arm.arm}, learning rate {rate:g}", self.seed)
-        shared = (arm.method, rate)
+        shared = (ArmName.parse(arm.arm).method, rate)
         metric = self.context.plan.metric
         context = replace(self.context, folder=self.folder / "work" / arm.arm)
         try:

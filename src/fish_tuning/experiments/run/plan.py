@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -61,10 +61,10 @@ def plan_experiment(config: ExperimentConfig) -> Plan:
         # refuses what would fail later
         training_arguments(config, config.seeds[0], Path(config.training.output_dir), section.training_args)
     most = config.dataset.max_train_samples
-    if most is not None and config.fish_tuning.num_samples > most:
+    key, asked = _most_samples(config)
+    if most is not None and asked > most:
         raise ConfigurationError(
-            f"fish_tuning.num_samples={config.fish_tuning.num_samples} is more than dataset.max_train_samples={most}; "
-            "lower the first or raise the second."
+            f"{key}={asked} is more than dataset.max_train_samples={most}; lower the first or raise the second."
         )
     stored = read_config(config.model)
     task = load_task(config.dataset)
@@ -92,11 +92,23 @@ def _arms(config: ExperimentConfig, task: Task) -> list[str]:
 
 
 def _check_samples(config: ExperimentConfig, examples: int) -> None:
-    asked, several = config.fish_tuning.num_samples, len(config.training.learning_rates) > 1
+    key, asked = _most_samples(config)
+    several = any(len(config.learning_rates_of(section)) > 1 for section in config.peft)
     left = examples - math.ceil(HELD_OUT * examples) if several else examples
     if asked > left:
         where = f" that are left when {HELD_OUT:.0%} are held out to choose learning rates" if several else ""
-        raise ConfigurationError(f"fish_tuning.num_samples={asked} is more than the {left} training examples{where}.")
+        raise ConfigurationError(f"{key}={asked} is more than the {left} training examples{where}.")
+
+
+def _most_samples(config: ExperimentConfig) -> tuple[str, int]:
+    """The key that asks for the most calibration examples, and how many."""
+    own = {
+        f"peft.{section.name}.fish_tuning.num_samples": section.fish_tuning.num_samples
+        for section in config.peft
+        if "num_samples" in section.fish_tuning.model_fields_set
+    }
+    asked = {"fish_tuning.num_samples": config.fish_tuning.num_samples, **own}
+    return max(asked.items(), key=lambda item: item[1])
 
 
 def _check_length(config: ExperimentConfig, task: Task, tokenizer: Any, model_config: Any) -> None:
@@ -140,10 +152,10 @@ class _Models:
 
     def __call__(self, arm: str) -> Any:
         section, variant = self.config.method_of(arm), self.config.variant_of(arm)
-        if (section.method, variant) not in self.made:
+        if (section.name, variant) not in self.made:
             model = build_meta_model(self.config, self.model_config, self.task, section, variant)
-            self.made[section.method, variant] = model
-        return self.made[section.method, variant]
+            self.made[section.name, variant] = model
+        return self.made[section.name, variant]
 
     def settings(self, arm: str) -> Any:
         return self(arm).peft_config["default"]
@@ -154,17 +166,17 @@ def _plan_arm(config: ExperimentConfig, arm: str, models: _Models) -> ArmPlan:
     sizes = _trainable_sizes(models(arm))
     if arm == HEAD_ALONE:
         head, settings = sum(sizes.values()), _plain(models.settings(arm).to_dict())
-        return ArmPlan(arm, name.method, None, "-", settings, head, pool=0, kept=0, dense=head)
+        return ArmPlan(arm, HEAD_ALONE, None, "-", settings, head, pool=0, kept=0, dense=head)
     outside = matching_names(sizes, names_outside_pool(config, models.task))
     dense = sum(sizes[tensor] for tensor in outside)
     pool = {tensor: size for tensor, size in sizes.items() if tensor not in outside}
     total = sum(pool.values())
     kept = total if name.selection is None else _budget(config, name, models, total, dense)
     if name.selection is not None and name.selection.quotas:
-        _check_quotas(pool, kept, config.fish_tuning.quotas)
+        _check_quotas(pool, kept, config.choice_of(config.method_of(arm)).quotas)
     return ArmPlan(
         arm=arm,
-        method=name.method,
+        method=config.method_of(arm).method,
         selection=name.suffix or None,
         size=size_text(models.settings(arm)),
         settings=_plain(models.settings(arm).to_dict()),
@@ -184,6 +196,15 @@ def names_outside_pool(config: ExperimentConfig, task: Task) -> list[str]:
 def _budget(config: ExperimentConfig, name: ArmName, models: _Models, pool: int, dense: int) -> int:
     if config.protocol == "fixed_layers":
         return resolve_budget(pool, dense, keep_ratio=float(name.budget))
+    if config.protocol == "fixed_count":
+        count = int(name.count or 0)
+        if count > pool:
+            size = size_text(models.settings(str(name)))
+            raise ConfigurationError(
+                f"fish_tuning.kept_parameters={count:,}: the pool of {name.method} ({size}) has {pool:,} entries. Lower "
+                "it, or enlarge the pool with peft.args."
+            )
+        return count
     baseline = sum(_trainable_sizes(models(name.baseline)).values())
     ratio = config.fish_tuning.prune_to_ratio_of_baseline if config.protocol == "ratio_of_baseline" else 1.0
     try:
@@ -222,7 +243,7 @@ def _trainable_sizes(model: Any) -> dict[str, int]:
 
 def _facts(config: ExperimentConfig, task: Task, models: _Models) -> dict[str, Any]:
     first = {ArmName.parse(arm).method: arm for arm in reversed(config.arms)}
-    first = {section.method: first[section.method] for section in config.peft if section.method in first}
+    first = {section.name: first[section.name] for section in config.peft if section.name in first}
     return {
         "task": task.name,
         "task_kind": task.kind,
@@ -238,11 +259,19 @@ def _facts(config: ExperimentConfig, task: Task, models: _Models) -> dict[str, A
         "adapters": {method: _sizes(config, method, models) for method in first},
         "target_modules": {method: _targets(models(arm)) for method, arm in first.items()},
         "init_lora_weights": config.lora.init_lora_weights,
+        "scores": _scores_text(config, first.values()),
         "num_samples": config.fish_tuning.num_samples,
-        "warmup_steps_before_scoring": {method: config.warmup_steps(method) for method in first},
+        "warmup_steps_before_scoring": {name: config.warmup_steps(config.method_of(arm)) for name, arm in first.items()},
         "device": _device(),
         "versions": {name: version(name) for name in _recorded_packages(task)} | {"python": platform.python_version()},
     }
+
+
+def _scores_text(config: ExperimentConfig, arms: Iterable[str]) -> dict[str, str]:
+    """What each method's entries are judged by."""
+    sections = [config.method_of(arm) for arm in arms]
+    choices = {section.name: config.choice_of(section) for section in sections}
+    return {name: f"{choice.score} of {choice.num_samples} examples" for name, choice in choices.items()}
 
 
 def _recorded_packages(task: Task) -> tuple[str, ...]:
@@ -276,12 +305,24 @@ def _notes(config: ExperimentConfig, task: Task, arms: Sequence[ArmPlan]) -> lis
     notes = []
     if HEAD_ALONE in config.arms and not task.brings_head:
         notes.append(f"The arm {HEAD_ALONE} is left out: {task.kind} brings no new head to train.")
-    lora = [section.method for section in config.peft if peft_method(section.method).takes_init_lora_weights]
-    if lora and config.lora.init_lora_weights in STARTS_AT_ZERO and not config.warmup_steps(lora[0]):
+    blind = [
+        section
+        for section in config.peft
+        if peft_method(section.method).takes_init_lora_weights
+        and config.init_lora_weights(section) in STARTS_AT_ZERO
+        and not config.warmup_steps(section)
+    ]
+    if blind:
         notes.append(
             "B starts at 0, where every A scores exactly zero: FISH can only choose among B. Leave out "
             "fish_tuning.warmup_steps=0, or set lora.init_lora_weights to 'pissa'."
         )
+    if config.protocol == "fixed_count":
+        counts = config.fish_tuning.kept_parameters
+        others = [arm for arm in arms if arm.selection is None and arm.pool and arm.kept not in counts]
+        if others:
+            sizes = ", ".join(f"{arm.arm} ({arm.kept:,})" for arm in others)
+            notes.append(f"Dense arms of another size than fish_tuning.kept_parameters={counts}: {sizes}.")
     whole = [arm.arm for arm in arms if arm.selection is not None and arm.kept == arm.pool]
     if whole:
         notes.append(

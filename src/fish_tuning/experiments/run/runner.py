@@ -139,7 +139,7 @@ class _Session:
             try:
                 if deaths >= MOST_DEATHS:
                     raise FishTuningError(f"{deaths} processes that were at it have been killed; out of memory?")
-                if self.rates.known(arm) is None and self.rates.chooses:
+                if self.rates.known(arm) is None and self.rates.chooses(arm):
                     self.rates(arm)
                     if known := self._found(arm, seed):
                         return known, True
@@ -159,12 +159,12 @@ class _Session:
         rate = self.rates.known(arm)
         keys = self.context.keys(arm, seed, rate)
         # Before a rate is chosen there can only be a failure, which must not pass for one of the arguments' own rate.
-        return keys._replace(run=f"{keys.setting}-unchosen") if rate is None and self.rates.chooses else keys
+        return keys._replace(run=f"{keys.setting}-unchosen") if rate is None and self.rates.chooses(arm) else keys
 
     def _run(self, arm: ArmPlan, seed: int) -> RunRecord:
         rate = self.rates.known(arm)
         self.calibrations = {known: made for known, made in self.calibrations.items() if known[0] == seed}
-        shared = (seed, arm.method, rate)  # arms that agree in these share their scores
+        shared = (seed, self.context.config.method_of(arm.arm).name, rate)  # arms that agree in these share their scores
         try:
             self._use_once(arm, seed)
             record, self.calibrations[shared] = run_arm(self.context, arm, seed, self.calibrations.get(shared), rate)

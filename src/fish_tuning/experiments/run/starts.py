@@ -36,15 +36,15 @@ class Starts:
             self._seed, self._kept = seed, {}
         base = build_base_model(self._config, model_config, task, seed=seed)
         adapter = peft_config_of(self._config, section, base, variant)
-        if (section.method, variant) in self._kept:
-            return _restored(base, adapter, section, self._kept[section.method, variant])
+        if (section.name, variant) in self._kept:
+            return _restored(base, adapter, section, self._kept[section.name, variant])
         set_seed(seed)  # as build_model does
         model = put_adapter(base, adapter, section)
-        self._kept[section.method, variant] = _brought(model)
+        self._kept[section.name, variant] = _brought(model)
         return model
 
     def _is_computed_from_weights(self, section: PeftMethodConfig) -> bool:
-        init = section.args.get("init_lora_weights", self._config.lora.init_lora_weights)
+        init = self._config.init_lora_weights(section)
         return peft_method(section.method).takes_init_lora_weights and init not in (*STARTS_AT_ZERO, False)
 
 
