@@ -31,7 +31,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::fish_tuning.FishTuningWarning")
 
 def measured(model: nn.Module, loader: Batch | list[Batch], **kwargs: object) -> Moments:
     batches = [loader] if isinstance(loader, dict) else loader
-    return measure_moments(model, batches, progress=False, **kwargs)  # type: ignore[arg-type]
+    return measure_moments(model, batches, warmup_steps=0, progress=False, **kwargs)  # type: ignore[arg-type]
 
 
 def reference_gradients(model: nn.Module, batch: Batch) -> dict[str, Tensor]:

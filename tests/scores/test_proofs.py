@@ -26,7 +26,7 @@ from fish_tuning.scores.layer_rules import _RULES
 
 def scored(model: nn.Module, loader: Batch | list[Batch], **kwargs: object) -> dict[str, Tensor]:
     batches = [loader] if isinstance(loader, dict) else loader
-    return calculate_fisher_information(model, batches, progress=False, **kwargs)  # type: ignore[arg-type]
+    return calculate_fisher_information(model, batches, warmup_steps=0, progress=False, **kwargs)  # type: ignore[arg-type]
 
 
 class PastTheLayer(nn.Module):

@@ -32,6 +32,7 @@ def calculate_scores(
     seed: int = 0,
     scores_dtype: torch.dtype = torch.float32,
     scores_device: torch.device | str | None = None,
+    warmup_steps: int | None = None,
     progress: bool = True,
 ) -> dict[str, Tensor]:
     """Scores of every trainable entry by a named score, from one pass over the calibration examples.
@@ -90,6 +91,7 @@ def calculate_scores(
             seed=seed,
             scores_dtype=scores_dtype,
             scores_device=scores_device,
+            warmup_steps=warmup_steps,
             progress=progress,
             stacklevel=2,
         )

@@ -26,6 +26,7 @@ def calculate_fisher_information(
     seed: int = 0,
     scores_dtype: torch.dtype = torch.float32,
     scores_device: torch.device | str | None = None,
+    warmup_steps: int | None = None,
     progress: bool = True,
 ) -> dict[str, Tensor]:
     """Diagonal Fisher information of every trainable tensor of `model`, exact per example at any batch size.
@@ -58,6 +59,9 @@ def calculate_fisher_information(
             half the memory and about three digits; each layer's squares are computed in fp32 all the same.
         scores_device: where they are kept, e.g. "cpu" to score all the weights of a model that fills its GPU: squares
             are added there layer by layer as the backward pass meets them. Default: with their tensors.
+        warmup_steps: dense AdamW steps on the calibration examples before scoring, undone after it to the bit. Default:
+            20 where a part of a PEFT adapter is exactly zero, as B is at LoRA's usual start: all that it is multiplied
+            with would score zero, and masks could choose among B alone. Else 0: the weights as they are.
         progress: show a progress bar.
 
     Returns:
@@ -95,6 +99,7 @@ def calculate_fisher_information(
         seed=seed,
         scores_dtype=scores_dtype,
         scores_device=scores_device,
+        warmup_steps=warmup_steps,
         progress=progress,
         stacklevel=2,
     )

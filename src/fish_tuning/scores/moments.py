@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,16 +15,19 @@ from tqdm.auto import tqdm
 
 from fish_tuning.errors import FisherError, FishTuningWarning
 from fish_tuning.scores.bare_model import unwrapped
-from fish_tuning.scores.batches import batch_size, calibration_batches
+from fish_tuning.scores.batches import Batch, batch_size, calibration_batches
 from fish_tuning.scores.finite import check_finite
 from fish_tuning.scores.loss_vectors import LossFunction, LossVectors
 from fish_tuning.scores.losses import FisherType, TokenReduction
 from fish_tuning.scores.scorer import Scorer
 from fish_tuning.scores.scoring_state import scoring_state
 from fish_tuning.scores.totals import Totals
-from fish_tuning.scores.validation import check_arguments, check_model, device_errors_explained
+from fish_tuning.scores.validation import check_arguments, check_model, check_warmup, device_errors_explained
+from fish_tuning.scores.warmup import warmed_up, warmup_steps_needed
 
 logger = logging.getLogger("fish_tuning.scores.fisher")
+
+NO_EXAMPLE = "The calibration dataloader gave no example."
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,7 @@ def measure_moments(
     seed: int = 0,
     scores_dtype: torch.dtype = torch.float32,
     scores_device: torch.device | str | None = None,
+    warmup_steps: int | None = None,
     progress: bool = True,
     stacklevel: int = 1,
 ) -> Moments:
@@ -83,6 +88,7 @@ def measure_moments(
         torch.Size([2, 16])
     """
     check_arguments(model, fisher_type, token_reduction, method, loss_fn, num_samples, seed, scores_dtype)
+    check_warmup(warmup_steps)
     if gradients and fisher_type != "empirical":
         raise FisherError(
             f"fisher_type={fisher_type!r}: the mean gradient under the model's own labels is zero but for chance. Use "
@@ -98,11 +104,24 @@ def measure_moments(
     losses = LossVectors(model, fisher_type, token_reduction, loss_fn, seed)
     totals = Totals.zeros(trainable, scores_dtype, scores_device, gradients)
     scorer = Scorer(model, trainable, losses, method, totals)
+    steps = warmup_steps_needed(model) if warmup_steps is None else warmup_steps
+    batches: Iterable[Batch] = calibration_batches(calibration_dataloader, target, num_samples)
+    if steps:
+        batches = list(batches)  # a loader may give others, or none, when it is asked again
+        if not batches:
+            raise FisherError(NO_EXAMPLE)
     seen = 0
-    with scoring_state(model), scorer.probes, tqdm(
-        total=num_samples, desc="Fisher information", unit="ex", disable=not progress, leave=False
-    ) as bar:  # fmt: skip
-        for batch in calibration_batches(calibration_dataloader, target, num_samples):
+    with ExitStack() as stack:
+        stack.enter_context(scoring_state(model))
+        if steps:
+            trained_on = LossVectors(model, "empirical", token_reduction, loss_fn, seed)
+            with device_errors_explained(model, target):
+                stack.enter_context(warmed_up(model, trainable, trained_on, list(batches), steps, seed=seed))
+        stack.enter_context(scorer.probes)
+        bar = stack.enter_context(
+            tqdm(total=num_samples, desc="Fisher information", unit="ex", disable=not progress, leave=False)
+        )
+        for batch in batches:
             with device_errors_explained(model, target):
                 scorer.add(losses.trimmed(batch), first_example=seen)
             for message in scorer.new_failures():
@@ -110,7 +129,7 @@ def measure_moments(
             seen += batch_size(batch)
             bar.update(batch_size(batch))
     if not seen:
-        raise FisherError("The calibration dataloader gave no example.")
+        raise FisherError(NO_EXAMPLE)
     if num_samples is not None and seen < num_samples:
         logger.warning("Fisher information: %d examples asked for, the loader gave %d.", num_samples, seen)
     check_finite(model, totals.squares)

@@ -56,6 +56,14 @@ def check_arguments(
         raise FisherError(f"seed={seed!r} must be a whole number between -2**62 and 2**62.")
 
 
+def check_warmup(steps: object) -> None:
+    """FisherError for a number of warm-up steps that is none."""
+    if steps is not None and (not isinstance(steps, Integral) or steps < 0):
+        raise FisherError(
+            f"warmup_steps={steps!r} must be a whole number of at least 0, or None for what the start needs."
+        )
+
+
 def check_model(model: nn.Module, trainable: Mapping[str, nn.Parameter]) -> None:
     """FisherError for a model that cannot be scored, whatever the data."""
     if not trainable:

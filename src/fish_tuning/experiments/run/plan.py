@@ -261,7 +261,9 @@ def _facts(config: ExperimentConfig, task: Task, models: _Models) -> dict[str, A
         "init_lora_weights": config.lora.init_lora_weights,
         "scores": _scores_text(config, first.values()),
         "num_samples": config.fish_tuning.num_samples,
-        "warmup_steps_before_scoring": {name: config.warmup_steps(config.method_of(arm)) for name, arm in first.items()},
+        "warmup_steps_before_scoring": {
+            name: config.warmup_steps(config.method_of(arm)) for name, arm in first.items()
+        },
         "device": _device(),
         "versions": {name: version(name) for name in _recorded_packages(task)} | {"python": platform.python_version()},
     }

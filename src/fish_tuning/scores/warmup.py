@@ -1,0 +1,109 @@
+"""Some dense steps before scoring, undone after it: a start where one factor is zero hides what the other is worth."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from fish_tuning.peft_methods import PEFT_METHODS
+from fish_tuning.scores.batches import Batch, batch_size
+from fish_tuning.scores.loss_vectors import LossVectors
+from fish_tuning.scores.plain_gradients import PlainGradients
+
+logger = logging.getLogger("fish_tuning.scores.fisher")
+
+WARMUP_STEPS = 20
+WARMUP_LEARNING_RATE = 1e-3
+MAX_NORM = 1.0  # of a step's gradient, as the Trainer clips it
+
+
+def warmup_steps_needed(model: nn.Module) -> int:
+    """`WARMUP_STEPS` where a part of a PEFT adapter that trains is exactly zero, else 0.
+
+    There the parts that it is multiplied with have no gradient: with PEFT's default LoRA, B = 0, every A scores zero.
+    Methods that are known to start away from zero, trained adapters and models without PEFT need none.
+    """
+    if not getattr(model, "peft_config", None) or _starts_away_from_zero(model):
+        return 0
+    zero = (
+        not parameter.is_meta and not bool(parameter.any())
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and "modules_to_save" not in name
+    )
+    return WARMUP_STEPS if any(zero) else 0
+
+
+def _starts_away_from_zero(model: Any) -> bool:
+    """Of all adapters."""
+    kinds = {str(getattr(config.peft_type, "value", config.peft_type)) for config in model.peft_config.values()}
+    return kinds <= {
+        (method.peft_type or name).upper() for name, method in PEFT_METHODS.items() if method.starts_away_from_zero
+    }
+
+
+@contextmanager
+def warmed_up(
+    model: nn.Module,
+    trainable: dict[str, nn.Parameter],
+    losses: LossVectors,
+    batches: Sequence[Batch],
+    steps: int,
+    *,
+    learning_rate: float = WARMUP_LEARNING_RATE,
+    seed: int = 0,
+) -> Iterator[None]:
+    """The model after `steps` of AdamW on `trainable`; at the end, however it comes, it is back to the bit.
+
+    Stand-ins that share the parameters' memory get the gradients, so hooks and gradients of the parameters' own see
+    nothing of it. (Copies would not do: activation checkpointing computes again with the parameters.) The mode is the caller's: that of scoring has no dropout, so the steps are the same every time.
+
+    Args:
+        losses: of each example alone, for the given labels; their mean is trained on.
+        batches: taken in an order drawn from `seed`, again and again.
+    """
+    if not steps:
+        yield
+        return
+    logger.info("Fisher information: scored after %d warm-up steps, which are undone.", steps)
+    before = {name: parameter.detach().clone() for name, parameter in trainable.items()}
+    try:
+        _train(model, trainable, losses, batches, steps, learning_rate, seed)
+        yield
+    finally:
+        with torch.no_grad():
+            for name, parameter in trainable.items():
+                parameter.copy_(before[name])
+
+
+def _train(
+    model: nn.Module,
+    trainable: dict[str, nn.Parameter],
+    losses: LossVectors,
+    batches: Sequence[Batch],
+    steps: int,
+    learning_rate: float,
+    seed: int,
+) -> None:
+    stand_ins = {name: parameter.detach().requires_grad_() for name, parameter in trainable.items()}
+    in_place = PlainGradients(model, trainable).in_place(stand_ins)
+    optimizer = torch.optim.AdamW(stand_ins.values(), lr=learning_rate, weight_decay=0.0)
+    starts = [0, *torch.tensor([batch_size(batch) for batch in batches]).cumsum(0).tolist()]
+    for number in _in_random_order(len(batches), steps, seed):
+        (loss,) = losses(losses.trimmed(batches[number]), starts[number], in_place)
+        loss.mean().backward()
+        nn.utils.clip_grad_norm_(stand_ins.values(), MAX_NORM)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def _in_random_order(batches: int, steps: int, seed: int) -> Iterator[int]:
+    generator = torch.Generator().manual_seed(seed % 2**63)
+    order: list[int] = []
+    for _ in range(steps):
+        order = order or torch.randperm(batches, generator=generator).tolist()
+        yield order.pop()

@@ -1,0 +1,211 @@
+"""Dense steps before scoring: what they do, that they leave no trace, and when they are taken."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from peft import IA3Config, VeraConfig, get_peft_model
+from tiny import Batch, assert_scores_close, bert, classification_batch, lora, rebatch, regression_batch
+from torch import Tensor, nn
+
+import fish_tuning.scores.warmup as warmup
+from fish_tuning import (
+    FisherError,
+    FishTuningWarning,
+    calculate_fisher_information,
+    calculate_scores,
+    create_mask_from_fisher,
+)
+from fish_tuning.scores.warmup import warmup_steps_needed
+
+BATCHES = rebatch(classification_batch((5, 9, 3, 7) * 2), 4)
+
+
+def at_zero() -> Any:
+    return lora(bert(), init_lora_weights=True)
+
+
+def scored(model: nn.Module, **kwargs: Any) -> dict[str, Tensor]:
+    return calculate_fisher_information(model, BATCHES, progress=False, **kwargs)
+
+
+def everything(model: nn.Module) -> dict[str, Any]:
+    tensors = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    flags = {name: (p.requires_grad, p.grad, len(p._backward_hooks or ())) for name, p in model.named_parameters()}
+    modes = {name: module.training for name, module in model.named_modules()}
+    return {"tensors": tensors, "flags": flags, "modes": modes, "random": torch.get_rng_state()}
+
+
+def assert_untouched(model: nn.Module, before: dict[str, Any]) -> None:
+    now = everything(model)
+    assert all(torch.equal(tensor, now["tensors"][name]) for name, tensor in before["tensors"].items())
+    assert now["flags"] == before["flags"]
+    assert now["modes"] == before["modes"]
+    assert torch.equal(now["random"], before["random"])
+
+
+def test_at_the_usual_start_every_factor_gets_a_score() -> None:
+    model = at_zero().train()
+    before = everything(model)
+    scores = scored(model)
+    assert all(bool(score.any()) for score in scores.values())
+    assert_untouched(model, before)
+    without = scored(model, warmup_steps=0)
+    assert all(bool(score.any()) != ("lora_A" in name) for name, score in without.items())
+
+
+def test_the_printed_script_needs_no_action() -> None:
+    """PEFT's default start, then the functions as they are called in the README, with every warning an error."""
+    model = at_zero()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FishTuningWarning)
+        scores = calculate_fisher_information(model=model, calibration_dataloader=BATCHES, num_samples=8)
+        mask = create_mask_from_fisher(fisher_scores=scores, keep_ratio=0.9, names_to_exclude=["classifier"])
+    assert any(bool(selected.any()) for name, selected in mask.items() if "lora_A" in name)
+
+
+def test_steps_are_those_of_a_plain_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The slow, obvious way: an optimizer on a copy of the model, whose scores are then taken as they are."""
+    model, steps, seed = at_zero(), 5, 3
+    copied = copy.deepcopy(model).eval()
+    parameters = [parameter for parameter in copied.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=warmup.WARMUP_LEARNING_RATE, weight_decay=0.0)
+    for number in warmup._in_random_order(len(BATCHES), steps, seed):
+        copied(**BATCHES[number]).loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    expected = scored(copied, warmup_steps=0)
+    assert_scores_close(scored(model, warmup_steps=steps, seed=seed), expected, tolerance=1e-3)
+
+
+def test_order_takes_every_batch_before_it_repeats_one() -> None:
+    order = list(warmup._in_random_order(3, 9, seed=0))
+    assert [sorted(order[start : start + 3]) for start in (0, 3, 6)] == [[0, 1, 2]] * 3
+    assert order != list(warmup._in_random_order(3, 9, seed=1))
+
+
+def test_the_same_seed_gives_the_same_bits() -> None:
+    one, other = scored(at_zero()), scored(at_zero())
+    assert all(torch.equal(score, other[name]) for name, score in one.items())
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("during", ["warm-up", "scoring"])
+def test_whatever_happens_is_undone(error: type[BaseException], during: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = at_zero()
+    before = everything(model)
+    place = "fish_tuning.scores.warmup.PlainGradients.in_place" if during == "warm-up" else (
+        "fish_tuning.scores.moments.Scorer.add"
+    )  # fmt: skip
+
+    def fail(*_: object, **__: object) -> None:
+        raise error("stop")
+
+    monkeypatch.setattr(place, fail)
+    with pytest.raises(error, match="stop"):
+        scored(model)
+    assert_untouched(model, before)
+
+
+def test_hooks_and_gradients_of_the_users_see_nothing() -> None:
+    model = at_zero()
+    seen: list[str] = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.register_hook(lambda gradient, name=name: seen.append(name))
+            parameter.grad = torch.ones_like(parameter)
+    scored(model)
+    assert seen == []
+    assert all(bool((p.grad == 1).all()) for p in model.parameters() if p.requires_grad and p.grad is not None)
+
+
+def test_a_loader_that_can_be_read_once() -> None:
+    def once() -> Iterator[Batch]:
+        yield from BATCHES
+
+    one = calculate_fisher_information(at_zero(), once(), progress=False)
+    assert_scores_close(one, scored(at_zero()), tolerance=1e-6)
+    with pytest.raises(FisherError, match="gave no example"):
+        calculate_fisher_information(at_zero(), [], progress=False)
+
+
+def no_adapter() -> Any:
+    return bert()
+
+
+def ia3() -> Any:
+    config = IA3Config(task_type="SEQ_CLS", target_modules=["key", "value"], feedforward_modules=[])
+    return get_peft_model(bert(), config)
+
+
+def vera() -> Any:
+    return get_peft_model(bert(), VeraConfig(task_type="SEQ_CLS", r=4, target_modules=["query", "value"]))
+
+
+@pytest.mark.parametrize(
+    ("make", "steps"),
+    [
+        (at_zero, 20),
+        (lambda: at_zero().to(torch.bfloat16), 20),
+        (lambda: lora(bert(), init_lora_weights="gaussian"), 20),
+        (lambda: lora(bert(), init_lora_weights=False), 0),
+        (lambda: lora(bert(), init_lora_weights="pissa", r=2), 0),
+        (no_adapter, 0),
+        (ia3, 0),
+        (vera, 20),
+    ],
+    ids=["default", "bf16", "gaussian", "not zero", "pissa", "no adapter", "ia3", "vera"],
+)
+def test_steps_are_taken_where_a_start_needs_them(
+    make: Callable[[], nn.Module], steps: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = make()
+    assert warmup_steps_needed(model) == steps
+    with caplog.at_level(logging.INFO, "fish_tuning"):
+        scored(model)
+    assert (f"after {steps} warm-up steps" in caplog.text) == bool(steps)
+
+
+def test_an_adapter_that_is_trained_is_scored_as_it_is() -> None:
+    model = at_zero()
+    model(**BATCHES[0]).loss.backward()
+    torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=0.01).step()
+    assert warmup_steps_needed(model) == 0
+
+
+def test_bias_of_a_base_model_that_is_zero_is_no_start() -> None:
+    model = lora(bert(), init_lora_weights=False)
+    assert not model.base_model.model.classifier.modules_to_save["default"].bias.any()
+    assert warmup_steps_needed(model) == 0
+
+
+@pytest.mark.parametrize("fisher_type", ["sampled", "expected"])
+def test_other_labels_are_for_scoring_alone(fisher_type: str) -> None:
+    scores = scored(at_zero(), fisher_type=fisher_type)
+    assert all(bool(score.any()) for name, score in scores.items() if "lora_A" in name)
+
+
+def test_activation_checkpointing_and_named_scores() -> None:
+    plain = calculate_scores(at_zero(), BATCHES, "gain", progress=False)
+    model = at_zero().train()
+    model.activation_checkpointing_enable()
+    assert_scores_close(calculate_scores(model, BATCHES, "gain", progress=False), plain, tolerance=1e-3)
+
+
+def test_regression() -> None:
+    model = lora(bert(num_labels=1), init_lora_weights=True)
+    scores = calculate_fisher_information(model, [regression_batch()], progress=False)
+    assert all(bool(score.any()) for name, score in scores.items() if "lora" in name)
+
+
+@pytest.mark.parametrize("steps", [-1, 1.5, "20"])
+def test_steps_must_be_a_whole_number(steps: object) -> None:
+    with pytest.raises(FisherError, match="warmup_steps"):
+        scored(at_zero(), warmup_steps=steps)
