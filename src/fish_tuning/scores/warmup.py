@@ -60,7 +60,8 @@ def warmed_up(
     """The model after `steps` of AdamW on `trainable`; at the end, however it comes, it is back to the bit.
 
     Stand-ins that share the parameters' memory get the gradients, so hooks and gradients of the parameters' own see
-    nothing of it. (Copies would not do: activation checkpointing computes again with the parameters.) The mode is the caller's: that of scoring has no dropout, so the steps are the same every time.
+    nothing of it. (Copies would not do: activation checkpointing computes again with the parameters.) The mode is the
+    caller's: that of scoring has no dropout, so the steps are the same every time.
 
     Args:
         losses: of each example alone, for the given labels; their mean is trained on.

@@ -85,16 +85,6 @@ def test_counts_tell_adapter_and_head_apart(experiment: MakeExperiment) -> None:
     assert {record.constant_value for record in records.values()} == {0.5}
 
 
-def test_warm_up_and_scoring_are_timed_apart(experiment: MakeExperiment) -> None:
-    masked = "fish_tuning.methods_to_run=[lora-fish]"
-    for steps in (0, 2):
-        (record,) = run_all(context_of(experiment(masked, f"fish_tuning.warmup_steps={steps}")))[0].values()
-        warmup, scoring, both = record.warmup_seconds, record.scoring_seconds, record.fisher_seconds
-        assert (warmup or 0) > 0 if steps else warmup == 0
-        assert scoring
-        assert both == (warmup or 0) + scoring
-
-
 def test_adapters_are_saved_with_their_masks_and_load_in_stock_peft(
     experiment: MakeExperiment, tmp_path: Path, bert_folder: Path
 ) -> None:
@@ -144,7 +134,7 @@ def test_warm_up_scores_elsewhere_but_trains_from_the_start(experiment: MakeExpe
 def test_scores_of_another_start_are_refused(experiment: MakeExperiment) -> None:
     context = context_of(experiment("fish_tuning.methods_to_run=[lora-fish]"))
     with pytest.raises(Exception, match="another starting point"):
-        run_arm(context, context.plan.arms[0], 1, Calibration({}, 0.0, 0.0, "another"))
+        run_arm(context, context.plan.arms[0], 1, Calibration({}, 0.0, "another"))
 
 
 def test_an_error_leaves_the_earlier_adapter_whole(
@@ -166,7 +156,7 @@ def test_an_error_leaves_the_earlier_adapter_whole(
 
 
 def test_an_arm_under_bfloat16_is_trained_bare(experiment: MakeExperiment, monkeypatch: pytest.MonkeyPatch) -> None:
-    """accelerate wraps the forward pass for the warm-up; a second wrapping must not come upon the first."""
+    """accelerate wraps the forward pass; a second wrapping must not come upon a first."""
     wrapped = []
     make = arm_module.make_trainer
 
@@ -178,5 +168,5 @@ def test_an_arm_under_bfloat16_is_trained_bare(experiment: MakeExperiment, monke
     context = context_of(experiment("fish_tuning.methods_to_run=[lora-fish]", "training.args_override.bf16=true"))
     record, _ = run_arm(context, context.plan.arms[0], 1)
     assert record.status == "ok"
-    assert record.warmup_seconds
+    assert record.fisher_seconds
     assert wrapped == [False]

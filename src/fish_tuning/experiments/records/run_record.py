@@ -33,8 +33,6 @@ class RunRecord:
     head_parameters: int | None = None  # what trains as a whole beside them; the two add up to trainable_parameters
     train_seconds: float | None = None
     fisher_seconds: float | None = None  # warm-up and scoring
-    warmup_seconds: float | None = None
-    scoring_seconds: float | None = None
     peak_memory_bytes: int | None = None
     peak_memory_of: str = "process"  # "gpu" or "process"
     optimizer_state_bytes: int | None = None

@@ -178,16 +178,14 @@ def _remove_empty(checkpoints: Path) -> None:
         checkpoints.parent.rmdir()
 
 
-def _seconds(arm: ArmPlan, calibration: Calibration | None) -> tuple[float, float]:
+def _seconds(arm: ArmPlan, calibration: Calibration | None) -> float:
     """Of warm-up and scoring, for an arm that needs scores."""
-    if calibration is None or not needs_scores(arm):
-        return 0.0, 0.0
-    return calibration.warmup_seconds, calibration.scoring_seconds
+    return 0.0 if calibration is None or not needs_scores(arm) else calibration.seconds
 
 
 def _figures(arm: ArmPlan, calibration: Calibration | None) -> dict[str, float]:
     ratio = {} if arm.selection is None else {"keep_ratio": arm.kept / arm.pool}
-    return {**ratio, "fisher_seconds": sum(_seconds(arm, calibration))}
+    return {**ratio, "fisher_seconds": _seconds(arm, calibration)}
 
 
 def _record(
@@ -203,7 +201,6 @@ def _record(
 ) -> RunRecord:
     config, plan = context.config, context.plan
     keys = context.keys(arm, seed, args.learning_rate)
-    warmup_seconds, scoring_seconds = _seconds(arm, calibration)
     dense = matching_names(mask, names_outside_pool(config, plan.task)) if mask else set()
     return RunRecord(
         arm=arm.arm,
@@ -216,9 +213,7 @@ def _record(
         kept_parameters=arm.kept,
         head_parameters=arm.dense,
         train_seconds=trained.seconds,
-        fisher_seconds=warmup_seconds + scoring_seconds,
-        warmup_seconds=warmup_seconds,
-        scoring_seconds=scoring_seconds,
+        fisher_seconds=_seconds(arm, calibration),
         peak_memory_bytes=trained.peak_memory_bytes,
         peak_memory_of=trained.peak_memory_of,
         optimizer_state_bytes=trained.optimizer_state_bytes,

@@ -39,7 +39,7 @@ class LearningRates:
         self.folder = context.folder / "selection"
         self.progress = progress
         self.chosen: dict[str, float] = {}
-        self.calibrations: dict[tuple[str, float], Calibration | None] = {}
+        self.calibrations: dict[str, Calibration | None] = {}
         any_choice = any(len(rates) > 1 for rates in (config.training.learning_rates, *self.of_method.values()))
         if any_choice:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -105,7 +105,7 @@ class LearningRates:
     def _trial(self, arm: ArmPlan, rate: float) -> dict[str, Any]:
         """A verdict about the rate: its metric, or that training diverged. Any other error is none, and is raised."""
         self.progress.start(f"{arm.arm}, learning rate {rate:g}", self.seed)
-        shared = (ArmName.parse(arm.arm).method, rate)
+        shared = ArmName.parse(arm.arm).method
         metric = self.context.plan.metric
         context = replace(self.context, folder=self.folder / "work" / arm.arm)
         try:

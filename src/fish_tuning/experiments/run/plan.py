@@ -201,8 +201,8 @@ def _budget(config: ExperimentConfig, name: ArmName, models: _Models, pool: int,
         if count > pool:
             size = size_text(models.settings(str(name)))
             raise ConfigurationError(
-                f"fish_tuning.kept_parameters={count:,}: the pool of {name.method} ({size}) has {pool:,} entries. Lower "
-                "it, or enlarge the pool with peft.args."
+                f"fish_tuning.kept_parameters={count:,}: the pool of {name.method} ({size}) has {pool:,} entries. "
+                "Lower it, or enlarge the pool with peft.args."
             )
         return count
     baseline = sum(_trainable_sizes(models(name.baseline)).values())

@@ -85,7 +85,7 @@ class _Session:
         for name in ("runs", "locks"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         self.rates = LearningRates(context, progress)
-        self.calibrations: dict[tuple[int, str, float | None], Calibration | None] = {}
+        self.calibrations: dict[tuple[int, str], Calibration | None] = {}
         self.records: dict[tuple[str, int], RunRecord] = {}
         self.used_once = False
 
@@ -164,11 +164,7 @@ class _Session:
     def _run(self, arm: ArmPlan, seed: int) -> RunRecord:
         rate = self.rates.known(arm)
         self.calibrations = {known: made for known, made in self.calibrations.items() if known[0] == seed}
-        shared = (
-            seed,
-            self.context.config.method_of(arm.arm).name,
-            rate,
-        )  # arms that agree in these share their scores
+        shared = seed, self.context.config.method_of(arm.arm).name  # arms that agree in these share their scores
         try:
             self._use_once(arm, seed)
             record, self.calibrations[shared] = run_arm(self.context, arm, seed, self.calibrations.get(shared), rate)
