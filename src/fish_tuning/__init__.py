@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from fish_tuning.sparse.delta import add_delta, merge_delta, remove_delta, save_delta
     from fish_tuning.sparse.masked_tensors import count_trainable_parameters, get_mask, is_masked
     from fish_tuning.sparse.shira import create_shira_config
+    from fish_tuning.starts.along_gradient import start_along_gradient
     from fish_tuning.training.checkpoints import last_checkpoint
     from fish_tuning.training.reporting import report_figures
     from fish_tuning.training.trainer import FishMaskCallback, FishTuningTrainer
@@ -43,6 +44,8 @@ _PUBLIC = {
     "calculate_fisher_information": "scores.fisher",
     "register_rule": "scores.layer_rules",
     "register_score": "scores.named",
+    # start
+    "start_along_gradient": "starts.along_gradient",
     # select
     "create_mask_from_fisher": "masks.create",
     "register_selection": "masks.selections",
@@ -115,6 +118,7 @@ __all__ = [
     "report_figures",
     "save_delta",
     "save_mask",
+    "start_along_gradient",
     "synchronize_mask",
 ]
 
