@@ -109,17 +109,16 @@ def gradient_directions(
 ) -> dict[str, Tensor]:
     """{name of a LoRA layer: (at most r, in) orthonormal rows in fp32}; the model is left as it was.
 
-    The rows are the right singular vectors of the mean over examples of d loss_n / d W, largest singular value first, at
-    the weights as they are, adapter included. There are fewer than r where the gradient's rank is lower. Evaluation
+    The rows are the right singular vectors of the mean over examples of d loss_n / d W, largest singular value first,
+    at the weights as they are, adapter included. There are fewer than r where the gradient's rank is lower. Evaluation
     mode, losses as in `calculate_fisher_information`. It holds one fp32 gradient of each adapted layer's weight.
     """
     check_arguments(model, "empirical", token_reduction, "auto", loss_fn, num_samples, 0, torch.float32)
     model = unwrapped(model)
     check_model(model, {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad})
     adapter_name, layers = lora_layers(model, adapter_name)
-    target = (
-        torch.device(device) if device is not None else next(iter(layers.values())).lora_A[adapter_name].weight.device
-    )
+    first: Any = next(iter(layers.values())).lora_A[adapter_name]
+    target: torch.device = torch.device(device) if device is not None else first.weight.device
     if device is not None and not hasattr(model, "hf_device_map"):
         model.to(target)
 
@@ -177,8 +176,8 @@ def set_directions(model: nn.Module, directions: Mapping[str, Tensor], *, adapte
         name = min(few, key=few.__getitem__)
         warnings.warn(
             f"Start along the gradient: {len(few)} of {len(layers)} layers have gradients of lower rank than their "
-            f"adapters; {name!r} has rank {few[name]} for r={layers[name].r[adapter_name]}. The other rows of A stay as "
-            "they were. More calibration examples, or a smaller r, would fill them.",
+            f"adapters; {name!r} has rank {few[name]} for r={layers[name].r[adapter_name]}. The other rows of A stay "
+            "as they were. More calibration examples, or a smaller r, would fill them.",
             FishTuningWarning,
             stacklevel=2,
         )
@@ -198,10 +197,11 @@ def leading_rows(gradient: Tensor, rank: int, name: str = "gradient") -> Tensor:
     rounding = torch.finfo(gradient.dtype).eps * max(gradient.shape) * values[0]
     rows = rows[: min(rank, int((values > rounding).sum()))]
     largest = rows.gather(1, rows.abs().argmax(dim=1, keepdim=True))
-    return rows * largest.sign()
+    signed: Tensor = rows * largest.sign()
+    return signed
 
 
-def lora_layers(model: nn.Module, adapter_name: str | None) -> tuple[str, dict[str, LoraLayer]]:
+def lora_layers(model: nn.Module, adapter_name: str | None) -> tuple[str, dict[str, Any]]:
     """The adapter's name, and {name: layer} of its layers. FisherError for what cannot start along a gradient."""
     all_layers = {where: module for where, module in model.named_modules() if isinstance(module, LoraLayer)}
     name = adapter_name or next(

@@ -40,8 +40,8 @@ class WeightGradients:
     def backward(self, loss: Tensor) -> None:
         if not loss.requires_grad:
             raise FisherError(
-                f"The loss depends on none of the {len(self._layers)} adapted layers, e.g. {next(iter(self._layers))!r}. "
-                "Is the forward pass under torch.no_grad(), or are they never called?"
+                f"The loss depends on none of the {len(self._layers)} adapted layers, such as "
+                f"{next(iter(self._layers))!r}. Is the forward pass under torch.no_grad(), or are they never called?"
             )
         torch.autograd.backward(loss, inputs=[self._anchor])
 
@@ -49,7 +49,7 @@ class WeightGradients:
         self, name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
     ) -> Tensor:
         inputs = args[0] if args else next(iter(kwargs.values()))
-        tapped: Tensor = _Tap.apply(output, inputs.detach(), self._anchor, partial(self._add, name))
+        tapped: Tensor = _Tap.apply(output, inputs.detach(), self._anchor, partial(self._add, name))  # type: ignore[no-untyped-call]
         return tapped
 
     def _add(self, name: str, gradient: Tensor, inputs: Tensor) -> None:
@@ -61,7 +61,7 @@ class WeightGradients:
 
 
 class _Tap(torch.autograd.Function):
-    """The identity, which hands on its gradient and the layer's inputs; these are saved as activation checkpointing asks.
+    """The identity, which hands on its gradient and the layer's inputs; these are saved as checkpointing asks.
 
     The anchor makes it part of the graph where neither the layer's weight nor its inputs are.
     """

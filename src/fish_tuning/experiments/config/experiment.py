@@ -113,20 +113,42 @@ class ExperimentConfig(Section):
             return PeftMethodConfig(method=HEAD_ALONE)
         return next(method for method in self.peft if method.method == ArmName.parse(arm).method)
 
+    def initialisation(self, arm: str) -> bool | str | None:
+        """`init_lora_weights` of an arm's adapter, as the section `lora` or the method's arguments say; else None."""
+        section = self.method_of(arm)
+        if not peft_method(section.method).takes_init_lora_weights:
+            return None
+        changes = section.baseline_args if self.variant_of(arm).small else section.fish_args
+        init: bool | str = {**section.args, **changes}.get("init_lora_weights", self.lora.init_lora_weights)
+        return init
+
+    def _pool_initialisation(self, method: str) -> bool | str:
+        section = next(section for section in self.peft if section.method == method)
+        init: bool | str = {**section.args, **section.fish_args}.get("init_lora_weights", self.lora.init_lora_weights)
+        return init
+
+    def freezes_A(self, method: str) -> bool:
+        """Whether a method's factor A stays as it starts."""
+        return self.lora.freeze_A and peft_method(method).takes_init_lora_weights
+
     def warmup_steps(self, method: str) -> int:
         """Dense steps before scoring: as asked for, else what the method's start needs."""
         if self.fish_tuning.warmup_steps is not None:
             return self.fish_tuning.warmup_steps
         known = peft_method(method)
         if known.takes_init_lora_weights:
-            return WARMUP_STEPS if self.lora.init_lora_weights in STARTS_AT_ZERO else 0
+            zero = self._pool_initialisation(method) in STARTS_AT_ZERO
+            return WARMUP_STEPS if zero and not self.lora.freeze_A else 0
         return 0 if known.starts_away_from_zero else WARMUP_STEPS
 
     def start(self, method: str) -> str:
         """The starting point of a method's adapter and of the scores, in words."""
-        init = self.lora.init_lora_weights
-        text = f"init_lora_weights {str(init).lower() if isinstance(init, bool) else init}"
-        words = [text] if peft_method(method).takes_init_lora_weights else []
+        words = []
+        if peft_method(method).takes_init_lora_weights:
+            init = self._pool_initialisation(method)
+            words.append(f"init_lora_weights {str(init).lower() if isinstance(init, bool) else init}")
+        if self.freezes_A(method):
+            words.append("A frozen")
         steps = self.warmup_steps(method)
         scored = f"scored after {steps} warm-up steps" if steps else "scored at its start"
         return ", ".join([*words, scored] if steps or not words else words)

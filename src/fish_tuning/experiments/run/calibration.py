@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 from transformers import TrainingArguments, set_seed
 
 from fish_tuning.errors import FishTuningError
@@ -41,7 +40,7 @@ def calibrate(
 ) -> Calibration:
     """Score the model; it is left as it was."""
     steps = context.config.warmup_steps(arm.method)
-    loader = calibration_loader(context, seed, args.per_device_train_batch_size)
+    loader = context.calibration_loader(seed, args.per_device_train_batch_size)
     warmup, scoring = Stopwatch(), Stopwatch()
     with undone(model):
         if steps:
@@ -86,13 +85,3 @@ def undone(model: Any) -> Iterator[None]:
         model.zero_grad(set_to_none=True)
         if own_forward is None:
             vars(model).pop("forward", None)
-
-
-def calibration_loader(context: Context, seed: int, batch_size: int) -> DataLoader[Any]:
-    """The seed's calibration examples; scores are exact whatever their order, so equal lengths go together."""
-    examples = context.data.train.shuffle(seed=seed).select(range(context.config.fish_tuning.num_samples))
-    if "input_ids" in examples.column_names:
-        lengths = [len(ids) for ids in examples["input_ids"]]
-        examples = examples.select(sorted(range(len(examples)), key=lengths.__getitem__))
-    collator = context.plan.task.collator(context.plan.processing_class)
-    return DataLoader(examples, batch_size=batch_size, collate_fn=collator)

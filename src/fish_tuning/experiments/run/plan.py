@@ -277,7 +277,8 @@ def _notes(config: ExperimentConfig, task: Task, arms: Sequence[ArmPlan]) -> lis
     if HEAD_ALONE in config.arms and not task.brings_head:
         notes.append(f"The arm {HEAD_ALONE} is left out: {task.kind} brings no new head to train.")
     lora = [section.method for section in config.peft if peft_method(section.method).takes_init_lora_weights]
-    if lora and config.lora.init_lora_weights in STARTS_AT_ZERO and not config.warmup_steps(lora[0]):
+    zero = config.lora.init_lora_weights in STARTS_AT_ZERO and not config.lora.freeze_A
+    if lora and zero and not config.warmup_steps(lora[0]):
         notes.append(
             "B starts at 0, where every A scores exactly zero: FISH can only choose among B. Leave out "
             "fish_tuning.warmup_steps=0, or set lora.init_lora_weights to 'pissa'."
