@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from fish_tuning.sparse.delta import add_delta, merge_delta, remove_delta, save_delta
     from fish_tuning.sparse.masked_tensors import count_trainable_parameters, get_mask, is_masked
     from fish_tuning.sparse.shira import create_shira_config
+    from fish_tuning.starts.along_gradient import start_along_gradient
     from fish_tuning.training.checkpoints import last_checkpoint
     from fish_tuning.training.head_rate import set_head_learning_rate
     from fish_tuning.training.reporting import report_figures
@@ -50,6 +51,8 @@ _PUBLIC = {
     "register_rule": "scores.layer_rules",
     "Evidence": "scores.named",
     "register_score": "scores.named",
+    # start
+    "start_along_gradient": "starts.along_gradient",
     # select
     "create_mask_from_fisher": "masks.create",
     "register_selection": "masks.selections",
@@ -128,6 +131,7 @@ __all__ = [
     "save_delta",
     "save_mask",
     "set_head_learning_rate",
+    "start_along_gradient",
     "synchronize_mask",
 ]
 

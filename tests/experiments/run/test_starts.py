@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -8,11 +9,18 @@ from peft.tuners.lora import LoraLayer
 from tiny import assert_same_tensors, tensors
 
 from fish_tuning.experiments.config.experiment import ExperimentConfig
+from fish_tuning.experiments.data.tasks import encode
 from fish_tuning.experiments.models.building import build_model
-from fish_tuning.experiments.run.plan import plan_experiment
+from fish_tuning.experiments.records.run_keys import run_keys
+from fish_tuning.experiments.run.plan import Plan, plan_experiment
 from fish_tuning.experiments.run.starts import Starts
+from fish_tuning.starts.along_gradient import start_along_gradient
 
 MakeExperiment = Callable[..., ExperimentConfig]
+
+
+def make_starts(config: ExperimentConfig, plan: Plan) -> Starts:
+    return Starts(config, plan, encode(plan.task, plan.processing_class, config.training.max_seq_length))
 
 
 @pytest.mark.parametrize("method", ["lora", "dora"])
@@ -23,7 +31,7 @@ def test_a_start_of_an_earlier_arm_is_the_start_built_anew(
 ) -> None:
     config = experiment(f"peft.method={method}", f"lora.init_lora_weights={init}", f"model.dtype={dtype}")
     plan = plan_experiment(config)
-    starts, arm = Starts(config, plan), f"{method}-fish"
+    starts, arm = make_starts(config, plan), f"{method}-fish"
     with torch.no_grad():  # what an arm does to its model must not reach the next one's
         for parameter in starts(arm, 1).parameters():
             parameter.add_(1)
@@ -37,7 +45,7 @@ def test_a_start_of_an_earlier_arm_is_the_start_built_anew(
 
 def test_svds_are_computed_once_a_seed(experiment: MakeExperiment, monkeypatch: pytest.MonkeyPatch) -> None:
     config = experiment("lora.init_lora_weights=pissa")
-    starts, computed = Starts(config, plan_experiment(config)), []
+    starts, computed = make_starts(config, plan_experiment(config)), []
     init = LoraLayer.pissa_init
 
     def counted(self: LoraLayer, *arguments: object) -> None:
@@ -52,3 +60,61 @@ def test_svds_are_computed_once_a_seed(experiment: MakeExperiment, monkeypatch: 
     assert len(computed) == 12
     starts("lora-fish", 2)
     assert len(computed) == 18
+
+
+def test_gradients_are_taken_once_a_seed(experiment: MakeExperiment, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = experiment("lora.init_lora_weights=gradient", "peft.method=dora")
+    plan = plan_experiment(config)
+    starts, computed = make_starts(config, plan), []
+
+    def counted(model: Any, loader: Any, *arguments: Any, **options: Any) -> None:
+        computed.append(sum(len(batch["labels"]) for batch in loader))
+        start_along_gradient(model, loader, *arguments, **options)
+
+    monkeypatch.setattr("fish_tuning.experiments.run.starts.start_along_gradient", counted)
+    first = starts("dora-fish", 1)
+    assert_same_tensors(tensors(starts("dora-fish-rand", 1)), tensors(first))
+    assert computed == [8]  # fish_tuning.num_samples
+    starts("dora", 1)  # of another rank
+    other = starts("dora-fish", 2)
+    assert computed == [8, 8, 8]
+    assert first.peft_config["default"].init_lora_weights is True
+    names = [name for name in tensors(first) if "lora_A" in name]
+    rows = tensors(first)[names[0]]
+    torch.testing.assert_close(3 * rows @ rows.T, torch.eye(len(rows)), rtol=1e-4, atol=1e-4)
+    assert not torch.equal(rows, tensors(other)[names[0]])
+    assert not any(tensor.any() for name, tensor in tensors(first).items() if "lora_B" in name)
+    assert_same_tensors(tensors(make_starts(config, plan)("dora-fish", 1)), tensors(first))
+
+
+def test_a_method_of_its_own_start(experiment: MakeExperiment) -> None:
+    """`peft.args` goes over the section `lora`, in the start and in the runs' keys."""
+    plain = experiment("peft.method=lora")
+    config = experiment("peft.method=lora", "peft.args.init_lora_weights=gradient")
+    starts = make_starts(config, plan_experiment(config))
+    model = starts("lora-fish", 1)
+    rows = next(tensor for name, tensor in tensors(model).items() if "lora_A" in name)
+    torch.testing.assert_close(3 * rows @ rows.T, torch.eye(len(rows)), rtol=1e-4, atol=1e-4)
+    keys = {run_keys(each, plan_experiment(each).arms[1], {}, {}).run for each in (plain, config)}
+    assert len(keys) == 2
+
+
+@pytest.mark.parametrize("init", ["true", "gradient", "pissa"])
+def test_a_frozen_factor(experiment: MakeExperiment, init: str) -> None:
+    plain = experiment(f"lora.init_lora_weights={init}")
+    config = experiment(f"lora.init_lora_weights={init}", "lora.freeze_A=true")
+    plan = plan_experiment(config)
+    starts = make_starts(config, plan)
+    for arm in plan.arms[:-1]:  # the last trains the head alone
+        model = starts(arm.arm, 1)
+        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        assert any(".lora_B." in name for name in trained)
+        assert not any(".lora_A." in name for name in trained)
+        assert_same_tensors(tensors(starts(arm.arm, 1)), tensors(model))
+        assert_same_tensors(tensors(make_starts(plain, plan_experiment(plain))(arm.arm, 1)), tensors(model))
+        if arm.selection:
+            assert sum(model.get_parameter(name).numel() for name in trained) == arm.pool + arm.dense
+    assert config.warmup_steps("lora") == 0
+    assert plan.notes == plan_experiment(plain).notes
+    assert config.start("lora") == f"init_lora_weights {init}, A frozen"
+    assert run_keys(config, plan.arms[1], {}, {}).run != run_keys(plain, plan.arms[1], {}, {}).run

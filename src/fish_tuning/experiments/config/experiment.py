@@ -129,6 +129,25 @@ class ExperimentConfig(Section):
         """Those that a method's arms choose from."""
         return section.learning_rates or self.training.learning_rates
 
+    def initialisation(self, arm: str) -> bool | str | None:
+        """`init_lora_weights` of an arm's adapter, as the section `lora` or the method's arguments say; else None."""
+        section = self.method_of(arm)
+        if not peft_method(section.method).takes_init_lora_weights:
+            return None
+        changes = section.baseline_args if self.variant_of(arm).small else section.fish_args
+        init: bool | str = {**section.args, **changes}.get("init_lora_weights", self.lora.init_lora_weights)
+        return init
+
+    def pool_initialisation(self, section: PeftMethodConfig) -> bool | str:
+        """The same of the adapter that a method's masked arms choose from."""
+        init: bool | str = {**section.args, **section.fish_args}.get("init_lora_weights", self.lora.init_lora_weights)
+        return init
+
+    def freezes_A(self, section: PeftMethodConfig) -> bool:
+        """Whether a method's factor A stays as it starts."""
+        asked = self.lora.freeze_A if section.freeze_A is None else section.freeze_A
+        return asked and peft_method(section.method).takes_init_lora_weights
+
     def warmup_steps(self, section: PeftMethodConfig) -> int:
         """Dense steps before scoring: as asked for, else what the method's start needs."""
         asked = self.choice_of(section).warmup_steps
@@ -136,19 +155,18 @@ class ExperimentConfig(Section):
             return asked
         known = peft_method(section.method)
         if known.takes_init_lora_weights:
-            return WARMUP_STEPS if self.init_lora_weights(section) in STARTS_AT_ZERO else 0
+            zero = self.pool_initialisation(section) in STARTS_AT_ZERO
+            return WARMUP_STEPS if zero and not self.freezes_A(section) else 0
         return 0 if known.starts_away_from_zero else WARMUP_STEPS
-
-    def init_lora_weights(self, section: PeftMethodConfig) -> bool | str:
-        """Where a LoRA starts: as the method's `args` say, else as `lora` does."""
-        asked: bool | str = section.args.get("init_lora_weights", self.lora.init_lora_weights)
-        return asked
 
     def start(self, section: PeftMethodConfig) -> str:
         """The starting point of a method's adapter and of the scores, in words."""
-        init = self.init_lora_weights(section)
-        text = f"init_lora_weights {str(init).lower() if isinstance(init, bool) else init}"
-        words = [text] if peft_method(section.method).takes_init_lora_weights else []
+        words = []
+        if peft_method(section.method).takes_init_lora_weights:
+            init = self.pool_initialisation(section)
+            words.append(f"init_lora_weights {str(init).lower() if isinstance(init, bool) else init}")
+        if self.freezes_A(section):
+            words.append("A frozen")
         steps = self.warmup_steps(section)
         scored = f"scored after {steps} warm-up steps" if steps else "scored at its start"
         return ", ".join([*words, scored] if steps or not words else words)

@@ -26,10 +26,11 @@ DEFAULT_SELECTIONS = ("", "-fish", "-fish-rand", "-fish-rev")
 # Where one factor of an adapter starts at or near zero, the other scores (nearly) zero, so scores are taken after some
 # dense steps; see docs/initialisation.md. `peft_methods.py` says which start there.
 WARMUP_STEPS = 20
-STARTS_AT_ZERO = (True, "gaussian")
+GRADIENT = "gradient"  # ours, not PEFT's: `fish_tuning.start_along_gradient` on the calibration examples
+STARTS_AT_ZERO = (True, "gaussian", GRADIENT)
 
-# PEFT's initialisations by name that need neither data nor settings of their own.
-INITIALISATIONS = ("gaussian", "pissa", "olora", "orthogonal")
+# PEFT's initialisations by name that need neither data nor settings of their own, and ours.
+INITIALISATIONS = ("gaussian", "pissa", "olora", "orthogonal", GRADIENT)
 _PISSA_NITER = re.compile(r"pissa_niter_[1-9]\d*")
 
 
@@ -194,6 +195,7 @@ class LoraSection(Section):
     init_lora_weights: bool | str = Field(
         default=True, description=f"true, false, {', '.join(INITIALISATIONS)} or pissa_niter_[number]"
     )
+    freeze_A: bool = Field(default=False, description="true or false")
 
     @field_validator("target_modules")
     @classmethod
@@ -282,6 +284,7 @@ class PeftMethodConfig(Section):
         default={}, description="changes to training.args_override for this method's arms, such as learning_rate"
     )
 
+    freeze_A: bool | None = Field(default=None, description="true or false in place of lora.freeze_A, for its arms")
     fish_tuning: ChoiceConfig = Field(
         default=ChoiceConfig(), description=f"a section with any of the keys {', '.join(ChoiceConfig.model_fields)}"
     )

@@ -104,7 +104,7 @@ def build_model(
     """The PEFT model that an arm starts from. The same seed and method give the same model, bit for bit."""
     base = build_base_model(config, model_config, task, seed=seed)
     set_seed(seed)
-    return put_adapter(base, peft_config_of(config, section, base, variant), section)
+    return put_adapter(config, base, peft_config_of(config, section, base, variant), section)
 
 
 def build_base_model(config: ExperimentConfig, model_config: Any, task: Task, *, seed: int) -> Any:
@@ -130,11 +130,15 @@ def peft_config_of(config: ExperimentConfig, section: PeftMethodConfig, base: An
     return peft_config(config, section, base, variant)
 
 
-def put_adapter(base: Any, adapter: PeftConfig, section: PeftMethodConfig) -> Any:
+def put_adapter(config: ExperimentConfig, base: Any, adapter: PeftConfig, section: PeftMethodConfig) -> Any:
     """The PEFT model, with what the arm trains."""
     model = get_peft_model(base, adapter)
     if section.method == HEAD_ALONE:
         freeze_all_but_head(model)
+    elif config.freezes_A(section):
+        for name, parameter in model.named_parameters():
+            if ".lora_A." in name:
+                parameter.requires_grad_(False)
     return model
 
 
@@ -170,7 +174,7 @@ def _counting_model(
         if peft_method(section.method).takes_init_lora_weights:
             vars(adapter)["init_lora_weights"] = True  # the others compute with weights, which are not there
         try:
-            return put_adapter(base, adapter, section)
+            return put_adapter(config, base, adapter, section)
         except AdapterError as error:  # names what there is and what to set by itself
             raise _NoAdapter(f"peft.method={section.method!r}: {error}") from error
         except Exception as error:  # PEFT's methods raise whatever comes: the user needs the reason, not the place

@@ -19,7 +19,7 @@ from fish_tuning.adapters.families import find_family, layer_number, matching
 from fish_tuning.errors import ConfigurationError, did_you_mean
 from fish_tuning.experiments.config.arm_names import Variant
 from fish_tuning.experiments.config.experiment import ExperimentConfig
-from fish_tuning.experiments.config.sections import PeftMethodConfig
+from fish_tuning.experiments.config.sections import GRADIENT, PeftMethodConfig
 from fish_tuning.experiments.models.targets import (
     head_names,
     is_language_model,
@@ -81,6 +81,8 @@ def peft_config(config: ExperimentConfig, section: PeftMethodConfig, base: nn.Mo
         values |= _in_top_layers(section.method, values, base, variant.top_layers)
     if "lora_alpha" in _field_names(section.method) and "lora_alpha" not in given:
         values["lora_alpha"] = 2 * values["r"]
+    if values.get("init_lora_weights") == GRADIENT:
+        values["init_lora_weights"] = True  # it is set once the adapter is there, and saved as an ordinary LoRA
     length = values.get("num_virtual_tokens", 1)
     if type(length) is not int or length < 1:
         raise ConfigurationError(f"peft.args.num_virtual_tokens={length!r}: must be a whole number from 1.")

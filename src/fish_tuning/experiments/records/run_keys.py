@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 
 from fish_tuning.experiments.config.arm_names import ArmName
 from fish_tuning.experiments.config.experiment import ExperimentConfig
+from fish_tuning.experiments.config.sections import GRADIENT
 from fish_tuning.experiments.records.run_record import ArmPlan
 from fish_tuning.masks.selections import SELECTIONS
-from fish_tuning.peft_methods import peft_method
 
 # Training arguments that say where things go, what is told, or how fast the same batches come.
 _WITHOUT_EFFECT = re.compile(
@@ -86,8 +86,13 @@ def _arm_parts(config: ExperimentConfig, arm: ArmPlan) -> dict[str, Any]:
         parts["head_learning_rate"] = config.training.head_learning_rate
     section = config.method_of(arm.arm)
     choice = config.choice_of(section)
-    if peft_method(arm.method).takes_init_lora_weights:
-        parts["init_lora_weights"] = config.init_lora_weights(section)  # which settings, made without weights, lack
+    init = config.initialisation(arm.arm)
+    if init is not None:
+        parts["init_lora_weights"] = init  # which settings, made without weights, lack
+    if config.freezes_A(section):
+        parts["freeze_A"] = True
+    if init == GRADIENT:
+        parts["num_samples"] = choice.num_samples
     selection = ArmName.parse(arm.arm).selection
     if selection is not None:
         parts["names_to_exclude"] = config.lora.names_to_exclude

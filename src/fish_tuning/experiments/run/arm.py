@@ -55,7 +55,7 @@ def run_arm(
         FishTuningError: what was planned did not come out.
     """
     args = context.arguments(arm, seed, learning_rate)
-    model = context.starts(arm.arm, seed)
+    model = context.starts(arm.arm, seed, args.device)
     initial_state = state_digest(model)
     if needs_scores(arm):
         calibration = calibration or calibrate(context, arm, seed, model, args, initial_state)

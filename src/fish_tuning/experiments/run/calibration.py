@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
 from fish_tuning.errors import FishTuningError
@@ -36,7 +35,7 @@ def calibrate(
     """Score the model; it is left as it was."""
     choice = context.choice(arm)
     steps = context.config.warmup_steps(context.config.method_of(arm.arm))
-    loader = calibration_loader(context, seed, choice.num_samples, args.per_device_train_batch_size)
+    loader = context.calibration_loader(arm, seed, args.per_device_train_batch_size)
     with Stopwatch() as watch:
         scores = calculate_scores(
             model,
@@ -49,13 +48,3 @@ def calibrate(
             progress=False,
         )
     return Calibration({name: tensor.cpu() for name, tensor in scores.items()}, watch.seconds, initial_state)
-
-
-def calibration_loader(context: Context, seed: int, number: int, batch_size: int) -> DataLoader[Any]:
-    """The seed's calibration examples; scores are exact whatever their order, so equal lengths go together."""
-    examples = context.data.train.shuffle(seed=seed).select(range(number))
-    if "input_ids" in examples.column_names:
-        lengths = [len(ids) for ids in examples["input_ids"]]
-        examples = examples.select(sorted(range(len(examples)), key=lengths.__getitem__))
-    collator = context.plan.task.collator(context.plan.processing_class)
-    return DataLoader(examples, batch_size=batch_size, collate_fn=collator)

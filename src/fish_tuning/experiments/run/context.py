@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainingArguments
 
 from fish_tuning.experiments.config.experiment import ExperimentConfig
@@ -18,6 +19,7 @@ from fish_tuning.experiments.records.record_files import run_name
 from fish_tuning.experiments.records.run_keys import RunKeys, plain_settings, run_keys
 from fish_tuning.experiments.records.run_record import ArmPlan
 from fish_tuning.experiments.run.arguments import early_stopping_arguments, training_arguments
+from fish_tuning.experiments.run.calibration_examples import calibration_loader
 from fish_tuning.experiments.run.loggers import NO_REPORTS, logged_name
 from fish_tuning.experiments.run.plan import Plan
 from fish_tuning.experiments.run.starts import Starts
@@ -79,6 +81,10 @@ class Context:
         values = {**arguments.to_dict(), "train_batch_size": arguments.train_batch_size}
         return run_keys(self.config, arm, values, {**self.shared, "device": arguments.device.type})
 
+    def calibration_loader(self, arm: ArmPlan, seed: int, batch_size: int) -> DataLoader[Any]:
+        """The examples that a seed's scores are of."""
+        return calibration_loader(self.plan, self.data, self.choice(arm).num_samples, seed, batch_size)
+
     def checkpoints(self, arm: ArmPlan, seed: int) -> Path:
         return self.folder / "checkpoints" / run_name(arm.arm, seed)
 
@@ -99,7 +105,7 @@ def make_context(config: ExperimentConfig, plan: Plan, progress: TrainerCallback
         "versions": plan.facts["versions"],
     }
     folder = Path(config.training.output_dir)
-    return Context(config, plan, data, folder, shared, Starts(config, plan), progress)
+    return Context(config, plan, data, folder, shared, Starts(config, plan, data), progress)
 
 
 def _processing(processing_class: Any) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from itertools import islice
 
 from fish_tuning.experiments.records.run_record import ArmPlan
-from fish_tuning.experiments.run.calibration import calibration_loader
 from fish_tuning.experiments.run.context import Context
 from fish_tuning.experiments.run.loggers import NO_REPORTS
 from fish_tuning.experiments.run.trainers import make_trainer
@@ -16,12 +15,11 @@ ONE_STEP = {"max_steps": 1, "eval_strategy": "no", "save_strategy": "no", **NO_R
 
 def use_once(context: Context, arm: ArmPlan, seed: int) -> None:
     """One training step and one scored batch of a model that is thrown away, so that no arm's seconds hold the cost."""
-    model = context.starts(arm.arm, seed)
     args = context.arguments(arm, seed, extra=ONE_STEP)
+    model = context.starts(arm.arm, seed, args.device)
     trainer = make_trainer(context, model, args, [])
     trainer.train()
     # In 16 bits accelerate wraps the forward pass; what is scored must be the bare model.
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-    number = context.choice(arm).num_samples
-    batches = list(islice(calibration_loader(context, seed, number, args.per_device_train_batch_size), 1))
+    batches = list(islice(context.calibration_loader(arm, seed, args.per_device_train_batch_size), 1))
     calculate_fisher_information(model, batches, device=args.device, progress=False)

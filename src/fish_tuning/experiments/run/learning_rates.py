@@ -19,6 +19,7 @@ from fish_tuning.experiments.run.context import Context
 from fish_tuning.experiments.run.locks import attempt, wait_for
 from fish_tuning.experiments.run.plan import HELD_OUT
 from fish_tuning.experiments.run.progress import RunProgress
+from fish_tuning.experiments.run.starts import Starts
 from fish_tuning.experiments.run.trainers import Diverged
 from fish_tuning.files.sealed_json import read_sealed, write_sealed
 
@@ -124,9 +125,11 @@ class LearningRates:
 
 def _of_trials(context: Context) -> Context:
     parts = context.data.train.train_test_split(test_size=HELD_OUT, seed=0)
+    data = Encoded(parts["train"], parts["test"], {})
     return replace(
         context,
-        data=Encoded(parts["train"], parts["test"], {}),
+        data=data,
+        starts=Starts(context.config, context.plan, data),  # which may look at data: not at what is held out
         shared={**context.shared, "held_out": HELD_OUT},
         is_trial=True,
     )

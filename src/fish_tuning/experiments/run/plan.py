@@ -311,7 +311,8 @@ def _notes(config: ExperimentConfig, task: Task, arms: Sequence[ArmPlan]) -> lis
         section
         for section in config.peft
         if peft_method(section.method).takes_init_lora_weights
-        and config.init_lora_weights(section) in STARTS_AT_ZERO
+        and config.pool_initialisation(section) in STARTS_AT_ZERO
+        and not config.freezes_A(section)
         and not config.warmup_steps(section)
     ]
     if blind:

@@ -1,58 +1,72 @@
-"""The models that arms start from. What a start computes from the weights (PiSSA's SVDs) is computed once a seed."""
+"""The models that arms start from. What a start computes from weights or data is computed once a seed."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import set_seed
 
 from fish_tuning.experiments.config.arm_names import Variant
 from fish_tuning.experiments.config.experiment import ExperimentConfig
-from fish_tuning.experiments.config.sections import STARTS_AT_ZERO, PeftMethodConfig
+from fish_tuning.experiments.config.sections import GRADIENT, PeftMethodConfig
+from fish_tuning.experiments.data.tasks import Encoded
 from fish_tuning.experiments.models.building import build_base_model, build_model, peft_config_of, put_adapter
+from fish_tuning.experiments.run.calibration_examples import calibration_loader
 from fish_tuning.experiments.run.plan import Plan
-from fish_tuning.peft_methods import peft_method
+from fish_tuning.starts.along_gradient import start_along_gradient
+
+BATCH_SIZE = 8  # of the examples that a start looks at: the gradient is the same whatever it is, but for rounding
 
 
 class Starts:
     """`starts(arm, seed)` is the model that an arm starts from, a new one each time: the same bits for the same seed.
 
-    Of starts that are computed from weights, the tensors that the adapter brings or changes stay on the CPU for the
-    other arms of the seed.
+    Of starts that are computed from the weights (PiSSA's SVDs) or the calibration examples (the gradient), the tensors
+    that the adapter brings or changes stay on the CPU for the other arms of the seed.
     """
 
-    def __init__(self, config: ExperimentConfig, plan: Plan) -> None:
-        self._config, self._plan = config, plan
+    def __init__(self, config: ExperimentConfig, plan: Plan, data: Encoded) -> None:
+        self._config, self._plan, self._data = config, plan, data
         self._seed: int | None = None
         self._kept: dict[tuple[str, Variant], dict[str, Tensor]] = {}
 
-    def __call__(self, arm: str, seed: int) -> Any:
+    def __call__(self, arm: str, seed: int, device: torch.device | None = None) -> Any:
+        """`device` is where a start that looks at data computes; by default where the model is loaded."""
         section, variant = self._config.method_of(arm), self._config.variant_of(arm)
         model_config, task = self._plan.model_config, self._plan.task
-        if not self._is_computed_from_weights(section):
+        init = self._config.initialisation(arm)
+        if init in (None, False, True, "gaussian"):  # drawn, which costs nothing
             return build_model(self._config, model_config, task, section, variant, seed=seed)
         if seed != self._seed:
             self._seed, self._kept = seed, {}
         base = build_base_model(self._config, model_config, task, seed=seed)
         adapter = peft_config_of(self._config, section, base, variant)
         if (section.name, variant) in self._kept:
-            return _restored(base, adapter, section, self._kept[section.name, variant])
+            return _restored(self._config, base, adapter, section, self._kept[section.name, variant])
         set_seed(seed)  # as build_model does
-        model = put_adapter(base, adapter, section)
+        model = put_adapter(self._config, base, adapter, section)
+        if init == GRADIENT:
+            self._start_along_gradient(model, section, seed, device)
         self._kept[section.name, variant] = _brought(model)
         return model
 
-    def _is_computed_from_weights(self, section: PeftMethodConfig) -> bool:
-        init = self._config.init_lora_weights(section)
-        return peft_method(section.method).takes_init_lora_weights and init not in (*STARTS_AT_ZERO, False)
+    def _start_along_gradient(
+        self, model: Any, section: PeftMethodConfig, seed: int, device: torch.device | None
+    ) -> None:
+        number = self._config.choice_of(section).num_samples
+        loader = calibration_loader(self._plan, self._data, number, seed, batch_size=BATCH_SIZE)
+        start_along_gradient(model, loader, device, progress=False)
 
 
-def _restored(base: Any, adapter: Any, section: PeftMethodConfig, kept: dict[str, Tensor]) -> Any:
+def _restored(
+    config: ExperimentConfig, base: Any, adapter: Any, section: PeftMethodConfig, kept: dict[str, Tensor]
+) -> Any:
     """The model with the tensors of an earlier one; PEFT's cheapest start stands in for the one that was computed."""
     init = adapter.init_lora_weights
     adapter.init_lora_weights = True
-    model = put_adapter(base, adapter, section)
+    model = put_adapter(config, base, adapter, section)
     adapter.init_lora_weights = init  # what the saved adapter tells
     for name, tensor in kept.items():
         model.get_parameter(name).data = tensor.clone()  # with its strides, which arithmetic may depend on
@@ -64,5 +78,5 @@ def _brought(model: nn.Module) -> dict[str, Tensor]:
     return {
         name: parameter.detach().to("cpu", copy=True)
         for name, parameter in model.named_parameters()
-        if parameter.requires_grad or ".base_layer." in name
+        if parameter.requires_grad or ".base_layer." in name or ".lora_A." in name  # which may be frozen
     }
