@@ -41,7 +41,7 @@ def _nothing(module: nn.Module, x: Tensor, output: Tensor) -> Tensor:
 def _prefix_tokens(module: nn.Module, nothing: Tensor, g: Tensor) -> dict[str, Tensor]:
     """The output is the weight once an example, so its gradient is the example's; a layer's calls are added up."""
     weight: Tensor = module.weight  # type: ignore[assignment]
-    return {"weight": g.unflatten(1, (-1, len(weight))).sum(1).square_().sum(0)}
+    return {"weight": g.unflatten(1, (-1, len(weight))).sum(1)}
 
 
 class Prefix(NamedTuple):

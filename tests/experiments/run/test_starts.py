@@ -114,7 +114,7 @@ def test_a_frozen_factor(experiment: MakeExperiment, init: str) -> None:
         assert_same_tensors(tensors(make_starts(plain, plan_experiment(plain))(arm.arm, 1)), tensors(model))
         if arm.selection:
             assert sum(model.get_parameter(name).numel() for name in trained) == arm.pool + arm.dense
-    assert config.warmup_steps("lora") == 0
+    assert config.warmup_steps(config.peft[0]) == 0
     assert plan.notes == plan_experiment(plain).notes
-    assert config.start("lora") == f"init_lora_weights {init}, A frozen"
+    assert config.start(config.peft[0]) == f"init_lora_weights {init}, A frozen"
     assert run_keys(config, plan.arms[1], {}, {}).run != run_keys(plain, plan.arms[1], {}, {}).run
