@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any
 
-from peft import PeftConfig, PeftType
+from peft import EvaConfig, PeftConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LNTUNING_TARGET_MODULES_MAPPING
 from torch import nn
@@ -19,7 +19,7 @@ from fish_tuning.adapters.families import find_family, layer_number, matching
 from fish_tuning.errors import ConfigurationError, did_you_mean
 from fish_tuning.experiments.config.arm_names import Variant
 from fish_tuning.experiments.config.experiment import ExperimentConfig
-from fish_tuning.experiments.config.sections import GRADIENT, PeftMethodConfig
+from fish_tuning.experiments.config.sections import EVA, GRADIENT, PeftMethodConfig
 from fish_tuning.experiments.models.targets import (
     head_names,
     is_language_model,
@@ -83,6 +83,9 @@ def peft_config(config: ExperimentConfig, section: PeftMethodConfig, base: nn.Mo
         values["lora_alpha"] = 2 * values["r"]
     if values.get("init_lora_weights") == GRADIENT:
         values["init_lora_weights"] = True  # it is set once the adapter is there, and saved as an ordinary LoRA
+    if values.get("init_lora_weights") == EVA and values.get("eva_config") is None:
+        # Ranks stay equal, and with them every arm's count; labels of -100 mark the tokens that do not count.
+        values["eva_config"] = EvaConfig(rho=1.0)
     length = values.get("num_virtual_tokens", 1)
     if type(length) is not int or length < 1:
         raise ConfigurationError(f"peft.args.num_virtual_tokens={length!r}: must be a whole number from 1.")
