@@ -23,7 +23,7 @@ from tiny import (
 from fish_tuning.errors import ConfigurationError
 from fish_tuning.experiments.config.experiment import ExperimentConfig
 from fish_tuning.experiments.data.tasks import encode
-from fish_tuning.experiments.models.building import build_model
+from fish_tuning.experiments.models.building import build_model, state_digest
 from fish_tuning.experiments.records.run_keys import run_keys
 from fish_tuning.experiments.run.eva import start_along_inputs
 from fish_tuning.experiments.run.plan import Plan, plan_experiment
@@ -130,6 +130,11 @@ def test_a_frozen_factor(experiment: MakeExperiment, init: str) -> None:
             assert sum(model.get_parameter(name).numel() for name in trained) == arm.pool + arm.dense
     assert config.warmup_steps("lora") == 0
     assert plan.notes == plan_experiment(plain).notes
+    model = starts("lora-fish", 1)
+    digest = state_digest(model)
+    with torch.no_grad():
+        next(parameter for name, parameter in model.named_parameters() if ".lora_A." in name)[0, 0] += 1
+    assert state_digest(model) != digest
     assert config.start("lora") == f"init_lora_weights {init}, A frozen"
     assert run_keys(config, plan.arms[1], {}, {}).run != run_keys(plain, plan.arms[1], {}, {}).run
 
@@ -150,7 +155,12 @@ def test_eva_keeps_ranks_and_counts(experiment: MakeExperiment, method: str) -> 
             assert not b.any()
         assert_same_tensors(tensors(starts(arm.arm, 1)), tensors(model))
         assert_same_tensors(tensors(make_starts(config, plan)(arm.arm, 1)), tensors(model))
+        settings = [each.peft_config["default"].to_dict() for each in (starts(arm.arm, 1), model)]
+        assert settings[0] == settings[1]
     assert config.warmup_steps(method) == 20
+    moving = experiment("lora.init_lora_weights=eva", "peft.args.eva_config={rho: 2.0}")
+    with pytest.raises(ConfigurationError, match="rho=2 lets EVA move ranks"):
+        plan_experiment(moving)
 
 
 def test_eva_refuses_what_it_would_go_round_on_for_ever() -> None:
@@ -173,3 +183,17 @@ def test_eva_counts_tokens_with_labels_and_images() -> None:
         start_along_inputs(model, [batch])
         moved = {name for name, tensor in tensors(model).items() if not torch.equal(tensor, before[name])}
         assert moved == {name for name in before if "lora_A" in name}
+
+
+@pytest.mark.parametrize("init", ["gradient", "eva"])
+def test_trials_look_at_their_own_data(experiment: MakeExperiment, init: str) -> None:
+    config = experiment(f"lora.init_lora_weights={init}")
+    plan = plan_experiment(config)
+    data = encode(plan.task, plan.processing_class, config.training.max_seq_length)
+    starts = Starts(config, plan, data)
+    part = data._replace(train=data.train.select(range(10, 20)))
+    of_all, of_part = (tensors(each("lora", 1)) for each in (starts, starts.with_data(part)))
+    different = {name for name in of_all if not torch.equal(of_all[name], of_part[name])}
+    assert different == {name for name in of_all if "lora_A" in name}
+    pissa = Starts(experiment("lora.init_lora_weights=pissa"), plan, data)
+    assert pissa.with_data(part) is pissa

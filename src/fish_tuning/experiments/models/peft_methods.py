@@ -90,10 +90,16 @@ def peft_config(config: ExperimentConfig, section: PeftMethodConfig, base: nn.Mo
     if type(length) is not int or length < 1:
         raise ConfigurationError(f"peft.args.num_virtual_tokens={length!r}: must be a whole number from 1.")
     try:
-        return _config_class(section.method)(**values)  # type: ignore[no-any-return]
+        made: Any = _config_class(section.method)(**values)
     except (TypeError, ValueError) as error:
         key = "baseline_args" if variant.small else "fish_args"
         raise ConfigurationError(f"peft.args or peft.{key} of {section.method}: {error}") from error
+    if values.get("init_lora_weights") == EVA and made.eva_config.rho != 1:
+        raise ConfigurationError(
+            f"peft.args.eva_config: rho={made.eva_config.rho:g} lets EVA move ranks between layers when it sees data, "
+            "and with them the counts that arms are compared at. Allowed is rho 1, which keeps ranks equal."
+        )
+    return made  # type: ignore[no-any-return]
 
 
 def _names_for_patterns(

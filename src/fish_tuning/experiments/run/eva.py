@@ -34,7 +34,9 @@ def start_along_inputs(model: Any, batches: Iterable[Mapping[str, Tensor]], devi
     # Without a mask every position counts.
     options: dict[str, Any] = {} if masked else {"prepare_model_inputs_fn": None, "prepare_layer_inputs_fn": None}
     with scoring_state(model):
+        targets = config.target_modules
         initialize_lora_eva_weights(model, inputs, show_progress_bar=False, **options)
+        config.target_modules = targets  # PEFT lists every layer, should one have lost all its ranks
 
 
 def _inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -117,9 +117,11 @@ class LearningRates:
 
 def _of_trials(context: Context) -> Context:
     parts = context.data.train.train_test_split(test_size=HELD_OUT, seed=0)
+    data = Encoded(parts["train"], parts["test"], {})
     return replace(
         context,
-        data=Encoded(parts["train"], parts["test"], {}),
+        data=data,
+        starts=context.starts.with_data(data),
         shared={**context.shared, "held_out": HELD_OUT},
         is_trial=True,
     )

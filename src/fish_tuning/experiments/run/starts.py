@@ -33,6 +33,11 @@ class Starts:
         self._seed: int | None = None
         self._kept: dict[tuple[str, Variant], dict[str, Tensor]] = {}
 
+    def with_data(self, data: Encoded) -> Starts:
+        """The same starts, those that look at data by its training examples: no held-out one may reach a trial."""
+        looks = any(self._config.initialisation(arm) in LOOKS_AT_DATA for arm in self._config.arms)
+        return Starts(self._config, self._plan, data) if looks else self
+
     def __call__(self, arm: str, seed: int, device: torch.device | None = None) -> Any:
         """`device` is where a start that looks at data computes; by default where the model is loaded."""
         section, variant = self._config.method_of(arm), self._config.variant_of(arm)
