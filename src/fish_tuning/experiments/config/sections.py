@@ -27,10 +27,12 @@ DEFAULT_SELECTIONS = ("", "-fish", "-fish-rand", "-fish-rev")
 # dense steps; see docs/initialisation.md. `peft_methods.py` says which start there.
 WARMUP_STEPS = 20
 GRADIENT = "gradient"  # ours, not PEFT's: `fish_tuning.start_along_gradient` on the calibration examples
-STARTS_AT_ZERO = (True, "gaussian", GRADIENT)
+EVA = "eva"  # PEFT's, on the calibration examples
+LOOKS_AT_DATA = (GRADIENT, EVA)
+STARTS_AT_ZERO = (True, "gaussian", *LOOKS_AT_DATA)
 
-# PEFT's initialisations by name that need neither data nor settings of their own, and ours.
-INITIALISATIONS = ("gaussian", "pissa", "olora", "orthogonal", GRADIENT)
+# PEFT's initialisations by name that need no settings of their own, and ours.
+INITIALISATIONS = ("gaussian", "pissa", "olora", "orthogonal", *LOOKS_AT_DATA)
 _PISSA_NITER = re.compile(r"pissa_niter_[1-9]\d*")
 
 

@@ -190,10 +190,11 @@ def _counting_model(
 
 
 def state_digest(model: nn.Module) -> str:
-    """Digest of every trainable tensor, to tell whether two arms start from the same one."""
+    """Digest of every trainable tensor, and of the A beside a trained B: whether two arms start from the same one."""
     digest = hashlib.sha256()
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     for name, parameter in sorted(model.named_parameters()):
-        if parameter.requires_grad:
+        if name in trained or (".lora_A." in name and name.replace(".lora_A.", ".lora_B.") in trained):
             digest.update(name.encode())
             digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any
 
-from peft import PeftConfig, PeftType
+from peft import EvaConfig, PeftConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LNTUNING_TARGET_MODULES_MAPPING
 from torch import nn
@@ -19,7 +19,7 @@ from fish_tuning.adapters.families import find_family, layer_number, matching
 from fish_tuning.errors import ConfigurationError, did_you_mean
 from fish_tuning.experiments.config.arm_names import Variant
 from fish_tuning.experiments.config.experiment import ExperimentConfig
-from fish_tuning.experiments.config.sections import GRADIENT, PeftMethodConfig
+from fish_tuning.experiments.config.sections import EVA, GRADIENT, PeftMethodConfig
 from fish_tuning.experiments.models.targets import (
     head_names,
     is_language_model,
@@ -83,14 +83,23 @@ def peft_config(config: ExperimentConfig, section: PeftMethodConfig, base: nn.Mo
         values["lora_alpha"] = 2 * values["r"]
     if values.get("init_lora_weights") == GRADIENT:
         values["init_lora_weights"] = True  # it is set once the adapter is there, and saved as an ordinary LoRA
+    if values.get("init_lora_weights") == EVA and values.get("eva_config") is None:
+        # Ranks stay equal, and with them every arm's count; labels of -100 mark the tokens that do not count.
+        values["eva_config"] = EvaConfig(rho=1.0)
     length = values.get("num_virtual_tokens", 1)
     if type(length) is not int or length < 1:
         raise ConfigurationError(f"peft.args.num_virtual_tokens={length!r}: must be a whole number from 1.")
     try:
-        return _config_class(section.method)(**values)  # type: ignore[no-any-return]
+        made: Any = _config_class(section.method)(**values)
     except (TypeError, ValueError) as error:
         key = "baseline_args" if variant.small else "fish_args"
         raise ConfigurationError(f"peft.args or peft.{key} of {section.method}: {error}") from error
+    if values.get("init_lora_weights") == EVA and made.eva_config.rho != 1:
+        raise ConfigurationError(
+            f"peft.args.eva_config: rho={made.eva_config.rho:g} lets EVA move ranks between layers when it sees data, "
+            "and with them the counts that arms are compared at. Allowed is rho 1, which keeps ranks equal."
+        )
+    return made  # type: ignore[no-any-return]
 
 
 def _names_for_patterns(

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from fish_tuning.experiments.config.arm_names import ArmName
 from fish_tuning.experiments.config.experiment import ExperimentConfig
-from fish_tuning.experiments.config.sections import GRADIENT
+from fish_tuning.experiments.config.sections import LOOKS_AT_DATA
 from fish_tuning.experiments.records.run_record import ArmPlan
 from fish_tuning.masks.selections import SELECTIONS
 
@@ -91,7 +91,7 @@ def _arm_parts(config: ExperimentConfig, arm: ArmPlan) -> dict[str, Any]:
         parts["init_lora_weights"] = init  # which settings, made without weights, lack
     if config.freezes_A(section):
         parts["freeze_A"] = True
-    if init == GRADIENT:
+    if init in LOOKS_AT_DATA:
         parts["num_samples"] = choice.num_samples
     selection = ArmName.parse(arm.arm).selection
     if selection is not None:

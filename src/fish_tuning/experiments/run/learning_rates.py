@@ -19,7 +19,6 @@ from fish_tuning.experiments.run.context import Context
 from fish_tuning.experiments.run.locks import attempt, wait_for
 from fish_tuning.experiments.run.plan import HELD_OUT
 from fish_tuning.experiments.run.progress import RunProgress
-from fish_tuning.experiments.run.starts import Starts
 from fish_tuning.experiments.run.trainers import Diverged
 from fish_tuning.files.sealed_json import read_sealed, write_sealed
 
@@ -129,7 +128,7 @@ def _of_trials(context: Context) -> Context:
     return replace(
         context,
         data=data,
-        starts=Starts(context.config, context.plan, data),  # which may look at data: not at what is held out
+        starts=context.starts.with_data(data),
         shared={**context.shared, "held_out": HELD_OUT},
         is_trial=True,
     )

@@ -10,10 +10,11 @@ from transformers import set_seed
 
 from fish_tuning.experiments.config.arm_names import Variant
 from fish_tuning.experiments.config.experiment import ExperimentConfig
-from fish_tuning.experiments.config.sections import GRADIENT, PeftMethodConfig
+from fish_tuning.experiments.config.sections import GRADIENT, LOOKS_AT_DATA, PeftMethodConfig
 from fish_tuning.experiments.data.tasks import Encoded
 from fish_tuning.experiments.models.building import build_base_model, build_model, peft_config_of, put_adapter
 from fish_tuning.experiments.run.calibration_examples import calibration_loader
+from fish_tuning.experiments.run.eva import start_along_inputs
 from fish_tuning.experiments.run.plan import Plan
 from fish_tuning.starts.along_gradient import start_along_gradient
 
@@ -23,14 +24,19 @@ BATCH_SIZE = 8  # of the examples that a start looks at: the gradient is the sam
 class Starts:
     """`starts(arm, seed)` is the model that an arm starts from, a new one each time: the same bits for the same seed.
 
-    Of starts that are computed from the weights (PiSSA's SVDs) or the calibration examples (the gradient), the tensors
-    that the adapter brings or changes stay on the CPU for the other arms of the seed.
+    Of starts that are computed from the weights (PiSSA's SVDs) or the calibration examples (`LOOKS_AT_DATA`), the
+    tensors that the adapter brings or changes stay on the CPU for the other arms of the seed.
     """
 
     def __init__(self, config: ExperimentConfig, plan: Plan, data: Encoded) -> None:
         self._config, self._plan, self._data = config, plan, data
         self._seed: int | None = None
         self._kept: dict[tuple[str, Variant], dict[str, Tensor]] = {}
+
+    def with_data(self, data: Encoded) -> Starts:
+        """The same starts, those that look at data by its training examples: no held-out one may reach a trial."""
+        looks = any(self._config.initialisation(arm) in LOOKS_AT_DATA for arm in self._config.arms)
+        return Starts(self._config, self._plan, data) if looks else self
 
     def __call__(self, arm: str, seed: int, device: torch.device | None = None) -> Any:
         """`device` is where a start that looks at data computes; by default where the model is loaded."""
@@ -47,17 +53,15 @@ class Starts:
             return _restored(self._config, base, adapter, section, self._kept[section.name, variant])
         set_seed(seed)  # as build_model does
         model = put_adapter(self._config, base, adapter, section)
-        if init == GRADIENT:
-            self._start_along_gradient(model, section, seed, device)
+        if init in LOOKS_AT_DATA:
+            number = self._config.choice_of(section).num_samples
+            loader = calibration_loader(self._plan, self._data, number, seed, BATCH_SIZE)
+            if init == GRADIENT:
+                start_along_gradient(model, loader, device, progress=False)
+            else:
+                start_along_inputs(model, loader, device)
         self._kept[section.name, variant] = _brought(model)
         return model
-
-    def _start_along_gradient(
-        self, model: Any, section: PeftMethodConfig, seed: int, device: torch.device | None
-    ) -> None:
-        number = self._config.choice_of(section).num_samples
-        loader = calibration_loader(self._plan, self._data, number, seed, batch_size=BATCH_SIZE)
-        start_along_gradient(model, loader, device, progress=False)
 
 
 def _restored(
