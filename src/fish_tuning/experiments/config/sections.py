@@ -390,6 +390,9 @@ class TrainingConfig(Section):
         description="a list of numbers above 0: each arm's is chosen on a part of the training set; empty for the one "
         "in args_override",
     )
+    choose_by: Literal["metric", "loss"] = Field(
+        default="metric", description="metric or loss: what learning_rates are chosen by on held-out training data"
+    )
     head_learning_rate: float | None = Field(
         default=None, gt=0, description="a number above 0: the learning rate of the head alone; null for that of all"
     )

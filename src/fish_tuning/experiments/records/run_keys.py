@@ -55,7 +55,7 @@ def run_keys(
     seedless = {name: value for name, value in parts["arguments"].items() if name not in ("seed", "data_seed")}
     rates = config.learning_rates_of(config.method_of(arm.arm))
     if len(rates) > 1:
-        seedless["learning_rate"] = rates
+        seedless["learning_rate"] = [*rates, *([] if config.training.choose_by == "metric" else ["by loss"])]
     return RunKeys(_digest(parts), _digest({**parts, "arguments": seedless}))
 
 

@@ -74,11 +74,15 @@ class LearningRates:
             return rates[0] if rates else None
         if arm.arm not in self.chosen:
             trials = self._trials(arm)
-            values = {rate: trial["value"] for rate, trial in trials.items() if trial["value"] is not None}
+            values = {rate: self._worth(trial) for rate, trial in trials.items() if trial["value"] is not None}
             if len(trials) < len(rates) or not values:
                 return None
             self.chosen[arm.arm] = max(values, key=values.__getitem__)
         return self.chosen[arm.arm]
+
+    def _worth(self, trial: dict[str, Any]) -> float:
+        """Larger is better; the loss tells arms apart where so few examples leave the metric to chance."""
+        return -float(trial["loss"]) if self.context.config.training.choose_by == "loss" else float(trial["value"])
 
     def _try_all(self, arm: ArmPlan) -> None:
         for rate in self.rates(arm):
@@ -110,7 +114,7 @@ class LearningRates:
         context = replace(self.context, folder=self.folder / "work" / arm.arm)
         try:
             record, self.calibrations[shared] = run_arm(context, arm, self.seed, self.calibrations.get(shared), rate)
-            return {"metric": metric, "value": record.value, "error": None}
+            return {"metric": metric, "value": record.value, "loss": record.metrics["loss"], "error": None}
         except Diverged as error:
             logger.debug("%s diverged at learning rate %g", arm.arm, rate, exc_info=True)
             return {"metric": metric, "value": None, "error": str(error)}
