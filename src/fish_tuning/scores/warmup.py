@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from itertools import accumulate, pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from fish_tuning.peft_methods import PEFT_METHODS
-from fish_tuning.scores.batches import Batch, batch_size
+from fish_tuning.scores.batches import Batch, batch_size, rows
 from fish_tuning.scores.loss_vectors import LossVectors
 from fish_tuning.scores.plain_gradients import PlainGradients
 
@@ -59,21 +60,23 @@ def warmed_up(
 ) -> Iterator[None]:
     """The model after `steps` of AdamW on `trainable`; at the end, however it comes, it is back to the bit.
 
-    Stand-ins that share the parameters' memory get the gradients, so hooks and gradients of the parameters' own see
-    nothing of it. (Copies would not do: activation checkpointing computes again with the parameters.) The mode is the
-    caller's: that of scoring has no dropout, so the steps are the same every time.
+    The steps are one pass over the examples, whatever the size of the batches that they come in: what has been seen
+    several times is learned by heart, and the gradients that are then scored are those of chance. Stand-ins that share
+    the parameters' memory get the gradients, so hooks and gradients of the parameters' own see nothing of it. (Copies
+    would not do: activation checkpointing computes again with the parameters.) The mode is the caller's: that of
+    scoring has no dropout, so the steps are the same every time.
 
     Args:
         losses: of each example alone, for the given labels; their mean is trained on.
-        batches: taken in an order drawn from `seed`, again and again.
+        batches: of the examples. Each step takes a run of them, `seed` says in which order.
+        steps: as many, or one an example where there are fewer examples.
     """
     if not steps:
         yield
         return
-    logger.info("Fisher information: scored after %d warm-up steps, which are undone.", steps)
     before = {name: parameter.detach().clone() for name, parameter in trainable.items()}
     try:
-        _train(model, trainable, losses, batches, steps, learning_rate, seed)
+        _train(model, trainable, losses, step_parts(batches, steps, seed), learning_rate)
         yield
     finally:
         with torch.no_grad():
@@ -81,30 +84,47 @@ def warmed_up(
                 parameter.copy_(before[name])
 
 
+class Part(NamedTuple):
+    """Rows of a batch: a part of the examples of a step."""
+
+    rows: Batch
+    first_example: int
+    weight: float  # share of the step's examples
+
+
+def step_parts(batches: Sequence[Batch], steps: int, seed: int) -> list[list[Part]]:
+    """The examples in as many runs of equal length, each as rows of the batches that it lies in, in random order."""
+    starts = list(accumulate((batch_size(batch) for batch in batches), initial=0))
+    examples = starts[-1]
+    steps = min(steps, examples)
+    bounds = [examples * step // steps for step in range(steps + 1)]
+    runs = []
+    for low, high in pairwise(bounds):
+        parts = []
+        for batch, start, end in zip(batches, starts, starts[1:], strict=False):
+            first, last = max(low, start), min(high, end)
+            if first < last:
+                parts.append(Part(rows(batch, first - start, last - start), first, (last - first) / (high - low)))
+        runs.append(parts)
+    order = torch.randperm(steps, generator=torch.Generator().manual_seed(seed % 2**63))
+    return [runs[number] for number in order.tolist()]
+
+
 def _train(
     model: nn.Module,
     trainable: dict[str, nn.Parameter],
     losses: LossVectors,
-    batches: Sequence[Batch],
-    steps: int,
+    steps: Sequence[Sequence[Part]],
     learning_rate: float,
-    seed: int,
 ) -> None:
+    logger.info("Fisher information: scored after %d warm-up steps, which are undone.", len(steps))
     stand_ins = {name: parameter.detach().requires_grad_() for name, parameter in trainable.items()}
     in_place = PlainGradients(model, trainable).in_place(stand_ins)
     optimizer = torch.optim.AdamW(stand_ins.values(), lr=learning_rate, weight_decay=0.0)
-    starts = [0, *torch.tensor([batch_size(batch) for batch in batches]).cumsum(0).tolist()]
-    for number in _in_random_order(len(batches), steps, seed):
-        (loss,) = losses(losses.trimmed(batches[number]), starts[number], in_place)
-        loss.mean().backward()
+    for parts in steps:
+        for part in parts:
+            (loss,) = losses(losses.trimmed(part.rows), part.first_example, in_place)
+            (part.weight * loss.mean()).backward()
         nn.utils.clip_grad_norm_(stand_ins.values(), MAX_NORM)
         optimizer.step()
         optimizer.zero_grad()
-
-
-def _in_random_order(batches: int, steps: int, seed: int) -> Iterator[int]:
-    generator = torch.Generator().manual_seed(seed % 2**63)
-    order: list[int] = []
-    for _ in range(steps):
-        order = order or torch.randperm(batches, generator=generator).tolist()
-        yield order.pop()
