@@ -21,6 +21,7 @@ from fish_tuning.experiments.compare.comparisons import (
     choice_pairs,
     compare,
     compare_by_task,
+    dense_pairs,
 )
 from fish_tuning.experiments.compare.paired import estimate, holm
 from fish_tuning.experiments.compare.pairs import unique_runs
@@ -47,6 +48,19 @@ def test_interval_of_one_task_is_students_t_of_the_differences() -> None:
     assert (comparison.mean_difference, comparison.low, comparison.high) == pytest.approx(
         (expected.mean, expected.low, expected.high)
     )
+
+
+def test_arms_of_a_count_are_compared_with_every_dense_arm_of_it() -> None:
+    kept = {
+        "value1": 64, "output1": 64, "pool": 768, "value_top": 32, "head": 0,
+        "pool-fish@n64": 64, "pool-fish@n32": 32, "other-fish@n64": 64, "pool-fish@0.5": 384,
+    }  # fmt: skip
+    runs = [ok(arm, 1, 0.5, kept_parameters=number) for arm, number in kept.items()]
+    assert dense_pairs(runs) == [
+        ("pool-fish@n64", "value1"), ("pool-fish@n64", "output1"), ("pool-fish@n64", "pool"),
+        ("pool-fish@n32", "pool"), ("pool-fish@n32", "value_top"),
+        ("other-fish@n64", "value1"), ("other-fish@n64", "output1"), ("pool-fish@0.5", "pool"),
+    ]  # fmt: skip
 
 
 def test_choices_are_compared_at_the_same_budget_of_the_same_method() -> None:

@@ -163,6 +163,23 @@ def test_conclusion_calls_nothing_a_win_with_two_seeds() -> None:
     assert "[" not in text
 
 
+def test_conclusion_of_counts_is_against_every_dense_arm_of_that_size() -> None:
+    dense, better = [0.5, 0.51, 0.52, 0.5, 0.51], [0.7, 0.72, 0.71, 0.7, 0.73]
+    runs = [
+        *scores("value1", dense, kept_parameters=64),
+        *scores("output1", [value + 0.1 for value in dense], kept_parameters=64),
+        *scores("pool-fish@n64", better, kept_parameters=64),
+        *scores("pool-fish-rand@n64", dense, kept_parameters=64),
+    ]
+    text = conclusion(runs)
+    assert text.startswith("pool-fish@n64 reaches accuracy 0.712. The mean difference to value1 (0.508)")
+    assert "The mean difference to output1 (0.608)" in text
+    assert "as many entries chosen at random (0.508)" in text
+    assert text.count("significantly above zero") == 3
+    alone = conclusion(scores("pool-fish@n64", better, kept_parameters=64))
+    assert "No dense arm of that size" in alone
+
+
 def test_conclusion_without_a_pair() -> None:
     assert "nothing to compare" in conclusion([ok("lora", 1, 0.5), failed("lora-fish", 1)])
     assert "nothing to compare" in conclusion([])

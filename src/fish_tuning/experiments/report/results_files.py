@@ -15,6 +15,7 @@ from fish_tuning.experiments.compare.comparisons import Comparison, choice_pairs
 from fish_tuning.experiments.compare.conclusions import conclusion
 from fish_tuning.experiments.compare.references import nothing_learned, unlearned_note, with_references
 from fish_tuning.experiments.compare.summaries import FEWEST_FOR_INTERVAL, ArmSummary, summarize
+from fish_tuning.experiments.config.arm_names import ArmName
 from fish_tuning.experiments.config.experiment import ExperimentConfig
 from fish_tuning.experiments.config.secrets import redacted, scrubbed
 from fish_tuning.experiments.records.run_record import RunRecord, scrubbed_record
@@ -61,12 +62,7 @@ def report_notes(config: ExperimentConfig, facts: Mapping[str, Any], summary: Se
             "Intervals are Student's t over seeds: they cover what a seed changes (head, data order, masks), not the "
             "choice of examples or of the data set."
         )
-    if len(config.training.learning_rates) > 1:
-        rates = ", ".join(f"{arm} {rate:g}" for arm, rate in (facts.get("learning_rates") or {}).items())
-        notes.append(
-            "The learning rate of each arm was chosen on a fifth of the training set, with the first seed, among "
-            f"{', '.join(f'{rate:g}' for rate in config.training.learning_rates)}: {rates or 'none yet'}."
-        )
+    notes += _rate_notes(config, facts.get("learning_rates") or {})
     if config.training.early_stopping_patience:
         notes.append(
             "Early stopping: each run went back to its best epoch on the validation set, the one that is reported."
@@ -78,6 +74,29 @@ def report_notes(config: ExperimentConfig, facts: Mapping[str, Any], summary: Se
     if any(arm.peak_memory_of == "process" and arm.peak_memory_bytes for arm in summary):
         notes.append("Peak memory is that of the whole process, with Python, its libraries and the data in it.")
     notes += [f"{arm.arm}, {error}" for arm in summary for error in arm.errors]
+    return notes
+
+
+def _rate_notes(config: ExperimentConfig, chosen: Mapping[str, float]) -> list[str]:
+    """How learning rates were chosen, and for which arms the best one may lie beyond those that were tried."""
+    of_name = {section.name: config.learning_rates_of(section) for section in config.peft}
+    lists = [rates for rates in dict.fromkeys(map(tuple, of_name.values())) if len(rates) > 1]
+    if not lists:
+        return []
+    tried = "; or ".join(", ".join(f"{rate:g}" for rate in rates) for rates in lists)
+    measure = " by the loss" if config.training.choose_by == "loss" else ""
+    found = ", ".join(f"{arm} {rate:g}" for arm, rate in chosen.items())
+    notes = [
+        f"The learning rate of each arm was chosen{measure} on a fifth of the training set, with the first seed, among "
+        f"{tried}: {found or 'none yet'}."
+    ]
+    at_the_end = [
+        f"{arm} ({rate:g})"
+        for arm, rate in chosen.items()
+        if rate in (min(rates := of_name.get(ArmName.parse(arm).method, [rate])), max(rates))
+    ]
+    if at_the_end:
+        notes.append(f"The best rate is the smallest or largest tried, and may lie beyond: {', '.join(at_the_end)}.")
     return notes
 
 

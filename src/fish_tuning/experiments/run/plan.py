@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -259,7 +259,7 @@ def _facts(config: ExperimentConfig, task: Task, models: _Models) -> dict[str, A
         "adapters": {method: _sizes(config, method, models) for method in first},
         "target_modules": {method: _targets(models(arm)) for method, arm in first.items()},
         "init_lora_weights": config.lora.init_lora_weights,
-        "scores": _scores_text(config, first.values()),
+        "scores": _scores_text(config),
         "num_samples": config.fish_tuning.num_samples,
         "warmup_steps_before_scoring": {
             name: config.warmup_steps(config.method_of(arm)) for name, arm in first.items()
@@ -269,10 +269,10 @@ def _facts(config: ExperimentConfig, task: Task, models: _Models) -> dict[str, A
     }
 
 
-def _scores_text(config: ExperimentConfig, arms: Iterable[str]) -> dict[str, str]:
-    """What each method's entries are judged by."""
-    sections = [config.method_of(arm) for arm in arms]
-    choices = {section.name: config.choice_of(section) for section in sections}
+def _scores_text(config: ExperimentConfig) -> dict[str, str]:
+    """What the entries of each method with masked arms are judged by."""
+    masked = {name.method: str(name) for name in map(ArmName.parse, config.arms) if name.selection is not None}
+    choices = {name: config.choice_of(config.method_of(arm)) for name, arm in masked.items()}
     return {name: f"{choice.score} of {choice.num_samples} examples" for name, choice in choices.items()}
 
 
