@@ -108,7 +108,7 @@ def test_parts_add_up_exactly() -> None:
         ({"lora": 1.0}, r"'layer\.0\.mlp\.adapter_up\.default\.weight' of the pool matches none of 'lora'"),
         ({"lora": 0.5, "layer": 0.5}, "matches more than one: 'lora', 'layer'"),
         ({"lora": 0.1, "adapter": 0.9}, r"'adapter' = 0\.9 of the 32 entries to keep is 29.*have only 24"),
-        ("layer", "quotas='layer' is not known; allowed are 'module_type'"),
+        ("layers", "quotas='layers' is not known; allowed are 'tensor', 'layer', 'module_type'"),
     ],
 )
 def test_quotas_that_cannot_be_met_are_refused(quotas: dict[str, float], message: str) -> None:

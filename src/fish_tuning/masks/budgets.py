@@ -1,8 +1,10 @@
-"""How many entries to keep, and of which tensors: names, exclusions, budgets and quotas."""
+"""How many entries to keep, and of which tensors: names, exclusions, budgets, quotas and floors."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from fish_tuning import patterns
 from fish_tuning.errors import MaskError
@@ -15,6 +17,28 @@ def module_type(name: str) -> str:
     """What kind of tensor a name stands for, whichever the layer: `query.lora_A`, `mlp.serial_adapter_down`."""
     parts = [part for part in name.split(".") if part not in _NOT_A_TYPE and not part.isdigit()]
     return ".".join(parts[-2:])
+
+
+def layer_of(name: str) -> str:
+    """The number of a tensor's layer; "none" where its name has no number."""
+    found = re.search(r"\.(\d+)\.", f".{name}.")
+    return found[1] if found else "none"
+
+
+def _itself(name: str) -> str:
+    return name
+
+
+# What quotas and floors can be asked for of each of, by name.
+KINDS: Mapping[str, Callable[[str], str]] = {"tensor": _itself, "layer": layer_of, "module_type": module_type}
+
+
+def groups_of(names: Iterable[str], kind: str) -> dict[str, list[str]]:
+    """The names by what `kind` of KINDS tells apart."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(KINDS[kind](name), []).append(name)
+    return groups
 
 
 def matching_names(
@@ -67,17 +91,16 @@ def split_budget(
     Args:
         sizes: entries of each tensor of the pool.
         budget: entries to keep in all.
-        quotas: {regular expression: share of the budget}, or "module_type" for the same keep ratio in every type.
+        quotas: {regular expression: share of the budget}, or one of KINDS for the same keep ratio in each of them.
 
     Raises MaskError for shares that do not add up to 1, tensors that match none or several of them, and a group that
     has fewer entries than its share.
     """
     if isinstance(quotas, str):
-        if quotas != "module_type":
-            raise MaskError(f"quotas={quotas!r} is not known; allowed are 'module_type' and a mapping of shares.")
-        groups: dict[str, list[str]] = {}
-        for name in sizes:
-            groups.setdefault(module_type(name), []).append(name)
+        if quotas not in KINDS:
+            known = ", ".join(map(repr, KINDS))
+            raise MaskError(f"quotas={quotas!r} is not known; allowed are {known} and a mapping of shares.")
+        groups = groups_of(sizes, quotas)
         total = sum(sizes.values())
         shares = {group: sum(sizes[name] for name in names) / total for group, names in groups.items()}
     else:
@@ -92,6 +115,43 @@ def split_budget(
                 f"{len(names)} tensors have only {available:,}. Lower its share to {available / budget:.4g} or less."
             )
     return [(names, parts[group]) for group, names in groups.items()]
+
+
+def floor_parts(sizes: Mapping[str, int], budget: int, floors: Mapping[str, float]) -> list[tuple[list[str], int]]:
+    """Groups of names with the number of entries that are kept in each at least.
+
+    Args:
+        sizes: entries of each tensor of the pool.
+        budget: entries to keep in all.
+        floors: {one of KINDS, or a regular expression: how many}; a whole number is one of entries, a number below 1 a
+            share of the group's entries, rounded up.
+
+    Raises MaskError for numbers that are none, a tensor with two floors, a group that is smaller than its floor, and
+    floors that are together above the budget.
+    """
+    parts: list[tuple[list[str], int]] = []
+    for key, amount in floors.items():
+        whole = isinstance(amount, int) and not isinstance(amount, bool) and amount >= 1
+        if not whole and not (isinstance(amount, float) and 0 < amount < 1):
+            raise MaskError(f"floors: {key!r} = {amount!r} must be a whole number from 1, or a share between 0 and 1.")
+        groups = groups_of(sizes, key) if key in KINDS else {key: sorted(matching_names(sizes, [key], "floors"))}
+        for group, names in groups.items():
+            there = sum(sizes[name] for name in names)
+            least = int(amount) if whole else math.ceil(amount * there)
+            if least > there:
+                raise MaskError(f"floors: {key!r} = {amount:,} is more than the {there:,} entries of {group!r}.")
+            parts.append((names, least))
+    named = [name for names, _ in parts for name in names]
+    twice = next((name for name in named if named.count(name) > 1), None)
+    if twice is not None:
+        raise MaskError(f"floors: {twice!r} has more than one; each tensor may have one floor.")
+    needed = sum(least for _, least in parts)
+    if needed > budget:
+        raise MaskError(
+            f"floors: they keep {needed:,} entries in {len(parts)} groups, more than the {budget:,} to keep in all. "
+            "Lower them, or keep more."
+        )
+    return parts
 
 
 def _groups_by_pattern(names: Iterable[str], shares: Mapping[str, float]) -> dict[str, list[str]]:

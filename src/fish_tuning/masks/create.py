@@ -7,15 +7,18 @@ The random keys are drawn anew, chunk by chunk, wherever they are needed, and on
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import repeat
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fish_tuning.errors import FishTuningWarning, MaskError, ZeroScoresError
-from fish_tuning.masks.budgets import matching_names, module_type, resolve_budget, split_budget
+from fish_tuning.masks.budgets import floor_parts, matching_names, module_type, resolve_budget, split_budget
+from fish_tuning.masks.groups import Granularity, Shapes, families, select_groups, take_exactly
 from fish_tuning.masks.selections import SELECTIONS, Priority
 
 Mask = dict[str, Tensor]
@@ -33,7 +36,9 @@ def create_mask_from_fisher(
     *,
     num_trainable: int | None = None,
     method: str = "fish",
-    quotas: Mapping[str, float] | Literal["module_type"] | None = None,
+    granularity: Granularity = "entry",
+    quotas: Mapping[str, float] | Literal["tensor", "layer", "module_type"] | None = None,
+    floors: Mapping[str, float] | None = None,
     normalize: Literal["module_type"] | None = None,
     seed: int = 0,
     zero_scores: Literal["warn", "error", "ignore"] = "warn",
@@ -53,9 +58,15 @@ def create_mask_from_fisher(
             included.
         method: "fish" (largest scores), "rand" (random, seeded), "rev" (smallest scores), or one that was added with
             `register_selection`. All of them keep the same number of entries.
+        granularity: what is kept or frozen together: an "entry", a "row" or "column" of a tensor (of a convolution's,
+            all but the first dimension are columns), or a "component" of LoRA, row j of A with column j of B. Groups
+            are judged by their mean score. The number stays exact; one that no set of groups has is refused.
         quotas: {regular expression: share}, shares adding up to 1: each group of tensors gets that share of the kept
-            entries, whatever its scores. Each tensor of the pool must match exactly one of them. "module_type" keeps
-            the same ratio of every module type (`query.lora_A`, all layers together). The total stays exact.
+            entries, whatever its scores. Each tensor of the pool must match exactly one of them. "tensor", "layer" and
+            "module_type" (`query.lora_A`, all layers together) keep the same ratio of each. The total stays exact.
+        floors: {"tensor", "layer", "module_type" or a regular expression: number}: at least so many entries are kept of
+            each tensor, layer or module type, or of what matches; a number below 1 is a share of its entries. The rest
+            of the budget goes to the best, wherever they are.
         normalize: "module_type" divides each score by the mean over its module type before they are compared.
         seed: orders ties, and is the choice of "rand". The same seed and scores give the same mask.
         zero_scores: what to do when "fish" must keep entries that scored exactly 0, which is a choice at random:
@@ -65,8 +76,9 @@ def create_mask_from_fisher(
         {name: bool tensor of the scores' shape, on their device}, for every name in `fisher_scores`.
 
     Raises:
-        MaskError: unknown method, bad ratio or budget, an exclusion that matches nothing, quotas that do not add up or
-            ask for more than there is, scores that are not finite.
+        MaskError: unknown method or granularity, bad ratio or budget, an exclusion that matches nothing, quotas that do
+            not add up or ask for more than there is, floors above the budget, a granularity that tensors of the pool do
+            not have or that the budget is no number of, scores that are not finite.
 
     Example:
         >>> import torch
@@ -92,17 +104,79 @@ def create_mask_from_fisher(
         keep_ratio=keep_ratio,
         num_trainable=num_trainable,
     )
-    parts = _parts(pool, budget, quotas)
+    shapes = {name: scores.shape for name, scores in pool.items()}
+    parts = check_choice(shapes, budget, granularity=granularity, quotas=quotas, floors=floors)
     if method == "fish" and zero_scores != "ignore":
-        _report_zero_scores(parts, zero_scores)
+        _report_zero_scores([({name: pool[name] for name in names}, k) for names, k in parts.exact], zero_scores)
     scales = _scales(pool) if normalize else None
+
+    def select(names: Iterable[str], k: int, taken: Mask | None = None, at_least: bool = False) -> Mask:
+        part = {name: pool[name] for name in names}
+        if granularity == "entry":
+            return select_top_k(part, k, priority=priority, seed=seed, scales=scales, taken=taken)
+        return select_groups(
+            part, k, granularity, priority=priority, seed=seed, scales=scales, taken=taken, at_least=at_least
+        )
+
+    least: Mask = {}
+    for names, k in parts.least:
+        least |= select(names, k, at_least=True)
+    taken = {name: least.get(name, torch.zeros_like(pool[name], dtype=torch.bool)) for name in pool} if least else None
+    left = sum(int(mask.count_nonzero()) for mask in least.values())
     chosen: Mask = {}
-    for part, k in parts:
-        chosen |= select_top_k(part, k, priority=priority, seed=seed, scales=scales)
+    for names, k in parts.exact:
+        chosen |= select(names, k - left, taken)
     return {
-        name: chosen[name] if name in chosen else torch.ones_like(scores, dtype=torch.bool)
+        name: (chosen[name] | taken[name] if taken else chosen[name]) if name in chosen else _all_of(scores)
         for name, scores in fisher_scores.items()
     }
+
+
+def _all_of(scores: Tensor) -> Tensor:
+    return torch.ones_like(scores, dtype=torch.bool)
+
+
+class Parts(NamedTuple):
+    """Groups of names with numbers of entries: to be kept at least, and, these ones included, exactly."""
+
+    least: list[tuple[list[str], int]]
+    exact: list[tuple[list[str], int]]
+
+
+def check_choice(
+    shapes: Shapes,
+    budget: int,
+    *,
+    granularity: str = "entry",
+    quotas: Mapping[str, float] | str | None = None,
+    floors: Mapping[str, float] | None = None,
+) -> Parts:
+    """How the budget is split, without any scores; MaskError where it cannot be met, with the numbers.
+
+    Args:
+        shapes: of the tensors of the pool, by name.
+        budget: entries to keep of the pool.
+        granularity, quotas, floors: as in `create_mask_from_fisher`.
+    """
+    if quotas is not None and floors:
+        raise MaskError("quotas fix the numbers that floors would leave open; give one of the two.")
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    exact = [(list(sizes), budget)] if quotas is None else split_budget(sizes, budget, quotas)
+    least = floor_parts(sizes, budget, floors or {})
+    found = families(shapes, granularity)
+    if granularity == "entry":
+        return Parts(least, exact)
+    for what, parts in (("quotas", exact), ("floors", least)):
+        for names, k in parts:
+            mine = [family for family in found if not set(names).isdisjoint(name for name, _ in family.members)]
+            if any(name not in names for family in mine for name, _ in family.members):
+                raise MaskError(
+                    f"{what}: a {granularity} lies in {mine[0].members[0][0]!r} and {mine[0].members[-1][0]!r}, which "
+                    "are in different groups. Use 'layer', or patterns that take both."
+                )
+            if parts is exact:
+                take_exactly([family.size for family in mine for _ in range(family.number)], k)
+    return Parts(least, exact)
 
 
 def _largest(scores: Tensor) -> Tensor:
@@ -116,11 +190,12 @@ def select_top_k(
     priority: Priority = _largest,
     seed: int = 0,
     scales: Mapping[str, float] | None = None,
+    taken: Mask | None = None,
 ) -> Mask:
     """Masks with the k entries of largest priority over all tensors; ties fall in an order drawn from `seed`.
 
-    `scales` gives a factor for each tensor's scores. Needs, beside scores and masks, a fixed amount of memory. The
-    result depends neither on the order of the mapping nor on the device.
+    `scales` gives a factor for each tensor's scores; what is `taken` comes after all others. Needs, beside scores and
+    masks, a fixed amount of memory. The result depends neither on the order of the mapping nor on the device.
     """
     names = sorted(scores)
     total = sum(scores[name].numel() for name in names)
@@ -132,13 +207,14 @@ def select_top_k(
 
     def priorities() -> Iterator[Tensor]:
         for name in names:
-            for chunk in scores[name].detach().reshape(-1).split(_CHUNK):
+            gone = taken[name].reshape(-1).split(_CHUNK) if taken else repeat(None)
+            for chunk, mine in zip(scores[name].detach().reshape(-1).split(_CHUNK), gone, strict=False):
                 values = priority(chunk.to(dtype) * scales[name] if scales else chunk).to(dtype)
                 if values.shape != chunk.shape:
                     raise MaskError("The selection method must give a priority for each score, in the same shape.")
                 if values.isnan().any():
                     raise MaskError(f"The selection method gave priorities for {name!r} that are not numbers (NaN).")
-                yield _ordered(values)
+                yield _ordered(values if mine is None else values.masked_fill(mine, -torch.inf))
 
     flat = {name: torch.zeros(scores[name].numel(), dtype=torch.bool, device=scores[name].device) for name in names}
     masks = [chunk for name in names for chunk in flat[name].split(_CHUNK)]
@@ -214,13 +290,6 @@ def _check_scores(fisher_scores: Mapping[str, Tensor]) -> None:
         for chunk in scores.detach().reshape(-1).split(_CHUNK):
             if not chunk.isfinite().all():
                 raise MaskError(f"The scores of {name!r} are not all finite, so they have no order.")
-
-
-def _parts(pool: Mapping[str, Tensor], budget: int, quotas: Mapping[str, float] | str | None) -> list[Part]:
-    if quotas is None:
-        return [(pool, budget)]
-    sizes = {name: scores.numel() for name, scores in pool.items()}
-    return [({name: pool[name] for name in names}, k) for names, k in split_budget(sizes, budget, quotas)]
 
 
 def _scales(pool: Mapping[str, Tensor]) -> dict[str, float]:
