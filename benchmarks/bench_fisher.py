@@ -1,8 +1,9 @@
-"""Time and peak memory of exact Fisher scores against a plain forward and backward pass and the batch-1 loop.
+"""Time and peak memory of exact Fisher scores, with mean gradients and without, against a plain training pass and the
+batch-1 loop.
 
     python benchmarks/bench_fisher.py [--shape minilm] [--device cuda] [--rounds 5] [--batch-size 16]
 
-A BERT of BERT-base or MiniLM shape, LoRA r=16 on query/key/value, 64 examples x 64 tokens. The three ways take turns in
+A BERT of BERT-base or MiniLM shape, LoRA r=16 on query/key/value, 64 examples x 64 tokens. The ways take turns in
 one process, so that a change of the machine's speed meets all of them; a ratio is the median over rounds of the ratio
 within the round.
 """
@@ -31,9 +32,9 @@ from common import (
     verdict,
 )
 
-from fish_tuning import calculate_fisher_information
+from fish_tuning import calculate_fisher_information, measure_moments
 
-WAYS = ("plain", "batched", "loop")
+WAYS = ("plain", "batched", "moments", "loop")
 
 
 def work(way: str, model: Any, device: str, batch_size: int) -> Callable[[], object]:
@@ -47,8 +48,10 @@ def work(way: str, model: Any, device: str, batch_size: int) -> Callable[[], obj
             model.zero_grad(set_to_none=True)
 
         return plain
-    data = batches(batch_size if way == "batched" else 1, device)
-    method = "auto" if way == "batched" else "loop"
+    data = batches(1 if way == "loop" else batch_size, device)
+    if way == "moments":
+        return lambda: measure_moments(model, data, progress=False)
+    method = "loop" if way == "loop" else "auto"
     return lambda: calculate_fisher_information(model, data, method=method, progress=False)
 
 
@@ -94,10 +97,12 @@ def main() -> int:
     )
     print()
     faster = median([loop / b for loop, b in zip(seconds["loop"], seconds["batched"], strict=True)])
+    gradients = median([m / b for m, b in zip(seconds["moments"], seconds["batched"], strict=True)])
     one_layer = args.batch_size * RANK * model.config.hidden_size * 4 / 2**20
     more = (peaks["batched"] - peaks["plain"]) / 2**20
     kept = [
         verdict("batched / plain pass", to_plain["batched"], 1.10, at_most=True),
+        verdict("with mean gradients / batched", gradients, 1.10, at_most=True),
         verdict("loop / batched", faster, 2.5, at_most=False),
         verdict("MiB above the plain pass's peak (limit: one layer's per-example gradients)", more, one_layer,
                 at_most=True),

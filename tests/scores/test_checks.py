@@ -1,11 +1,11 @@
-"""Checksums of squares, and what their comparison says."""
+"""Checksums of gradients and their squares, and what their comparison says."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from fish_tuning.scores.checks import Comparison, checksum, random_weights
+from fish_tuning.scores.checks import Checksums, Comparison, add_checksum, checksum, projections, random_weights
 
 
 def test_checksums_tell_apart_what_is_only_moved() -> None:
@@ -26,6 +26,38 @@ def test_sparse_squares_have_the_checksum_of_the_dense_ones() -> None:
     dense = torch.zeros(5, 3)
     dense[[1, 4]] = torch.rand(2, 3)
     assert torch.allclose(checksum(dense.to_sparse(1).coalesce()), checksum(dense))
+
+
+def test_projections_are_linear_and_those_of_sparse_gradients_too() -> None:
+    one, other = torch.randn(5, 3), torch.zeros(5, 3)
+    other[[1, 4]] = torch.randn(2, 3)
+    assert torch.allclose(projections(one + 2 * other), projections(one) + 2 * projections(other), atol=1e-5)
+    assert torch.allclose(projections(other.to_sparse(1).coalesce()), projections(other))
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (40,), (8, 6), (4, 3, 2, 2)])
+def test_projections_tell_how_far_apart_gradients_are(shape: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    ratios = []
+    for _ in range(50):
+        gradient = torch.randn(shape, generator=generator)
+        ratios.append(float(projections(gradient).square().mean() / gradient.square().sum()))
+    assert min(ratios) > 0.05
+    assert max(ratios) < 5
+
+
+@pytest.mark.parametrize("tolerance", [1e-3, 0.1])
+@pytest.mark.parametrize("wrong", ["negated", "abs", "one row negated"])
+def test_signs_are_told_apart_where_squares_and_sums_are_equal(wrong: str, tolerance: float) -> None:
+    gradient = torch.tensor([[1.0, -1.0, 2.0], [-2.0, 3.0, -3.0]])  # adds up to 0
+    found = {"negated": -gradient, "abs": gradient.abs(), "one row negated": gradient * torch.tensor([[1.0], [-1.0]])}
+    plain: Checksums = {}
+    rule: Checksums = {}
+    add_checksum(plain, "a", gradient.square(), gradient)
+    add_checksum(rule, "a", gradient.square(), found[wrong])
+    assert Comparison.of(["a"], plain, plain, tolerance, floor=0.0).right == {"a"}
+    assert Comparison.of(["a"], rule, plain, tolerance, floor=0.0).disagree == {"a"}
+    assert Comparison.of(["a"], {}, plain, tolerance, floor=0.0).disagree == {"a"}
 
 
 def test_weights_are_far_from_zero_and_the_same_for_the_same_batch() -> None:

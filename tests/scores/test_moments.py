@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -23,8 +25,9 @@ from tiny import (
 )
 from torch import Tensor, nn
 
-from fish_tuning import FisherError, Moments, calculate_fisher_information, measure_moments
-from fish_tuning.scores.layer_rules import _RULES, register_rule
+from fish_tuning import FisherError, FishTuningWarning, Moments, calculate_fisher_information, measure_moments
+from fish_tuning.scores.example_gradients import OuterProducts
+from fish_tuning.scores.layer_rules import _RULES, Gradients, register_rule
 
 pytestmark = pytest.mark.filterwarnings("ignore::fish_tuning.FishTuningWarning")
 
@@ -120,6 +123,72 @@ def test_bf16_weights_are_measured_in_fp32() -> None:
 def test_gradients_of_drawn_labels_are_refused(fisher_type: str) -> None:
     with pytest.raises(FisherError, match="zero but for chance"):
         measured(bert(), classification_batch(), fisher_type=fisher_type)
+
+
+def negated_linear(module: nn.Module, x: Tensor, g: Tensor) -> Gradients:
+    """Right squares, wrong signs."""
+    return {"weight": OuterProducts(-g, x)}
+
+
+@pytest.mark.filterwarnings("default::fish_tuning.FishTuningWarning")
+@pytest.mark.parametrize("size", [1, 2, 6])
+@pytest.mark.parametrize("case", ["lora", "lora-b-is-zero"])
+def test_wrong_signs_are_found_out(case: str, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At B = 0, A's rule cannot be proven and must add nothing wrong."""
+    make_model, make_batch = CASES[case]
+    model, batch = make_model(), make_batch()
+    for parameter in [parameter for name, parameter in model.named_parameters() if "lora" not in name]:
+        parameter.requires_grad_(False)  # PEFT's factors have no bias, as the rule below
+    monkeypatch.setitem(_RULES, nn.Linear, replace(_RULES[nn.Linear], gradients=negated_linear))
+    with pytest.warns(FishTuningWarning, match="does not agree"):
+        moments = measured(model, rebatch(batch, size))
+    assert_gradients_close(moments.mean_gradients, reference_gradients(model, batch))
+    assert_scores_close(moments.mean_squares, reference_fisher(model, batch))
+
+
+def test_wrong_signs_are_found_out_once_a_gradient_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer that the first examples do not reach: what proves its rule is the whole batch's gradient."""
+    model = Gated()
+    x = torch.randn(8, 6, generator=torch.Generator().manual_seed(1))
+    x[:, 0] = -1.0
+    x[5, 0] = 1.0
+    batch = {"x": x, "labels": torch.arange(8) % 3}
+    reference = reference_gradients(model, batch)
+    assert reference["layer.weight"].any()
+    right = measured(model, rebatch(batch, 2))
+    assert_gradients_close(right.mean_gradients, reference)
+    monkeypatch.setitem(_RULES, nn.Linear, replace(_RULES[nn.Linear], gradients=negated_linear))
+    assert_gradients_close(measured(model, rebatch(batch, 2)).mean_gradients, reference)
+
+
+class Gated(nn.Module):
+    """A layer that counts on those rows alone whose first entry is positive."""
+
+    loss_type = "ForSequenceClassification"
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.head = nn.Linear(6, 6, bias=False), nn.Linear(6, 3, bias=False)
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> object:
+        logits = self.head(x + (x[:, :1] > 0).float() * self.layer(x))
+        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
+        return type("Output", (), {"logits": logits, "loss": loss})()
+
+
+@pytest.mark.filterwarnings("default::fish_tuning.FishTuningWarning")
+@pytest.mark.parametrize("case", CASES)
+def test_right_rules_are_not_doubted_for_their_signs(case: str) -> None:
+    make_model, make_batch = CASES[case]
+
+    def doubted(**kwargs: bool) -> list[str]:
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            measured(make_model(), rebatch(make_batch(), 2), **kwargs)
+        return [str(warning.message) for warning in told if issubclass(warning.category, FishTuningWarning)]
+
+    assert doubted() == doubted(gradients=False)
 
 
 def test_squares_for_gradients_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:

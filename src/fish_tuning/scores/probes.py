@@ -133,7 +133,7 @@ class _Layer:
                 squares = gradients.squares()
                 into.add(name, squares, gradients.sum)  # type: ignore[union-attr]
                 if check is not None and name in check.together:
-                    add_checksum(check.of_batch, name, squares)
+                    add_checksum(check.of_batch, name, squares, gradients.sum() if check.signed else None)
 
     def _add_checksums(self, check: Check, x: Tensor, g: Tensor) -> Tensor:
         """Of one row, and of the batch's sum; gives `g` freed of the weights."""
@@ -142,13 +142,13 @@ class _Layer:
             # To a rule, the positions of all examples put one after another are one example, whose gradient is the sum.
             for name, gradients in self._gradients(*(side.flatten(0, 1)[None] for side in (x, g))):
                 if name in check.together:
-                    add_checksum(check.of_sum, name, gradients.squares())
+                    add_checksum(check.of_sum, name, *_looked_at(gradients, check))
         if check.together:
             g = g / check.weights.to(g).view(-1, *[1] * (g.dim() - 1))
         if not check.alone.isdisjoint(own):
             for name, gradients in self._gradients(*(side[check.row, None] for side in (x, g))):
                 if name in check.alone:
-                    add_checksum(check.of_row, name, gradients.squares())
+                    add_checksum(check.of_row, name, *_looked_at(gradients, check))
         return g
 
     def _gradients(self, x: Tensor, g: Tensor) -> Iterator[tuple[str, ExampleGradients]]:
@@ -182,6 +182,10 @@ class _Probe(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         ctx.layer.receive(ctx.saved_tensors[0], grads[0])
         return grads[0], None, None, None
+
+
+def _looked_at(gradients: ExampleGradients, check: Check) -> tuple[Tensor, Tensor | None]:
+    return gradients.squares(), gradients.sum() if check.signed else None
 
 
 def _joined(calls: list[Tensor]) -> Tensor:

@@ -19,14 +19,14 @@ from fish_tuning.scores.checks import (
     Check,
     Checksums,
     Comparison,
-    add_checksum,
+    add_plain_checksum,
     random_weights,
 )
 from fish_tuning.scores.expansion import with_expansion_if_possible
 from fish_tuning.scores.loss_vectors import LossVectors
 from fish_tuning.scores.plain_gradients import PlainGradients, Take
 from fish_tuning.scores.probes import Probes
-from fish_tuning.scores.totals import Totals, squared
+from fish_tuning.scores.totals import Totals
 
 logger = logging.getLogger("fish_tuning.scores.fisher")
 
@@ -48,6 +48,7 @@ class Scorer:
         totals: Totals,
     ) -> None:
         self.trainable, self.losses, self.totals = trainable, losses, totals
+        self.signed = totals.gradients is not None  # squares alone prove no sign, and need none
         self.probes = Probes(model, trainable if method == "auto" else ())
         self.plain = PlainGradients(model, trainable)
         self.looped = dict.fromkeys(
@@ -104,10 +105,10 @@ class Scorer:
         waiting = [name for name in names if name not in alone or float(alone[name][0]) <= floor]
 
         weights = random_weights(size, seed=first_example) if waiting else torch.ones(size)
-        check = Check(frozenset(new), frozenset(waiting), row, weights)
+        check = Check(frozenset(new), frozenset(waiting), row, weights, self.signed)
         together: Checksums = {}
         stand_ins = self.plain.stand_ins(
-            waiting, lambda name, gradient: add_checksum(together, name, squared(gradient))
+            waiting, lambda name, gradient: add_plain_checksum(together, name, gradient, self.signed)
         )
         losses = self._forward(batch, first_example, self.plain.in_place(stand_ins))
         self.probes.backward(losses, self.totals, check, stand_ins.values())
@@ -144,7 +145,11 @@ class Scorer:
         if names:
             for row in numbers:
                 self._take_gradients(
-                    batch, first_example, row, names, lambda name, gradient: add_checksum(sums, name, squared(gradient))
+                    batch,
+                    first_example,
+                    row,
+                    names,
+                    lambda name, gradient: add_plain_checksum(sums, name, gradient, self.signed),
                 )
         return sums
 
