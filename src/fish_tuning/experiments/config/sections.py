@@ -242,6 +242,14 @@ class ChoiceConfig(Section):
         description="a whole number from 0: dense steps before scoring, undone after it; "
         f"null for {WARMUP_STEPS} where B starts at 0, else 0",
     )
+    granularity: Literal["entry", "row", "column", "component"] = Field(
+        default="entry", description="entry, row, column or component: what is kept or frozen together"
+    )
+    floors: dict[str, int | float] | None = Field(
+        default=None,
+        description="tensor, layer, module_type or regular expressions, and how many entries are kept there at least: "
+        "whole numbers from 1, or shares between 0 and 1",
+    )
     quotas: dict[str, float] | None = Field(
         default=None,
         description="regular expressions for tensors and their shares of the kept entries, adding up to 1, for the "

@@ -97,6 +97,8 @@ def _arm_parts(config: ExperimentConfig, arm: ArmPlan) -> dict[str, Any]:
     if selection is not None:
         parts["names_to_exclude"] = config.lora.names_to_exclude
         parts |= {"quotas": choice.quotas} if selection.quotas else {}
+        parts |= {"floors": choice.floors} if choice.floors and not selection.quotas else {}
+        parts |= {"granularity": choice.granularity} if choice.granularity != "entry" else {}
         if SELECTIONS.find(selection.name).needs_scores:
             parts |= {"score": choice.score, "num_samples": choice.num_samples}
             parts |= {"warmup_steps": config.warmup_steps(section)}

@@ -80,12 +80,15 @@ def choose_mask(context: Context, arm: ArmPlan, seed: int, model: Any, calibrati
         scores = calibration.scores
     else:
         scores = {n: torch.zeros(()).expand(p.shape) for n, p in model.named_parameters() if p.requires_grad}
+    choice = context.choice(arm)
     return create_mask_from_fisher(
         scores,
         names_to_exclude=names_outside_pool(context.config, context.plan.task),
         num_trainable=arm.trainable_parameters,
         method=selection.name,
-        quotas=(context.choice(arm).quotas or "module_type") if selection.quotas else None,
+        granularity=choice.granularity,
+        quotas=(choice.quotas or "module_type") if selection.quotas else None,
+        floors=None if selection.quotas else choice.floors,
         normalize="module_type" if selection.normalize else None,
         seed=seed,
     )

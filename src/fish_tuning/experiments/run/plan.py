@@ -16,13 +16,14 @@ import torch
 from fish_tuning.errors import ConfigurationError, MaskError
 from fish_tuning.experiments.config.arm_names import HEAD_ALONE, ArmName, Variant
 from fish_tuning.experiments.config.experiment import ExperimentConfig
-from fish_tuning.experiments.config.sections import HEAD_PATTERN, STARTS_AT_ZERO
+from fish_tuning.experiments.config.sections import HEAD_PATTERN, STARTS_AT_ZERO, ChoiceConfig
 from fish_tuning.experiments.data.tasks import Task, encode, load_task
 from fish_tuning.experiments.models.building import build_meta_model, load_config, load_processing_class, read_config
 from fish_tuning.experiments.models.peft_methods import check_method, size_text
 from fish_tuning.experiments.records.run_record import ArmPlan
 from fish_tuning.experiments.run.arguments import training_arguments
-from fish_tuning.masks.budgets import matching_names, resolve_budget, split_budget
+from fish_tuning.masks.budgets import matching_names, resolve_budget
+from fish_tuning.masks.create import check_choice
 from fish_tuning.peft_methods import peft_method
 
 HELD_OUT = 0.2  # of the training set, where learning rates are chosen
@@ -172,8 +173,9 @@ def _plan_arm(config: ExperimentConfig, arm: str, models: _Models) -> ArmPlan:
     pool = {tensor: size for tensor, size in sizes.items() if tensor not in outside}
     total = sum(pool.values())
     kept = total if name.selection is None else _budget(config, name, models, total, dense)
-    if name.selection is not None and name.selection.quotas:
-        _check_quotas(pool, kept, config.choice_of(config.method_of(arm)).quotas)
+    if name.selection is not None:
+        shapes = {tensor: tuple(models(arm).get_parameter(tensor).shape) for tensor in pool}
+        _check_choice(config.choice_of(config.method_of(arm)), name, shapes, kept)
     return ArmPlan(
         arm=arm,
         method=config.method_of(arm).method,
@@ -219,11 +221,17 @@ def _budget(config: ExperimentConfig, name: ArmName, models: _Models, pool: int,
         ) from error
 
 
-def _check_quotas(pool: dict[str, int], kept: int, quotas: dict[str, float] | None) -> None:
+def _check_choice(choice: ChoiceConfig, name: ArmName, shapes: dict[str, tuple[int, ...]], kept: int) -> None:
+    """Refuse what create_mask_from_fisher would refuse once the scores are there."""
+    of_quotas = name.selection is not None and name.selection.quotas
+    quotas = (choice.quotas or "module_type") if of_quotas else None
+    floors = None if of_quotas else choice.floors
     try:
-        split_budget(pool, kept, quotas or "module_type")
+        check_choice(shapes, kept, granularity=choice.granularity, quotas=quotas, floors=floors)
     except MaskError as error:
-        raise ConfigurationError(f"fish_tuning.{error}") from error
+        key = str(error).partition(":")[0].partition("=")[0]
+        known = key in ("quotas", "floors", "granularity")
+        raise ConfigurationError(f"fish_tuning.{error}" if known else f"{name}: {error}") from error
 
 
 def _plain(value: Any) -> Any:

@@ -1,0 +1,206 @@
+"""Rows, columns and components: exact numbers, in order, against brute force."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import pytest
+import torch
+from fuzz import settings
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fish_tuning import MaskError, create_mask_from_fisher
+from fish_tuning.masks.create import check_choice
+from fish_tuning.masks.groups import families, take_exactly
+
+
+def lora_scores(seed: int = 0) -> dict[str, Tensor]:
+    """Two layers with a pair of 4 components of 14 entries and one of 3 components of 28."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {
+        f"m.{layer}.{part}.lora_{factor}.default.weight": shape
+        for layer in range(2)
+        for part, rank, inputs, outputs in (("query", 4, 8, 6), ("up", 3, 8, 20))
+        for factor, shape in (("A", (rank, inputs)), ("B", (outputs, rank)))
+    }
+    return {name: torch.rand(shape, generator=generator) for name, shape in shapes.items()}
+
+
+def count(mask: dict[str, Tensor]) -> int:
+    return sum(int(selected.sum()) for selected in mask.values())
+
+
+def components(mask: dict[str, Tensor]) -> dict[str, list[bool]]:
+    """By pair; both factors must tell the same, and hold whole slices."""
+    found = {}
+    for name, selected in mask.items():
+        if "lora_A" in name:
+            other = mask[name.replace("lora_A", "lora_B")].T
+            assert torch.equal(selected.any(1), other.any(1))
+            assert torch.equal(selected.any(1), selected.all(1))
+            assert torch.equal(other.any(1), other.all(1))
+            found[name] = selected.any(1).tolist()
+    return found
+
+
+def slow_take(sizes: Sequence[int], k: int) -> list[int] | None:
+    """Of all sets that add up to k, the one that takes the earliest groups: the first in lexicographic order."""
+    sets = [
+        list(chosen)
+        for number in range(len(sizes) + 1)
+        for chosen in itertools.combinations(range(len(sizes)), number)
+        if sum(sizes[i] for i in chosen) == k
+    ]
+    return min(sets, key=lambda chosen: [*chosen, len(sizes)]) if sets else None
+
+
+@settings()
+@given(st.lists(st.integers(1, 7), max_size=9), st.integers(0, 40))
+def test_taking_exactly_is_the_first_set_that_fits(sizes: list[int], k: int) -> None:
+    expected = slow_take(sizes, k)
+    if expected is None:
+        with pytest.raises(MaskError, match="the nearest are"):
+            take_exactly(sizes, k)
+    else:
+        assert take_exactly(sizes, k) == expected
+
+
+def test_the_nearest_numbers_can_be_had() -> None:
+    with pytest.raises(MaskError, match=r"has 31 of the pool's 62 entries; the nearest are 30 and 34,"):
+        take_exactly([10, 10, 14, 28], 31)
+    with pytest.raises(MaskError, match="the nearest are 62, beside"):
+        take_exactly([10, 10, 14, 28], 63)
+
+
+def test_many_groups_are_taken_at_once() -> None:
+    sizes = [384, 1536, 384, 64] * 25_000
+    assert sum(sizes[i] for i in take_exactly(sizes, 384 * 1001 + 64)) == 384 * 1001 + 64
+
+
+@pytest.mark.parametrize("k", [14, 28, 42, 70, 98, 182, 280])
+@pytest.mark.parametrize("method", ["fish", "rand", "rev"])
+def test_components_are_whole_and_the_number_exact(k: int, method: str) -> None:
+    mask = create_mask_from_fisher(lora_scores(), num_trainable=k, granularity="component", method=method)
+    assert count(mask) == k
+    components(mask)
+
+
+def test_components_with_the_best_means_come_first() -> None:
+    scores = lora_scores()
+    means = {}
+    for name, tensor in scores.items():
+        if "lora_A" in name:
+            other = scores[name.replace("lora_A", "lora_B")]
+            for j in range(len(tensor)):
+                total = tensor[j].sum() + other[:, j].sum()
+                means[name, j] = (float(total) / (tensor.shape[1] + len(other)), tensor.shape[1] + len(other))
+    best = sorted(means, key=lambda key: -means[key][0])[:5]
+    budget = sum(means[key][1] for key in best)
+    found = components(create_mask_from_fisher(scores, num_trainable=budget, granularity="component"))
+    assert {(name, j) for name, kept in found.items() for j, yes in enumerate(kept) if yes} == set(best)
+
+
+@pytest.mark.parametrize(("granularity", "axis"), [("row", 1), ("column", 0)])
+def test_rows_and_columns_are_whole(granularity: str, axis: int) -> None:
+    scores = {"conv": torch.rand(4, 2, 3), "bias": torch.rand(4), "matrix": torch.rand(6, 6)}
+    mask = create_mask_from_fisher(scores, num_trainable=28, granularity=granularity)  # type: ignore[arg-type]
+    assert count(mask) == 28
+    for selected in (mask["conv"].flatten(1), mask["matrix"]):
+        assert torch.equal(selected.any(axis), selected.all(axis))
+
+
+def test_entries_as_groups_are_the_entries() -> None:
+    scores = {name: (8 * tensor).round() for name, tensor in lora_scores().items()}
+    shapes = {name: tensor.shape for name, tensor in scores.items()}
+    assert all(family.size == 1 for family in families(shapes, "entry"))
+    assert sum(family.number for family in families(shapes, "entry")) == sum(map(torch.numel, scores.values()))
+
+
+def test_order_of_the_mapping_and_seed() -> None:
+    flat = {name: torch.ones_like(tensor) for name, tensor in lora_scores().items()}
+    masks = [
+        create_mask_from_fisher(dict(order), num_trainable=70, granularity="component", seed=seed)
+        for order, seed in ((flat.items(), 0), (reversed(flat.items()), 0), (flat.items(), 1))
+    ]
+    assert all(torch.equal(masks[0][name], masks[1][name]) for name in flat)
+    assert any(not torch.equal(masks[0][name], masks[2][name]) for name in flat)
+
+
+def test_embeddings_and_convolutions_have_components() -> None:
+    scores = {
+        "e.lora_embedding_A.default": torch.rand(3, 10), "e.lora_embedding_B.default": torch.rand(5, 3),
+        "c.lora_A.default.weight": torch.rand(3, 2, 3, 3), "c.lora_B.default.weight": torch.rand(4, 3, 1, 1),
+    }  # fmt: skip
+    mask = create_mask_from_fisher(scores, num_trainable=15 + 22, granularity="component")
+    assert count(mask) == 37
+    assert torch.equal(
+        mask["c.lora_A.default.weight"].flatten(1).any(1), mask["c.lora_B.default.weight"].any(0)[:, 0, 0]
+    )
+
+
+@pytest.mark.parametrize("granularity", ["entry", "row", "component"])
+def test_floors_are_kept_and_the_rest_goes_to_the_best(granularity: str) -> None:
+    scores = lora_scores()
+    scores = {name: tensor * (100 if ".1." in name else 1) for name, tensor in scores.items()}
+    plain, floored = (
+        create_mask_from_fisher(scores, num_trainable=84, granularity=granularity, floors=floors)  # type: ignore[arg-type]
+        for floors in (None, {"layer": 14})
+    )
+    of_layer = lambda mask, layer: sum(int(m.sum()) for name, m in mask.items() if f".{layer}." in name)  # noqa: E731
+    assert of_layer(plain, 0) == 0
+    assert count(floored) == 84
+    assert 14 <= of_layer(floored, 0) < 14 + (14 if granularity == "component" else 8)
+
+
+def test_floors_of_entries_are_the_best_of_each_tensor() -> None:
+    scores = lora_scores()
+    mask = create_mask_from_fisher(scores, num_trainable=60, floors={"tensor": 3})
+    for name, tensor in scores.items():
+        best = tensor.flatten().topk(3).indices
+        assert bool(mask[name].flatten()[best].all())
+    assert count(mask) == 60
+
+
+@pytest.mark.parametrize("kind", ["tensor", "layer", "module_type"])
+def test_quotas_of_each(kind: str) -> None:
+    mask = create_mask_from_fisher(lora_scores(), keep_ratio=0.25, quotas=kind)  # type: ignore[arg-type]
+    assert count(mask) == round(0.25 * 280)
+    if kind == "tensor":
+        assert all(abs(int(m.sum()) - 0.25 * m.numel()) < 1 for m in mask.values())
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        ({"granularity": "componet"}, "granularity='componet' is not known; allowed are 'entry', 'row'"),
+        ({"granularity": "component", "floors": {"tensor": 1}}, "which are in different groups"),
+        ({"granularity": "component", "quotas": "module_type"}, "which are in different groups"),
+        ({"floors": {"tensor": 33}}, "'tensor' = 33 is more than the 24 entries"),
+        ({"floors": {"layer": 0.5}}, "they keep 140 entries in 2 groups, more than the 70 to keep in all"),
+        ({"floors": {"query": 1, "lora_A": 1}}, "has more than one"),
+        ({"floors": {"nothing": 1}}, "matches none"),
+        ({"floors": {"tensor": 0}}, "must be a whole number from 1, or a share"),
+        ({"floors": {"tensor": 1.5}}, "must be a whole number from 1, or a share"),
+        ({"floors": {"tensor": True}}, "must be a whole number from 1, or a share"),
+        ({"floors": {"tensor": 1}, "quotas": "layer"}, "give one of the two"),
+    ],
+)
+def test_what_cannot_be_met_is_refused_without_any_score(choice: dict[str, object], message: str) -> None:
+    scores = lora_scores()
+    with pytest.raises(MaskError, match=message):
+        check_choice({name: tensor.shape for name, tensor in scores.items()}, 70, **choice)  # type: ignore[arg-type]
+    with pytest.raises(MaskError, match=message):
+        create_mask_from_fisher(scores, num_trainable=70, **choice)  # type: ignore[arg-type]
+
+
+def test_tensors_without_components_are_named() -> None:
+    scores = lora_scores() | {"m.0.query.lora_magnitude_vector.default.weight": torch.rand(6)}
+    with pytest.raises(MaskError, match=r"lora_magnitude_vector\.default\.weight' is no factor of a LoRA pair"):
+        create_mask_from_fisher(scores, num_trainable=28, granularity="component")
+    mask = create_mask_from_fisher(
+        scores, num_trainable=28 + 6, granularity="component", names_to_exclude=["magnitude"]
+    )
+    assert count(mask) == 34
