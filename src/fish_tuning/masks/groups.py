@@ -213,5 +213,6 @@ def _cannot_be(k: int, sizes: Iterable[int]) -> str:
     kinds = ", ".join(f"{number:,} of {size:,}" for size, number in sorted(counts.items()))
     near = f"{below:,}" + (f" and {above:,}" if above is not None else "")
     return (
-        f"No set of whole groups ({kinds} entries) has {k:,} of the pool's {total:,} entries; the nearest are {near}."
+        f"No set of whole groups ({kinds} entries) has {k:,} of the pool's {total:,} entries; the nearest are {near}, "
+        "beside what trains outside the pool. Ask for one of these, or for granularity='entry'."
     )
