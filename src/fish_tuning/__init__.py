@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from fish_tuning.scores.named import Evidence, register_score
     from fish_tuning.sparse.adapter_names import rename_adapter
     from fish_tuning.sparse.applying import apply_mask, remove_mask, synchronize_mask
+    from fish_tuning.sparse.compact import save_compact_adapter
     from fish_tuning.sparse.delta import add_delta, merge_delta, remove_delta, save_delta
     from fish_tuning.sparse.masked_tensors import count_trainable_parameters, get_mask, is_masked
     from fish_tuning.sparse.shira import create_shira_config
@@ -79,6 +80,7 @@ _PUBLIC = {
     "remove_delta": "sparse.delta",
     "merge_delta": "sparse.delta",
     "create_shira_config": "sparse.shira",
+    "save_compact_adapter": "sparse.compact",
     # methods of your own
     "PeftMethod": "peft_methods",
     "register_peft_method": "peft_methods",
@@ -128,6 +130,7 @@ __all__ = [
     "remove_mask",
     "rename_adapter",
     "report_figures",
+    "save_compact_adapter",
     "save_delta",
     "save_mask",
     "set_head_learning_rate",

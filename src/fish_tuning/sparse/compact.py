@@ -1,0 +1,122 @@
+"""A LoRA without the components that do nothing: an ordinary, smaller adapter for stock PEFT."""
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fish_tuning.errors import MaskError
+from fish_tuning.files.atomic import whole_folder
+from fish_tuning.sparse.adapter_names import check_adapter
+
+# Starts that change the base model's weights too, which a smaller adapter could not repeat.
+_CHANGES_THE_BASE = ("pissa", "olora", "corda", "orthogonal", "loftq", "lora_ga")
+
+
+def save_compact_adapter(model: PeftModel, save_directory: str | Path, adapter_name: str = "default") -> dict[str, int]:
+    """Save a LoRA with its working components alone; PEFT loads it as any other, and it computes the same.
+
+    Component j of a layer is row j of A with column j of B. Where either is all zero it adds exactly nothing, as every
+    component does that a mask of whole components (`granularity="component"`) left at PEFT's start, B = 0. What is left
+    is a LoRA of fewer ranks (`rank_pattern`, `alpha_pattern`), in fewer layers (`target_modules`), which costs less at
+    inference; `modules_to_save` and biases go with it.
+
+    Args:
+        model: with a LoRA or rsLoRA adapter, masked or not; it is left as it is.
+        save_directory: the folder, which takes the place of an earlier one as a whole.
+        adapter_name: the adapter to save.
+
+    Returns:
+        {name of each layer that is left: its rank}.
+
+    Raises:
+        MaskError: another PEFT method, DoRA, a LoRA bias, a start that changes the base weights (PiSSA and its kin), or
+            an adapter without any working component.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from peft import LoraConfig, get_peft_model
+        >>> from fish_tuning import save_compact_adapter
+        >>> base = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+        >>> model = get_peft_model(base, LoraConfig(r=3, target_modules=["0", "1"]))
+        >>> with torch.no_grad():
+        ...     _ = model.base_model.model[1].lora_B["default"].weight[:, 2].fill_(1)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_compact_adapter(model, f"{folder}/adapter")
+        {'1': 1}
+    """
+    check_adapter(model, adapter_name)
+    config: Any = model.peft_config[adapter_name]
+    _check(config, adapter_name)
+    layers = {
+        name.removeprefix("base_model.model."): module
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer) and adapter_name in module.r
+    }
+    state: dict[str, Tensor] = get_peft_model_state_dict(model, adapter_name=adapter_name)
+    ranks, alphas = {}, {}
+    for name, layer in layers.items():
+        a, b = _factors(name, state)
+        kept = state[a].flatten(1).any(1) & state[b].transpose(0, 1).flatten(1).any(1)
+        rank = int(kept.sum())
+        if not rank:
+            del state[a], state[b]
+            continue
+        state[a], state[b] = state[a][kept], state[b][:, kept]
+        ranks[name] = rank
+        alphas[name] = layer.scaling[adapter_name] * (math.sqrt(rank) if config.use_rslora else rank)
+    if not ranks:
+        raise MaskError(
+            f"No component of the adapter {adapter_name!r} does anything: in all of its {len(layers)} layers A or B is "
+            "zero. Train it first; save_pretrained saves it as it is."
+        )
+    with whole_folder(Path(save_directory)) as folder:
+        _smaller(config, model, ranks, alphas).save_pretrained(str(folder))
+        tensors = {key: tensor.contiguous() for key, tensor in state.items()}
+        save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+    return ranks
+
+
+def _check(config: Any, adapter_name: str) -> None:
+    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    init = config.init_lora_weights if kind == "LORA" else None
+    if kind != "LORA":
+        reason = f"it is {kind}; only LoRA and rsLoRA are made of rank-1 components"
+    elif config.use_dora or config.lora_bias:
+        reason = "DoRA's magnitudes and LoRA's biases belong to whole layers"
+    elif isinstance(init, str) and init.startswith(_CHANGES_THE_BASE):
+        reason = f"init_lora_weights={init!r} changes the base weights, which PEFT repeats by the whole adapter"
+    else:
+        return
+    raise MaskError(f"The adapter {adapter_name!r} cannot be made smaller: {reason}. Use save_pretrained.")
+
+
+def _factors(name: str, state: dict[str, Tensor]) -> tuple[str, str]:
+    """The keys of a layer's A, (r, ...), and B, (out, r, ...)."""
+    prefix = f"base_model.model.{name}."
+    for a, b in (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B")):
+        if prefix + a in state:
+            return prefix + a, prefix + b
+    raise MaskError(f"The adapter's state has no lora_A of {name!r}; is it a layer of another kind of LoRA?")
+
+
+def _smaller(config: Any, model: Any, ranks: dict[str, int], alphas: dict[str, float]) -> Any:
+    made = copy.deepcopy(config)
+    made.r = max(ranks.values())
+    made.lora_alpha = alphas[max(ranks, key=ranks.__getitem__)]
+    made.rank_pattern, made.alpha_pattern = ranks, alphas
+    made.target_modules = set(ranks)
+    made.exclude_modules = made.layers_to_transform = made.layers_pattern = None
+    made.init_lora_weights = True
+    made.inference_mode = True
+    if made.base_model_name_or_path is None:
+        made.base_model_name_or_path = getattr(model.get_base_model(), "name_or_path", None)
+    return made
