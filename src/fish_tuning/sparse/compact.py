@@ -27,7 +27,7 @@ def save_compact_adapter(model: PeftModel, save_directory: str | Path, adapter_n
     Component j of a layer is row j of A with column j of B. Where either is all zero it adds exactly nothing, as every
     component does that a mask of whole components (`granularity="component"`) left at PEFT's start, B = 0. What is left
     is a LoRA of fewer ranks (`rank_pattern`, `alpha_pattern`), in fewer layers (`target_modules`), which costs less at
-    inference; `modules_to_save` and biases go with it.
+    inference; `modules_to_save` go with it.
 
     Args:
         model: with a LoRA or rsLoRA adapter, masked or not; it is left as it is.
@@ -38,7 +38,7 @@ def save_compact_adapter(model: PeftModel, save_directory: str | Path, adapter_n
         {name of each layer that is left: its rank}.
 
     Raises:
-        MaskError: another PEFT method, DoRA, a LoRA bias, a start that changes the base weights (PiSSA and its kin), or
+        MaskError: another PEFT method, DoRA, trained biases, a start that changes the base weights (PiSSA and its kin), or
             an adapter without any working component.
 
     Example:
@@ -90,8 +90,8 @@ def _check(config: Any, adapter_name: str) -> None:
     init = config.init_lora_weights if kind == "LORA" else None
     if kind != "LORA":
         reason = f"it is {kind}; only LoRA and rsLoRA are made of rank-1 components"
-    elif config.use_dora or config.lora_bias:
-        reason = "DoRA's magnitudes and LoRA's biases belong to whole layers"
+    elif config.use_dora or config.lora_bias or config.bias != "none":
+        reason = "DoRA's magnitudes and trained biases belong to whole layers"
     elif isinstance(init, str) and init.startswith(_CHANGES_THE_BASE):
         reason = f"init_lora_weights={init!r} changes the base weights, which PEFT repeats by the whole adapter"
     else:
