@@ -38,8 +38,8 @@ def save_compact_adapter(model: PeftModel, save_directory: str | Path, adapter_n
         {name of each layer that is left: its rank}.
 
     Raises:
-        MaskError: another PEFT method, DoRA, trained biases, a start that changes the base weights (PiSSA and its kin), or
-            an adapter without any working component.
+        MaskError: another PEFT method, DoRA, trained biases, a start that changes the base weights (PiSSA and its kin),
+            or an adapter without any working component.
 
     Example:
         >>> import tempfile, torch
