@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from fish_tuning.sparse.compact import save_compact_adapter
     from fish_tuning.sparse.delta import add_delta, merge_delta, remove_delta, save_delta
     from fish_tuning.sparse.masked_tensors import count_trainable_parameters, get_mask, is_masked
+    from fish_tuning.sparse.replacing import replace_mask
     from fish_tuning.sparse.shira import create_shira_config
     from fish_tuning.starts.along_gradient import start_along_gradient
     from fish_tuning.training.checkpoints import last_checkpoint
@@ -69,6 +70,7 @@ _PUBLIC = {
     "apply_mask": "sparse.applying",
     "remove_mask": "sparse.applying",
     "synchronize_mask": "sparse.applying",
+    "replace_mask": "sparse.replacing",
     "get_mask": "sparse.masked_tensors",
     "is_masked": "sparse.masked_tensors",
     "count_trainable_parameters": "sparse.masked_tensors",
@@ -129,6 +131,7 @@ __all__ = [
     "remove_delta",
     "remove_mask",
     "rename_adapter",
+    "replace_mask",
     "report_figures",
     "save_compact_adapter",
     "save_delta",

@@ -331,3 +331,89 @@ def test_dense_mask_trains_like_no_mask(tmp_path: Path) -> None:
         kind(model=model, args=arguments(tmp_path), train_dataset=DATA, **extra).train()
         results.append(tensors(model))
     assert_same_tensors(*results)
+
+
+# Choosing again
+
+
+def chosen_masks(model: nn.Module) -> list[dict[str, Tensor]]:
+    """Of one number of entries."""
+    made = [random_mask(model, seed=seed, dense=["classifier"]) for seed in range(4)]
+    least = min(sum(int(mask.sum()) for mask in masks.values()) for masks in made)
+    for masks in made:
+        flat = torch.cat([mask.flatten() for name, mask in masks.items() if "classifier" not in name])
+        surplus = sum(int(mask.sum()) for mask in masks.values()) - least
+        flat[flat.nonzero()[:surplus, 0]] = False
+        start = 0
+        for name, mask in masks.items():
+            if "classifier" not in name:
+                masks[name] = flat[start : start + mask.numel()].view(mask.shape)
+                start += mask.numel()
+    return made
+
+
+class Chooses:
+    """Another mask every time, told by how far the model is: the same after a resume."""
+
+    def __init__(self, masks: list[dict[str, Tensor]], folder: Path, every: int) -> None:
+        self.masks, self.every, self.calls = masks, every, 0
+
+    def __call__(self, model: nn.Module) -> dict[str, Tensor]:
+        assert not is_masked(model)
+        self.calls += 1
+        return self.masks[self.calls]
+
+
+@pytest.mark.parametrize("stop", [2, 3, 4, 5])
+def test_choosing_again_resumes_to_the_bit(stop: int, tmp_path: Path) -> None:
+    """Killed before, at and after a choice; the resumed training must not tell."""
+    masks = chosen_masks(lora(bert()))
+
+    def make(folder: Path, calls: int = 0) -> FishTuningTrainer:
+        choose = Chooses(masks, folder, 2)
+        choose.calls = calls
+        return FishTuningTrainer(
+            model=lora(bert()),
+            args=arguments(folder, max_steps=6, save_strategy="steps", save_steps=1),
+            mask=masks[0],
+            reselect_every=2,
+            choose=choose,
+            train_dataset=DATA,
+            data_collator=default_data_collator,
+        )
+
+    whole = make(tmp_path / "whole")
+    whole.train()
+    assert whole.mask.keys() == masks[2].keys()
+    assert all(torch.equal(mask, masks[2][name]) for name, mask in whole.mask.items())  # none after the last step
+    resumed = make(tmp_path / "whole", calls=stop // 2)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{stop}"))
+    assert_same_tensors(tensors(resumed.model), tensors(whole.model))
+
+
+def test_choosing_again_in_another_trainer(tmp_path: Path) -> None:
+    masks = chosen_masks(lora(bert()))
+    callback = FishMaskCallback(masks[0], reselect_every=3, choose=Chooses(masks, tmp_path, 3))
+    model = lora(bert())
+    args = arguments(tmp_path, max_steps=4, lr_scheduler_type="linear", gradient_accumulation_steps=2)
+    Trainer(
+        model=model, args=args, callbacks=[callback], train_dataset=DATA, data_collator=default_data_collator
+    ).train()
+    assert all(torch.equal(mask, masks[1][name]) for name, mask in get_mask(model).items())
+
+
+def test_choosing_again_keeps_the_number(tmp_path: Path) -> None:
+    masks = chosen_masks(lora(bert()))
+    name = next(name for name in masks[1] if "lora" in name)
+    masks[1][name] = torch.zeros_like(masks[1][name])
+    trainer = FishTuningTrainer(
+        model=lora(bert()), args=arguments(tmp_path), mask=masks[0], reselect_every=1,
+        choose=Chooses(masks, tmp_path, 1), train_dataset=DATA, data_collator=default_data_collator,
+    )  # fmt: skip
+    with pytest.raises(MaskError, match=r"choose gave a mask of .* entries; the one before has"):
+        trainer.train()
+    for wrong in ({"reselect_every": 2}, {"choose": Chooses(masks, tmp_path, 1)}):
+        with pytest.raises(MaskError, match="belong together"):
+            FishMaskCallback(masks[0], **wrong)  # type: ignore[arg-type]
+    with pytest.raises(MaskError, match="reselect_every=0"):
+        FishMaskCallback(masks[0], 0, Chooses(masks, tmp_path, 1))

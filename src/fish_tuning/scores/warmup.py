@@ -19,7 +19,7 @@ from fish_tuning.scores.plain_gradients import PlainGradients
 logger = logging.getLogger("fish_tuning.scores.fisher")
 
 WARMUP_STEPS = 20
-WARMUP_LEARNING_RATE = 1e-3
+WARMUP_LEARNING_RATE = 2e-3
 MAX_NORM = 1.0  # of a step's gradient, as the Trainer clips it
 
 

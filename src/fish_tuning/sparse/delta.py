@@ -38,7 +38,8 @@ def save_delta(model: nn.Module, path: str | os.PathLike[str]) -> None:
     Call it after `apply_mask` and before `remove_mask`. Without a mask, a part of the model must be frozen.
 
     Raises:
-        MaskError: no mask is applied and all parameters train, or none does, so there is no part to store.
+        MaskError: no mask is applied and all parameters train, or none does, so there is no part to store; or the mask
+            was replaced while it trained.
 
     Warns:
         FishTuningWarning: the model keeps running statistics (batch normalisation), which training changes too; they
@@ -58,6 +59,11 @@ def save_delta(model: nn.Module, path: str | os.PathLike[str]) -> None:
         raise MaskError(
             "The model has no mask and no frozen part beside a trained one, so nothing tells what was selected. Call "
             "save_delta after apply_mask and before remove_mask; a whole model is saved by its save_pretrained."
+        )
+    if any(tensor.masked.replaced for tensor in masked_tensors(model)):
+        raise MaskError(
+            "The mask was replaced while it trained, so entries that it no longer selects were changed too, and a "
+            "delta would miss them. Save the adapter or the model as a whole (save_pretrained)."
         )
     if any(getattr(module, "running_mean", None) is not None for module in model.modules()):
         warnings.warn(

@@ -64,6 +64,12 @@ def trained_names(model: nn.Module) -> set[str]:
     return {name for name, flag in flags.items() if flag} | without_values | (untold - idle_names(model, untold))
 
 
+def mark_replaced(model: nn.Module) -> None:
+    """Remember that entries outside the mask may have been trained, under an earlier one."""
+    for tensor in masked_tensors(model):
+        tensor.masked.replaced = True
+
+
 def replaced_parameters(model: nn.Module) -> set[int]:
     """The ids of the dense parameters that masked tensors stand in for; no optimizer should hold them."""
     return {id(tensor.masked.dense) for tensor in masked_tensors(model)}
@@ -104,6 +110,7 @@ class MaskedTensor(nn.Module):
     dense: nn.Parameter
     digest: str  # of the selected entries as they were before training: tells a stored delta's base from others
     hooks: tuple[RemovableHandle, ...]
+    replaced = False  # whether another mask stood here before, whose entries were trained too
 
     def __init__(self, dense: nn.Parameter, selected: Tensor) -> None:
         super().__init__()

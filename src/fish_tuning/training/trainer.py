@@ -13,10 +13,11 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from fish_tuning.errors import MaskError
 from fish_tuning.files.atomic import sync_folder, write_atomically
-from fish_tuning.files.mask_file import MASK_FILE_NAME, save_mask
+from fish_tuning.files.mask_file import MASK_FILE_NAME, load_mask, save_mask
 from fish_tuning.sparse.adapter_names import idle_names
-from fish_tuning.sparse.applying import apply_mask, synchronize_mask
+from fish_tuning.sparse.applying import apply_mask, remove_mask, synchronize_mask
 from fish_tuning.sparse.masked_tensors import get_mask, replaced_parameters, trains_masked
+from fish_tuning.sparse.replacing import Choice, replace_mask
 from fish_tuning.training.checkpoints import check_mask, checkpoint_folders, find_fault, last_checkpoint, same_selection
 from fish_tuning.training.head_rate import set_head_learning_rate
 from fish_tuning.training.reporting import report_figures
@@ -31,17 +32,30 @@ class FishMaskCallback(TrainerCallback):
 
     Args:
         mask: {parameter name: bool tensor}, from `create_mask_from_fisher`.
+        reselect_every: choose again after every so many optimizer steps, with `choose`; see `replace_mask`. Checkpoints
+            then hold the mask of their step. FishTuningTrainer resumes with it; with another Trainer make the callback
+            of `load_mask(f"{checkpoint}/fish_mask.safetensors")`.
+        choose: `choose(model) -> mask` of the same number of entries, from the model as trained, whose mask is off
+            meanwhile: `lambda model: create_mask_from_fisher(calculate_scores(model, loader, warmup_steps=0), ...)`.
 
     Raises:
         MaskError: when the mask does not fit the model, when training starts with an optimizer that was made before
-            the mask was applied, or when it resumes a checkpoint of another mask.
+            the mask was applied, when it resumes a checkpoint of another mask, or when a new choice has another number
+            of entries or comes in several processes.
 
     Example:
         >>> trainer = SFTTrainer(model=peft_model, ..., callbacks=[FishMaskCallback(mask)])  # doctest: +SKIP
     """
 
-    def __init__(self, mask: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, mask: Mapping[str, Tensor], reselect_every: int | None = None, choose: Choice | None = None
+    ) -> None:
+        if (reselect_every is None) != (choose is None):
+            raise MaskError("reselect_every and choose belong together: how often, and how. Give both or neither.")
+        if reselect_every is not None and (not isinstance(reselect_every, int) or reselect_every < 1):
+            raise MaskError(f"reselect_every={reselect_every!r} must be a whole number of at least 1.")
         self.mask = dict(mask)
+        self.reselect_every, self.choose = reselect_every, choose
         self.resumed_from: Path | None = None  # where it is not in the Trainer's own folder
 
     def on_init_end(
@@ -86,7 +100,42 @@ class FishMaskCallback(TrainerCallback):
         folder = self.resumed_from or _checkpoint_folder(args, state)
         if state.global_step and folder.is_dir():
             check_mask(folder, model)
+        if self.reselect_every and args.world_size > 1:
+            raise MaskError(
+                f"reselect_every={self.reselect_every}: {args.world_size} processes would each choose by their own "
+                "examples. Train in one process, or without it."
+            )
         synchronize_mask(model)
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        optimizer: Any = None,
+        **_: Any,
+    ) -> None:
+        due = bool(self.reselect_every) and state.global_step % (self.reselect_every or 1) == 0
+        if due and state.global_step < state.max_steps:
+            self.mask = replace_mask(model, self._chosen, optimizer)
+
+    def _chosen(self, model: nn.Module) -> Mapping[str, Tensor]:
+        if self.choose is None:
+            raise MaskError("There is nothing to choose with.")
+        chosen = self.choose(model)
+        kept, before = (sum(int(mask.sum()) for mask in masks.values()) for masks in (chosen, self.mask))
+        if kept != before:
+            raise MaskError(f"choose gave a mask of {kept:,} entries; the one before has {before:,}, as it must have.")
+        return chosen
+
+    def go_on_with(self, model: nn.Module, folder: Path) -> None:
+        """Take the mask of a checkpoint, which may be another choice than the first."""
+        paths = [*folder.glob(MASK_FILE_NAME), *folder.glob(f"*/{MASK_FILE_NAME}")]
+        if self.reselect_every and paths and trains_masked(model):
+            self.mask = {name: mask for path in paths for name, mask in load_mask(path).items()}
+            remove_mask(model)
+            apply_mask(model, self.mask)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         folder = _checkpoint_folder(args, state)
@@ -110,6 +159,7 @@ class FishTuningTrainer(Trainer):
         figures: further figures to log, such as `{"fisher_seconds": seconds}`; see `report_figures`.
         head_learning_rate: a learning rate of its own for the head; see `set_head_learning_rate`. Default:
             `args.learning_rate`, as all else.
+        reselect_every, choose: to choose again while it trains; see `FishMaskCallback`.
         **kwargs: everything else that Trainer takes (`train_dataset`, `processing_class`, `data_collator`, ...), but
             `model_init`: a mask belongs to one model.
 
@@ -132,17 +182,23 @@ class FishTuningTrainer(Trainer):
         mask: Mapping[str, Tensor],
         figures: Mapping[str, float] | None = None,
         head_learning_rate: float | None = None,
+        reselect_every: int | None = None,
+        choose: Choice | None = None,
         **kwargs: Any,
     ) -> None:
         if kwargs.get("model_init") is not None:
             raise MaskError("FishTuningTrainer takes no model_init: a mask belongs to the one model it was made for.")
-        self._mask_callback = FishMaskCallback(mask)
+        self._mask_callback = FishMaskCallback(mask, reselect_every, choose)
         callbacks = [self._mask_callback, *(kwargs.pop("callbacks", None) or ())]
-        self.mask = dict(mask)
         super().__init__(model=model, args=args, callbacks=callbacks, **kwargs)
         report_figures(self, figures)
         if head_learning_rate is not None:
             set_head_learning_rate(self, head_learning_rate)
+
+    @property
+    def mask(self) -> dict[str, Tensor]:
+        """The mask that is trained with now."""
+        return self._mask_callback.mask
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As Trainer's; `resume_from_checkpoint=True` passes over checkpoints that a kill left half-written.
@@ -157,6 +213,7 @@ class FishTuningTrainer(Trainer):
             raise MaskError(f"{fault[:1].upper()}{fault[1:]}. Give another checkpoint to resume from.")
         folder = Path(resume_from_checkpoint) if isinstance(resume_from_checkpoint, str | Path) else None
         if folder is not None:
+            self._mask_callback.go_on_with(cast(nn.Module, self.model), folder)
             check_mask(folder, cast(nn.Module, self.model))
         self._mask_callback.resumed_from = folder
         return super().train(resume_from_checkpoint, *args, **kwargs)

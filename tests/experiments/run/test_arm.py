@@ -170,3 +170,22 @@ def test_an_arm_under_bfloat16_is_trained_bare(experiment: MakeExperiment, monke
     assert record.status == "ok"
     assert record.fisher_seconds
     assert wrapped == [False]
+
+
+def test_entries_are_chosen_again(experiment: MakeExperiment, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After every so many steps but the last, only where scores choose, and as many as planned."""
+    context = context_of(
+        experiment("fish_tuning.reselect_every=1", "fish_tuning.methods_to_run=[lora-fish, lora-fish-rand]")
+    )
+    calls = []
+    score = arm_module.score
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        calls.append(kwargs["warmup_steps"])
+        return score(*args, **kwargs)
+
+    monkeypatch.setattr(arm_module, "score", watched)
+    records, _ = run_all(context)
+    assert {record.status for record in records.values()} == {"ok"}
+    assert calls == [0, 0]  # 48 examples in batches of 16: three steps
+    assert len({record.kept_parameters for record in records.values()}) == 1

@@ -242,6 +242,9 @@ class ChoiceConfig(Section):
         description="a whole number from 0: dense steps before scoring, undone after it; "
         f"null for {WARMUP_STEPS} where B starts at 0, else 0",
     )
+    reselect_every: int | None = Field(
+        default=None, ge=1, description="a whole number from 1: optimizer steps after which entries are chosen again"
+    )
     granularity: Literal["entry", "row", "column", "component"] = Field(
         default="entry", description="entry, row, column or component: what is kept or frozen together"
     )

@@ -102,6 +102,7 @@ def _arm_parts(config: ExperimentConfig, arm: ArmPlan) -> dict[str, Any]:
         if SELECTIONS.find(selection.name).needs_scores:
             parts |= {"score": choice.score, "num_samples": choice.num_samples}
             parts |= {"warmup_steps": config.warmup_steps(section)}
+            parts |= {"reselect_every": choice.reselect_every} if choice.reselect_every else {}
     return parts
 
 

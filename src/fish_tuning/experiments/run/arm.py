@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments, set_seed
 
 from fish_tuning.errors import FishTuningError
@@ -16,7 +18,7 @@ from fish_tuning.experiments.models.building import state_digest
 from fish_tuning.experiments.records.kept import kept_shares
 from fish_tuning.experiments.records.record_files import Digests, adapter_digests, adapter_folder, run_name
 from fish_tuning.experiments.records.run_record import ArmPlan, RunRecord
-from fish_tuning.experiments.run.calibration import Calibration, calibrate
+from fish_tuning.experiments.run.calibration import Calibration, calibrate, score
 from fish_tuning.experiments.run.context import Context
 from fish_tuning.experiments.run.loggers import open_loggers
 from fish_tuning.experiments.run.measure import PeakMemory, Stopwatch, optimizer_state_bytes
@@ -80,6 +82,13 @@ def choose_mask(context: Context, arm: ArmPlan, seed: int, model: Any, calibrati
         scores = calibration.scores
     else:
         scores = {n: torch.zeros(()).expand(p.shape) for n, p in model.named_parameters() if p.requires_grad}
+    return _mask_of(context, arm, seed, scores)
+
+
+def _mask_of(context: Context, arm: ArmPlan, seed: int, scores: Mapping[str, Tensor]) -> Mask:
+    selection = ArmName.parse(arm.arm).selection
+    if selection is None:
+        raise FishTuningError(f"{arm.arm} is dense: it has no mask.")
     choice = context.choice(arm)
     return create_mask_from_fisher(
         scores,
@@ -117,7 +126,7 @@ def train(
     """Train and evaluate the model in place; `figures` go to the loggers."""
     checkpoints = context.checkpoints(arm, seed)
     shutil.rmtree(checkpoints, ignore_errors=True)  # of an earlier configuration
-    trainer = make_trainer(context, model, args, _callbacks(context, mask))
+    trainer = make_trainer(context, model, args, _callbacks(context, arm, seed, args, mask))
     _check_count(arm, count_trainable_parameters(model))
     set_seed(seed)  # the same data order and dropout in every arm, whatever scoring drew
     peak = PeakMemory(args.device)
@@ -140,10 +149,18 @@ def train(
     )
 
 
-def _callbacks(context: Context, mask: Mask | None) -> list[TrainerCallback]:
+def _callbacks(
+    context: Context, arm: ArmPlan, seed: int, args: TrainingArguments, mask: Mask | None
+) -> list[TrainerCallback]:
     callbacks = [context.progress]
     if mask is not None:
-        callbacks.append(FishMaskCallback(mask))
+        every = context.choice(arm).reselect_every if needs_scores(arm) else None
+
+        def choose(model: Any) -> Mask:
+            """By the scores of the model as it is trained so far."""
+            return _mask_of(context, arm, seed, score(context, arm, seed, model, args, warmup_steps=0))
+
+        callbacks.append(FishMaskCallback(mask, every, choose if every else None))
     if patience := context.config.training.early_stopping_patience:
         callbacks.append(EarlyStoppingCallback(early_stopping_patience=patience))
     return callbacks

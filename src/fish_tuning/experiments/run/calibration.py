@@ -33,18 +33,23 @@ def calibrate(
     context: Context, arm: ArmPlan, seed: int, model: Any, args: TrainingArguments, initial_state: str
 ) -> Calibration:
     """Score the model; it is left as it was."""
-    choice = context.choice(arm)
     steps = context.config.warmup_steps(context.config.method_of(arm.arm))
-    loader = context.calibration_loader(arm, seed, args.per_device_train_batch_size)
     with Stopwatch() as watch:
-        scores = calculate_scores(
-            model,
-            loader,
-            choice.score,
-            args.device,
-            batch_size=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
-            warmup_steps=steps,
-            seed=seed,
-            progress=False,
-        )
+        scores = score(context, arm, seed, model, args, warmup_steps=steps)
     return Calibration({name: tensor.cpu() for name, tensor in scores.items()}, watch.seconds, initial_state)
+
+
+def score(
+    context: Context, arm: ArmPlan, seed: int, model: Any, args: TrainingArguments, warmup_steps: int
+) -> dict[str, Tensor]:
+    """The scores that the arm's entries are judged by, of the model as it is."""
+    return calculate_scores(
+        model,
+        context.calibration_loader(arm, seed, args.per_device_train_batch_size),
+        context.choice(arm).score,
+        args.device,
+        batch_size=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        warmup_steps=warmup_steps,
+        seed=seed,
+        progress=False,
+    )
