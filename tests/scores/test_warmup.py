@@ -159,6 +159,24 @@ def test_a_loader_that_can_be_read_once() -> None:
         calculate_fisher_information(at_zero(), [], progress=False)
 
 
+def test_a_long_loader_is_not_kept_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Warm-up takes what its steps need; the rest is read as it is scored."""
+    monkeypatch.setattr("fish_tuning.scores.moments.WARMUP_EXAMPLES", 2)
+    read, at_warmup = 0, []
+
+    def loader() -> Iterator[Batch]:
+        nonlocal read
+        for _ in range(10):
+            read += 1
+            yield BATCHES[0]
+
+    train = warmup._train
+    monkeypatch.setattr(warmup, "_train", lambda *args: (at_warmup.append(read), train(*args)))
+    calculate_fisher_information(at_zero(), loader(), warmup_steps=4, progress=False)
+    assert at_warmup == [2]  # of four examples each
+    assert read == 10
+
+
 def no_adapter() -> Any:
     return bert()
 

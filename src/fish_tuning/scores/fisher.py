@@ -59,9 +59,10 @@ def calculate_fisher_information(
             half the memory and about three digits; each layer's squares are computed in fp32 all the same.
         scores_device: where they are kept, e.g. "cpu" to score all the weights of a model that fills its GPU: squares
             are added there layer by layer as the backward pass meets them. Default: with their tensors.
-        warmup_steps: dense AdamW steps before scoring, one pass over the calibration examples, undone after it to the
-            bit. Default: 20 where a part of a PEFT adapter is exactly zero, as B is at LoRA's usual start: all that it
-            is multiplied with would score zero, and masks could choose among B alone. Else 0: the weights as they are.
+        warmup_steps: dense AdamW steps before scoring, undone after it to the bit: one pass over the calibration
+            examples, or over the first 32 a step. Default: 20 where a part of a PEFT adapter is exactly zero, as B is
+            at LoRA's usual start: all that it is multiplied with would score zero, and masks could choose among B
+            alone. Else 0: the weights as they are.
         progress: show a progress bar.
 
     Returns:

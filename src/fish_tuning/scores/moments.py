@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Literal
 
 import torch
@@ -23,7 +24,7 @@ from fish_tuning.scores.scorer import Scorer
 from fish_tuning.scores.scoring_state import scoring_state
 from fish_tuning.scores.totals import Totals
 from fish_tuning.scores.validation import check_arguments, check_model, check_warmup, device_errors_explained
-from fish_tuning.scores.warmup import warmed_up, warmup_steps_needed
+from fish_tuning.scores.warmup import WARMUP_EXAMPLES, warmed_up, warmup_steps_needed
 
 logger = logging.getLogger("fish_tuning.scores.fisher")
 
@@ -105,10 +106,11 @@ def measure_moments(
     totals = Totals.zeros(trainable, scores_dtype, scores_device, gradients)
     scorer = Scorer(model, trainable, losses, method, totals)
     steps = warmup_steps_needed(model) if warmup_steps is None else warmup_steps
-    batches: Iterable[Batch] = calibration_batches(calibration_dataloader, target, num_samples)
-    if steps:
-        batches = list(batches)  # a loader may give others, or none, when it is asked again
-        if not batches:
+    batches = calibration_batches(calibration_dataloader, target, num_samples)
+    first: list[Batch] = []
+    if steps:  # kept, since a loader may give others, or none, when it is asked again
+        first = _at_least(batches, WARMUP_EXAMPLES * steps)
+        if not first:
             raise FisherError(NO_EXAMPLE)
     seen = 0
     with ExitStack() as stack:
@@ -116,12 +118,12 @@ def measure_moments(
         if steps:
             trained_on = LossVectors(model, "empirical", token_reduction, loss_fn, seed)
             with device_errors_explained(model, target):
-                stack.enter_context(warmed_up(model, trainable, trained_on, list(batches), steps, seed=seed))
+                stack.enter_context(warmed_up(model, trainable, trained_on, first, steps, seed=seed))
         stack.enter_context(scorer.probes)
         bar = stack.enter_context(
             tqdm(total=num_samples, desc="Fisher information", unit="ex", disable=not progress, leave=False)
         )
-        for batch in batches:
+        for batch in chain(first, batches):
             with device_errors_explained(model, target):
                 scorer.add(losses.trimmed(batch), first_example=seen)
             for message in scorer.new_failures():
@@ -137,3 +139,13 @@ def measure_moments(
         for total in sums.values():
             total.div_(seen)
     return Moments(totals.gradients or {}, totals.squares, seen)
+
+
+def _at_least(batches: Iterator[Batch], examples: int) -> list[Batch]:
+    """The first batches, until they hold so many examples."""
+    taken: list[Batch] = []
+    seen = 0
+    while seen < examples and (batch := next(batches, None)) is not None:
+        taken.append(batch)
+        seen += batch_size(batch)
+    return taken

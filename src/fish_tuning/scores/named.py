@@ -133,7 +133,10 @@ def gradient(evidence: Evidence) -> Tensor:
 
 @register_score("sensitivity", needs=(MEAN_GRADIENT,))
 def sensitivity(evidence: Evidence) -> Tensor:
-    """|w g|, the first-order change of the loss when the entry is set to zero (SNIP, arXiv 1810.02340)."""
+    """|w g|, the first-order change of the loss when the entry is set to zero (SNIP, arXiv 1810.02340).
+
+    w is the weight as it is, before any warm-up: where a factor starts at zero, all of it scores zero.
+    """
     return (evidence.weight.to(evidence.mean_gradient) * evidence.mean_gradient).abs_()
 
 

@@ -19,6 +19,7 @@ from fish_tuning.scores.plain_gradients import PlainGradients
 logger = logging.getLogger("fish_tuning.scores.fisher")
 
 WARMUP_STEPS = 20
+WARMUP_EXAMPLES = 32  # at most in a step, so that a long loader is neither kept in memory nor trained on twice
 WARMUP_LEARNING_RATE = 2e-3
 MAX_NORM = 1.0  # of a step's gradient, as the Trainer clips it
 
