@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from itertools import islice
 
+from fish_tuning.errors import FishTuningWarning
 from fish_tuning.experiments.records.run_record import ArmPlan
 from fish_tuning.experiments.run.context import Context
 from fish_tuning.experiments.run.loggers import NO_REPORTS
@@ -22,4 +24,6 @@ def use_once(context: Context, arm: ArmPlan, seed: int) -> None:
     # In 16 bits accelerate wraps the forward pass; what is scored must be the bare model.
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     batches = list(islice(context.calibration_loader(arm, seed, args.per_device_train_batch_size), 1))
-    calculate_fisher_information(model, batches, device=args.device, progress=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FishTuningWarning)  # of a model that nobody asked for
+        calculate_fisher_information(model, batches, device=args.device, warmup_steps=0, progress=False)
