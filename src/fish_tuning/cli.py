@@ -53,6 +53,9 @@ class How(NamedTuple):
 HERE = How()
 
 
+MOST_OF_TITLE = 80  # characters
+
+
 def _tell(text: str, *, err: bool = False) -> None:
     """Print what a terminal cannot take for a command, and without values that came from the environment."""
     from fish_tuning.experiments.config.secrets import scrubbed
@@ -343,7 +346,8 @@ def _show_results(
 
     summary = summarize(runs)
     console.print()
-    title = f"{config.name} ({start_text(config)})"
+    start = start_text(config)
+    title = config.name if len(start) > MOST_OF_TITLE else f"{config.name} ({start})"  # results.md has it in full
     for table in console_tables(with_references(summary, runs), console.width, title=title):
         console.print(table)
         console.print()

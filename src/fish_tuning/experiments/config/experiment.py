@@ -159,8 +159,8 @@ class ExperimentConfig(Section):
             return WARMUP_STEPS if zero and not self.freezes_A(section) else 0
         return 0 if known.starts_away_from_zero else WARMUP_STEPS
 
-    def start(self, section: PeftMethodConfig) -> str:
-        """The starting point of a method's adapter and of the scores, in words."""
+    def start(self, section: PeftMethodConfig, scores: bool = True) -> str:
+        """The starting point of a method's adapter, and of its scores if it has any, in words."""
         words = []
         if peft_method(section.method).takes_init_lora_weights:
             init = self.pool_initialisation(section)
@@ -169,7 +169,7 @@ class ExperimentConfig(Section):
             words.append("A frozen")
         steps = self.warmup_steps(section)
         scored = f"scored after {steps} warm-up steps" if steps else "scored at its start"
-        return ", ".join([*words, scored] if steps or not words else words)
+        return ", ".join([*words, scored] if scores and (steps or not words) else words) or "its own start"
 
     @field_validator("name")
     @classmethod

@@ -177,10 +177,14 @@ def compared(runs: Sequence[RunRecord]) -> list[Comparison]:
 
 
 def start_text(config: ExperimentConfig) -> str:
-    """The start of each method's adapter and scores; with its name where there are several methods."""
-    if len(config.peft) == 1:
-        return config.start(config.peft[0])
-    return "; ".join(f"{section.name}: {config.start(section)}" for section in config.peft)
+    """The start of each method's adapter, and of the scores where it has masked arms; like methods together."""
+    masked = {ArmName.parse(arm).method for arm in config.arms if ArmName.parse(arm).suffix}
+    texts: dict[str, list[str]] = {}
+    for section in config.peft:
+        texts.setdefault(config.start(section, scores=section.name in masked), []).append(section.name)
+    if len(texts) == 1:
+        return next(iter(texts))
+    return "; ".join(f"{', '.join(names)}: {text}" for text, names in texts.items())
 
 
 def _settings(config: ExperimentConfig, facts: Mapping[str, Any]) -> dict[str, Any]:

@@ -252,6 +252,7 @@ def _trainable_sizes(model: Any) -> dict[str, int]:
 def _facts(config: ExperimentConfig, task: Task, models: _Models) -> dict[str, Any]:
     first = {ArmName.parse(arm).method: arm for arm in reversed(config.arms)}
     first = {section.name: first[section.name] for section in config.peft if section.name in first}
+    scores = _scores_text(config)
     return {
         "task": task.name,
         "task_kind": task.kind,
@@ -267,10 +268,10 @@ def _facts(config: ExperimentConfig, task: Task, models: _Models) -> dict[str, A
         "adapters": {method: _sizes(config, method, models) for method in first},
         "target_modules": {method: _targets(models(arm)) for method, arm in first.items()},
         "init_lora_weights": config.lora.init_lora_weights,
-        "scores": _scores_text(config),
+        "scores": scores,
         "num_samples": config.fish_tuning.num_samples,
         "warmup_steps_before_scoring": {
-            name: config.warmup_steps(config.method_of(arm)) for name, arm in first.items()
+            name: config.warmup_steps(config.method_of(arm)) for name, arm in first.items() if name in scores
         },
         "device": _device(),
         "versions": {name: version(name) for name in _recorded_packages(task)} | {"python": platform.python_version()},
