@@ -56,6 +56,7 @@ def test_arms_of_a_count_are_compared_with_every_dense_arm_of_it() -> None:
         "pool-fish@n64": 64, "pool-fish@n32": 32, "other-fish@n64": 64, "pool-fish@0.5": 384,
     }  # fmt: skip
     runs = [ok(arm, 1, 0.5, kept_parameters=number) for arm, number in kept.items()]
+    runs += [failed("value1", 2), ok("output1", 1, 0.5, kept_parameters=99, task="of another model")]
     assert dense_pairs(runs) == [
         ("pool-fish@n64", "value1"), ("pool-fish@n64", "output1"), ("pool-fish@n64", "pool"),
         ("pool-fish@n32", "pool"), ("pool-fish@n32", "value_top"),

@@ -81,6 +81,7 @@ def test_they_run_side_by_side(experiment: MakeExperiment, monkeypatch: pytest.M
         (["fish_tuning.kept_parameters=[5, 5]"], "holds 5 twice"),
         ([f"peft=[{VALUE}, {VALUE}]"], "holds 'value1' twice"),
         ([f"peft=[{VALUE.replace('value1', 'Value-1')}]"], "what its arms are called"),
+        ([f"peft=[{VALUE.replace('value1', 'head')}]"], "is the arm of the head alone"),
         ([f"peft=[{POOL.replace('gain', 'gian')}]"], "Did you mean 'gain'"),
         ([f"peft=[{POOL.replace('num_samples', 'number')}]"], "peft.fish_tuning.number is not known"),
         (["fish_tuning.methods_to_run=[values1]"], "Did you mean 'value1'"),

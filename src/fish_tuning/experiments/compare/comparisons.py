@@ -102,7 +102,9 @@ def dense_pairs(runs: Iterable[RunRecord]) -> list[tuple[str, str]]:
     """Each masked arm with the dense arm of its method; one that keeps a given number of entries with every dense arm
     that trains as many, and with that of its method where it has run.
     """
-    kept = {run.arm: run.kept_parameters for run in runs}
+    kept: dict[str, set[int | None]] = {}
+    for run in runs:  # a failed run does not tell
+        kept.setdefault(run.arm, set()).add(run.kept_parameters)
     found = []
     for arm in kept:
         name = ArmName.parse(arm)
@@ -110,7 +112,7 @@ def dense_pairs(runs: Iterable[RunRecord]) -> list[tuple[str, str]]:
             found += [(arm, baseline_of(arm))] if arm != baseline_of(arm) else []
             continue
         dense = [other for other in kept if not ArmName.parse(other).suffix and other != HEAD_ALONE]
-        found += [(arm, other) for other in dense if kept[other] == name.count or other == baseline_of(arm)]
+        found += [(arm, other) for other in dense if name.count in kept[other] or other == baseline_of(arm)]
     return found
 
 

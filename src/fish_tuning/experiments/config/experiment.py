@@ -71,6 +71,8 @@ class ExperimentConfig(Section):
     @model_validator(mode="after")
     def _arms_of_methods(self) -> ExperimentConfig:
         names = unique([section.name for section in self.peft])
+        if HEAD_ALONE in names:
+            raise ValueError(f"peft.name={HEAD_ALONE!r}: is the arm of the head alone; take another.")
         if self.protocol == "fixed_count" and not self.fish_tuning.kept_parameters:
             raise ValueError(
                 "fish_tuning.kept_parameters is missing; protocol fixed_count needs a list of whole numbers from 1."

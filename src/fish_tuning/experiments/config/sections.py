@@ -313,7 +313,7 @@ class PeftMethodConfig(Section):
 
     @field_validator("name")
     @classmethod
-    def _is_no_other_arm(cls, value: str) -> str:
+    def _filled(cls, value: str) -> str:
         if not value:
             raise ValueError("must not be empty")
         return value

@@ -15,7 +15,7 @@ from fish_tuning.experiments.compare.comparisons import Comparison, choice_pairs
 from fish_tuning.experiments.compare.conclusions import conclusion
 from fish_tuning.experiments.compare.references import nothing_learned, unlearned_note, with_references
 from fish_tuning.experiments.compare.summaries import FEWEST_FOR_INTERVAL, ArmSummary, summarize
-from fish_tuning.experiments.config.arm_names import ArmName
+from fish_tuning.experiments.config.arm_names import HEAD_ALONE, ArmName
 from fish_tuning.experiments.config.experiment import ExperimentConfig
 from fish_tuning.experiments.config.secrets import redacted, scrubbed
 from fish_tuning.experiments.records.run_record import RunRecord, scrubbed_record
@@ -80,6 +80,7 @@ def report_notes(config: ExperimentConfig, facts: Mapping[str, Any], summary: Se
 def _rate_notes(config: ExperimentConfig, chosen: Mapping[str, float]) -> list[str]:
     """How learning rates were chosen, and for which arms the best one may lie beyond those that were tried."""
     of_name = {section.name: config.learning_rates_of(section) for section in config.peft}
+    of_name |= {HEAD_ALONE: config.training.learning_rates} if HEAD_ALONE in config.arms else {}
     lists = [rates for rates in dict.fromkeys(map(tuple, of_name.values())) if len(rates) > 1]
     if not lists:
         return []
@@ -93,7 +94,7 @@ def _rate_notes(config: ExperimentConfig, chosen: Mapping[str, float]) -> list[s
     at_the_end = [
         f"{arm} ({rate:g})"
         for arm, rate in chosen.items()
-        if rate in (min(rates := of_name.get(ArmName.parse(arm).method, [rate])), max(rates))
+        if (rates := of_name.get(ArmName.parse(arm).method)) and rate in (min(rates), max(rates))
     ]
     if at_the_end:
         notes.append(f"The best rate is the smallest or largest tried, and may lie beyond: {', '.join(at_the_end)}.")

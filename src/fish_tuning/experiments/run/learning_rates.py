@@ -97,7 +97,7 @@ class LearningRates:
         return {
             rate: written[str(rate)]
             for rate in self.rates(arm)
-            if written.get(str(rate), {}).get("key") == self._key(arm, rate)
+            if written.get(str(rate), {}).get("key") == self._key(arm, rate) and "loss" in written[str(rate)]
         }
 
     def _file(self, arm: ArmPlan) -> Path:
@@ -117,7 +117,7 @@ class LearningRates:
             return {"metric": metric, "value": record.value, "loss": record.metrics["loss"], "error": None}
         except Diverged as error:
             logger.debug("%s diverged at learning rate %g", arm.arm, rate, exc_info=True)
-            return {"metric": metric, "value": None, "error": str(error)}
+            return {"metric": metric, "value": None, "loss": None, "error": str(error)}
         except Exception as error:
             raise FishTuningError(
                 f"The trial of learning rate {rate:g} for {arm.arm} failed: {type(error).__name__}: {error}"

@@ -76,10 +76,15 @@ class Results:
         return (min(known), max(known)) if known and None not in known else None
 
     def comparison(self, arm: str, task: str | None = None) -> Comparison | None:
-        """An arm with its dense arm, over all tasks or on one."""
+        """An arm with its dense arm, over all tasks or on one; with the first, where there are several of its size."""
         if task is None or len(self.tasks) == 1:
             return next((each for each in self.to_dense.overall if each.arm == arm), None)
-        return self.to_dense.by_task.get((arm, baseline_of(arm), task))
+        here = {
+            baseline: each
+            for (mine, baseline, where), each in self.to_dense.by_task.items()
+            if (mine, where) == (arm, task)
+        }
+        return here.get(baseline_of(arm)) or next(iter(here.values()), None)
 
 
 def join_results(experiments: Sequence[Experiment]) -> Results:
