@@ -316,8 +316,9 @@ def _report_zero_scores(parts: Sequence[Part], zero_scores: str) -> None:
         f"above zero, so {budget - scored:,} are chosen at random. {len(dead)} of {len(nonzero)} tensors scored zero "
         f"throughout"
         + (f", e.g. {dead[0]!r}. " if dead else ". ")
-        + "With LoRA's default initialisation B = 0, the gradient of every A is exactly zero. Ways out: start from "
-        "init_lora_weights='pissa' (or 'olora', 'orthogonal'), score after some warm-up steps, or keep fewer entries."
+        + "With LoRA's default initialisation B = 0, the gradient of every A is exactly zero. Ways out: score after "
+        "warm-up steps (leave out warmup_steps=0), start from init_lora_weights='pissa' (or 'olora', 'orthogonal'), or "
+        "keep fewer entries."
     )
     if zero_scores == "error":
         raise ZeroScoresError(message)
