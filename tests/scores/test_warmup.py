@@ -177,6 +177,14 @@ def test_a_long_loader_is_not_kept_whole(monkeypatch: pytest.MonkeyPatch) -> Non
     assert read == 10
 
 
+def b_alone() -> Any:
+    model = at_zero()
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name:
+            parameter.requires_grad_(False)
+    return model
+
+
 def no_adapter() -> Any:
     return bert()
 
@@ -198,11 +206,12 @@ def vera() -> Any:
         (lambda: lora(bert(), init_lora_weights="gaussian"), 20),
         (lambda: lora(bert(), init_lora_weights=False), 0),
         (lambda: lora(bert(), init_lora_weights="pissa", r=2), 0),
+        (b_alone, 0),
         (no_adapter, 0),
         (ia3, 0),
         (vera, 20),
     ],
-    ids=["default", "bf16", "gaussian", "not zero", "pissa", "no adapter", "ia3", "vera"],
+    ids=["default", "bf16", "gaussian", "not zero", "pissa", "B alone", "no adapter", "ia3", "vera"],
 )
 def test_steps_are_taken_where_a_start_needs_them(
     make: Callable[[], nn.Module], steps: int, caplog: pytest.LogCaptureFixture

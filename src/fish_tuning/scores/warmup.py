@@ -25,19 +25,20 @@ MAX_NORM = 1.0  # of a step's gradient, as the Trainer clips it
 
 
 def warmup_steps_needed(model: nn.Module) -> int:
-    """`WARMUP_STEPS` where a part of a PEFT adapter that trains is exactly zero, else 0.
+    """`WARMUP_STEPS` where a part of a PEFT adapter that trains is exactly zero beside others that are not, else 0.
 
-    There the parts that it is multiplied with have no gradient: with PEFT's default LoRA, B = 0, every A scores zero.
-    Methods that are known to start away from zero, trained adapters and models without PEFT need none.
+    The others are multiplied with it and have no gradient: with PEFT's default LoRA, B = 0, every A scores zero. Where B
+    alone trains nothing is hidden. Methods that are known to start away from zero, trained adapters and models without
+    PEFT need none.
     """
     if not getattr(model, "peft_config", None) or _starts_away_from_zero(model):
         return 0
-    zero = (
-        not parameter.is_meta and not bool(parameter.any())
+    zero = {
+        not bool(parameter.any())
         for name, parameter in model.named_parameters()
-        if parameter.requires_grad and "modules_to_save" not in name
-    )
-    return WARMUP_STEPS if any(zero) else 0
+        if parameter.requires_grad and "modules_to_save" not in name and not parameter.is_meta
+    }
+    return WARMUP_STEPS if len(zero) == 2 else 0
 
 
 def _starts_away_from_zero(model: Any) -> bool:
