@@ -27,9 +27,9 @@ MAX_NORM = 1.0  # of a step's gradient, as the Trainer clips it
 def warmup_steps_needed(model: nn.Module) -> int:
     """`WARMUP_STEPS` where a part of a PEFT adapter that trains is exactly zero beside others that are not, else 0.
 
-    The others are multiplied with it and have no gradient: with PEFT's default LoRA, B = 0, every A scores zero. Where B
-    alone trains nothing is hidden. Methods that are known to start away from zero, trained adapters and models without
-    PEFT need none.
+    The others are multiplied with it and have no gradient: with PEFT's default LoRA, B = 0, every A scores zero. Where
+    B alone trains nothing is hidden. Methods that are known to start away from zero, trained adapters and models
+    without PEFT need none.
     """
     if not getattr(model, "peft_config", None) or _starts_away_from_zero(model):
         return 0
