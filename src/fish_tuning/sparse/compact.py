@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
@@ -38,8 +40,8 @@ def save_compact_adapter(model: PeftModel, save_directory: str | Path, adapter_n
         {name of each layer that is left: its rank}.
 
     Raises:
-        MaskError: another PEFT method, DoRA, trained biases, a start that changes the base weights (PiSSA and its kin),
-            or an adapter without any working component.
+        MaskError: another PEFT method, DoRA, trained biases, `target_parameters`, grouped convolutions, a start that
+            changes the base weights (PiSSA and its kin), or an adapter without any working component.
 
     Example:
         >>> import tempfile, torch
@@ -65,6 +67,12 @@ def save_compact_adapter(model: PeftModel, save_directory: str | Path, adapter_n
     ranks, alphas = {}, {}
     for name, layer in layers.items():
         a, b = _factors(name, state)
+        rows, columns = state[a].shape[0], state[b].shape[1]
+        if rows != columns:
+            raise MaskError(
+                f"{name!r} cannot be made smaller: its A has {rows} rows, its B {columns} columns, as in a "
+                "convolution with groups. Use save_pretrained."
+            )
         kept = state[a].flatten(1).any(1) & state[b].transpose(0, 1).flatten(1).any(1)
         rank = int(kept.sum())
         if not rank:
@@ -80,7 +88,8 @@ def save_compact_adapter(model: PeftModel, save_directory: str | Path, adapter_n
         )
     with whole_folder(Path(save_directory)) as folder:
         _smaller(config, model, ranks, alphas).save_pretrained(str(folder))
-        tensors = {key: tensor.contiguous() for key, tensor in state.items()}
+        # Copies: tied weights of the base model, which PEFT saves with adapted embeddings, share memory.
+        tensors = {key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in state.items()}
         save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
     return ranks
 
@@ -92,6 +101,8 @@ def _check(config: Any, adapter_name: str) -> None:
         reason = f"it is {kind}; only LoRA and rsLoRA are made of rank-1 components"
     elif config.use_dora or config.lora_bias or config.bias != "none":
         reason = "DoRA's magnitudes and trained biases belong to whole layers"
+    elif getattr(config, "target_parameters", None):
+        reason = "of target_parameters, row j of A and column j of B are not one component where there are experts"
     elif isinstance(init, str) and init.startswith(_CHANGES_THE_BASE):
         reason = f"init_lora_weights={init!r} changes the base weights, which PEFT repeats by the whole adapter"
     else:
@@ -112,8 +123,12 @@ def _smaller(config: Any, model: Any, ranks: dict[str, int], alphas: dict[str, f
     made = copy.deepcopy(config)
     made.r = max(ranks.values())
     made.lora_alpha = alphas[max(ranks, key=ranks.__getitem__)]
-    made.rank_pattern, made.alpha_pattern = ranks, alphas
-    made.target_modules = set(ranks)
+    made.rank_pattern, made.alpha_pattern, made.target_modules = ranks, alphas, set(ranks)
+    if any(module.endswith(f".{name}") for module, _ in model.get_base_model().named_modules() for name in ranks):
+        # PEFT takes a name for the end of one, too. Here one layer's is the end of another's: whole names alone match.
+        made.rank_pattern = {f"^{re.escape(name)}": rank for name, rank in ranks.items()}
+        made.alpha_pattern = {f"^{re.escape(name)}": alpha for name, alpha in alphas.items()}
+        made.target_modules = "|".join(map(re.escape, sorted(ranks)))
     made.exclude_modules = made.layers_to_transform = made.layers_pattern = None
     made.init_lora_weights = True
     made.inference_mode = True
