@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fish_tuning import MaskError, create_mask_from_fisher
+from fish_tuning import FishTuningWarning, MaskError, create_mask_from_fisher, register_selection
 from fish_tuning.masks.create import check_choice
 from fish_tuning.masks.groups import families, take_exactly
+from fish_tuning.masks.selections import SELECTIONS
 
 
 def lora_scores(seed: int = 0) -> dict[str, Tensor]:
@@ -78,6 +79,12 @@ def test_the_nearest_numbers_can_be_had() -> None:
 def test_many_groups_are_taken_at_once() -> None:
     sizes = [384, 1536, 384, 64] * 25_000
     assert sum(sizes[i] for i in take_exactly(sizes, 384 * 1001 + 64)) == 384 * 1001 + 64
+
+
+def test_single_entries_among_many_rows() -> None:
+    sizes = [768, 1, 3072, 1] * 20_000
+    k = sum(sizes) // 2 + 1
+    assert sum(sizes[i] for i in take_exactly(sizes, k)) == k
 
 
 @pytest.mark.parametrize("k", [14, 28, 42, 70, 98, 182, 280])
@@ -204,3 +211,89 @@ def test_tensors_without_components_are_named() -> None:
         scores, num_trainable=28 + 6, granularity="component", names_to_exclude=["magnitude"]
     )
     assert count(mask) == 34
+
+
+@settings(max_examples=100)
+@given(
+    st.lists(st.tuples(st.integers(1, 3), st.integers(3, 6)), min_size=2, max_size=3),
+    st.lists(st.integers(1, 6), min_size=1, max_size=2),
+    st.integers(3, 20),
+    st.sampled_from(["fish", "rand", "rev"]),
+)
+def test_floors_and_number_together_or_refused(
+    shapes: list[tuple[int, int]], least: list[int], k: int, method: str
+) -> None:
+    scores = {f"t{i}": torch.rand(shape) for i, shape in enumerate(shapes)}
+    floors = {f"t{i}": number for i, number in enumerate(least[: len(shapes)])}
+    k = min(k, sum(map(torch.numel, scores.values())))
+    possible = any(
+        sum(rows * width for rows, (_, width) in zip(taken, shapes, strict=True)) == k
+        and all(taken[i] * shapes[i][1] >= floors.get(f"t{i}", 0) for i in range(len(shapes)))
+        for taken in itertools.product(*(range(rows + 1) for rows, _ in shapes))
+    )
+    if not possible:
+        with pytest.raises(MaskError, match=r"floors|the nearest are"):
+            check_choice({name: tensor.shape for name, tensor in scores.items()}, k, granularity="row", floors=floors)
+        return
+    mask = create_mask_from_fisher(scores, num_trainable=k, granularity="row", floors=floors, method=method)
+    assert count(mask) == k
+    for name, selected in mask.items():
+        assert int(selected.sum()) >= floors.get(name, 0)
+        assert torch.equal(selected.any(1), selected.all(1))
+
+
+def test_a_floor_passes_over_what_is_too_large() -> None:
+    scores = {name: tensor * (100 if ".up." in name else 1) for name, tensor in lora_scores().items()}
+    mask = create_mask_from_fisher(scores, num_trainable=42, granularity="component", floors={"layer": 14})
+    assert count(mask) == 42
+    with pytest.raises(MaskError, match=r"have 56 entries or more, more than the 42 to keep"):
+        create_mask_from_fisher(scores, num_trainable=42, granularity="component", floors={"layer": 15})
+
+
+def test_the_nearest_numbers_hold_the_floors() -> None:
+    scores = {"a": torch.rand(3, 4), "b": torch.rand(3, 3)}
+    with pytest.raises(MaskError, match=r"has 6 of the pool's 21 entries; the nearest are 4 and 7,"):
+        create_mask_from_fisher(scores, num_trainable=6, granularity="row", floors={"a": 1})
+
+
+def test_floors_beside_priorities_of_minus_infinity(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SELECTIONS, "_members", dict(SELECTIONS))
+    register_selection("log")(torch.log)
+    scores = {"a": torch.tensor([0.0, 0, 0, 0, 5, 6]), "b": torch.zeros(4)}
+    for seed in range(8):
+        mask = create_mask_from_fisher(scores, num_trainable=6, floors={"b": 2}, method="log", seed=seed)
+        assert count(mask) == 6
+
+
+def test_groups_without_an_order_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SELECTIONS, "_members", dict(SELECTIONS))
+    register_selection("log")(lambda scores: (scores - 1).log())
+    register_selection("one")(lambda scores: torch.ones(1))
+    for method, message in (("log", "not numbers"), ("one", "in the same shape")):
+        with pytest.raises(MaskError, match=message):
+            create_mask_from_fisher(lora_scores(), num_trainable=28, granularity="component", method=method)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_scores_of_any_precision_that_require_grad(dtype: torch.dtype) -> None:
+    scores = {name: tensor.to(dtype).requires_grad_() for name, tensor in lora_scores().items()}
+    assert count(create_mask_from_fisher(scores, num_trainable=42, granularity="component")) == 42
+
+
+def test_tensors_without_entries_have_no_groups() -> None:
+    scores = lora_scores() | {"empty": torch.zeros(3, 0)}
+    assert count(create_mask_from_fisher(scores, num_trainable=30, granularity="row")) == 30
+
+
+def test_components_that_scored_by_one_factor_are_no_choice_at_random(recwarn: pytest.WarningsRecorder) -> None:
+    scores = {name: tensor * ("lora_B" in name) for name, tensor in lora_scores().items()}
+    create_mask_from_fisher(scores, num_trainable=252, granularity="component")
+    assert not recwarn.list
+    dead = {name: tensor * (".0." in name) for name, tensor in scores.items()}
+    with pytest.warns(FishTuningWarning, match="only 140 of the pool's 280 have a score above zero, so 112"):
+        create_mask_from_fisher(dead, num_trainable=252, granularity="component")
+
+
+def test_quotas_that_whole_groups_cannot_have_are_named() -> None:
+    with pytest.raises(MaskError, match=r"quotas: 4 tensors, 'm\.0\.query.* first, are to keep 35\. No set of whole"):
+        create_mask_from_fisher(lora_scores(), num_trainable=70, granularity="component", quotas="layer")

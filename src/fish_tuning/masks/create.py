@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import repeat
 from typing import Literal, NamedTuple
 
@@ -18,11 +18,19 @@ from torch import Tensor
 
 from fish_tuning.errors import FishTuningWarning, MaskError, ZeroScoresError
 from fish_tuning.masks.budgets import floor_parts, matching_names, module_type, resolve_budget, split_budget
-from fish_tuning.masks.groups import Granularity, Shapes, families, select_groups, take_exactly
-from fish_tuning.masks.selections import SELECTIONS, Priority
+from fish_tuning.masks.groups import (
+    Granularity,
+    Shapes,
+    check_floors,
+    entries_with_scores,
+    families,
+    select_groups,
+    take_exactly,
+)
+from fish_tuning.masks.selections import SELECTIONS, Priority, priorities_of
 
 Mask = dict[str, Tensor]
-Part = tuple[Mapping[str, Tensor], int]  # scores that are compared with each other, and how many of them to keep
+Part = tuple[list[str], int]  # names whose entries are compared with each other, and how many of these to keep
 
 _CHUNK = 2**20  # entries looked at a time: bounds the extra memory at some 100 MB
 _DIGIT = 16
@@ -107,29 +115,40 @@ def create_mask_from_fisher(
     shapes = {name: scores.shape for name, scores in pool.items()}
     parts = check_choice(shapes, budget, granularity=granularity, quotas=quotas, floors=floors)
     if method == "fish" and zero_scores != "ignore":
-        _report_zero_scores([({name: pool[name] for name in names}, k) for names, k in parts.exact], zero_scores)
+        _report_zero_scores(pool, parts.exact, granularity, zero_scores)
     scales = _scales(pool) if normalize else None
 
-    def select(names: Iterable[str], k: int, taken: Mask | None = None, at_least: bool = False) -> Mask:
-        part = {name: pool[name] for name in names}
-        if granularity == "entry":
-            return select_top_k(part, k, priority=priority, seed=seed, scales=scales, taken=taken)
-        return select_groups(
-            part, k, granularity, priority=priority, seed=seed, scales=scales, taken=taken, at_least=at_least
-        )
-
-    least: Mask = {}
-    for names, k in parts.least:
-        least |= select(names, k, at_least=True)
-    taken = {name: least.get(name, torch.zeros_like(pool[name], dtype=torch.bool)) for name in pool} if least else None
-    left = sum(int(mask.count_nonzero()) for mask in least.values())
     chosen: Mask = {}
     for names, k in parts.exact:
-        chosen |= select(names, k - left, taken)
-    return {
-        name: (chosen[name] | taken[name] if taken else chosen[name]) if name in chosen else _all_of(scores)
-        for name, scores in fisher_scores.items()
-    }
+        part = {name: pool[name] for name in names}
+        if granularity == "entry":
+            chosen |= _select_entries(part, k, parts.least, priority=priority, seed=seed, scales=scales)
+        else:
+            chosen |= select_groups(
+                part, k, granularity, priority=priority, seed=seed, scales=scales, floors=parts.least
+            )
+    return {name: chosen[name] if name in chosen else _all_of(scores) for name, scores in fisher_scores.items()}
+
+
+def _select_entries(
+    pool: Mapping[str, Tensor],
+    k: int,
+    floors: Sequence[tuple[Collection[str], int]],
+    *,
+    priority: Priority,
+    seed: int,
+    scales: Mapping[str, float] | None,
+) -> Mask:
+    """The best of each floor first, then the best of what is left."""
+    if not floors:
+        return select_top_k(pool, k, priority=priority, seed=seed, scales=scales)
+    taken = {name: torch.zeros_like(scores, dtype=torch.bool) for name, scores in pool.items()}
+    for names, least in floors:
+        part = {name: pool[name] for name in names}
+        taken |= select_top_k(part, least, priority=priority, seed=seed, scales=scales)
+    left = k - sum(least for _, least in floors)
+    rest = select_top_k(pool, left, priority=priority, seed=seed, scales=scales, taken=taken)
+    return {name: rest[name] | taken[name] for name in pool}
 
 
 def _all_of(scores: Tensor) -> Tensor:
@@ -139,8 +158,8 @@ def _all_of(scores: Tensor) -> Tensor:
 class Parts(NamedTuple):
     """Groups of names with numbers of entries: to be kept at least, and, these ones included, exactly."""
 
-    least: list[tuple[list[str], int]]
-    exact: list[tuple[list[str], int]]
+    least: list[Part]
+    exact: list[Part]
 
 
 def check_choice(
@@ -152,6 +171,9 @@ def check_choice(
     floors: Mapping[str, float] | None = None,
 ) -> Parts:
     """How the budget is split, without any scores; MaskError where it cannot be met, with the numbers.
+
+    Where a floor has groups of several sizes, the scores decide which of them meet it; that no set of the others makes
+    the number come out is then, rarely, told by `create_mask_from_fisher` alone.
 
     Args:
         shapes: of the tensors of the pool, by name.
@@ -175,7 +197,12 @@ def check_choice(
                     "are in different groups. Use 'layer', or patterns that take both."
                 )
             if parts is exact:
-                take_exactly([family.size for family in mine for _ in range(family.number)], k)
+                try:
+                    take_exactly([family.size for family in mine for _ in range(family.number)], k)
+                except MaskError as error:
+                    where = f"quotas: {len(names)} tensors, {names[0]!r} first, are to keep {k:,}. " if quotas else ""
+                    raise MaskError(f"{where}{error}") from None
+    check_floors(found, least, budget)
     return Parts(least, exact)
 
 
@@ -209,12 +236,11 @@ def select_top_k(
         for name in names:
             gone = taken[name].reshape(-1).split(_CHUNK) if taken else repeat(None)
             for chunk, mine in zip(scores[name].detach().reshape(-1).split(_CHUNK), gone, strict=False):
-                values = priority(chunk.to(dtype) * scales[name] if scales else chunk).to(dtype)
-                if values.shape != chunk.shape:
-                    raise MaskError("The selection method must give a priority for each score, in the same shape.")
-                if values.isnan().any():
-                    raise MaskError(f"The selection method gave priorities for {name!r} that are not numbers (NaN).")
-                yield _ordered(values if mine is None else values.masked_fill(mine, -torch.inf))
+                ordered = _ordered(
+                    priorities_of(priority, chunk.to(dtype) * scales[name] if scales else chunk, name).to(dtype)
+                )
+                # Below every number, -inf too, which a selection may give to entries that are free.
+                yield ordered if mine is None else ordered.masked_fill(mine, torch.iinfo(ordered.dtype).min)
 
     flat = {name: torch.zeros(scores[name].numel(), dtype=torch.bool, device=scores[name].device) for name in names}
     masks = [chunk for name in names for chunk in flat[name].split(_CHUNK)]
@@ -303,14 +329,17 @@ def _scales(pool: Mapping[str, Tensor]) -> dict[str, float]:
     return {name: 1 / means[module_type(name)] if means[module_type(name)] else 1.0 for name in pool}
 
 
-def _report_zero_scores(parts: Sequence[Part], zero_scores: str) -> None:
-    nonzero = {name: int(scores.count_nonzero()) for part, _ in parts for name, scores in part.items()}
+def _report_zero_scores(pool: Mapping[str, Tensor], parts: Sequence[Part], granularity: str, zero_scores: str) -> None:
+    if granularity == "entry":
+        nonzero = {name: int(scores.count_nonzero()) for name, scores in pool.items()}
+    else:
+        nonzero = entries_with_scores(pool, granularity)
     budget = sum(k for _, k in parts)
     scored = sum(min(k, sum(nonzero[name] for name in part)) for part, k in parts)
     if budget == scored:
         return
     dead = [name for name, number in nonzero.items() if not number]
-    size = sum(scores.numel() for part, _ in parts for scores in part.values())
+    size = sum(scores.numel() for scores in pool.values())
     message = (
         f"{budget:,} entries are to be kept, but only {sum(nonzero.values()):,} of the pool's {size:,} have a score "
         f"above zero, so {budget - scored:,} are chosen at random. {len(dead)} of {len(nonzero)} tensors scored zero "
