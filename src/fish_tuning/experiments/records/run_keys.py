@@ -101,7 +101,7 @@ def _arm_parts(config: ExperimentConfig, arm: ArmPlan) -> dict[str, Any]:
         parts |= {"granularity": choice.granularity} if choice.granularity != "entry" else {}
         if SELECTIONS.find(selection.name).needs_scores:
             parts |= {"score": choice.score, "num_samples": choice.num_samples}
-            parts |= {"warmup_steps": config.warmup_steps(section)}
+            parts |= {"warmup_steps": config.warmup_steps(section), "warmup_learning_rate": WARMUP_LEARNING_RATE}
             parts |= {"reselect_every": choice.reselect_every} if choice.reselect_every else {}
     return parts
 
