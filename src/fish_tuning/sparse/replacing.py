@@ -28,8 +28,8 @@ def replace_mask(model: nn.Module, mask: Mapping[str, Tensor] | Choice, optimize
 
     Entries of both masks keep their values and their optimizer state (momenta, second moments), new ones start with
     state zero, as LIFT does (arXiv 2506.00772), and those that leave keep the value that they were trained to, frozen.
-    The step count is the tensor's, so AdamW's first step of a new entry is about three learning rates long; a tensor that
-    had no entry at all begins at step 0.
+    The step count is the tensor's, so AdamW's first step of a new entry is about three learning rates long; a tensor
+    that had no entry at all begins at step 0.
 
     Args:
         model: with a mask applied.
@@ -42,8 +42,8 @@ def replace_mask(model: nn.Module, mask: Mapping[str, Tensor] | Choice, optimize
         The mask that now trains.
 
     Raises:
-        MaskError: no mask is applied, the new one does not fit, or the optimizer's state is of another kind (Adafactor's
-            of a whole matrix); the model then has the mask that it had.
+        MaskError: no mask is applied, the new one does not fit, or the optimizer's state is of another kind (that of
+            Adafactor of a whole matrix); the model then has the mask that it had.
 
     Example:
         >>> import torch

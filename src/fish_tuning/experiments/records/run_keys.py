@@ -17,6 +17,7 @@ from fish_tuning.experiments.config.experiment import ExperimentConfig
 from fish_tuning.experiments.config.sections import LOOKS_AT_DATA
 from fish_tuning.experiments.records.run_record import ArmPlan
 from fish_tuning.masks.selections import SELECTIONS
+from fish_tuning.scores.warmup import WARMUP_LEARNING_RATE
 
 # Training arguments that say where things go, what is told, or how fast the same batches come.
 _WITHOUT_EFFECT = re.compile(
