@@ -50,6 +50,15 @@ def test_each_has_its_own_choice(experiment: MakeExperiment) -> None:
     assert facts["adapters"] == {"value1": "r 1", "pool": "r 4"}
 
 
+def test_what_is_written_is_read_again_as_the_same(experiment: MakeExperiment) -> None:
+    config = experiment(*NAMED, "fish_tuning.num_samples=7")
+    again = ExperimentConfig(**config.model_dump(mode="json"))
+    assert [again.choice_of(section) for section in again.peft] == [
+        config.choice_of(section) for section in config.peft
+    ]
+    assert [config.choice_of(section).num_samples for section in again.peft] == [7, 4]
+
+
 def test_each_has_its_own_learning_rates(experiment: MakeExperiment) -> None:
     own = VALUE.replace("}}", "}, learning_rates: [0.5, 0.25]}")
     config = experiment(*NAMED, f"peft=[{own}, {POOL}]", "training.learning_rates=[0.1]")

@@ -9,7 +9,7 @@ import re
 from pathlib import PurePath
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_serializer, field_validator, model_validator
 
 from fish_tuning.errors import did_you_mean
 from fish_tuning.experiments.config.arm_names import SELECTIONS
@@ -304,6 +304,11 @@ class PeftMethodConfig(Section):
     learning_rates: list[float] = Field(
         default=[], description="a list of numbers above 0 in place of training.learning_rates, for its arms"
     )
+
+    @field_serializer("fish_tuning")
+    def _changes_alone(self, value: ChoiceConfig) -> dict[str, Any]:
+        """What is written is read again as the same changes, not as every default."""
+        return value.model_dump(mode="json", exclude_unset=True)
 
     @model_validator(mode="before")
     @classmethod

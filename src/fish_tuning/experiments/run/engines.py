@@ -69,7 +69,7 @@ def run_on_ray(
     number = workers or gpus or cpus
     share = {"num_gpus": 1, "num_cpus": 1} if gpus else {"num_cpus": max(1, cpus // number)}
     folder = Path(config.training.output_dir).absolute()
-    data = config.model_dump(mode="json", exclude_unset=True)
+    data = config.model_dump(mode="json")
     data["training"]["output_dir"] = str(folder)
     runs = len(shard.part(plan.arms, config.seeds))
     # Each run may kill MOST_DEATHS workers; who dies more often does not die of a run.

@@ -170,7 +170,7 @@ def test_answers_are_learned_written_and_measured(experiment: MakeExperiment, tm
     config = experiment_on(
         experiment, llama, write_sums(tmp_path / "sums"),
         "dataset.metric=exact_match_number", "dataset.max_new_tokens=4", "fish_tuning.methods_to_run=[lora-fish]",
-        "training.args_override.num_train_epochs=40", "training.args_override.learning_rate=0.05",
+        "training.args_override.num_train_epochs=40", "training.args_override.learning_rate=0.01",
         "training.args_override.per_device_train_batch_size=8", "lora.fish_rank=8", "lora.baseline_rank=8",
         "lora.target_modules=[q_proj,v_proj,o_proj,gate_proj,up_proj,down_proj]",
     )  # fmt: skip
