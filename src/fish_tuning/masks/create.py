@@ -18,11 +18,18 @@ from torch import Tensor
 
 from fish_tuning.errors import FishTuningWarning, MaskError, ZeroScoresError
 from fish_tuning.masks.budgets import floor_parts, matching_names, module_type, resolve_budget, split_budget
-from fish_tuning.masks.groups import Granularity, Shapes, families, select_groups, take_exactly
+from fish_tuning.masks.groups import (
+    Floors,
+    Granularity,
+    Shapes,
+    check_groups,
+    chosen_at_random,
+    families,
+    select_groups,
+)
 from fish_tuning.masks.selections import SELECTIONS, Priority
 
 Mask = dict[str, Tensor]
-Part = tuple[Mapping[str, Tensor], int]  # scores that are compared with each other, and how many of them to keep
 
 _CHUNK = 2**20  # entries looked at a time: bounds the extra memory at some 100 MB
 _DIGIT = 16
@@ -106,30 +113,40 @@ def create_mask_from_fisher(
     )
     shapes = {name: scores.shape for name, scores in pool.items()}
     parts = check_choice(shapes, budget, granularity=granularity, quotas=quotas, floors=floors)
-    if method == "fish" and zero_scores != "ignore":
-        _report_zero_scores([({name: pool[name] for name in names}, k) for names, k in parts.exact], zero_scores)
     scales = _scales(pool) if normalize else None
-
-    def select(names: Iterable[str], k: int, taken: Mask | None = None, at_least: bool = False) -> Mask:
-        part = {name: pool[name] for name in names}
-        if granularity == "entry":
-            return select_top_k(part, k, priority=priority, seed=seed, scales=scales, taken=taken)
-        return select_groups(
-            part, k, granularity, priority=priority, seed=seed, scales=scales, taken=taken, at_least=at_least
-        )
-
-    least: Mask = {}
-    for names, k in parts.least:
-        least |= select(names, k, at_least=True)
-    taken = {name: least.get(name, torch.zeros_like(pool[name], dtype=torch.bool)) for name in pool} if least else None
-    left = sum(int(mask.count_nonzero()) for mask in least.values())
     chosen: Mask = {}
     for names, k in parts.exact:
-        chosen |= select(names, k - left, taken)
-    return {
-        name: (chosen[name] | taken[name] if taken else chosen[name]) if name in chosen else _all_of(scores)
-        for name, scores in fisher_scores.items()
-    }
+        part = {name: pool[name] for name in names}
+        if granularity == "entry":
+            chosen |= _select_entries(part, k, parts.least, priority=priority, seed=seed, scales=scales)
+        else:
+            chosen |= select_groups(
+                part, k, granularity, priority=priority, seed=seed, scales=scales, floors=parts.least
+            )
+    if method == "fish" and zero_scores != "ignore":
+        _report_zero_scores(pool, chosen_at_random(pool, chosen, granularity), budget, zero_scores)
+    return {name: chosen[name] if name in chosen else _all_of(scores) for name, scores in fisher_scores.items()}
+
+
+def _select_entries(
+    scores: Mapping[str, Tensor],
+    k: int,
+    floors: Floors,
+    *,
+    priority: Priority,
+    seed: int,
+    scales: Mapping[str, float] | None,
+) -> Mask:
+    """The k best entries, after those that floors take."""
+    if not floors:
+        return select_top_k(scores, k, priority=priority, seed=seed, scales=scales)
+    taken = {name: torch.zeros_like(tensor, dtype=torch.bool) for name, tensor in scores.items()}
+    for names, least in floors:
+        part = {name: scores[name] for name in names}
+        taken |= select_top_k(part, least, priority=priority, seed=seed, scales=scales)
+    left = k - sum(least for _, least in floors)
+    rest = select_top_k(scores, left, priority=priority, seed=seed, scales=scales, taken=taken)
+    return {name: taken[name] | rest[name] for name in scores}
 
 
 def _all_of(scores: Tensor) -> Tensor:
@@ -166,16 +183,18 @@ def check_choice(
     found = families(shapes, granularity)
     if granularity == "entry":
         return Parts(least, exact)
-    for what, parts in (("quotas", exact), ("floors", least)):
+    for what, parts in (("floors", least), ("quotas", exact)):
         for names, k in parts:
-            mine = [family for family in found if not set(names).isdisjoint(name for name, _ in family.members)]
-            if any(name not in names for family in mine for name, _ in family.members):
-                raise MaskError(
-                    f"{what}: a {granularity} lies in {mine[0].members[0][0]!r} and {mine[0].members[-1][0]!r}, which "
-                    "are in different groups. Use 'layer', or patterns that take both."
-                )
+            inside = set(names)
+            for family in found:
+                members = [name for name, _ in family.members]
+                if not inside.isdisjoint(members) and not inside.issuperset(members):
+                    raise MaskError(
+                        f"{what}: a {granularity} lies in {members[0]!r} and {members[-1]!r}, which are in different "
+                        "groups. Use 'layer', or patterns that take both."
+                    )
             if parts is exact:
-                take_exactly([family.size for family in mine for _ in range(family.number)], k)
+                check_groups([family for family in found if family.members[0][0] in inside], k, least)
     return Parts(least, exact)
 
 
@@ -214,7 +233,9 @@ def select_top_k(
                     raise MaskError("The selection method must give a priority for each score, in the same shape.")
                 if values.isnan().any():
                     raise MaskError(f"The selection method gave priorities for {name!r} that are not numbers (NaN).")
-                yield _ordered(values if mine is None else values.masked_fill(mine, -torch.inf))
+                ordered = _ordered(values)
+                # Below all floats, -inf included: only the bits of a NaN would be as low.
+                yield ordered if mine is None else ordered.masked_fill(mine, torch.iinfo(ordered.dtype).min)
 
     flat = {name: torch.zeros(scores[name].numel(), dtype=torch.bool, device=scores[name].device) for name in names}
     masks = [chunk for name in names for chunk in flat[name].split(_CHUNK)]
@@ -303,18 +324,16 @@ def _scales(pool: Mapping[str, Tensor]) -> dict[str, float]:
     return {name: 1 / means[module_type(name)] if means[module_type(name)] else 1.0 for name in pool}
 
 
-def _report_zero_scores(parts: Sequence[Part], zero_scores: str) -> None:
-    nonzero = {name: int(scores.count_nonzero()) for part, _ in parts for name, scores in part.items()}
-    budget = sum(k for _, k in parts)
-    scored = sum(min(k, sum(nonzero[name] for name in part)) for part, k in parts)
-    if budget == scored:
+def _report_zero_scores(pool: Mapping[str, Tensor], random: int, budget: int, zero_scores: str) -> None:
+    """`random` of the `budget` entries were judged by a score of 0."""
+    if not random:
         return
+    nonzero = {name: int(scores.count_nonzero()) for name, scores in pool.items()}
     dead = [name for name, number in nonzero.items() if not number]
-    size = sum(scores.numel() for part, _ in parts for scores in part.values())
+    size = sum(scores.numel() for scores in pool.values())
     message = (
         f"{budget:,} entries are to be kept, but only {sum(nonzero.values()):,} of the pool's {size:,} have a score "
-        f"above zero, so {budget - scored:,} are chosen at random. {len(dead)} of {len(nonzero)} tensors scored zero "
-        f"throughout"
+        f"above zero, so {random:,} are chosen at random. {len(dead)} of {len(nonzero)} tensors scored zero throughout"
         + (f", e.g. {dead[0]!r}. " if dead else ". ")
         + "With LoRA's default initialisation B = 0, the gradient of every A is exactly zero. Ways out: score after "
         "warm-up steps (leave out warmup_steps=0), start from init_lora_weights='pissa' (or 'olora', 'orthogonal'), or "

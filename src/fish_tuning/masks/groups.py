@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -18,10 +18,12 @@ from torch import Tensor
 
 from fish_tuning.errors import MaskError
 from fish_tuning.masks.selections import Priority
+from fish_tuning.masks.sums import Place, can_be, nearest
 
 Granularity = Literal["entry", "row", "column", "component"]
 GRANULARITIES: tuple[str, ...] = get_args(Granularity)
 Shapes = Mapping[str, Sequence[int]]
+Floors = Sequence[tuple[Sequence[str], int]]
 
 _FACTORS = (("lora_A.", "lora_B."), ("lora_embedding_A.", "lora_embedding_B."))
 _ROWS, _COLUMNS = 0, 1
@@ -39,9 +41,12 @@ class Family:
 def families(shapes: Shapes, granularity: str) -> list[Family]:
     """The groups that the tensors' entries fall into; all but the first dimension of a tensor count as its columns.
 
+    A tensor without entries has no groups.
+
     Raises MaskError for an unknown granularity, and for tensors that are no factor of a LoRA where components are asked
     for.
     """
+    shapes = {name: shape for name, shape in shapes.items() if math.prod(shape)}
     if granularity == "component":
         return _components(shapes)
     if granularity not in GRANULARITIES:
@@ -81,6 +86,17 @@ def _matrix(shape: Sequence[int]) -> tuple[int, int]:
     return shape[0] if shape else 1, math.prod(shape[1:])
 
 
+def check_groups(found: Sequence[Family], k: int, floors: Floors = ()) -> None:
+    """Refuse, without any scores, a number `k` of entries that no set of whole groups has.
+
+    Raises MaskError, which names the sizes of the groups and the nearest numbers.
+    """
+    counts = [Counter[int]() for _ in range(len(floors) + 1)]
+    for family, place in zip(found, _places(found, floors), strict=True):
+        counts[place][family.size] += family.number
+    _check_places(k, [Place(count, least) for count, least in zip(counts, _least(floors), strict=True)])
+
+
 def select_groups(
     scores: Mapping[str, Tensor],
     k: int,
@@ -89,130 +105,138 @@ def select_groups(
     priority: Priority,
     seed: int = 0,
     scales: Mapping[str, float] | None = None,
-    taken: Mapping[str, Tensor] | None = None,
-    at_least: bool = False,
+    floors: Floors = (),
 ) -> dict[str, Tensor]:
     """Masks of whole groups with exactly `k` entries, in the order of (priority of the mean score, seeded key, place).
 
     Args:
-        taken: entries that are chosen already; their groups are left out.
-        at_least: take groups until there are `k` entries or more.
+        floors: names of tensors, and how many entries are kept of them at least. Groups of those that have fewer come
+            before all others.
 
     Raises:
-        MaskError: no set of groups has `k` entries; it names the nearest numbers.
+        MaskError: no set of groups has `k` entries and meets the floors; it names the nearest numbers.
     """
     found = families({name: tensor.shape for name, tensor in scores.items()}, granularity)
-    means = [_means(family, scores, scales) for family in found]
-    sizes = np.concatenate([np.full(family.number, family.size) for family in found])
-    values = torch.cat([priority(mean) for mean in means]).numpy()
+    numbers = [family.number for family in found]
+    sizes = np.repeat([family.size for family in found], numbers)
+    places = np.repeat(_places(found, floors), numbers)
+    values = torch.cat([_priorities(family, scores, scales, priority) for family in found]).numpy()
     keys = torch.randint(2**31 - 1, (len(sizes),), generator=torch.Generator().manual_seed(seed)).numpy()
     order = np.lexsort((np.arange(len(sizes)), -keys, -values))
-    if taken is not None:
-        free = ~np.concatenate([_taken(family, taken) for family in found])
-        order = order[free[order]]
-    ordered = sizes[order].tolist()
-    chosen = _until(ordered, k) if at_least else take_exactly(ordered, k)
+    least = [number for _, number in floors]
     selected = np.zeros(len(sizes), dtype=bool)
-    selected[order[chosen]] = True
+    selected[order[take_exactly(sizes[order].tolist(), k, places[order].tolist(), least)]] = True
     masks = {name: torch.zeros(tensor.shape, dtype=torch.bool) for name, tensor in scores.items()}
-    start = 0
-    for family in found:
-        groups = torch.from_numpy(selected[start : start + family.number])
-        start += family.number
+    for family, groups in zip(found, torch.from_numpy(selected).split(numbers), strict=True):
         for name, axis in family.members:
-            view = (
-                masks[name].view(_matrix(masks[name].shape))
-                if axis == _COLUMNS
-                else masks[name].view(family.number, -1)
-            )
-            (view.T if axis == _COLUMNS else view)[groups] = True
+            _slices(name, axis, masks, family.number)[groups] = True
     return {name: mask.to(scores[name].device) for name, mask in masks.items()}
 
 
+def chosen_at_random(scores: Mapping[str, Tensor], mask: Mapping[str, Tensor], granularity: str) -> int:
+    """Entries of the mask that were judged by a score of exactly 0, their group's."""
+    if granularity == "entry":
+        return sum(int((mask[name] & (tensor == 0)).count_nonzero()) for name, tensor in scores.items())
+    number = 0
+    for family in families({name: tensor.shape for name, tensor in scores.items()}, granularity):
+        scored = torch.stack([_slices(n, a, scores, family.number).any(1).cpu() for n, a in family.members]).any(0)
+        name, axis = family.members[0]
+        kept = _slices(name, axis, mask, family.number).any(1).cpu()
+        number += family.size * int((kept & ~scored).count_nonzero())
+    return number
+
+
+def _places(found: Sequence[Family], floors: Floors) -> list[int]:
+    """Which floor each family is under; the number of floors for those under none."""
+    of = {name: place for place, (names, _) in enumerate(floors) for name in names}
+    return [of.get(family.members[0][0], len(floors)) for family in found]
+
+
+def _least(floors: Floors) -> list[int]:
+    return [*(number for _, number in floors), 0]
+
+
 def _slices(name: str, axis: int, tensors: Mapping[str, Tensor], number: int) -> Tensor:
-    """(number, entries of a slice)."""
-    tensor = tensors[name]
+    """(number, entries of a slice); a view of the tensor where its layout allows."""
+    tensor = tensors[name].detach()
     return tensor.reshape(_matrix(tensor.shape)).T if axis == _COLUMNS else tensor.reshape(number, -1)
 
 
-def _means(family: Family, scores: Mapping[str, Tensor], scales: Mapping[str, float] | None) -> Tensor:
-    """In fp64 on the CPU."""
+def _priorities(
+    family: Family, scores: Mapping[str, Tensor], scales: Mapping[str, float] | None, priority: Priority
+) -> Tensor:
+    """Of the mean scores, in fp64 on the CPU."""
     total = torch.zeros(family.number, dtype=torch.float64)
     for name, axis in family.members:
         sums = _slices(name, axis, scores, family.number).double().sum(1).cpu()
         total += sums * scales[name] if scales else sums
-    return total / family.size
+    values = priority(total / family.size).double()
+    if values.shape != total.shape:
+        raise MaskError("The selection method must give a priority for each score, in the same shape.")
+    if values.isnan().any():
+        name = family.members[0][0]
+        raise MaskError(f"The selection method gave priorities for {name!r} that are not numbers (NaN).")
+    return values
 
 
-def _taken(family: Family, taken: Mapping[str, Tensor]) -> np.ndarray:
-    gone = torch.zeros(family.number, dtype=torch.bool)
-    for name, axis in family.members:
-        gone |= _slices(name, axis, taken, family.number).any(1).cpu()
-    return gone.numpy()
-
-
-def take_exactly(sizes: Sequence[int], k: int) -> list[int]:
+def take_exactly(
+    sizes: Sequence[int], k: int, places: Sequence[int] | None = None, floors: Sequence[int] = ()
+) -> list[int]:
     """Positions of the groups to take, in their order, so that their sizes add up to `k` exactly.
 
-    A group is passed over only where no set of those behind it could make up the rest. Raises MaskError where no set of
-    all of them could.
+    Groups of places below their floor come first. A group is passed over only where no set of those not yet passed over
+    could make up the rest, floors included.
+
+    Args:
+        sizes: of the groups, the best first.
+        k: entries to take.
+        places: for each group the position of its floor in `floors`, or the number of floors where it has none.
+        floors: how many entries are taken in each place at least.
+
+    Raises:
+        MaskError: no set of groups will do.
     """
-    left, counts, chosen = k, Counter(sizes), []
-    if not _can_be(left, counts):
-        raise MaskError(_cannot_be(k, sizes))
-    for position, size in enumerate(sizes):
+    places = [len(floors)] * len(sizes) if places is None else places
+    counts = [Counter[int]() for _ in range(len(floors) + 1)]
+    for size, place in zip(sizes, places, strict=True):
+        counts[place][size] += 1
+    least = [*floors, 0]
+    _check_places(k, [Place(count, number) for count, number in zip(counts, least, strict=True)])
+    of_one_size = [len(count) == 1 for count in counts]
+    left, taken, behind = k, [], []
+    for position, (size, place) in enumerate(zip(sizes, places, strict=True)):
+        if least[place] <= 0:
+            behind.append(position)
+            continue
+        counts[place][size] -= 1
+        least[place] -= size
+        # Where all have one size, whatever makes up the rest has groups of this place that can be changed for this one.
+        if of_one_size[place] or can_be(left - size, [Place(*both) for both in zip(counts, least, strict=True)]):
+            taken.append(position)
+            left -= size
+        else:
+            least[place] += size
+    rest = Counter(sizes[position] for position in behind)
+    for position in behind:
         if not left:
             break
-        counts[size] -= 1
-        if size <= left and _can_be(left - size, counts):
-            chosen.append(position)
+        size = sizes[position]
+        rest[size] -= 1
+        if size <= left and can_be(left - size, [Place(rest, 0)]):
+            taken.append(position)
             left -= size
-    return chosen
+    return sorted(taken)
 
 
-def _until(sizes: Sequence[int], k: int) -> list[int]:
-    total, chosen = 0, []
-    for position, size in enumerate(sizes):
-        if total >= k:
-            break
-        chosen.append(position)
-        total += size
-    return chosen
-
-
-def _can_be(total: int, counts: Mapping[int, int]) -> bool:
-    """Whether groups of these sizes, as many as there are of each, can add up to `total`."""
-    there = [size for size, number in counts.items() if number]
-    smallest = min(there, default=1)
-    if total % smallest == 0 and total // smallest <= counts.get(smallest, 0):
-        return True
-    unit = math.gcd(*there) if there else 1
-    return total % unit == 0 and bool(_sums(counts, unit, total) >> (total // unit) & 1)
-
-
-def _sums(counts: Mapping[int, int], unit: int, most: int) -> int:
-    """Bit n is set where n units, up to `most` entries, can be made up."""
-    bits, limit = 1, (1 << (most // unit + 1)) - 1
-    for size, number in counts.items():
-        power = 1
-        while number:  # 1, 2, 4, ... of them, and what is left, make up every number of them
-            part = min(power, number)
-            bits |= bits << (part * (size // unit))
-            bits &= limit
-            number, power = number - part, 2 * power
-    return bits
-
-
-def _cannot_be(k: int, sizes: Iterable[int]) -> str:
-    counts = Counter(sizes)
+def _check_places(k: int, places: Sequence[Place]) -> None:
+    if can_be(k, places):
+        return
+    counts: Counter[int] = sum((Counter(place.counts) for place in places), Counter())
     total = sum(size * number for size, number in counts.items())
-    unit = math.gcd(*counts) if counts else 1
-    bits = _sums(counts, unit, total)
-    below = next((n * unit for n in range(min(k, total) // unit, -1, -1) if bits >> n & 1), 0)
-    above = next((n * unit for n in range(k // unit + 1, total // unit + 1) if bits >> n & 1), None)
     kinds = ", ".join(f"{number:,} of {size:,}" for size, number in sorted(counts.items()))
-    near = f"{below:,}" + (f" and {above:,}" if above is not None else "")
-    return (
-        f"No set of whole groups ({kinds} entries) has {k:,} of the pool's {total:,} entries; the nearest are {near}, "
-        "beside what trains outside the pool. Ask for one of these, or for granularity='entry'."
+    floors = " and meets the floors" if any(place.least > 0 for place in places) else ""
+    near = " and ".join(f"{number:,}" for number in nearest(k, places))
+    raise MaskError(
+        f"No set of whole groups ({kinds} entries) has {k:,} of the pool's {total:,} entries{floors}; the nearest are "
+        f"{near}, beside what trains outside the pool. Ask for one of these, or for granularity='entry'."
     )
