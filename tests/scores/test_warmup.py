@@ -119,6 +119,32 @@ def test_the_same_seed_gives_the_same_bits() -> None:
     assert all(torch.equal(score, other[name]) for name, score in one.items())
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_sixteen_bits_take_the_steps_of_thirty_two(
+    dtype: torch.dtype, use_dora: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Small gradients, whose squares fp16 does not hold, and DoRA's magnitudes, beside which a step is below a bit."""
+    train, moves = warmup._train, []
+
+    def spy(model: nn.Module, trainable: dict[str, nn.Parameter], *args: Any) -> None:
+        before = {name: parameter.detach().float().clone() for name, parameter in trainable.items()}
+        train(model, trainable, *args)
+        moves.append({name: parameter.detach().float() - before[name] for name, parameter in trainable.items()})
+
+    monkeypatch.setattr(warmup, "_train", spy)
+    batches = rebatch(classification_batch((5, 9, 3, 7) * 10), 4)
+    model = lora(bert(), init_lora_weights=True, use_dora=use_dora).to(dtype)
+    before = everything(model)
+    for scored_model in (copy.deepcopy(model).float(), model):
+        calculate_fisher_information(scored_model, batches, progress=False)
+    assert_untouched(model, before)
+    wide, narrow = moves
+    for name, move in wide.items():
+        # Beside values near 1 a step is rounded to whole bits; over all entries the direction must be there.
+        assert torch.cosine_similarity(move.flatten(), narrow[name].flatten(), dim=0) > 0.9, name
+
+
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize("during", ["warm-up", "scoring"])
 def test_whatever_happens_is_undone(error: type[BaseException], during: str, monkeypatch: pytest.MonkeyPatch) -> None:

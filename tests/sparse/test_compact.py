@@ -118,3 +118,87 @@ def test_what_cannot_be_made_smaller_is_refused(tmp_path: Path) -> None:
     with pytest.raises(MaskError, match="it is IA3"):
         save_compact_adapter(ia3, tmp_path / "a")
     assert not (tmp_path / "a").exists()
+
+
+def chain() -> nn.Sequential:
+    """Layers `0` and `1.0`: the name of one is the end of the other's."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4)))
+
+
+@pytest.mark.parametrize("columns", [{"0": [0], "1.0": [1, 2]}, {"0": [0]}, {"1.0": [2]}], ids=str)
+def test_names_that_end_alike(columns: dict[str, list[int]], tmp_path: Path) -> None:
+    model: Any = get_peft_model(chain(), LoraConfig(r=3, target_modules=["0"]))
+    with torch.no_grad():
+        for name, which in columns.items():
+            model.get_submodule(f"base_model.model.{name}").lora_B["default"].weight[:, which] = 0.5
+    assert save_compact_adapter(model, tmp_path / "small") == {name: len(which) for name, which in columns.items()}
+    loaded = PeftModel.from_pretrained(chain(), tmp_path / "small")
+    inputs = torch.randn(3, 4)
+    torch.testing.assert_close(loaded(inputs), model.eval()(inputs))
+    assert sum("lora_A" in name for name, _ in loaded.named_parameters()) == len(columns)
+
+
+def test_tied_embeddings(tmp_path: Path) -> None:
+    def base() -> Any:
+        made = llama()
+        made.config.tie_word_embeddings = True
+        made.tie_weights()
+        return made
+
+    torch.manual_seed(0)
+    model: Any = get_peft_model(
+        base(), LoraConfig(r=3, target_modules=["embed_tokens", "lm_head"], init_lora_weights=False)
+    )
+    assert set(save_compact_adapter(model, tmp_path / "tied")) == {"model.embed_tokens", "lm_head"}
+    ids = {"input_ids": torch.arange(12).view(2, 6)}
+    with torch.no_grad():
+        found = PeftModel.from_pretrained(base(), tmp_path / "tied").eval()(**ids).logits
+        torch.testing.assert_close(found, model.eval()(**ids).logits, rtol=1e-5, atol=1e-6)
+
+
+def test_a_masked_head_goes_with_it(tmp_path: Path) -> None:
+    model = lora(bert(), init_lora_weights=True)
+    scores = calculate_fisher_information(model, [BATCH], progress=False)
+    apply_mask(model, create_mask_from_fisher(scores, keep_ratio=0.3))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1)
+    save_compact_adapter(model, tmp_path / "small")
+    loaded = PeftModel.from_pretrained(bert(), tmp_path / "small")
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-5, atol=1e-6)
+
+
+def test_what_is_not_made_of_components_is_refused(tmp_path: Path) -> None:
+    convolution: Any = get_peft_model(
+        nn.Sequential(nn.Conv2d(4, 4, 3, groups=2)), LoraConfig(r=4, target_modules=["0"], init_lora_weights=False)
+    )
+    with pytest.raises(MaskError, match="its A has 4 rows, its B 2 columns, as in a convolution with groups"):
+        save_compact_adapter(convolution, tmp_path / "a")
+
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(3, 4, 5))
+
+    experts: Any = get_peft_model(
+        nn.ModuleDict({"experts": Experts()}), LoraConfig(r=2, target_modules=[], target_parameters=["experts.weight"])
+    )
+    with pytest.raises(MaskError, match="target_parameters"):
+        save_compact_adapter(experts, tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+def test_new_words_of_an_embedding_that_is_left_out(tmp_path: Path) -> None:
+    """PEFT saves the base weights of adapted embeddings, by a name that only an adapted layer has."""
+    base = llama()
+    model: Any = get_peft_model(base, LoraConfig(r=3, target_modules=["embed_tokens", "q_proj"])).eval()
+    with torch.no_grad():
+        base.get_input_embeddings().weight[3:] = 1.5
+        model.base_model.model.model.layers[0].self_attn.q_proj.lora_B["default"].weight[:, 1] = 0.3
+    assert set(save_compact_adapter(model, tmp_path / "small")) == {"model.layers.0.self_attn.q_proj"}
+    ids = {"input_ids": torch.arange(12).view(2, 6)}
+    with torch.no_grad():
+        found = PeftModel.from_pretrained(llama(), tmp_path / "small").eval()(**ids).logits
+        torch.testing.assert_close(found, model(**ids).logits, rtol=1e-5, atol=1e-6)

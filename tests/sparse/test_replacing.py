@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 from tiny import bert, classification_batch, lora, random_mask, tensors
 from torch import Tensor, nn
 
@@ -194,3 +195,33 @@ def test_what_cannot_be_replaced_is_refused(tmp_path: Path) -> None:
         save_delta(model, tmp_path / "delta.safetensors")
     remove_mask(model)
     assert not is_masked(model)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_masks_of_other_adapters_stay(fails: bool) -> None:
+    model = lora(bert())
+    model.add_adapter("b", LoraConfig(r=2, target_modules=["query"], init_lora_weights=False))
+    apply_mask(model, random_mask(model, seed=0, dense=["classifier"]))
+    idle = get_mask(model, "default")
+    model.set_adapter("b")
+    mine = random_mask(model, seed=1, dense=["classifier"])
+    apply_mask(model, mine)
+    optimizer = torch.optim.AdamW(trainable(model))
+    step(model, optimizer)
+    other = {name: mask if "classifier" in name else ~mask for name, mask in mine.items()}
+    if fails:
+        with pytest.raises(MaskError, match="nothing to choose"):
+            replace_mask(model, stops, optimizer)
+    else:
+        replace_mask(model, other, optimizer)
+    expected = mine if fails else other
+    now = get_mask(model, "b")
+    assert all(torch.equal(mask, expected[name]) for name, mask in now.items() if "lora" in name)
+    assert all(torch.equal(mask, idle[name]) for name, mask in get_mask(model, "default").items() if "lora" in name)
+    held = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
+    assert held == [id(parameter) for parameter in trainable(model)]
+    step(model, optimizer)
+
+
+def stops(model: nn.Module) -> dict[str, Tensor]:
+    raise MaskError("nothing to choose")

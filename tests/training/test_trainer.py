@@ -31,6 +31,7 @@ from fish_tuning import (
     is_masked,
     load_mask,
     remove_mask,
+    save_delta,
 )
 
 DATA = Rows(classification_batch((5, 9, 3, 7, 6, 8, 4, 5)))
@@ -389,6 +390,9 @@ def test_choosing_again_resumes_to_the_bit(stop: int, tmp_path: Path) -> None:
     resumed = make(tmp_path / "whole", calls=stop // 2)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{stop}"))
     assert_same_tensors(tensors(resumed.model), tensors(whole.model))
+    for trainer in (whole, resumed):
+        with pytest.raises(MaskError, match="replaced while it trained"):
+            save_delta(trainer.model, tmp_path / "delta.safetensors")
 
 
 def test_choosing_again_in_another_trainer(tmp_path: Path) -> None:

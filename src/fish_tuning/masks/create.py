@@ -24,10 +24,11 @@ from fish_tuning.masks.groups import (
     Shapes,
     check_groups,
     chosen_at_random,
+    entries_with_scores,
     families,
     select_groups,
 )
-from fish_tuning.masks.selections import SELECTIONS, Priority
+from fish_tuning.masks.selections import SELECTIONS, Priority, priorities_of
 
 Mask = dict[str, Tensor]
 
@@ -124,7 +125,8 @@ def create_mask_from_fisher(
                 part, k, granularity, priority=priority, seed=seed, scales=scales, floors=parts.least
             )
     if method == "fish" and zero_scores != "ignore":
-        _report_zero_scores(pool, chosen_at_random(pool, chosen, granularity), budget, zero_scores)
+        random = chosen_at_random(pool, chosen, granularity)
+        _report_zero_scores(entries_with_scores(pool, granularity), pool, random, budget, zero_scores)
     return {name: chosen[name] if name in chosen else _all_of(scores) for name, scores in fisher_scores.items()}
 
 
@@ -194,7 +196,11 @@ def check_choice(
                         "groups. Use 'layer', or patterns that take both."
                     )
             if parts is exact:
-                check_groups([family for family in found if family.members[0][0] in inside], k, least)
+                try:
+                    check_groups([family for family in found if family.members[0][0] in inside], k, least)
+                except MaskError as error:
+                    where = f"quotas: {len(names)} tensors, {names[0]!r} first, are to keep {k:,}. " if quotas else ""
+                    raise MaskError(f"{where}{error}") from None
     return Parts(least, exact)
 
 
@@ -228,12 +234,9 @@ def select_top_k(
         for name in names:
             gone = taken[name].reshape(-1).split(_CHUNK) if taken else repeat(None)
             for chunk, mine in zip(scores[name].detach().reshape(-1).split(_CHUNK), gone, strict=False):
-                values = priority(chunk.to(dtype) * scales[name] if scales else chunk).to(dtype)
-                if values.shape != chunk.shape:
-                    raise MaskError("The selection method must give a priority for each score, in the same shape.")
-                if values.isnan().any():
-                    raise MaskError(f"The selection method gave priorities for {name!r} that are not numbers (NaN).")
-                ordered = _ordered(values)
+                ordered = _ordered(
+                    priorities_of(priority, chunk.to(dtype) * scales[name] if scales else chunk, name).to(dtype)
+                )
                 # Below all floats, -inf included: only the bits of a NaN would be as low.
                 yield ordered if mine is None else ordered.masked_fill(mine, torch.iinfo(ordered.dtype).min)
 
@@ -324,11 +327,12 @@ def _scales(pool: Mapping[str, Tensor]) -> dict[str, float]:
     return {name: 1 / means[module_type(name)] if means[module_type(name)] else 1.0 for name in pool}
 
 
-def _report_zero_scores(pool: Mapping[str, Tensor], random: int, budget: int, zero_scores: str) -> None:
+def _report_zero_scores(
+    nonzero: Mapping[str, int], pool: Mapping[str, Tensor], random: int, budget: int, zero_scores: str
+) -> None:
     """`random` of the `budget` entries were judged by a score of 0."""
     if not random:
         return
-    nonzero = {name: int(scores.count_nonzero()) for name, scores in pool.items()}
     dead = [name for name, number in nonzero.items() if not number]
     size = sum(scores.numel() for scores in pool.values())
     message = (

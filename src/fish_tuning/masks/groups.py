@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fish_tuning.errors import MaskError
-from fish_tuning.masks.selections import Priority
+from fish_tuning.masks.selections import Priority, priorities_of
 from fish_tuning.masks.sums import Place, can_be, nearest
 
 Granularity = Literal["entry", "row", "column", "component"]
@@ -133,17 +133,40 @@ def select_groups(
     return {name: mask.to(scores[name].device) for name, mask in masks.items()}
 
 
+def entries_with_scores(scores: Mapping[str, Tensor], granularity: str) -> dict[str, int]:
+    """For each tensor, how many of its entries are in a group that scored above zero."""
+    if granularity == "entry":
+        return {name: int(tensor.count_nonzero()) for name, tensor in scores.items()}
+    numbers = dict.fromkeys(scores, 0)
+    for family in families({name: tensor.shape for name, tensor in scores.items()}, granularity):
+        scored = int(_scored(family, scores).count_nonzero())
+        for name, _ in family.members:
+            numbers[name] = scored * (scores[name].numel() // family.number)
+    return numbers
+
+
 def chosen_at_random(scores: Mapping[str, Tensor], mask: Mapping[str, Tensor], granularity: str) -> int:
     """Entries of the mask that were judged by a score of exactly 0, their group's."""
     if granularity == "entry":
-        return sum(int((mask[name] & (tensor == 0)).count_nonzero()) for name, tensor in scores.items())
+        chunks = ((s, m) for n in scores for s, m in zip(_chunks(scores[n]), _chunks(mask[n]), strict=True))
+        return sum(int((kept & (score == 0)).count_nonzero()) for score, kept in chunks)
     number = 0
     for family in families({name: tensor.shape for name, tensor in scores.items()}, granularity):
-        scored = torch.stack([_slices(n, a, scores, family.number).any(1).cpu() for n, a in family.members]).any(0)
         name, axis = family.members[0]
         kept = _slices(name, axis, mask, family.number).any(1).cpu()
-        number += family.size * int((kept & ~scored).count_nonzero())
+        number += family.size * int((kept & ~_scored(family, scores)).count_nonzero())
     return number
+
+
+def _chunks(tensor: Tensor) -> tuple[Tensor, ...]:
+    """Bounds the extra memory."""
+    chunks: tuple[Tensor, ...] = tensor.detach().reshape(-1).split(2**20)
+    return chunks
+
+
+def _scored(family: Family, scores: Mapping[str, Tensor]) -> Tensor:
+    """For each group, whether any of its entries has a score above zero."""
+    return torch.stack([_slices(n, axis, scores, family.number).any(1).cpu() for n, axis in family.members]).any(0)
 
 
 def _places(found: Sequence[Family], floors: Floors) -> list[int]:
@@ -170,13 +193,7 @@ def _priorities(
     for name, axis in family.members:
         sums = _slices(name, axis, scores, family.number).double().sum(1).cpu()
         total += sums * scales[name] if scales else sums
-    values = priority(total / family.size).double()
-    if values.shape != total.shape:
-        raise MaskError("The selection method must give a priority for each score, in the same shape.")
-    if values.isnan().any():
-        name = family.members[0][0]
-        raise MaskError(f"The selection method gave priorities for {name!r} that are not numbers (NaN).")
-    return values
+    return priorities_of(priority, total / family.size, family.members[0][0]).double()
 
 
 def take_exactly(

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from fish_tuning.errors import MaskError
 from fish_tuning.registry import Registry
 
 if TYPE_CHECKING:
@@ -51,6 +52,16 @@ def register_selection(name: str, *, needs_scores: bool = True) -> Callable[[Pri
         return priority
 
     return register
+
+
+def priorities_of(priority: Priority, scores: Tensor, name: str) -> Tensor:
+    """`priority(scores)`, scores of the tensor `name`; MaskError where they do not order the entries."""
+    values = priority(scores)
+    if values.shape != scores.shape:
+        raise MaskError("The selection method must give a priority for each score, in the same shape.")
+    if values.isnan().any():
+        raise MaskError(f"The selection method gave priorities for {name!r} that are not numbers (NaN).")
+    return values
 
 
 @register_selection("fish")

@@ -9,7 +9,7 @@ from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fish_tuning.peft_methods import PEFT_METHODS
 from fish_tuning.scores.batches import Batch, batch_size, rows
@@ -122,11 +122,24 @@ def _train(
     logger.info("Fisher information: scored after %d warm-up steps, which are undone.", len(steps))
     stand_ins = {name: parameter.detach().requires_grad_() for name, parameter in trainable.items()}
     in_place = PlainGradients(model, trainable).in_place(stand_ins)
-    optimizer = torch.optim.AdamW(stand_ins.values(), lr=learning_rate, weight_decay=0.0)
+    stepped = {name: _in_32_bits(tensor) for name, tensor in stand_ins.items()}
+    optimizer = torch.optim.AdamW(stepped.values(), lr=learning_rate, weight_decay=0.0)
     for parts in steps:
         for part in parts:
             (loss,) = losses(losses.trimmed(part.rows), part.first_example, in_place)
             (part.weight * loss.mean()).backward()
-        nn.utils.clip_grad_norm_(stand_ins.values(), MAX_NORM)
+        for name, tensor in stand_ins.items():
+            if stepped[name] is not tensor and tensor.grad is not None:
+                stepped[name].grad, tensor.grad = tensor.grad.float(), None
+        nn.utils.clip_grad_norm_(stepped.values(), MAX_NORM)
         optimizer.step()
         optimizer.zero_grad()
+        with torch.no_grad():
+            for name, tensor in stand_ins.items():
+                if stepped[name] is not tensor:
+                    tensor.copy_(stepped[name])
+
+
+def _in_32_bits(tensor: Tensor) -> Tensor:
+    """What AdamW steps on: in 16 bits a step is lost beside a value near 1, and fp16 makes squares and epsilon zero."""
+    return tensor if tensor.dtype.itemsize > 2 else tensor.detach().float().requires_grad_()

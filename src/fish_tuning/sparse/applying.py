@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from fish_tuning.errors import MaskError, did_you_mean
 from fish_tuning.peft_methods import refusal
-from fish_tuning.sparse.adapter_names import adapters_of, check_adapter
+from fish_tuning.sparse.adapter_names import adapters_of, check_adapter, idle_names
 from fish_tuning.sparse.masked_tensors import (
     LEFT_DENSE,
     MaskedTensor,
+    get_mask,
     mask_tensor,
     masked_tensors,
     trained_names,
@@ -82,6 +83,22 @@ def remove_mask(model: nn.Module, adapter_name: str | None = None) -> None:
     _forget_left_dense(model, adapter_name)
     restore_methods(model)
     _tell_ddp(model)
+
+
+def take_off_trained(model: nn.Module) -> dict[str, Tensor]:
+    """Take off, and return, the mask of what trains now; those of adapters that are not active stay on."""
+    trained, whole = trained_names(model), get_mask(model)
+    idle = idle_names(model, whole)
+    for tensor in list(masked_tensors(model)):
+        if tensor.name in trained:
+            unmask_tensor(tensor, True)
+    for path, module in model.named_modules():
+        for local in list(vars(module).get(LEFT_DENSE, ())):
+            if (f"{path}.{local}" if path else local) not in idle:
+                vars(module)[LEFT_DENSE].discard(local)
+    restore_methods(model)
+    _tell_ddp(model)
+    return {name: mask for name, mask in whole.items() if name not in idle}
 
 
 def synchronize_mask(model: nn.Module) -> None:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from peft.utils.other import get_pattern_key
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -41,9 +40,8 @@ def save_compact_adapter(model: PeftModel, save_directory: str | Path, adapter_n
         {name of each layer that is left: its rank}.
 
     Raises:
-        MaskError: another PEFT method, DoRA, trained biases, LoRA on parameters (`target_parameters`) or on grouped
-            convolutions, a start that changes the base weights (PiSSA and its kin), or an adapter without any working
-            component.
+        MaskError: another PEFT method, DoRA, trained biases, `target_parameters`, grouped convolutions, a start that
+            changes the base weights (PiSSA and its kin), or an adapter without any working component.
 
     Example:
         >>> import tempfile, torch
@@ -69,10 +67,11 @@ def save_compact_adapter(model: PeftModel, save_directory: str | Path, adapter_n
     ranks, alphas = {}, {}
     for name, layer in layers.items():
         a, b = _factors(name, state)
-        if len(state[a]) != state[b].shape[1]:
+        rows, columns = state[a].shape[0], state[b].shape[1]
+        if rows != columns:
             raise MaskError(
-                f"{name!r} cannot be made smaller: a convolution of several groups divides the ranks among them. Use "
-                "save_pretrained."
+                f"{name!r} cannot be made smaller: its A has {rows} rows, its B {columns} columns, as in a "
+                "convolution with groups. Use save_pretrained."
             )
         kept = state[a].flatten(1).any(1) & state[b].transpose(0, 1).flatten(1).any(1)
         rank = int(kept.sum())
@@ -90,8 +89,8 @@ def save_compact_adapter(model: PeftModel, save_directory: str | Path, adapter_n
         )
     with whole_folder(Path(save_directory)) as folder:
         _smaller(config, model, ranks, alphas).save_pretrained(str(folder))
-        # Copies: safetensors refuses tensors that share memory, as tied embeddings do.
-        tensors = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in state.items()}
+        # Copies: tied weights of the base model, which PEFT saves with adapted embeddings, share memory.
+        tensors = {key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in state.items()}
         save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
     return ranks
 
@@ -103,8 +102,8 @@ def _check(config: Any, adapter_name: str) -> None:
         reason = f"it is {kind}; only LoRA and rsLoRA are made of rank-1 components"
     elif config.use_dora or config.lora_bias or config.bias != "none":
         reason = "DoRA's magnitudes and trained biases belong to whole layers"
-    elif config.target_parameters:
-        reason = "target_parameters share their factors among several matrices"
+    elif getattr(config, "target_parameters", None):
+        reason = "of target_parameters, row j of A and column j of B are not one component where there are experts"
     elif isinstance(init, str) and init.startswith(_CHANGES_THE_BASE):
         reason = f"init_lora_weights={init!r} changes the base weights, which PEFT repeats by the whole adapter"
     else:
@@ -122,35 +121,23 @@ def _factors(name: str, state: dict[str, Tensor]) -> tuple[str, str]:
 
 
 def _unwrap(name: str, state: dict[str, Tensor]) -> None:
-    """A layer's base weights, which PEFT saves of embeddings, by the names they have without an adapter."""
+    """A left-out layer's base weights, which PEFT saves of embeddings, by the names they have without an adapter."""
     prefix = f"base_model.model.{name}."
-    for key in [key for key in state if key.startswith(f"{prefix}base_layer.")]:
-        state[prefix + key.removeprefix(f"{prefix}base_layer.")] = state.pop(key)
-
-
-def _exact_targets(model: Any, names: Iterable[str]) -> set[str] | str:
-    """The layers' names; a pattern where PEFT, which looks at the ends of names, would find others too."""
-    names = set(names)
-    endings = tuple(f".{name}" for name in names)
-    others = [name for name, _ in model.get_base_model().named_modules() if name not in names]
-    if not any(name.endswith(endings) for name in others):
-        return names
-    return "|".join(re.escape(name) for name in sorted(names))
-
-
-def _exact_keys(values: dict[str, Any]) -> dict[str, Any]:
-    """Keys that PEFT finds each layer by, and no other: it looks at the ends of names here too."""
-    if all(get_pattern_key(list(values), name) == name for name in values):
-        return values
-    return {f"^{re.escape(name)}": value for name, value in values.items()}
+    wrapped = f"{prefix}base_layer."
+    for key in [key for key in state if key.startswith(wrapped)]:
+        state[prefix + key.removeprefix(wrapped)] = state.pop(key)
 
 
 def _smaller(config: Any, model: Any, ranks: dict[str, int], alphas: dict[str, float]) -> Any:
     made = copy.deepcopy(config)
     made.r = max(ranks.values())
     made.lora_alpha = alphas[max(ranks, key=ranks.__getitem__)]
-    made.rank_pattern, made.alpha_pattern = _exact_keys(ranks), _exact_keys(alphas)
-    made.target_modules = _exact_targets(model, ranks)
+    made.rank_pattern, made.alpha_pattern, made.target_modules = ranks, alphas, set(ranks)
+    if any(module.endswith(f".{name}") for module, _ in model.get_base_model().named_modules() for name in ranks):
+        # PEFT takes a name for the end of one, too. Here one layer's is the end of another's: whole names alone match.
+        made.rank_pattern = {f"^{re.escape(name)}": rank for name, rank in ranks.items()}
+        made.alpha_pattern = {f"^{re.escape(name)}": alpha for name, alpha in alphas.items()}
+        made.target_modules = "|".join(map(re.escape, sorted(ranks)))
     made.exclude_modules = made.layers_to_transform = made.layers_pattern = None
     made.init_lora_weights = True
     made.inference_mode = True

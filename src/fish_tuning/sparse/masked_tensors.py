@@ -66,8 +66,9 @@ def trained_names(model: nn.Module) -> set[str]:
 
 def mark_replaced(model: nn.Module) -> None:
     """Remember that entries outside the mask may have been trained, under an earlier one."""
+    trained = trained_names(model)
     for tensor in masked_tensors(model):
-        tensor.masked.replaced = True
+        tensor.masked.replaced |= tensor.name in trained
 
 
 def replaced_parameters(model: nn.Module) -> set[int]:

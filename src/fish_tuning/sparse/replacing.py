@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fish_tuning.errors import MaskError
-from fish_tuning.sparse.applying import apply_mask, remove_mask
+from fish_tuning.sparse.applying import apply_mask, take_off_trained
 from fish_tuning.sparse.masked_tensors import (
     Mask,
     dense_parameters,
-    get_mask,
     mark_replaced,
     masked_tensors,
+    trained_names,
     trains_masked,
 )
 
@@ -28,21 +28,22 @@ def replace_mask(model: nn.Module, mask: Mapping[str, Tensor] | Choice, optimize
 
     Entries of both masks keep their values and their optimizer state (momenta, second moments), new ones start with
     state zero, as LIFT does (arXiv 2506.00772), and those that leave keep the value that they were trained to, frozen.
-    The step count is the tensor's, so AdamW's first step of a new entry is about three learning rates long.
+    The step count is the tensor's, so AdamW's first step of a new entry is about three learning rates long; a tensor
+    that had no entry at all begins at step 0.
 
     Args:
         model: with a mask applied.
-        mask: the new mask, or a function that makes it of the model, whose mask is off meanwhile. It must be over the
-            same tensors; the number of entries may differ.
+        mask: the new mask of what trains, or a function that makes it of the model, whose mask is off meanwhile. The
+            number of entries may differ. Masks of adapters that are not active stay.
         optimizer: any whose state is a tensor of the parameter's shape, or one number for all of it (AdamW, SGD with
             momentum, RMSprop, ...), also inside accelerate's wrapper. Its groups and schedulers go on as they are.
 
     Returns:
-        The mask that is now applied.
+        The mask that now trains.
 
     Raises:
-        MaskError: no mask is applied, the new one does not fit, or the optimizer's state is of another kind
-            (Adafactor's); the model then has the mask that it had.
+        MaskError: no mask is applied, the new one does not fit, or the optimizer's state is of another kind (that of
+            Adafactor of a whole matrix); the model then has the mask that it had.
 
     Example:
         >>> import torch
@@ -57,9 +58,9 @@ def replace_mask(model: nn.Module, mask: Mapping[str, Tensor] | Choice, optimize
     optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
     if not trains_masked(model):
         raise MaskError("No mask is applied to what trains, so there is none to replace. Call apply_mask(model, mask).")
-    before, earlier = _trained(model), get_mask(model)
+    before = _trained(model)
     _check_state(before, optimizer)
-    remove_mask(model)
+    earlier = take_off_trained(model)
     try:
         chosen = dict(mask(model) if callable(mask) else mask)
         apply_mask(model, chosen)
@@ -69,7 +70,7 @@ def replace_mask(model: nn.Module, mask: Mapping[str, Tensor] | Choice, optimize
     finally:
         _move(before, _trained(model), model, optimizer)
     mark_replaced(model)
-    return get_mask(model)
+    return chosen
 
 
 class _Trained(NamedTuple):
@@ -83,7 +84,8 @@ class _Trained(NamedTuple):
 
 
 def _trained(model: nn.Module) -> dict[str, _Trained]:
-    """By the name that the tensor has without a mask; of masked ones those with selected entries."""
+    """By the name that the tensor has without a mask; of masked ones those with selected entries that train now."""
+    names = trained_names(model)
     found = {
         tensor.name: _Trained(
             tensor.masked.values,
@@ -93,9 +95,11 @@ def _trained(model: nn.Module) -> dict[str, _Trained]:
             (True, len(tensor.masked.shape) > 1),
         )
         for tensor in masked_tensors(model)
-        if tensor.masked.values is not None
+        if tensor.masked.values is not None and tensor.name in names
     }
     for name, parameter in dense_parameters(model).items():
+        if not parameter.requires_grad:  # of an adapter that is not active
+            continue
         every = torch.arange(parameter.numel(), device=parameter.device)
         found[name] = _Trained(parameter, parameter.shape, every, parameter.numel(), (False, parameter.dim() > 1))
     return found

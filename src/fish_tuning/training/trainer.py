@@ -15,8 +15,8 @@ from fish_tuning.errors import MaskError
 from fish_tuning.files.atomic import sync_folder, write_atomically
 from fish_tuning.files.mask_file import MASK_FILE_NAME, load_mask, save_mask
 from fish_tuning.sparse.adapter_names import idle_names
-from fish_tuning.sparse.applying import apply_mask, remove_mask, synchronize_mask
-from fish_tuning.sparse.masked_tensors import get_mask, replaced_parameters, trains_masked
+from fish_tuning.sparse.applying import apply_mask, synchronize_mask, take_off_trained
+from fish_tuning.sparse.masked_tensors import get_mask, mark_replaced, replaced_parameters, trains_masked
 from fish_tuning.sparse.replacing import Choice, replace_mask
 from fish_tuning.training.checkpoints import check_mask, checkpoint_folders, find_fault, last_checkpoint, same_selection
 from fish_tuning.training.head_rate import set_head_learning_rate
@@ -105,6 +105,11 @@ class FishMaskCallback(TrainerCallback):
                 f"reselect_every={self.reselect_every}: {args.world_size} processes would each choose by their own "
                 "examples. Train in one process, or without it."
             )
+        if self.reselect_every and args.load_best_model_at_end:
+            raise MaskError(
+                f"reselect_every={self.reselect_every} with load_best_model_at_end=True: the best step's weights may "
+                "belong to an earlier mask. Leave one of the two out."
+            )
         synchronize_mask(model)
 
     def on_step_end(
@@ -132,10 +137,17 @@ class FishMaskCallback(TrainerCallback):
     def go_on_with(self, model: nn.Module, folder: Path) -> None:
         """Take the mask of a checkpoint, which may be another choice than the first."""
         paths = [*folder.glob(MASK_FILE_NAME), *folder.glob(f"*/{MASK_FILE_NAME}")]
-        if self.reselect_every and paths and trains_masked(model):
-            self.mask = {name: mask for path in paths for name, mask in load_mask(path).items()}
-            remove_mask(model)
-            apply_mask(model, self.mask)
+        if not self.reselect_every or not paths or not trains_masked(model):
+            return
+        earlier = take_off_trained(model)
+        try:
+            saved = {name: mask for path in paths for name, mask in load_mask(path).items()}
+            apply_mask(model, {name: mask for name, mask in saved.items() if name in earlier})
+        except BaseException:
+            apply_mask(model, earlier)
+            raise
+        self.mask = {name: mask for name, mask in saved.items() if name in earlier}
+        mark_replaced(model)  # other entries may have been trained before
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         folder = _checkpoint_folder(args, state)

@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, Trainer, TrainerCallback
 
-from fish_tuning import load_mask
+from fish_tuning import ConfigurationError, load_mask
 from fish_tuning.experiments.config.experiment import ExperimentConfig
 from fish_tuning.experiments.records.record_files import adapter_digests
 from fish_tuning.experiments.records.run_record import RunRecord
@@ -189,3 +189,26 @@ def test_entries_are_chosen_again(experiment: MakeExperiment, monkeypatch: pytes
     assert {record.status for record in records.values()} == {"ok"}
     assert calls == [0, 0]  # 48 examples in batches of 16: three steps
     assert len({record.kept_parameters for record in records.values()}) == 1
+
+
+def test_the_last_choice_is_saved(experiment: MakeExperiment, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    context = context_of(experiment("fish_tuning.reselect_every=1", "fish_tuning.methods_to_run=[lora-fish]"))
+    chosen = []
+    make = arm_module._mask_of
+
+    def other_every_time(context: Context, arm: Any, seed: int, scores: Any) -> Any:
+        drawn = {name: torch.rand(tensor.shape) for name, tensor in scores.items()}
+        chosen.append(make(context, arm, seed, drawn))
+        return chosen[-1]
+
+    monkeypatch.setattr(arm_module, "_mask_of", other_every_time)
+    run_arm(context, context.plan.arms[0], 1)
+    saved = load_mask(tmp_path / "results" / "adapters" / "lora-fish-seed1" / "fish_mask.safetensors")
+    assert len(chosen) == 3
+    assert all(torch.equal(mask, chosen[-1][name]) for name, mask in saved.items())
+    assert any(not torch.equal(mask, chosen[0][name]) for name, mask in saved.items())
+
+
+def test_choosing_again_and_early_stopping_exclude_each_other(experiment: MakeExperiment) -> None:
+    with pytest.raises(ConfigurationError, match=r"cannot go with training\.early_stopping_patience"):
+        experiment("fish_tuning.reselect_every=1", "training.early_stopping_patience=2")

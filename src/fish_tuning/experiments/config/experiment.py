@@ -77,6 +77,12 @@ class ExperimentConfig(Section):
             raise ValueError(
                 "fish_tuning.kept_parameters is missing; protocol fixed_count needs a list of whole numbers from 1."
             )
+        choices = [self.fish_tuning, *(section.fish_tuning for section in self.peft)]
+        if self.training.early_stopping_patience and any(choice.reselect_every for choice in choices):
+            raise ValueError(
+                "fish_tuning.reselect_every cannot go with training.early_stopping_patience: the best epoch's weights "
+                "may belong to an earlier mask. Leave one of the two out."
+            )
         allowed = [f"{name}{selection}" for name in names for selection in ("", *(f"-{s}" for s in suffixes()))]
         allowed.append(HEAD_ALONE)
         for arm in self.fish_tuning.methods_to_run:

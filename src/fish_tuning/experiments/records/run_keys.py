@@ -17,6 +17,7 @@ from fish_tuning.experiments.config.experiment import ExperimentConfig
 from fish_tuning.experiments.config.sections import LOOKS_AT_DATA
 from fish_tuning.experiments.records.run_record import ArmPlan
 from fish_tuning.masks.selections import SELECTIONS
+from fish_tuning.scores.warmup import WARMUP_LEARNING_RATE
 
 # Training arguments that say where things go, what is told, or how fast the same batches come.
 _WITHOUT_EFFECT = re.compile(
@@ -101,7 +102,7 @@ def _arm_parts(config: ExperimentConfig, arm: ArmPlan) -> dict[str, Any]:
         parts |= {"granularity": choice.granularity} if choice.granularity != "entry" else {}
         if SELECTIONS.find(selection.name).needs_scores:
             parts |= {"score": choice.score, "num_samples": choice.num_samples}
-            parts |= {"warmup_steps": config.warmup_steps(section)}
+            parts |= {"warmup_steps": config.warmup_steps(section), "warmup_learning_rate": WARMUP_LEARNING_RATE}
             parts |= {"reselect_every": choice.reselect_every} if choice.reselect_every else {}
     return parts
 

@@ -64,6 +64,7 @@ def run_arm(
         calibration.check_start(initial_state)
     mask = choose_mask(context, arm, seed, model, calibration)
     trained = train(context, arm, seed, model, args, mask, _figures(arm, calibration))
+    mask = trained.mask  # the last one, where entries were chosen again
     saved = Saved() if context.is_trial else save(model, mask, adapter_folder(context.folder, arm.arm, seed))
     return _record(context, arm, seed, args, mask, trained, saved, calibration, initial_state), calibration
 
@@ -112,6 +113,7 @@ class Trained(NamedTuple):
     peak_memory_of: str
     optimizer_state_bytes: int
     loss_curve: list[tuple[int, float]]
+    mask: Mask | None  # that training ended with
 
 
 def train(
@@ -126,7 +128,8 @@ def train(
     """Train and evaluate the model in place; `figures` go to the loggers."""
     checkpoints = context.checkpoints(arm, seed)
     shutil.rmtree(checkpoints, ignore_errors=True)  # of an earlier configuration
-    trainer = make_trainer(context, model, args, _callbacks(context, arm, seed, args, mask))
+    callbacks = _callbacks(context, arm, seed, args, mask)
+    trainer = make_trainer(context, model, args, callbacks)
     _check_count(arm, count_trainable_parameters(model))
     set_seed(seed)  # the same data order and dropout in every arm, whatever scoring drew
     peak = PeakMemory(args.device)
@@ -146,6 +149,7 @@ def train(
         peak.of,
         optimizer_state_bytes(trainer.optimizer) if trainer.optimizer else 0,
         [(int(entry["step"]), entry["loss"]) for entry in history if "loss" in entry],
+        next((callback.mask for callback in callbacks if isinstance(callback, FishMaskCallback)), None),
     )
 
 
