@@ -76,10 +76,13 @@ def _settle(places: Sequence[Place]) -> _Settled | None:
 
 
 def _filled(place: Place) -> tuple[int, dict[int, int]]:
-    """Entries of enough groups, small ones first, and the groups that are left."""
+    """Entries of enough groups, and the groups left: large ones first, since small ones make up any rest later."""
     used, rest = 0, dict(place.counts)
-    for size in sorted(rest):
-        number = max(0, min(rest[size], -(-(place.least - used) // size)))
+    sizes = sorted(rest)
+    # The last groups may go over what is needed, by little if they are small.
+    for size, fits in [*((size, True) for size in reversed(sizes)), *((size, False) for size in sizes)]:
+        left = place.least - used
+        number = max(0, min(rest[size], left // size if fits else -(-left // size)))
         used += number * size
         rest[size] -= number
     return used, rest
