@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Sequence
 
 import pytest
@@ -13,9 +14,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fish_tuning import FishTuningWarning, MaskError, create_mask_from_fisher, register_selection
+from fish_tuning.masks.budgets import floor_parts
 from fish_tuning.masks.create import check_choice
 from fish_tuning.masks.groups import families, take_exactly
 from fish_tuning.masks.selections import SELECTIONS
+from fish_tuning.masks.sums import Place, can_be, nearest
 
 
 def lora_scores(seed: int = 0) -> dict[str, Tensor]:
@@ -67,6 +70,61 @@ def test_taking_exactly_is_the_first_set_that_fits(sizes: list[int], k: int) -> 
             take_exactly(sizes, k)
     else:
         assert take_exactly(sizes, k) == expected
+
+
+def slow_take_with_floors(
+    sizes: Sequence[int], k: int, places: Sequence[int], floors: Sequence[int]
+) -> set[int] | None:
+    """Groups below their floor first, each taken if any of all sets that will do has it beside those taken so far."""
+    numbers = range(len(sizes))
+    sets = [
+        set(chosen)
+        for number in range(len(sizes) + 1)
+        for chosen in itertools.combinations(numbers, number)
+        if sum(sizes[i] for i in chosen) == k
+        and all(sum(sizes[i] for i in chosen if places[i] == p) >= least for p, least in enumerate(floors))
+    ]
+    if not sets:
+        return None
+    taken: set[int] = set()
+    needs = [*floors, 0]
+    below = lambda i: sum(sizes[j] for j in taken if places[j] == places[i]) < needs[places[i]]  # noqa: E731
+    for in_need in (True, False):
+        for i in numbers:
+            if below(i) or not in_need:
+                with_it = [chosen for chosen in sets if i in chosen]
+                taken |= {i} if with_it else set()
+                sets = with_it or sets
+    return taken
+
+
+@settings(max_examples=200)
+@given(
+    st.lists(st.tuples(st.integers(1, 7), st.integers(0, 2)), min_size=1, max_size=9),
+    st.tuples(st.integers(1, 12), st.integers(1, 12)),
+    st.integers(0, 40),
+)
+def test_floors_of_groups_of_several_sizes(groups: list[tuple[int, int]], floors: tuple[int, int], k: int) -> None:
+    sizes, places = [size for size, _ in groups], [place for _, place in groups]
+    expected = slow_take_with_floors(sizes, k, places, floors)
+    if expected is None:
+        with pytest.raises(MaskError, match="and meets the floors"):
+            take_exactly(sizes, k, places, floors)
+    else:
+        assert set(take_exactly(sizes, k, places, floors)) == expected
+
+
+@settings(max_examples=200)
+@given(st.lists(st.tuples(st.lists(st.integers(1, 7), max_size=4), st.integers(0, 9)), max_size=3), st.integers(0, 40))
+def test_what_groups_add_up_to(groups: list[tuple[list[int], int]], k: int) -> None:
+    possible = {0}
+    for sizes, least in groups:
+        own = {sum(some) for n in range(len(sizes) + 1) for some in itertools.combinations(sizes, n)}
+        possible = {total + number for total in possible for number in own if number >= least}
+    places = [Place(Counter(sizes), least) for sizes, least in groups]
+    assert can_be(k, places) == (k in possible)
+    below, above = [n for n in sorted(possible) if 0 < n <= k], [n for n in sorted(possible) if n > k]
+    assert nearest(k, places) == sorted({*below[-1:], *above[:1]})
 
 
 def test_the_nearest_numbers_can_be_had() -> None:
@@ -246,13 +304,33 @@ def test_a_floor_passes_over_what_is_too_large() -> None:
     scores = {name: tensor * (100 if ".up." in name else 1) for name, tensor in lora_scores().items()}
     mask = create_mask_from_fisher(scores, num_trainable=42, granularity="component", floors={"layer": 14})
     assert count(mask) == 42
-    with pytest.raises(MaskError, match=r"have 56 entries or more, more than the 42 to keep"):
+    with pytest.raises(MaskError, match=r"has 42 of the pool's 280 entries and meets the floors; the nearest are 56,"):
         create_mask_from_fisher(scores, num_trainable=42, granularity="component", floors={"layer": 15})
+
+
+def test_shares_of_floors_are_what_they_say() -> None:
+    assert floor_parts({"a": 100}, 50, {"a": 0.07}) == [(["a"], 7)]  # in floats, 0.07 * 100 is above 7
+    assert floor_parts({"a": 10}, 5, {"a": 0.25}) == [(["a"], 3)]
+
+
+def test_floors_that_keep_what_scored_zero_are_told() -> None:
+    scores = {"a": torch.zeros(10), "b": torch.rand(10) + 1}
+    with pytest.warns(FishTuningWarning, match="5 entries are to be kept, .* so 3 are chosen at random"):
+        create_mask_from_fisher(scores, num_trainable=5, floors={"a": 3})
+
+
+def test_a_component_between_floors_is_named() -> None:
+    with pytest.raises(MaskError, match=r"lies in 'm\.1\.up\.lora_A.* and 'm\.1\.up\.lora_B"):
+        create_mask_from_fisher(
+            lora_scores(), num_trainable=70, granularity="component", floors={r"m\.0|query|1\.up\.lora_A": 1}
+        )
 
 
 def test_the_nearest_numbers_hold_the_floors() -> None:
     scores = {"a": torch.rand(3, 4), "b": torch.rand(3, 3)}
-    with pytest.raises(MaskError, match=r"has 6 of the pool's 21 entries; the nearest are 4 and 7,"):
+    with pytest.raises(
+        MaskError, match=r"has 6 of the pool's 21 entries and meets the floors; the nearest are 4 and 7,"
+    ):
         create_mask_from_fisher(scores, num_trainable=6, granularity="row", floors={"a": 1})
 
 

@@ -188,3 +188,17 @@ def test_what_is_not_made_of_components_is_refused(tmp_path: Path) -> None:
     with pytest.raises(MaskError, match="target_parameters"):
         save_compact_adapter(experts, tmp_path / "a")
     assert not (tmp_path / "a").exists()
+
+
+def test_new_words_of_an_embedding_that_is_left_out(tmp_path: Path) -> None:
+    """PEFT saves the base weights of adapted embeddings, by a name that only an adapted layer has."""
+    base = llama()
+    model: Any = get_peft_model(base, LoraConfig(r=3, target_modules=["embed_tokens", "q_proj"])).eval()
+    with torch.no_grad():
+        base.get_input_embeddings().weight[3:] = 1.5
+        model.base_model.model.model.layers[0].self_attn.q_proj.lora_B["default"].weight[:, 1] = 0.3
+    assert set(save_compact_adapter(model, tmp_path / "small")) == {"model.layers.0.self_attn.q_proj"}
+    ids = {"input_ids": torch.arange(12).view(2, 6)}
+    with torch.no_grad():
+        found = PeftModel.from_pretrained(llama(), tmp_path / "small").eval()(**ids).logits
+        torch.testing.assert_close(found, model(**ids).logits, rtol=1e-5, atol=1e-6)

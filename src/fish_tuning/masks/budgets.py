@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from fractions import Fraction
 
 from fish_tuning import patterns
 from fish_tuning.errors import MaskError
@@ -137,12 +139,12 @@ def floor_parts(sizes: Mapping[str, int], budget: int, floors: Mapping[str, floa
         groups = groups_of(sizes, key) if key in KINDS else {key: sorted(matching_names(sizes, [key], "floors"))}
         for group, names in groups.items():
             there = sum(sizes[name] for name in names)
-            least = int(amount) if whole else math.ceil(amount * there)
+            least = int(amount) if whole else math.ceil(Fraction(repr(float(amount))) * there)  # 0.07 of 100 are 7
             if least > there:
                 raise MaskError(f"floors: {key!r} = {amount:,} is more than the {there:,} entries of {group!r}.")
             parts.append((names, least))
-    named = [name for names, _ in parts for name in names]
-    twice = next((name for name in named if named.count(name) > 1), None)
+    named = Counter(name for names, _ in parts for name in names)
+    twice = next((name for name, number in named.items() if number > 1), None)
     if twice is not None:
         raise MaskError(f"floors: {twice!r} has more than one; each tensor may have one floor.")
     needed = sum(least for _, least in parts)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import repeat
 from typing import Literal, NamedTuple
 
@@ -19,18 +19,18 @@ from torch import Tensor
 from fish_tuning.errors import FishTuningWarning, MaskError, ZeroScoresError
 from fish_tuning.masks.budgets import floor_parts, matching_names, module_type, resolve_budget, split_budget
 from fish_tuning.masks.groups import (
+    Floors,
     Granularity,
     Shapes,
-    check_floors,
+    check_groups,
+    chosen_at_random,
     entries_with_scores,
     families,
     select_groups,
-    take_exactly,
 )
 from fish_tuning.masks.selections import SELECTIONS, Priority, priorities_of
 
 Mask = dict[str, Tensor]
-Part = tuple[list[str], int]  # names whose entries are compared with each other, and how many of these to keep
 
 _CHUNK = 2**20  # entries looked at a time: bounds the extra memory at some 100 MB
 _DIGIT = 16
@@ -114,10 +114,7 @@ def create_mask_from_fisher(
     )
     shapes = {name: scores.shape for name, scores in pool.items()}
     parts = check_choice(shapes, budget, granularity=granularity, quotas=quotas, floors=floors)
-    if method == "fish" and zero_scores != "ignore":
-        _report_zero_scores(pool, parts.exact, granularity, zero_scores)
     scales = _scales(pool) if normalize else None
-
     chosen: Mask = {}
     for names, k in parts.exact:
         part = {name: pool[name] for name in names}
@@ -127,28 +124,31 @@ def create_mask_from_fisher(
             chosen |= select_groups(
                 part, k, granularity, priority=priority, seed=seed, scales=scales, floors=parts.least
             )
+    if method == "fish" and zero_scores != "ignore":
+        random = chosen_at_random(pool, chosen, granularity)
+        _report_zero_scores(entries_with_scores(pool, granularity), pool, random, budget, zero_scores)
     return {name: chosen[name] if name in chosen else _all_of(scores) for name, scores in fisher_scores.items()}
 
 
 def _select_entries(
-    pool: Mapping[str, Tensor],
+    scores: Mapping[str, Tensor],
     k: int,
-    floors: Sequence[tuple[Collection[str], int]],
+    floors: Floors,
     *,
     priority: Priority,
     seed: int,
     scales: Mapping[str, float] | None,
 ) -> Mask:
-    """The best of each floor first, then the best of what is left."""
+    """The k best entries, after those that floors take."""
     if not floors:
-        return select_top_k(pool, k, priority=priority, seed=seed, scales=scales)
-    taken = {name: torch.zeros_like(scores, dtype=torch.bool) for name, scores in pool.items()}
+        return select_top_k(scores, k, priority=priority, seed=seed, scales=scales)
+    taken = {name: torch.zeros_like(tensor, dtype=torch.bool) for name, tensor in scores.items()}
     for names, least in floors:
-        part = {name: pool[name] for name in names}
+        part = {name: scores[name] for name in names}
         taken |= select_top_k(part, least, priority=priority, seed=seed, scales=scales)
     left = k - sum(least for _, least in floors)
-    rest = select_top_k(pool, left, priority=priority, seed=seed, scales=scales, taken=taken)
-    return {name: rest[name] | taken[name] for name in pool}
+    rest = select_top_k(scores, left, priority=priority, seed=seed, scales=scales, taken=taken)
+    return {name: taken[name] | rest[name] for name in scores}
 
 
 def _all_of(scores: Tensor) -> Tensor:
@@ -158,8 +158,8 @@ def _all_of(scores: Tensor) -> Tensor:
 class Parts(NamedTuple):
     """Groups of names with numbers of entries: to be kept at least, and, these ones included, exactly."""
 
-    least: list[Part]
-    exact: list[Part]
+    least: list[tuple[list[str], int]]
+    exact: list[tuple[list[str], int]]
 
 
 def check_choice(
@@ -171,9 +171,6 @@ def check_choice(
     floors: Mapping[str, float] | None = None,
 ) -> Parts:
     """How the budget is split, without any scores; MaskError where it cannot be met, with the numbers.
-
-    Where a floor has groups of several sizes, the scores decide which of them meet it; that no set of the others makes
-    the number come out is then, rarely, told by `create_mask_from_fisher` alone.
 
     Args:
         shapes: of the tensors of the pool, by name.
@@ -188,21 +185,22 @@ def check_choice(
     found = families(shapes, granularity)
     if granularity == "entry":
         return Parts(least, exact)
-    for what, parts in (("quotas", exact), ("floors", least)):
+    for what, parts in (("floors", least), ("quotas", exact)):
         for names, k in parts:
-            mine = [family for family in found if not set(names).isdisjoint(name for name, _ in family.members)]
-            if any(name not in names for family in mine for name, _ in family.members):
-                raise MaskError(
-                    f"{what}: a {granularity} lies in {mine[0].members[0][0]!r} and {mine[0].members[-1][0]!r}, which "
-                    "are in different groups. Use 'layer', or patterns that take both."
-                )
+            inside = set(names)
+            for family in found:
+                members = [name for name, _ in family.members]
+                if not inside.isdisjoint(members) and not inside.issuperset(members):
+                    raise MaskError(
+                        f"{what}: a {granularity} lies in {members[0]!r} and {members[-1]!r}, which are in different "
+                        "groups. Use 'layer', or patterns that take both."
+                    )
             if parts is exact:
                 try:
-                    take_exactly([family.size for family in mine for _ in range(family.number)], k)
+                    check_groups([family for family in found if family.members[0][0] in inside], k, least)
                 except MaskError as error:
                     where = f"quotas: {len(names)} tensors, {names[0]!r} first, are to keep {k:,}. " if quotas else ""
                     raise MaskError(f"{where}{error}") from None
-    check_floors(found, least, budget)
     return Parts(least, exact)
 
 
@@ -239,7 +237,7 @@ def select_top_k(
                 ordered = _ordered(
                     priorities_of(priority, chunk.to(dtype) * scales[name] if scales else chunk, name).to(dtype)
                 )
-                # Below every number, -inf too, which a selection may give to entries that are free.
+                # Below all floats, -inf included: only the bits of a NaN would be as low.
                 yield ordered if mine is None else ordered.masked_fill(mine, torch.iinfo(ordered.dtype).min)
 
     flat = {name: torch.zeros(scores[name].numel(), dtype=torch.bool, device=scores[name].device) for name in names}
@@ -329,21 +327,17 @@ def _scales(pool: Mapping[str, Tensor]) -> dict[str, float]:
     return {name: 1 / means[module_type(name)] if means[module_type(name)] else 1.0 for name in pool}
 
 
-def _report_zero_scores(pool: Mapping[str, Tensor], parts: Sequence[Part], granularity: str, zero_scores: str) -> None:
-    if granularity == "entry":
-        nonzero = {name: int(scores.count_nonzero()) for name, scores in pool.items()}
-    else:
-        nonzero = entries_with_scores(pool, granularity)
-    budget = sum(k for _, k in parts)
-    scored = sum(min(k, sum(nonzero[name] for name in part)) for part, k in parts)
-    if budget == scored:
+def _report_zero_scores(
+    nonzero: Mapping[str, int], pool: Mapping[str, Tensor], random: int, budget: int, zero_scores: str
+) -> None:
+    """`random` of the `budget` entries were judged by a score of 0."""
+    if not random:
         return
     dead = [name for name, number in nonzero.items() if not number]
     size = sum(scores.numel() for scores in pool.values())
     message = (
         f"{budget:,} entries are to be kept, but only {sum(nonzero.values()):,} of the pool's {size:,} have a score "
-        f"above zero, so {budget - scored:,} are chosen at random. {len(dead)} of {len(nonzero)} tensors scored zero "
-        f"throughout"
+        f"above zero, so {random:,} are chosen at random. {len(dead)} of {len(nonzero)} tensors scored zero throughout"
         + (f", e.g. {dead[0]!r}. " if dead else ". ")
         + "With LoRA's default initialisation B = 0, the gradient of every A is exactly zero. Ways out: score after "
         "warm-up steps (leave out warmup_steps=0), start from init_lora_weights='pissa' (or 'olora', 'orthogonal'), or "

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -18,10 +18,12 @@ from torch import Tensor
 
 from fish_tuning.errors import MaskError
 from fish_tuning.masks.selections import Priority, priorities_of
+from fish_tuning.masks.sums import Place, can_be, nearest
 
 Granularity = Literal["entry", "row", "column", "component"]
 GRANULARITIES: tuple[str, ...] = get_args(Granularity)
 Shapes = Mapping[str, Sequence[int]]
+Floors = Sequence[tuple[Sequence[str], int]]
 
 _FACTORS = (("lora_A.", "lora_B."), ("lora_embedding_A.", "lora_embedding_B."))
 _ROWS, _COLUMNS = 0, 1
@@ -39,17 +41,18 @@ class Family:
 def families(shapes: Shapes, granularity: str) -> list[Family]:
     """The groups that the tensors' entries fall into; all but the first dimension of a tensor count as its columns.
 
+    A tensor without entries has no groups.
+
     Raises MaskError for an unknown granularity, and for tensors that are no factor of a LoRA where components are asked
     for.
     """
+    shapes = {name: shape for name, shape in shapes.items() if math.prod(shape)}
     if granularity == "component":
         return _components(shapes)
     if granularity not in GRANULARITIES:
         raise MaskError(f"granularity={granularity!r} is not known; allowed are {', '.join(map(repr, GRANULARITIES))}.")
     found = []
     for name in sorted(shapes):
-        if not math.prod(shapes[name]):
-            continue
         rows, columns = _matrix(shapes[name])
         if granularity == "entry":
             rows, columns = rows * columns, 1
@@ -83,6 +86,17 @@ def _matrix(shape: Sequence[int]) -> tuple[int, int]:
     return shape[0] if shape else 1, math.prod(shape[1:])
 
 
+def check_groups(found: Sequence[Family], k: int, floors: Floors = ()) -> None:
+    """Refuse, without any scores, a number `k` of entries that no set of whole groups has.
+
+    Raises MaskError, which names the sizes of the groups and the nearest numbers.
+    """
+    counts = [Counter[int]() for _ in range(len(floors) + 1)]
+    for family, place in zip(found, _places(found, floors), strict=True):
+        counts[place][family.size] += family.number
+    _check_places(k, [Place(count, least) for count, least in zip(counts, _least(floors), strict=True)])
+
+
 def select_groups(
     scores: Mapping[str, Tensor],
     k: int,
@@ -91,216 +105,155 @@ def select_groups(
     priority: Priority,
     seed: int = 0,
     scales: Mapping[str, float] | None = None,
-    floors: Sequence[tuple[Collection[str], int]] = (),
+    floors: Floors = (),
 ) -> dict[str, Tensor]:
     """Masks of whole groups with exactly `k` entries, in the order of (priority of the mean score, seeded key, place).
 
     Args:
-        floors: names of tensors, which share no group with others, and how many of their entries are kept at least; the
-            first groups of each are taken before the rest goes to the first of all.
+        floors: names of tensors, and how many entries are kept of them at least. Groups of those that have fewer come
+            before all others.
 
     Raises:
-        MaskError: no set of groups has `k` entries (it names the nearest numbers), or none was found that also has
-            the floors.
+        MaskError: no set of groups has `k` entries and meets the floors; it names the nearest numbers.
     """
     found = families({name: tensor.shape for name, tensor in scores.items()}, granularity)
-    sizes = np.concatenate([np.full(family.number, family.size) for family in found])
-    priorities = [priorities_of(priority, _means(f, scores, scales), f.members[0][0]).double() for f in found]
-    values = torch.cat(priorities).numpy()
+    numbers = [family.number for family in found]
+    sizes = np.repeat([family.size for family in found], numbers)
+    places = np.repeat(_places(found, floors), numbers)
+    values = torch.cat([_priorities(family, scores, scales, priority) for family in found]).numpy()
     keys = torch.randint(2**31 - 1, (len(sizes),), generator=torch.Generator().manual_seed(seed)).numpy()
     order = np.lexsort((np.arange(len(sizes)), -keys, -values))
+    least = [number for _, number in floors]
     selected = np.zeros(len(sizes), dtype=bool)
-    left, counts = k, Counter(sizes.tolist())
-    later = sum(_least_of(_sizes(found, names), least) for names, least in floors)
-    for names, least in floors:
-        there = set(names)
-        mine = order[np.concatenate([np.full(f.number, f.members[0][0] in there) for f in found])[order]]
-        later -= _least_of(_sizes(found, names), least)
-        chosen = mine[take_at_least(sizes[mine].tolist(), least, left, counts, later)]
-        selected[chosen] = True
-        left -= int(sizes[chosen].sum())
-        counts -= Counter(sizes[chosen].tolist())
-    rest = order[~selected[order]]
-    selected[rest[take_exactly(sizes[rest].tolist(), left)]] = True
-
+    selected[order[take_exactly(sizes[order].tolist(), k, places[order].tolist(), least)]] = True
     masks = {name: torch.zeros(tensor.shape, dtype=torch.bool) for name, tensor in scores.items()}
-    start = 0
-    for family in found:
-        groups = torch.from_numpy(selected[start : start + family.number])
-        start += family.number
+    for family, groups in zip(found, torch.from_numpy(selected).split(numbers), strict=True):
         for name, axis in family.members:
-            _slices(masks[name], axis, family.number)[groups] = True
+            _slices(name, axis, masks, family.number)[groups] = True
     return {name: mask.to(scores[name].device) for name, mask in masks.items()}
 
 
 def entries_with_scores(scores: Mapping[str, Tensor], granularity: str) -> dict[str, int]:
     """For each tensor, how many of its entries are in a group that scored above zero."""
+    if granularity == "entry":
+        return {name: int(tensor.count_nonzero()) for name, tensor in scores.items()}
     numbers = dict.fromkeys(scores, 0)
     for family in families({name: tensor.shape for name, tensor in scores.items()}, granularity):
-        alive = int(_means(family, scores, None).count_nonzero())
+        scored = int(_scored(family, scores).count_nonzero())
         for name, _ in family.members:
-            numbers[name] += alive * (scores[name].numel() // family.number)
+            numbers[name] = scored * (scores[name].numel() // family.number)
     return numbers
 
 
-def _slices(tensor: Tensor, axis: int, number: int) -> Tensor:
-    """(number, entries of a slice), a view of a contiguous tensor."""
-    return tensor.reshape(_matrix(tensor.shape)).T if axis == _COLUMNS else tensor.reshape(number, -1)
-
-
-def _means(family: Family, scores: Mapping[str, Tensor], scales: Mapping[str, float] | None) -> Tensor:
-    """In fp64 on the CPU."""
-    total = torch.zeros(family.number, dtype=torch.float64)
-    for name, axis in family.members:
-        sums = _slices(scores[name].detach(), axis, family.number).double().sum(1).cpu()
-        total += sums * scales[name] if scales else sums
-    return total / family.size
-
-
-def check_floors(found: Sequence[Family], floors: Sequence[tuple[Collection[str], int]], k: int) -> None:
-    """Raises MaskError where whole groups with these floors cannot have `k` entries, whatever the scores.
-
-    Where a floor has groups of several sizes, only their smallest sum is looked at.
-    """
-    kinds = [_sizes(found, names) for names, _ in floors]
-    needed = [_least_of(counts, least) for counts, (_, least) in zip(kinds, floors, strict=True)]
-    left = k - sum(needed)
-    if left < 0:
-        raise MaskError(
-            f"floors: the whole groups that meet them have {sum(needed):,} entries or more, more than the {k:,} to "
-            "keep in all. Lower them, or keep more."
-        )
-    if floors and all(len(counts) == 1 for counts in kinds):
-        free: Counter[int] = Counter()
-        for family in found:
-            free[family.size] += family.number
-        for counts, number in zip(kinds, needed, strict=True):
-            (size,) = counts
-            free[size] -= number // size
-        if not _can_be(left, free):
-            raise MaskError("floors: " + _cannot_be(left, free.elements(), sum(needed)))
-
-
-def _least_of(counts: Mapping[int, int], least: int) -> int:
-    number = _least(least, counts)
-    if number is None:
-        raise MaskError(f"floors: {least:,} entries are asked for where there are fewer.")
+def chosen_at_random(scores: Mapping[str, Tensor], mask: Mapping[str, Tensor], granularity: str) -> int:
+    """Entries of the mask that were judged by a score of exactly 0, their group's."""
+    if granularity == "entry":
+        chunks = ((s, m) for n in scores for s, m in zip(_chunks(scores[n]), _chunks(mask[n]), strict=True))
+        return sum(int((kept & (score == 0)).count_nonzero()) for score, kept in chunks)
+    number = 0
+    for family in families({name: tensor.shape for name, tensor in scores.items()}, granularity):
+        name, axis = family.members[0]
+        kept = _slices(name, axis, mask, family.number).any(1).cpu()
+        number += family.size * int((kept & ~_scored(family, scores)).count_nonzero())
     return number
 
 
-def _sizes(found: Iterable[Family], names: Collection[str]) -> Counter[int]:
-    counts: Counter[int] = Counter()
-    there = set(names)
-    for family in found:
-        if family.members[0][0] in there:
-            counts[family.size] += family.number
-    return counts
+def _chunks(tensor: Tensor) -> tuple[Tensor, ...]:
+    """Bounds the extra memory."""
+    chunks: tuple[Tensor, ...] = tensor.detach().reshape(-1).split(2**20)
+    return chunks
 
 
-def take_exactly(sizes: Sequence[int], k: int) -> list[int]:
+def _scored(family: Family, scores: Mapping[str, Tensor]) -> Tensor:
+    """For each group, whether any of its entries has a score above zero."""
+    return torch.stack([_slices(n, axis, scores, family.number).any(1).cpu() for n, axis in family.members]).any(0)
+
+
+def _places(found: Sequence[Family], floors: Floors) -> list[int]:
+    """Which floor each family is under; the number of floors for those under none."""
+    of = {name: place for place, (names, _) in enumerate(floors) for name in names}
+    return [of.get(family.members[0][0], len(floors)) for family in found]
+
+
+def _least(floors: Floors) -> list[int]:
+    return [*(number for _, number in floors), 0]
+
+
+def _slices(name: str, axis: int, tensors: Mapping[str, Tensor], number: int) -> Tensor:
+    """(number, entries of a slice); a view of the tensor where its layout allows."""
+    tensor = tensors[name].detach()
+    return tensor.reshape(_matrix(tensor.shape)).T if axis == _COLUMNS else tensor.reshape(number, -1)
+
+
+def _priorities(
+    family: Family, scores: Mapping[str, Tensor], scales: Mapping[str, float] | None, priority: Priority
+) -> Tensor:
+    """Of the mean scores, in fp64 on the CPU."""
+    total = torch.zeros(family.number, dtype=torch.float64)
+    for name, axis in family.members:
+        sums = _slices(name, axis, scores, family.number).double().sum(1).cpu()
+        total += sums * scales[name] if scales else sums
+    return priorities_of(priority, total / family.size, family.members[0][0]).double()
+
+
+def take_exactly(
+    sizes: Sequence[int], k: int, places: Sequence[int] | None = None, floors: Sequence[int] = ()
+) -> list[int]:
     """Positions of the groups to take, in their order, so that their sizes add up to `k` exactly.
 
-    A group is passed over only where no set of those behind it could make up the rest. Raises MaskError where no set of
-    all of them could.
+    Groups of places below their floor come first. A group is passed over only where no set of those not yet passed over
+    could make up the rest, floors included.
+
+    Args:
+        sizes: of the groups, the best first.
+        k: entries to take.
+        places: for each group the position of its floor in `floors`, or the number of floors where it has none.
+        floors: how many entries are taken in each place at least.
+
+    Raises:
+        MaskError: no set of groups will do.
     """
-    left, counts, chosen = k, Counter(sizes), []
-    if not _can_be(left, counts):
-        raise MaskError(_cannot_be(k, sizes))
-    for position, size in enumerate(sizes):
+    places = [len(floors)] * len(sizes) if places is None else places
+    counts = [Counter[int]() for _ in range(len(floors) + 1)]
+    for size, place in zip(sizes, places, strict=True):
+        counts[place][size] += 1
+    least = [*floors, 0]
+    _check_places(k, [Place(count, number) for count, number in zip(counts, least, strict=True)])
+    of_one_size = [len(count) == 1 for count in counts]
+    left, taken, behind = k, [], []
+    for position, (size, place) in enumerate(zip(sizes, places, strict=True)):
+        if least[place] <= 0:
+            behind.append(position)
+            continue
+        counts[place][size] -= 1
+        least[place] -= size
+        # Where all have one size, whatever makes up the rest has groups of this place that can be changed for this one.
+        if of_one_size[place] or can_be(left - size, [Place(*both) for both in zip(counts, least, strict=True)]):
+            taken.append(position)
+            left -= size
+        else:
+            least[place] += size
+    rest = Counter(sizes[position] for position in behind)
+    for position in behind:
         if not left:
             break
-        counts[size] -= 1
-        if size <= left and _can_be(left - size, counts):
-            chosen.append(position)
+        size = sizes[position]
+        rest[size] -= 1
+        if size <= left and can_be(left - size, [Place(rest, 0)]):
+            taken.append(position)
             left -= size
-    return chosen
+    return sorted(taken)
 
 
-def take_at_least(sizes: Sequence[int], least: int, k: int, counts: Mapping[int, int], later: int) -> list[int]:
-    """Positions of the first groups that have `least` entries or more together.
-
-    One is passed over only where it would leave too little for the rest of this floor and the `later` entries of those
-    behind it, or where the `k` entries to keep in all could no longer be made up of the groups left, `counts`.
-
-    Raises MaskError where the floor is not met in this way.
-    """
-    behind, left, need, free, chosen = Counter(sizes), k, least, Counter(counts), []
-    for position, size in enumerate(sizes):
-        if need <= 0:
-            break
-        behind[size] -= 1
-        rest = _least(need - size, behind)
-        if rest is None or size + rest + later > left:
-            continue
-        free[size] -= 1
-        if _can_be(left - size, free):
-            chosen.append(position)
-            left, need = left - size, need - size
-        else:
-            free[size] += 1
-    if need > 0:
-        raise MaskError(
-            f"floors: no whole groups were found that keep {least:,} entries or more where {k:,} are left to keep and "
-            f"later floors need {later:,} of them. Lower the floor, keep more, or use granularity='entry'."
-        )
-    return chosen
-
-
-def _least(number: int, counts: Mapping[int, int]) -> int | None:
-    """The smallest sum of groups that is `number` or more; None where all together are fewer."""
-    there = {size: n for size, n in counts.items() if n}
-    if number <= 0:
-        return 0
-    if number > sum(size * n for size, n in there.items()):
-        return None
-    unit, most = math.gcd(*there), number + max(there)  # without its last group a smallest sum is below the number
-    first = -(-number // unit)
-    bits = _sums(there, unit, most) >> first
-    return (first + (bits & -bits).bit_length() - 1) * unit
-
-
-def _can_be(total: int, counts: Mapping[int, int]) -> bool:
-    """Whether groups of these sizes, as many as there are of each, can add up to `total`."""
-    there = sorted((size for size, number in counts.items() if number), reverse=True)
-    if total <= 0 or not there:
-        return total == 0
-    # Nearly always one of two plain ways does it: the smallest groups alone, or as many as fit, the largest first.
-    if total % there[-1] == 0 and total // there[-1] <= counts[there[-1]]:
-        return True
-    left = total
-    for size in there:
-        left -= size * min(counts[size], left // size)
-    if not left:
-        return True
-    unit = math.gcd(*there)
-    return total % unit == 0 and bool(_sums(counts, unit, total) >> (total // unit) & 1)
-
-
-def _sums(counts: Mapping[int, int], unit: int, most: int) -> int:
-    """Bit n is set where n units, up to `most` entries, can be made up."""
-    bits, limit = 1, (1 << (most // unit + 1)) - 1
-    for size, number in counts.items():
-        power = 1
-        while number:  # 1, 2, 4, ... of them, and what is left, make up every number of them
-            part = min(power, number)
-            bits |= bits << (part * (size // unit))
-            bits &= limit
-            number, power = number - part, 2 * power
-    return bits
-
-
-def _cannot_be(k: int, sizes: Iterable[int], kept: int = 0) -> str:
-    """What to say where no set of groups has `k` entries, beside `kept` entries of others."""
-    counts = Counter(sizes)
+def _check_places(k: int, places: Sequence[Place]) -> None:
+    if can_be(k, places):
+        return
+    counts: Counter[int] = sum((Counter(place.counts) for place in places), Counter())
     total = sum(size * number for size, number in counts.items())
-    unit = math.gcd(*counts) if counts else 1
-    bits = _sums(counts, unit, total)
-    below = next((n * unit for n in range(min(k, total) // unit, -1, -1) if bits >> n & 1), 0)
-    above = next((n * unit for n in range(k // unit + 1, total // unit + 1) if bits >> n & 1), None)
     kinds = ", ".join(f"{number:,} of {size:,}" for size, number in sorted(counts.items()))
-    near = f"{below + kept:,}" + (f" and {above + kept:,}" if above is not None else "")
-    there = f"{kinds} entries, beside {kept:,} entries of floors" if kept else f"{kinds} entries"
-    return (
-        f"No set of whole groups ({there}) has {k + kept:,} of the pool's {total + kept:,} entries; the nearest are "
+    floors = " and meets the floors" if any(place.least > 0 for place in places) else ""
+    near = " and ".join(f"{number:,}" for number in nearest(k, places))
+    raise MaskError(
+        f"No set of whole groups ({kinds} entries) has {k:,} of the pool's {total:,} entries{floors}; the nearest are "
         f"{near}, beside what trains outside the pool. Ask for one of these, or for granularity='entry'."
     )

@@ -77,6 +77,7 @@ def save_compact_adapter(model: PeftModel, save_directory: str | Path, adapter_n
         rank = int(kept.sum())
         if not rank:
             del state[a], state[b]
+            _unwrap(name, state)
             continue
         state[a], state[b] = state[a][kept], state[b][:, kept]
         ranks[name] = rank
@@ -117,6 +118,14 @@ def _factors(name: str, state: dict[str, Tensor]) -> tuple[str, str]:
         if prefix + a in state:
             return prefix + a, prefix + b
     raise MaskError(f"The adapter's state has no lora_A of {name!r}; is it a layer of another kind of LoRA?")
+
+
+def _unwrap(name: str, state: dict[str, Tensor]) -> None:
+    """A left-out layer's base weights, which PEFT saves of embeddings, by the names they have without an adapter."""
+    prefix = f"base_model.model.{name}."
+    wrapped = f"{prefix}base_layer."
+    for key in [key for key in state if key.startswith(wrapped)]:
+        state[prefix + key.removeprefix(wrapped)] = state.pop(key)
 
 
 def _smaller(config: Any, model: Any, ranks: dict[str, int], alphas: dict[str, float]) -> Any:
