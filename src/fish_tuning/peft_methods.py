@@ -12,6 +12,9 @@ from typing import Any
 
 from fish_tuning.registry import Registry
 
+# Dense steps before scoring where a start needs them; see docs/initialisation.md.
+WARMUP_STEPS = 20
+
 # Which modules a method adapts unless it is told.
 ATTENTION, OWN = "attention", "own"
 KEYS_VALUES_AND_FEED_FORWARD, NORMS = "keys, values and feed-forward", "norms"

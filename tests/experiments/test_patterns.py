@@ -16,7 +16,7 @@ from fish_tuning import MaskError
 from fish_tuning.errors import ConfigurationError
 from fish_tuning.experiments.config.arm_names import Variant
 from fish_tuning.experiments.config.experiment import ExperimentConfig
-from fish_tuning.experiments.config.sections import PeftMethodConfig
+from fish_tuning.experiments.config.methods import PeftMethodConfig
 from fish_tuning.experiments.models.peft_methods import peft_config
 from fish_tuning.masks.budgets import matching_names
 from fish_tuning.patterns import compiled, matching

@@ -11,14 +11,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fish_tuning.peft_methods import PEFT_METHODS
+from fish_tuning.peft_methods import PEFT_METHODS, WARMUP_STEPS
 from fish_tuning.scores.batches import Batch, batch_size, rows
 from fish_tuning.scores.loss_vectors import LossVectors
 from fish_tuning.scores.plain_gradients import PlainGradients
 
 logger = logging.getLogger("fish_tuning.scores.fisher")
 
-WARMUP_STEPS = 20
 WARMUP_EXAMPLES = 32  # at most in a step, so that a long loader is neither kept in memory nor trained on twice
 WARMUP_LEARNING_RATE = 2e-3
 MAX_NORM = 1.0  # of a step's gradient, as the Trainer clips it

@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification, ModernBertConfig, M
 from fish_tuning.errors import ConfigurationError
 from fish_tuning.experiments.config.arm_names import Variant
 from fish_tuning.experiments.config.experiment import ExperimentConfig
-from fish_tuning.experiments.config.sections import PeftMethodConfig
+from fish_tuning.experiments.config.methods import PeftMethodConfig
 from fish_tuning.experiments.models.peft_methods import check_method, method_names, peft_config, size_text
 from fish_tuning.experiments.run.plan import plan_experiment
 from fish_tuning.experiments.run.runner import run_experiment

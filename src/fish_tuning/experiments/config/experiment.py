@@ -9,22 +9,12 @@ from pydantic import Field, field_validator, model_validator
 
 from fish_tuning.errors import did_you_mean
 from fish_tuning.experiments.config.arm_names import HEAD_ALONE, ArmName, Variant, count_budget, suffixes
-from fish_tuning.experiments.config.sections import (
-    DEFAULT_SELECTIONS,
-    STARTS_AT_ZERO,
-    WARMUP_STEPS,
-    ChoiceConfig,
-    DatasetConfig,
-    FishTuningConfig,
-    LoraSection,
-    ModelConfig,
-    PeftMethodConfig,
-    Section,
-    TrainingConfig,
-    unique,
-)
+from fish_tuning.experiments.config.choices import DEFAULT_SELECTIONS, ChoiceConfig, FishTuningConfig
+from fish_tuning.experiments.config.methods import STARTS_AT_ZERO, LoraSection, PeftMethodConfig
+from fish_tuning.experiments.config.section import Section, unique
+from fish_tuning.experiments.config.sections import DatasetConfig, ModelConfig, TrainingConfig
 from fish_tuning.experiments.config.texts import check_title
-from fish_tuning.peft_methods import peft_method
+from fish_tuning.peft_methods import WARMUP_STEPS, peft_method
 
 
 class ExperimentConfig(Section):

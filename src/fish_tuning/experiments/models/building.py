@@ -25,7 +25,8 @@ from fish_tuning.adapters import AdapterError
 from fish_tuning.errors import ConfigurationError, did_you_mean
 from fish_tuning.experiments.config.arm_names import HEAD_ALONE, Variant
 from fish_tuning.experiments.config.experiment import ExperimentConfig
-from fish_tuning.experiments.config.sections import ModelConfig, PeftMethodConfig
+from fish_tuning.experiments.config.methods import PeftMethodConfig
+from fish_tuning.experiments.config.sections import ModelConfig
 from fish_tuning.experiments.data.builtin import resolve_builtin
 from fish_tuning.experiments.data.tasks import Task
 from fish_tuning.experiments.models.head_alone import freeze_all_but_head, head_alone_config

@@ -19,7 +19,7 @@ from fish_tuning.adapters.families import find_family, layer_number, matching
 from fish_tuning.errors import ConfigurationError, did_you_mean
 from fish_tuning.experiments.config.arm_names import Variant
 from fish_tuning.experiments.config.experiment import ExperimentConfig
-from fish_tuning.experiments.config.sections import EVA, GRADIENT, PeftMethodConfig
+from fish_tuning.experiments.config.methods import EVA, GRADIENT, PeftMethodConfig
 from fish_tuning.experiments.models.targets import (
     head_names,
     is_language_model,

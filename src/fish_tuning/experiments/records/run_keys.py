@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from fish_tuning.experiments.config.arm_names import ArmName
 from fish_tuning.experiments.config.experiment import ExperimentConfig
-from fish_tuning.experiments.config.sections import LOOKS_AT_DATA
+from fish_tuning.experiments.config.methods import LOOKS_AT_DATA
 from fish_tuning.experiments.records.run_record import ArmPlan
 from fish_tuning.masks.selections import SELECTIONS
 from fish_tuning.scores.warmup import WARMUP_LEARNING_RATE

@@ -10,8 +10,8 @@ from typing import Any
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainingArguments
 
+from fish_tuning.experiments.config.choices import ChoiceConfig
 from fish_tuning.experiments.config.experiment import ExperimentConfig
-from fish_tuning.experiments.config.sections import ChoiceConfig
 from fish_tuning.experiments.data.digests import data_digest
 from fish_tuning.experiments.data.tasks import Encoded, encode
 from fish_tuning.experiments.models.weights import weights_digest

@@ -15,8 +15,9 @@ import torch
 
 from fish_tuning.errors import ConfigurationError, MaskError
 from fish_tuning.experiments.config.arm_names import HEAD_ALONE, ArmName, Variant
+from fish_tuning.experiments.config.choices import ChoiceConfig
 from fish_tuning.experiments.config.experiment import ExperimentConfig
-from fish_tuning.experiments.config.sections import HEAD_PATTERN, STARTS_AT_ZERO, ChoiceConfig
+from fish_tuning.experiments.config.methods import HEAD_PATTERN, STARTS_AT_ZERO
 from fish_tuning.experiments.data.tasks import Task, encode, load_task
 from fish_tuning.experiments.models.building import build_meta_model, load_config, load_processing_class, read_config
 from fish_tuning.experiments.models.peft_methods import check_method, size_text

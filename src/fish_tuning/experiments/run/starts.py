@@ -10,7 +10,7 @@ from transformers import set_seed
 
 from fish_tuning.experiments.config.arm_names import Variant
 from fish_tuning.experiments.config.experiment import ExperimentConfig
-from fish_tuning.experiments.config.sections import GRADIENT, LOOKS_AT_DATA, PeftMethodConfig
+from fish_tuning.experiments.config.methods import GRADIENT, LOOKS_AT_DATA, PeftMethodConfig
 from fish_tuning.experiments.data.tasks import Encoded
 from fish_tuning.experiments.models.building import build_base_model, build_model, peft_config_of, put_adapter
 from fish_tuning.experiments.run.calibration_examples import calibration_loader
