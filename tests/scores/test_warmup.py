@@ -21,6 +21,7 @@ from fish_tuning import (
     calculate_fisher_information,
     calculate_scores,
     create_mask_from_fisher,
+    measure_moments,
 )
 from fish_tuning.scores.warmup import warmup_steps_needed
 
@@ -273,6 +274,17 @@ def test_activation_checkpointing_and_named_scores() -> None:
     model = at_zero().train()
     model.activation_checkpointing_enable()
     assert_scores_close(calculate_scores(model, BATCHES, "gain", progress=False), plain, tolerance=1e-3)
+
+
+def test_sensitivity_takes_weights_and_gradients_at_one_point() -> None:
+    model = at_zero()
+    scores = calculate_scores(model, BATCHES, "sensitivity", progress=False)
+    moments = measure_moments(model, BATCHES, progress=False)
+    for name, found in scores.items():
+        torch.testing.assert_close(found, (moments.weights[name] * moments.mean_gradients[name]).abs())
+        assert bool(found.any())
+    without = measure_moments(model, BATCHES, warmup_steps=0, progress=False)
+    assert without.weights == {}
 
 
 def test_regression() -> None:

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from fish_tuning.errors import FisherError
-from fish_tuning.scores.bare_model import unwrapped
 from fish_tuning.scores.finite import why_not_finite
 from fish_tuning.scores.loss_vectors import LossFunction
 from fish_tuning.scores.losses import FisherType, TokenReduction
 from fish_tuning.scores.moments import Moments, measure_moments
 from fish_tuning.scores.named import MEAN_GRADIENT, MEAN_SQUARE, SCORES, Evidence, Score
-from fish_tuning.scores.validation import check_arguments, check_model
+from fish_tuning.scores.prepared import prepared
+from fish_tuning.scores.validation import check_arguments, check_warmup
 
 
 def calculate_scores(
@@ -76,6 +76,7 @@ def calculate_scores(
         raise FisherError(f"batch_size={batch_size!r} must be a whole number of at least 1.")
     if not chosen.needs:
         check_arguments(model, chosen.fisher_type, token_reduction, method, loss_fn, num_samples, seed, scores_dtype)
+        check_warmup(warmup_steps)
         moments = Moments({}, {}, 0)
     else:
         moments = measure_moments(
@@ -95,9 +96,7 @@ def calculate_scores(
             progress=progress,
             stacklevel=2,
         )
-    model = unwrapped(model)
-    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    check_model(model, trainable)
+    model, trainable, _ = prepared(model)
     scores = {}
     for name, parameter in trainable.items():
         # Taken out one at a time: scores and moments of a whole model never lie side by side.
@@ -106,7 +105,8 @@ def calculate_scores(
             for need, moment in ((MEAN_GRADIENT, moments.mean_gradients), (MEAN_SQUARE, moments.mean_squares))
             if name in moment
         }
-        evidence = Evidence(name, parameter.detach(), own, moments.num_samples, batch_size, seed)
+        weight = moments.weights.pop(name, parameter.detach())
+        evidence = Evidence(name, weight, own, moments.num_samples, batch_size, seed)
         found = _checked(model, score, chosen, evidence)
         scores[name] = found if chosen.needs else found.to(scores_device or found.device, scores_dtype)
     return scores

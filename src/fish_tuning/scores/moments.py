@@ -6,7 +6,7 @@ import logging
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, Literal
 
@@ -15,20 +15,18 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from fish_tuning.errors import FisherError, FishTuningWarning
-from fish_tuning.scores.bare_model import unwrapped
 from fish_tuning.scores.batches import Batch, batch_size, calibration_batches
 from fish_tuning.scores.finite import check_finite
 from fish_tuning.scores.loss_vectors import LossFunction, LossVectors
 from fish_tuning.scores.losses import FisherType, TokenReduction
+from fish_tuning.scores.prepared import prepared
 from fish_tuning.scores.scorer import Scorer
 from fish_tuning.scores.scoring_state import scoring_state
-from fish_tuning.scores.totals import Totals
-from fish_tuning.scores.validation import check_arguments, check_model, check_warmup, device_errors_explained
+from fish_tuning.scores.totals import Scores, Totals
+from fish_tuning.scores.validation import check_arguments, check_warmup, device_errors_explained
 from fish_tuning.scores.warmup import WARMUP_EXAMPLES, warmed_up, warmup_steps_needed
 
 logger = logging.getLogger("fish_tuning.scores.fisher")
-
-NO_EXAMPLE = "The calibration dataloader gave no example."
 
 
 @dataclass(frozen=True)
@@ -39,11 +37,13 @@ class Moments:
         mean_gradients: g_i = (1/N) sum_n d loss_n / d theta_i; empty where they were not asked for.
         mean_squares: F_i = (1/N) sum_n (d loss_n / d theta_i)^2, the diagonal Fisher information.
         num_samples: N.
+        weights: the values at which they were measured, where warm-up had moved them; else empty.
     """
 
     mean_gradients: dict[str, Tensor]
     mean_squares: dict[str, Tensor]
     num_samples: int
+    weights: dict[str, Tensor] = field(default_factory=dict)
 
 
 def measure_moments(
@@ -95,34 +95,26 @@ def measure_moments(
             f"fisher_type={fisher_type!r}: the mean gradient under the model's own labels is zero but for chance. Use "
             "fisher_type='empirical', or gradients=False."
         )
-    model = unwrapped(model)
-    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    check_model(model, trainable)
-    target = torch.device(device) if device is not None else next(iter(trainable.values())).device
-    if device is not None and not hasattr(model, "hf_device_map"):
-        model.to(target)
-
+    model, trainable, target = prepared(model, device)
     losses = LossVectors(model, fisher_type, token_reduction, loss_fn, seed)
     totals = Totals.zeros(trainable, scores_dtype, scores_device, gradients)
     scorer = Scorer(model, trainable, losses, method, totals)
     steps = warmup_steps_needed(model) if warmup_steps is None else warmup_steps
     batches = calibration_batches(calibration_dataloader, target, num_samples)
-    first: list[Batch] = []
-    if steps:  # kept, since a loader may give others, or none, when it is asked again
-        first = _at_least(batches, WARMUP_EXAMPLES * steps)
-        if not first:
-            raise FisherError(NO_EXAMPLE)
-    seen = 0
+    # Kept, since a loader may give others, or none, when it is asked again.
+    first = _at_least(batches, WARMUP_EXAMPLES * steps) if steps else []
+    weights: Scores = {}
+    bar = tqdm(total=num_samples, desc="Fisher information", unit="ex", disable=not progress, leave=False)
     with ExitStack() as stack:
+        stack.enter_context(bar)
         stack.enter_context(scoring_state(model))
-        if steps:
+        if first:
             trained_on = LossVectors(model, "empirical", token_reduction, loss_fn, seed)
             with device_errors_explained(model, target):
                 stack.enter_context(warmed_up(model, trainable, trained_on, first, steps, seed=seed))
+            weights = {name: parameter.detach().clone() for name, parameter in trainable.items()}
         stack.enter_context(scorer.probes)
-        bar = stack.enter_context(
-            tqdm(total=num_samples, desc="Fisher information", unit="ex", disable=not progress, leave=False)
-        )
+        seen = 0
         for batch in chain(first, batches):
             with device_errors_explained(model, target):
                 scorer.add(losses.trimmed(batch), first_example=seen)
@@ -131,14 +123,11 @@ def measure_moments(
             seen += batch_size(batch)
             bar.update(batch_size(batch))
     if not seen:
-        raise FisherError(NO_EXAMPLE)
+        raise FisherError("The calibration dataloader gave no example.")
     if num_samples is not None and seen < num_samples:
         logger.warning("Fisher information: %d examples asked for, the loader gave %d.", num_samples, seen)
     check_finite(model, totals.squares)
-    for sums in (totals.squares, totals.gradients or {}):
-        for total in sums.values():
-            total.div_(seen)
-    return Moments(totals.gradients or {}, totals.squares, seen)
+    return Moments(*totals.means(seen), seen, weights)
 
 
 def _at_least(batches: Iterator[Batch], examples: int) -> list[Batch]:

@@ -27,7 +27,7 @@ class Evidence:
 
     Args:
         name: of the tensor, as in `model.named_parameters()`.
-        weight: its values, without gradient.
+        weight: its values, without gradient, where the gradients were measured: after warm-up, if there was any.
         moments: `mean_gradient` and `mean_square`, as far as the score needs them, in fp32 unless asked otherwise.
         num_samples: examples that they are means of; 0 where nothing was measured.
         batch_size: examples of one training step.
@@ -133,10 +133,7 @@ def gradient(evidence: Evidence) -> Tensor:
 
 @register_score("sensitivity", needs=(MEAN_GRADIENT,))
 def sensitivity(evidence: Evidence) -> Tensor:
-    """|w g|, the first-order change of the loss when the entry is set to zero (SNIP, arXiv 1810.02340).
-
-    w is the weight as it is, before any warm-up: where a factor starts at zero, all of it scores zero.
-    """
+    """|w g|, the first-order change of the loss when the entry is set to zero (SNIP, arXiv 1810.02340)."""
     return (evidence.weight.to(evidence.mean_gradient) * evidence.mean_gradient).abs_()
 
 

@@ -48,6 +48,13 @@ class Totals:
             _add(self.gradients[name], gradient)
         _add(self.squares[name], squared(gradient))
 
+    def means(self, examples: int) -> tuple[Scores, Scores]:
+        """Of the gradients (empty where there are none) and of their squares, in the place of the sums."""
+        gradients = self.gradients or {}
+        for total in (*gradients.values(), *self.squares.values()):
+            total.div_(examples)
+        return gradients, self.squares
+
     def copy(self, names: Iterable[str]) -> Totals:
         """Of some tensors, to go back to."""
         kept = list(names)

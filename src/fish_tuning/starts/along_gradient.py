@@ -17,8 +17,9 @@ from fish_tuning.scores.bare_model import unwrapped
 from fish_tuning.scores.batches import batch_size, calibration_batches
 from fish_tuning.scores.loss_vectors import LossFunction, LossVectors
 from fish_tuning.scores.losses import TokenReduction
+from fish_tuning.scores.prepared import prepared
 from fish_tuning.scores.scoring_state import scoring_state
-from fish_tuning.scores.validation import check_arguments, check_model, device_errors_explained
+from fish_tuning.scores.validation import check_arguments, device_errors_explained
 from fish_tuning.starts.weight_gradients import WeightGradients
 
 # PEFT's start draws A from U(-1/sqrt(in), 1/sqrt(in)): the expected squared norm of a row is 1/3, whatever `in`.
@@ -51,7 +52,7 @@ def start_along_gradient(
         model: a PEFT model with LoRA, rsLoRA or DoRA on linear layers (`nn.Linear` or a quantised subclass, `Conv1D`),
             with B = 0 as PEFT's default start leaves it.
         calibration_dataloader: as `calculate_fisher_information` takes it.
-        device: where to compute. The model is moved there. Default: where the adapter is.
+        device: where to compute. The model is moved there. Default: where the first trainable tensor is.
         num_samples: stop after that many examples. Default: all of the loader.
         adapter_name: the adapter to set, which must be active. Default: the active one.
         token_reduction: whether an example's loss is the "mean" or the "sum" over its tokens.
@@ -114,14 +115,8 @@ def gradient_directions(
     mode, losses as in `calculate_fisher_information`. It holds one fp32 gradient of each adapted layer's weight.
     """
     check_arguments(model, "empirical", token_reduction, "auto", loss_fn, num_samples, 0, torch.float32)
-    model = unwrapped(model)
-    check_model(model, {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad})
+    model, _, target = prepared(model, device)
     adapter_name, layers = lora_layers(model, adapter_name)
-    first: Any = next(iter(layers.values())).lora_A[adapter_name]
-    target: torch.device = torch.device(device) if device is not None else first.weight.device
-    if device is not None and not hasattr(model, "hf_device_map"):
-        model.to(target)
-
     losses = LossVectors(model, "empirical", token_reduction, loss_fn, 0)
     gradients = WeightGradients({name: layer.get_base_layer() for name, layer in layers.items()})
     seen = 0

@@ -1,0 +1,34 @@
+"""A model that is fit to be scored: bare, checked, and where it is to compute."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from fish_tuning.scores.bare_model import unwrapped
+from fish_tuning.scores.validation import check_model
+
+
+class Prepared(NamedTuple):
+    """The bare model, its trainable tensors by name, and the device that batches go to."""
+
+    model: nn.Module
+    trainable: dict[str, nn.Parameter]
+    device: torch.device
+
+
+def prepared(model: nn.Module, device: torch.device | str | None = None) -> Prepared:
+    """Moves the model to `device` where one is given; by default it computes where its first trainable tensor is.
+
+    Raises FisherError for a model that cannot be scored, whatever the data.
+    """
+    model = unwrapped(model)
+    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    check_model(model, trainable)
+    if device is None:
+        return Prepared(model, trainable, next(iter(trainable.values())).device)
+    if not hasattr(model, "hf_device_map"):
+        model.to(device)
+    return Prepared(model, trainable, torch.device(device))
