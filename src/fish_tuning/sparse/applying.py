@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -16,7 +16,9 @@ from fish_tuning.sparse.adapter_names import adapters_of, check_adapter, idle_na
 from fish_tuning.sparse.masked_tensors import (
     LEFT_DENSE,
     MaskedTensor,
+    NamedMaskedTensor,
     get_mask,
+    left_dense_names,
     mask_tensor,
     masked_tensors,
     trained_names,
@@ -73,32 +75,35 @@ def remove_mask(model: nn.Module, adapter_name: str | None = None) -> None:
 
     Raises MaskError when the model has no such adapter.
     """
-    tensors, trained = list(masked_tensors(model)), trained_names(model)
+    tensors, forgotten = list(masked_tensors(model)), left_dense_names(model)
     if adapter_name is not None:
         check_adapter(model, adapter_name)
-        adapters = adapters_of(model, [tensor.name for tensor in tensors])
+        adapters = adapters_of(model, [*(tensor.name for tensor in tensors), *forgotten])
         tensors = [tensor for tensor in tensors if adapters[tensor.name] == adapter_name]
-    for tensor in tensors:
-        unmask_tensor(tensor, tensor.name in trained)
-    _forget_left_dense(model, adapter_name)
-    restore_methods(model)
-    _tell_ddp(model)
+        forgotten = {name for name in forgotten if adapters[name] == adapter_name}
+    _take_off(model, tensors, forgotten)
 
 
 def take_off_trained(model: nn.Module) -> dict[str, Tensor]:
     """Take off, and return, the mask of what trains now; those of adapters that are not active stay on."""
     trained, whole = trained_names(model), get_mask(model)
     idle = idle_names(model, whole)
-    for tensor in list(masked_tensors(model)):
-        if tensor.name in trained:
-            unmask_tensor(tensor, True)
-    for path, module in model.named_modules():
-        for local in list(vars(module).get(LEFT_DENSE, ())):
-            if (f"{path}.{local}" if path else local) not in idle:
-                vars(module)[LEFT_DENSE].discard(local)
+    _take_off(
+        model, [tensor for tensor in masked_tensors(model) if tensor.name in trained], left_dense_names(model) - idle
+    )
+    return {name: mask for name, mask in whole.items() if name not in idle}
+
+
+def _take_off(model: nn.Module, tensors: Iterable[NamedMaskedTensor], forgotten: Iterable[str]) -> None:
+    """Unmask these tensors, and forget that masks left those others dense."""
+    trained = trained_names(model)
+    for tensor in tensors:
+        unmask_tensor(tensor, tensor.name in trained)
+    for name in forgotten:
+        module, local = _owner(model, name)
+        vars(module)[LEFT_DENSE].discard(local)
     restore_methods(model)
     _tell_ddp(model)
-    return {name: mask for name, mask in whole.items() if name not in idle}
 
 
 def synchronize_mask(model: nn.Module) -> None:
@@ -138,14 +143,6 @@ def _tell_ddp(model: nn.Module) -> None:
         if isinstance(module, MaskedTensor):
             ignored |= {f"{name.rpartition('.')[0]}.original", f"{name}.index"}
     model._ddp_params_and_buffers_to_ignore = sorted(ignored)  # type: ignore[assignment]
-
-
-def _forget_left_dense(model: nn.Module, adapter_name: str | None) -> None:
-    for path, module in model.named_modules():
-        names = [f"{path}.{local}" for local in vars(module).get(LEFT_DENSE, ())]
-        for name, adapter in adapters_of(model, names).items() if names else ():
-            if adapter_name in (None, adapter):
-                vars(module)[LEFT_DENSE].discard(name.rpartition(".")[2])
 
 
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:

@@ -82,13 +82,17 @@ def dense_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     Those that a mask left dense stay among them while their PEFT adapter is not the active one.
     """
     values = {id(tensor.masked.values) for tensor in masked_tensors(model)}
-    left_dense = {
+    idle = idle_names(model, left_dense_names(model))
+    return {n: p for n, p in model.named_parameters() if (p.requires_grad or n in idle) and id(p) not in values}
+
+
+def left_dense_names(model: nn.Module) -> set[str]:
+    """The trainable parameters that masks left as they were, those of adapters that are not active too."""
+    return {
         f"{path}.{local}" if path else local
         for path, module in model.named_modules()
         for local in vars(module).get(LEFT_DENSE, ())
     }
-    idle = idle_names(model, left_dense)
-    return {n: p for n, p in model.named_parameters() if (p.requires_grad or n in idle) and id(p) not in values}
 
 
 def entries_digest(entries: Tensor) -> str:
