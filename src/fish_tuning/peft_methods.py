@@ -15,6 +15,10 @@ from fish_tuning.registry import Registry
 # Dense steps before scoring where a start needs them; see docs/initialisation.md.
 WARMUP_STEPS = 20
 
+# The method of the runner, not of PEFT, whose pool is the base model's own weights.
+BASE = "base"
+ADALORA = "adalora"
+
 # Which modules a method adapts unless it is told.
 ATTENTION, OWN = "attention", "own"
 KEYS_VALUES_AND_FEED_FORWARD, NORMS = "keys, values and feed-forward", "norms"
@@ -26,7 +30,7 @@ class PeftMethod:
 
     Args:
         peft_type: PEFT's name of it, where that is not the method's own name.
-        arguments: of PEFT's configuration, which make the method this one.
+        arguments: of PEFT's configuration, which make the method this one; or a function from its size to them.
         takes_init_lora_weights: whether `lora.init_lora_weights` starts it.
         starts_away_from_zero: no factor starts at or near zero, so that its start can be scored as it is.
         r_is_its_size: false where more of `r` means fewer parameters.
@@ -38,7 +42,7 @@ class PeftMethod:
     """
 
     peft_type: str = ""
-    arguments: Mapping[str, Any] = field(default_factory=dict)
+    arguments: Mapping[str, Any] | Callable[[int], Mapping[str, Any]] = field(default_factory=dict)
     takes_init_lora_weights: bool = False
     starts_away_from_zero: bool = False
     r_is_its_size: bool = True
@@ -74,6 +78,11 @@ def refusal(tuners: set[str], what: str) -> str | None:
     return next((reason for reason in reasons if reason), None)
 
 
+def _adalora(size: int) -> dict[str, Any]:
+    """It starts from half as many ranks again as it ends with; how many steps there are is set when training begins."""
+    return {"target_r": size, "init_r": max(size + 1, 3 * size // 2), "total_step": 10**9}
+
+
 _AVERAGES = (
     "Lily's router averages over the batch, so no example has a loss of its own; it can neither be scored exactly nor "
     "masked by such scores. Use LoRA."
@@ -90,12 +99,14 @@ for _name, _method in {
     "p_tuning": PeftMethod(starts_away_from_zero=True, virtual_tokens=20),
     "serial_adapter": PeftMethod(targets=OWN),
     "unipelt": PeftMethod(targets=OWN),
+    BASE: PeftMethod(starts_away_from_zero=True),
     "oft": PeftMethod(r_is_its_size=False),  # r is a number of blocks
-    "adalora": PeftMethod(
+    ADALORA: PeftMethod(
+        arguments=_adalora,
+        r_is_its_size=False,  # it has no r, but a rank that it starts from and a mean one that it ends with
         tuner="AdaLoraModel",
         cannot_be_masked="AdaLoRA prunes its tensors itself and its loss needs them whole; it cannot be masked. Use "
         "LoRA.",
-        cannot_be_compared="it prunes its own tensors while it trains; use lora",
     ),
     "tinylora": PeftMethod(
         tuner="TinyLoraModel",

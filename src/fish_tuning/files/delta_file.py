@@ -14,6 +14,7 @@ from torch import Tensor
 from fish_tuning.errors import MaskError
 from fish_tuning.files.sealed import check_names, is_shape, read_sealed, write_sealed
 
+DELTA_FILE_NAME = "delta.safetensors"  # as experiments call it, beside a mask
 _DIGEST = re.compile(r"([a-z0-9_]+:[0-9a-f]{64})?")
 
 

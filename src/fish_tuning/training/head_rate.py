@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 from peft import PeftModel
@@ -15,7 +17,7 @@ from fish_tuning.sparse.masked_tensors import dense_parameters, is_masked
 from fish_tuning.training.reporting import HEAD
 
 
-def set_head_learning_rate(trainer: Trainer, learning_rate: float) -> None:
+def set_head_learning_rate(trainer: Trainer, learning_rate: float, head: Sequence[str] | None = None) -> None:
     """Have a Trainer train the head with a learning rate of its own; the schedule scales both alike.
 
     A few selected entries bear several times the learning rate of a dense head, which falls apart at theirs; with
@@ -26,6 +28,7 @@ def set_head_learning_rate(trainer: Trainer, learning_rate: float) -> None:
     Args:
         trainer: any Trainer that has not made its optimizer yet.
         learning_rate: above 0; `TrainingArguments.learning_rate` stays that of all else.
+        head: regular expressions for the names of the head's parameters, where they are not the ones named above.
 
     Raises:
         MaskError: a rate that is not above 0, a Trainer whose optimizer is made already, or a model without a head.
@@ -42,7 +45,7 @@ def set_head_learning_rate(trainer: Trainer, learning_rate: float) -> None:
             "training begins, or give the optimizer's own groups their rates."
         )
     model: Any = trainer.model
-    if not _head(model):
+    if not _head(model, head):
         raise MaskError(
             f"head_learning_rate={learning_rate:g}: {type(model).__name__} has no head, that is, nothing trainable in "
             "modules_to_save, or that its mask leaves dense. Leave the rate out, or name the head in modules_to_save."
@@ -54,7 +57,7 @@ def set_head_learning_rate(trainer: Trainer, learning_rate: float) -> None:
         new = trainer.optimizer is None
         optimizer = make(trainer, model)
         if new:
-            split_off(optimizer, _head(trainer.model if model is None else model), learning_rate)
+            split_off(optimizer, _head(trainer.model if model is None else model, head), learning_rate)
         return optimizer
 
     vars(trainer)["create_optimizer"] = create_optimizer
@@ -75,8 +78,10 @@ def split_off(optimizer: Optimizer, parameters: list[Tensor], learning_rate: flo
             optimizer.add_param_group({**group, "params": leaving, "lr": learning_rate})
 
 
-def _head(model: nn.Module) -> list[Tensor]:
+def _head(model: nn.Module, head: Sequence[str] | None) -> list[Tensor]:
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if head is not None:
+        return [parameter for name, parameter in parameters.items() if any(re.search(each, name) for each in head)]
     named: list[Tensor] = [parameter for name, parameter in parameters.items() if HEAD in name]
     if named or not is_masked(model) or isinstance(model, PeftModel):
         return named

@@ -25,14 +25,14 @@ PAPER = ("lora", "dora", "serial_adapter", "prefix_tuning", "ia3", "unipelt")
 def test_the_papers_methods_and_pefts_are_known() -> None:
     assert set(PAPER) <= set(method_names())
     assert {"vera", "loha", "oft", "ln_tuning", "p_tuning"} <= set(method_names())
-    assert "adalora" not in method_names()
+    assert {"adalora", "base"} <= set(method_names())
 
 
 @pytest.mark.parametrize(
     ("section", "message"),
     [
         ({"method": "dorra"}, r"peft\.method='dorra' is not known\. Did you mean 'dora'\?"),
-        ({"method": "adalora"}, r"peft\.method='adalora' cannot run here: it prunes its own tensors"),
+        ({"method": "poly"}, r"peft\.method='poly' cannot run here: it needs a task for each example"),
         ({"method": "ia3", "args": {"rank": 3}}, r"peft\.args\.rank: IA3Config has no 'rank'\."),
         ({"fish_args": {"lora_alfa": 3}}, r"peft\.fish_args\.lora_alfa: .*Did you mean 'lora_alpha'\?"),
     ],

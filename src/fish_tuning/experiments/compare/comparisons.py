@@ -100,11 +100,11 @@ def compare_by_task(
 
 def dense_pairs(runs: Iterable[RunRecord]) -> list[tuple[str, str]]:
     """Each masked arm with the dense arm of its method; one that keeps a given number of entries with every dense arm
-    that trains as many, and with that of its method where it has run.
+    that trains as many, to a hundredth, and with that of its method where it has run.
     """
-    kept: dict[str, set[int | None]] = {}
+    kept: dict[str, set[int]] = {}
     for run in runs:  # a failed run does not tell
-        kept.setdefault(run.arm, set()).add(run.kept_parameters)
+        kept.setdefault(run.arm, set()).add(run.kept_parameters or 0)
     found = []
     for arm in kept:
         name = ArmName.parse(arm)
@@ -112,8 +112,13 @@ def dense_pairs(runs: Iterable[RunRecord]) -> list[tuple[str, str]]:
             found += [(arm, baseline_of(arm))] if arm != baseline_of(arm) else []
             continue
         dense = [other for other in kept if not ArmName.parse(other).suffix and other != HEAD_ALONE]
-        found += [(arm, other) for other in dense if name.count in kept[other] or other == baseline_of(arm)]
+        found += [(arm, other) for other in dense if near(name.count, kept[other]) or other == baseline_of(arm)]
     return found
+
+
+def near(count: int, others: Iterable[int]) -> bool:
+    """Whether one of the counts is this one, to a hundredth: AdaLoRA ends with an entry a rank more than LoRA has."""
+    return any(100 * abs(other - count) <= count for other in others)
 
 
 def choice_pairs(arms: Iterable[str]) -> list[tuple[str, str]]:

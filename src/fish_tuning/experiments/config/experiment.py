@@ -14,7 +14,7 @@ from fish_tuning.experiments.config.methods import STARTS_AT_ZERO, LoraSection, 
 from fish_tuning.experiments.config.section import Section, unique
 from fish_tuning.experiments.config.sections import DatasetConfig, ModelConfig, TrainingConfig
 from fish_tuning.experiments.config.texts import check_title
-from fish_tuning.peft_methods import WARMUP_STEPS, peft_method
+from fish_tuning.peft_methods import BASE, WARMUP_STEPS, peft_method
 
 
 class ExperimentConfig(Section):
@@ -72,6 +72,11 @@ class ExperimentConfig(Section):
             raise ValueError(
                 "fish_tuning.reselect_every cannot go with training.early_stopping_patience: the best epoch's weights "
                 "may belong to an earlier mask. Leave one of the two out."
+            )
+        if any(section.method == BASE and self.choice_of(section).reselect_every for section in self.peft):
+            raise ValueError(
+                f"fish_tuning.reselect_every cannot go with peft.method={BASE!r}: what it saves are the entries of its "
+                "mask, and those of earlier masks were trained too. Set it to null under the method's own fish_tuning."
             )
         allowed = [f"{name}{selection}" for name in names for selection in ("", *(f"-{s}" for s in suffixes()))]
         allowed.append(HEAD_ALONE)

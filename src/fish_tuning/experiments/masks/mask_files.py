@@ -14,11 +14,11 @@ from torch import Tensor
 
 from fish_tuning.errors import MaskError
 from fish_tuning.files.atomic import recover_folder
-from fish_tuning.files.delta_file import load_delta
+from fish_tuning.files.delta_file import DELTA_FILE_NAME, load_delta
 from fish_tuning.files.mask_file import MASK_FILE_NAME, load_mask
 from fish_tuning.files.sealed import kind_of
 
-_ADAPTER_FILE = "adapter_model.safetensors"
+ADAPTER_FILE = "adapter_model.safetensors"  # PEFT's name; importing PEFT for it would take seconds
 HEAD = ".modules_to_save."
 
 
@@ -50,16 +50,17 @@ def read_mask(path: str) -> Inspected:
 def _read(file: Path) -> Inspected:
     recover_folder(file)
     if file.is_dir():
-        if not (file / MASK_FILE_NAME).is_file():
+        found = [file / name for name in (MASK_FILE_NAME, DELTA_FILE_NAME) if (file / name).is_file()]
+        if not found:
             return _without_mask(file)
-        file = file / MASK_FILE_NAME
+        file = found[0]
     elif not file.exists():
         raise MaskError(f"There is no file or folder at {str(file)!r}.")
     kind = kind_of(file)
     if kind is None:
         raise MaskError(
             f"{str(file)!r} holds weights, but is neither a mask nor a sparse delta of fish-tuning. For an adapter, "
-            f"give the folder that {_ADAPTER_FILE} and {MASK_FILE_NAME} lie in."
+            f"give the folder that {ADAPTER_FILE} and {MASK_FILE_NAME} lie in."
         )
     tensors = load_mask(file) if kind == "mask" else _selected(file)
     if not tensors:
@@ -92,11 +93,11 @@ def _selected(file: Path) -> dict[str, Tensor]:
 
 
 def _without_mask(folder: Path) -> Inspected:
-    file = folder / _ADAPTER_FILE
+    file = folder / ADAPTER_FILE
     if not file.is_file():
         below = sorted(found for depth in ("*", "*/*") for found in folder.glob(f"{depth}/{MASK_FILE_NAME}"))
         hint = f" Folders below have masks, e.g. {str(below[0].parent)!r}." if below else ""
-        raise MaskError(f"The folder {str(folder)!r} has neither {MASK_FILE_NAME} nor {_ADAPTER_FILE}.{hint}")
+        raise MaskError(f"The folder {str(folder)!r} has neither {MASK_FILE_NAME} nor {ADAPTER_FILE}.{hint}")
     try:
         with safe_open(file, framework="pt") as content:
             shapes = {name: content.get_slice(name).get_shape() for name in content.keys()}  # noqa: SIM118

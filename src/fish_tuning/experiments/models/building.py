@@ -16,7 +16,7 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from huggingface_hub.utils import logging as hub_logging
-from peft import PeftConfig, get_peft_model
+from peft import get_peft_model
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, set_seed
@@ -29,6 +29,7 @@ from fish_tuning.experiments.config.methods import PeftMethodConfig
 from fish_tuning.experiments.config.sections import ModelConfig
 from fish_tuning.experiments.data.builtin import resolve_builtin
 from fish_tuning.experiments.data.tasks import Task
+from fish_tuning.experiments.models.base_weights import BaseWeights, train_base_weights
 from fish_tuning.experiments.models.head_alone import freeze_all_but_head, head_alone_config
 from fish_tuning.experiments.models.peft_methods import peft_config
 from fish_tuning.experiments.models.targets import head_names, linear_names
@@ -124,15 +125,17 @@ def build_base_model(config: ExperimentConfig, model_config: Any, task: Task, *,
     return base
 
 
-def peft_config_of(config: ExperimentConfig, section: PeftMethodConfig, base: Any, variant: Variant) -> PeftConfig:
-    """The PEFT configuration that a method, or the arm that trains the head alone, puts on `base`."""
+def peft_config_of(config: ExperimentConfig, section: PeftMethodConfig, base: Any, variant: Variant) -> Any:
+    """The configuration, of PEFT or `BaseWeights`, that a method or the arm of the head alone puts on `base`."""
     if section.method == HEAD_ALONE:
         return head_alone_config(base)
     return peft_config(config, section, base, variant)
 
 
-def put_adapter(config: ExperimentConfig, base: Any, adapter: PeftConfig, section: PeftMethodConfig) -> Any:
-    """The PEFT model, with what the arm trains."""
+def put_adapter(config: ExperimentConfig, base: Any, adapter: Any, section: PeftMethodConfig) -> Any:
+    """The PEFT model, with what the arm trains; for `base`, the model itself."""
+    if isinstance(adapter, BaseWeights):
+        return train_base_weights(base, adapter)
     model = get_peft_model(base, adapter)
     if section.method == HEAD_ALONE:
         freeze_all_but_head(model)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any
 
-from peft import EvaConfig, PeftConfig, PeftType
+from peft import AdaLoraConfig, EvaConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LNTUNING_TARGET_MODULES_MAPPING
 from torch import nn
@@ -20,6 +20,7 @@ from fish_tuning.errors import ConfigurationError, did_you_mean
 from fish_tuning.experiments.config.arm_names import Variant
 from fish_tuning.experiments.config.experiment import ExperimentConfig
 from fish_tuning.experiments.config.methods import EVA, GRADIENT, PeftMethodConfig
+from fish_tuning.experiments.models.base_weights import BaseWeights
 from fish_tuning.experiments.models.targets import (
     head_names,
     is_language_model,
@@ -28,7 +29,9 @@ from fish_tuning.experiments.models.targets import (
     target_modules,
 )
 from fish_tuning.peft_methods import (
+    ADALORA,
     ATTENTION,
+    BASE,
     KEYS_VALUES_AND_FEED_FORWARD,
     NORMS,
     PEFT_METHODS,
@@ -70,8 +73,8 @@ def check_method(section: PeftMethodConfig) -> None:
                 )
 
 
-def peft_config(config: ExperimentConfig, section: PeftMethodConfig, base: nn.Module, variant: Variant) -> PeftConfig:
-    """The method's PEFT configuration for `base`: the smaller one of the baseline, or that of the pool."""
+def peft_config(config: ExperimentConfig, section: PeftMethodConfig, base: nn.Module, variant: Variant) -> Any:
+    """The method's configuration, of PEFT or `BaseWeights`: the smaller one of the baseline, or that of the pool."""
     _check_model(section.method, base)
     changes = section.baseline_args if variant.small else section.fish_args
     given = {**section.args, **changes}
@@ -80,7 +83,7 @@ def peft_config(config: ExperimentConfig, section: PeftMethodConfig, base: nn.Mo
     if variant.top_layers is not None:
         values |= _in_top_layers(section.method, values, base, variant.top_layers)
     if "lora_alpha" in _field_names(section.method) and "lora_alpha" not in given:
-        values["lora_alpha"] = 2 * values["r"]
+        values["lora_alpha"] = 2 * values["init_r" if "init_r" in values else "r"]
     if values.get("init_lora_weights") == GRADIENT:
         values["init_lora_weights"] = True  # it is set once the adapter is there, and saved as an ordinary LoRA
     if values.get("init_lora_weights") == EVA and values.get("eva_config") is None:
@@ -89,6 +92,11 @@ def peft_config(config: ExperimentConfig, section: PeftMethodConfig, base: nn.Mo
     length = values.get("num_virtual_tokens", 1)
     if type(length) is not int or length < 1:
         raise ConfigurationError(f"peft.args.num_virtual_tokens={length!r}: must be a whole number from 1.")
+    if section.method == ADALORA and values["init_r"] <= values["target_r"]:
+        raise ConfigurationError(
+            f"peft.args.init_r={values['init_r']} must be above target_r={values['target_r']}: AdaLoRA starts from "
+            "more ranks than it ends with."
+        )
     try:
         made: Any = _config_class(section.method)(**values)
     except (TypeError, ValueError) as error:
@@ -99,7 +107,7 @@ def peft_config(config: ExperimentConfig, section: PeftMethodConfig, base: nn.Mo
             f"peft.args.eva_config: rho={made.eva_config.rho:g} lets EVA move ranks between layers when it sees data, "
             "and with them the counts that arms are compared at. Allowed is rho 1, which keeps ranks equal."
         )
-    return made  # type: ignore[no-any-return]
+    return made
 
 
 def _names_for_patterns(
@@ -144,8 +152,10 @@ def _check_handed_on(given: Mapping[str, Any]) -> None:
                 )
 
 
-def size_text(config: PeftConfig) -> str:
+def size_text(config: Any) -> str:
     """What a method's size is called and how large it is: `r 16`, `30 tokens`, `-` where it has none."""
+    if isinstance(config, AdaLoraConfig):
+        return f"r {config.init_r} to {config.target_r}"
     texts = {"r": "r {}", "bottleneck_size": "bottleneck {}", "num_virtual_tokens": "{} tokens"}
     sizes = {name: getattr(config, name, None) for name in texts}
     return ", ".join(texts[name].format(size) for name, size in sizes.items() if size) or "-"
@@ -158,13 +168,14 @@ def _defaults(config: ExperimentConfig, method: str, base: nn.Module, *, small: 
     size = config.lora.baseline_rank if small else config.lora.fish_rank
     sizes = ("r", "bottleneck_size") if known.r_is_its_size else ()
     values: dict[str, Any] = {name: size for name in sizes if name in names}
-    if is_language_model(base):
+    if is_language_model(base) and "task_type" in names:
         values["task_type"] = "CAUSAL_LM"
     if "modules_to_save" in names:
         values["modules_to_save"] = head_names(base)
     if known.takes_init_lora_weights:
         values |= {"lora_dropout": config.lora.dropout, "init_lora_weights": config.lora.init_lora_weights}
-    return {**values, **known.arguments, **_targets(config, known, base, names)}
+    arguments = known.arguments(size) if callable(known.arguments) else known.arguments
+    return {**values, **arguments, **_targets(config, known, base, names)}
 
 
 def _targets(config: ExperimentConfig, known: PeftMethod, base: nn.Module, names: list[str]) -> Mapping[str, Any]:
@@ -243,6 +254,8 @@ def _backbone_arguments(base: nn.Module) -> set[str]:
 
 
 def _config_class(method: str) -> Any:
+    if method == BASE:
+        return BaseWeights
     name = peft_method(method).peft_type or method.upper()
     types: dict[Any, Any] = PEFT_TYPE_TO_CONFIG_MAPPING  # beside PEFT's own, those that are added under plain names
     return types[PeftType[name] if name in PeftType.__members__ else name]

@@ -10,6 +10,7 @@ from fish_tuning.errors import RecordError
 from fish_tuning.experiments.data.digests import file_digest, folder_digest
 from fish_tuning.experiments.records.run_record import RunRecord, scrubbed_record
 from fish_tuning.files.atomic import recover_folder
+from fish_tuning.files.delta_file import DELTA_FILE_NAME
 from fish_tuning.files.mask_file import MASK_FILE_NAME
 from fish_tuning.files.sealed_json import read_sealed, write_sealed
 
@@ -44,12 +45,12 @@ def adapter_folder(folder: Path, arm: str, seed: int) -> Path:
 
 
 def adapter_digests(adapter: Path) -> Digests:
-    """Of the adapter that lies there now."""
+    """Of the adapter that lies there now, or the delta of a model without PEFT."""
     if not adapter.is_dir():
         return Digests()
     mask = adapter / MASK_FILE_NAME
     return Digests(
-        folder_digest(adapter, _ADAPTER_FILES)[:16],
+        folder_digest(adapter, DELTA_FILE_NAME if (adapter / DELTA_FILE_NAME).is_file() else _ADAPTER_FILES)[:16],
         file_digest(mask)[:16] if mask.is_file() else "",
     )
 

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments, set_seed
 
 from fish_tuning.errors import FishTuningError
 from fish_tuning.experiments.config.arm_names import ArmName
+from fish_tuning.experiments.masks.mask_files import ADAPTER_FILE
 from fish_tuning.experiments.models.building import state_digest
 from fish_tuning.experiments.records.kept import kept_shares
 from fish_tuning.experiments.records.record_files import Digests, adapter_digests, adapter_folder, run_name
 from fish_tuning.experiments.records.run_record import ArmPlan, RunRecord
+from fish_tuning.experiments.run.adalora import AdaLoraSchedule, entries_left
 from fish_tuning.experiments.run.calibration import Calibration, calibrate, score
 from fish_tuning.experiments.run.context import Context
 from fish_tuning.experiments.run.loggers import open_loggers
@@ -25,10 +29,13 @@ from fish_tuning.experiments.run.measure import PeakMemory, Stopwatch, optimizer
 from fish_tuning.experiments.run.plan import names_outside_pool
 from fish_tuning.experiments.run.trainers import evaluate, make_trainer
 from fish_tuning.files.atomic import whole_folder
+from fish_tuning.files.delta_file import DELTA_FILE_NAME
 from fish_tuning.files.mask_file import MASK_FILE_NAME, save_mask
 from fish_tuning.masks.budgets import matching_names
 from fish_tuning.masks.create import create_mask_from_fisher
 from fish_tuning.masks.selections import SELECTIONS
+from fish_tuning.peft_methods import ADALORA
+from fish_tuning.sparse.delta import save_delta
 from fish_tuning.sparse.masked_tensors import Mask, count_trainable_parameters
 from fish_tuning.training.trainer import FishMaskCallback
 
@@ -93,7 +100,7 @@ def _mask_of(context: Context, arm: ArmPlan, seed: int, scores: Mapping[str, Ten
     choice = context.choice(arm)
     return create_mask_from_fisher(
         scores,
-        names_to_exclude=names_outside_pool(context.config, context.plan.task),
+        names_to_exclude=names_outside_pool(context.config, context.plan.task, arm.method, arm.settings),
         num_trainable=arm.trainable_parameters,
         method=selection.name,
         granularity=choice.granularity,
@@ -114,6 +121,7 @@ class Trained(NamedTuple):
     optimizer_state_bytes: int
     loss_curve: list[tuple[int, float]]
     mask: Mask | None  # that training ended with
+    kept: int  # entries of the pool that are left, where fewer may be than at the start
 
 
 def train(
@@ -129,7 +137,7 @@ def train(
     checkpoints = context.checkpoints(arm, seed)
     shutil.rmtree(checkpoints, ignore_errors=True)  # of an earlier configuration
     callbacks = _callbacks(context, arm, seed, args, mask)
-    trainer = make_trainer(context, model, args, callbacks)
+    trainer = make_trainer(context, arm, model, args, callbacks)
     _check_count(arm, count_trainable_parameters(model))
     set_seed(seed)  # the same data order and dropout in every arm, whatever scoring drew
     peak = PeakMemory(args.device)
@@ -150,13 +158,16 @@ def train(
         optimizer_state_bytes(trainer.optimizer) if trainer.optimizer else 0,
         [(int(entry["step"]), entry["loss"]) for entry in history if "loss" in entry],
         next((callback.mask for callback in callbacks if isinstance(callback, FishMaskCallback)), None),
+        entries_left(model) if arm.method == ADALORA else arm.kept,
     )
 
 
 def _callbacks(
     context: Context, arm: ArmPlan, seed: int, args: TrainingArguments, mask: Mask | None
 ) -> list[TrainerCallback]:
-    callbacks = [context.progress]
+    callbacks: list[TrainerCallback] = [context.progress]
+    if arm.method == ADALORA:
+        callbacks.append(AdaLoraSchedule())
     if mask is not None:
         every = context.choice(arm).reselect_every if needs_scores(arm) else None
 
@@ -171,10 +182,9 @@ def _callbacks(
 
 
 def _check_count(arm: ArmPlan, trainable: int) -> None:
-    if trainable != arm.trainable_parameters:
-        raise FishTuningError(
-            f"{arm.arm} trains {trainable:,} parameters where {arm.trainable_parameters:,} were planned."
-        )
+    planned = arm.pool + arm.dense if arm.selection is None else arm.trainable_parameters
+    if trainable != planned:
+        raise FishTuningError(f"{arm.arm} trains {trainable:,} parameters where {planned:,} were planned.")
 
 
 class Saved(NamedTuple):
@@ -185,12 +195,21 @@ class Saved(NamedTuple):
 
 
 def save(model: Any, mask: Mask | None, folder: Path) -> Saved:
-    """Put the adapter, as PEFT writes it, with its mask in the place of an earlier one, whole or not at all."""
+    """Put the adapter, as PEFT writes it, with its mask in the place of an earlier one, whole or not at all.
+
+    A model without PEFT leaves a delta of its weights.
+    """
     with whole_folder(folder) as unfinished:
-        model.save_pretrained(unfinished)
+        if isinstance(model, PeftModel):
+            with warnings.catch_warnings():  # AdaLoRA may cut all ranks of a layer, which PEFT takes for a shard's loss
+                warnings.filterwarnings("ignore", message=".*zero-sized lora_A.*")
+                model.save_pretrained(str(unfinished))
+        else:
+            save_delta(model, unfinished / DELTA_FILE_NAME)
         if mask is not None:
             save_mask(mask, unfinished / MASK_FILE_NAME)
-        size = (unfinished / "adapter_model.safetensors").stat().st_size
+        weights = ADAPTER_FILE if isinstance(model, PeftModel) else DELTA_FILE_NAME
+        size = (unfinished / weights).stat().st_size
         digests = adapter_digests(unfinished)
     return Saved(digests, size)
 
@@ -225,7 +244,7 @@ def _record(
 ) -> RunRecord:
     config, plan = context.config, context.plan
     keys = context.keys(arm, seed, args.learning_rate)
-    dense = matching_names(mask, names_outside_pool(config, plan.task)) if mask else set()
+    dense = matching_names(mask, names_outside_pool(config, plan.task, arm.method, arm.settings)) if mask else set()
     return RunRecord(
         arm=arm.arm,
         seed=seed,
@@ -233,8 +252,8 @@ def _record(
         metric=plan.metric,
         value=trained.metrics[plan.metric],
         metrics=trained.metrics,
-        trainable_parameters=arm.trainable_parameters,  # as they were counted on the model
-        kept_parameters=arm.kept,
+        trainable_parameters=trained.kept + arm.dense,  # as they were counted on the model
+        kept_parameters=trained.kept,
         head_parameters=arm.dense,
         train_seconds=trained.seconds,
         fisher_seconds=_seconds(arm, calibration),

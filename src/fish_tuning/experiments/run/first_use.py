@@ -19,7 +19,7 @@ def use_once(context: Context, arm: ArmPlan, seed: int) -> None:
     """One training step and one scored batch of a model that is thrown away, so that no arm's seconds hold the cost."""
     args = context.arguments(arm, seed, extra=ONE_STEP)
     model = context.starts(arm.arm, seed, args.device)
-    trainer = make_trainer(context, model, args, [])
+    trainer = make_trainer(context, arm, model, args, [])
     trainer.train()
     # In 16 bits accelerate wraps the forward pass; what is scored must be the bare model.
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)

@@ -14,18 +14,21 @@ from typing import Any
 import torch
 
 from fish_tuning.errors import ConfigurationError, MaskError
+from fish_tuning.experiments.compare.comparisons import near
 from fish_tuning.experiments.config.arm_names import HEAD_ALONE, ArmName, Variant
 from fish_tuning.experiments.config.choices import ChoiceConfig
 from fish_tuning.experiments.config.experiment import ExperimentConfig
 from fish_tuning.experiments.config.methods import HEAD_PATTERN, STARTS_AT_ZERO
 from fish_tuning.experiments.data.tasks import Task, encode, load_task
+from fish_tuning.experiments.models.base_weights import own_head, settings_of
 from fish_tuning.experiments.models.building import build_meta_model, load_config, load_processing_class, read_config
 from fish_tuning.experiments.models.peft_methods import check_method, size_text
 from fish_tuning.experiments.records.run_record import ArmPlan
+from fish_tuning.experiments.run.adalora import entries_planned
 from fish_tuning.experiments.run.arguments import training_arguments
 from fish_tuning.masks.budgets import matching_names, resolve_budget
 from fish_tuning.masks.create import check_choice
-from fish_tuning.peft_methods import peft_method
+from fish_tuning.peft_methods import ADALORA, peft_method
 
 HELD_OUT = 0.2  # of the training set, where learning rates are chosen
 RECORDED_PACKAGES = ("fish-tuning", "torch", "transformers", "peft", "datasets")
@@ -160,29 +163,38 @@ class _Models:
         return self.made[section.name, variant]
 
     def settings(self, arm: str) -> Any:
-        return self(arm).peft_config["default"]
+        return settings_of(self(arm))
 
 
 def _plan_arm(config: ExperimentConfig, arm: str, models: _Models) -> ArmPlan:
     name = ArmName.parse(arm)
-    sizes = _trainable_sizes(models(arm))
+    sizes, settings = _trainable_sizes(models(arm)), _plain(models.settings(arm).to_dict())
+    method = config.method_of(arm).method
     if arm == HEAD_ALONE:
-        head, settings = sum(sizes.values()), _plain(models.settings(arm).to_dict())
+        head = sum(sizes.values())
         return ArmPlan(arm, HEAD_ALONE, None, "-", settings, head, pool=0, kept=0, dense=head)
-    outside = matching_names(sizes, names_outside_pool(config, models.task))
+    outside = matching_names(sizes, names_outside_pool(config, models.task, method, settings))
     dense = sum(sizes[tensor] for tensor in outside)
     pool = {tensor: size for tensor, size in sizes.items() if tensor not in outside}
     total = sum(pool.values())
-    kept = total if name.selection is None else _budget(config, name, models, total, dense)
+    if name.selection is not None:
+        known = peft_method(method)
+        if reason := known.cannot_be_masked or known.cannot_be_scored:
+            raise ConfigurationError(
+                f"fish_tuning.methods_to_run: {arm} cannot run: {reason} Its dense arm, {name.method}, can."
+            )
+        kept = _budget(config, name, models, total, dense)
+    else:
+        kept = entries_planned(models(arm)) if method == ADALORA else total
     if name.selection is not None:
         shapes = {tensor: tuple(models(arm).get_parameter(tensor).shape) for tensor in pool}
         _check_choice(config.choice_of(config.method_of(arm)), name, shapes, kept)
     return ArmPlan(
         arm=arm,
-        method=config.method_of(arm).method,
+        method=method,
         selection=name.suffix or None,
         size=size_text(models.settings(arm)),
-        settings=_plain(models.settings(arm).to_dict()),
+        settings=settings,
         trainable_parameters=kept + dense,
         pool=total,
         kept=kept,
@@ -190,10 +202,13 @@ def _plan_arm(config: ExperimentConfig, arm: str, models: _Models) -> ArmPlan:
     )
 
 
-def names_outside_pool(config: ExperimentConfig, task: Task) -> list[str]:
-    """`lora.names_to_exclude` without the pattern for new heads where the task brings none."""
-    patterns = config.lora.names_to_exclude
-    return patterns if task.brings_head else [pattern for pattern in patterns if pattern != HEAD_PATTERN]
+def names_outside_pool(config: ExperimentConfig, task: Task, method: str, settings: Mapping[str, Any]) -> list[str]:
+    """`lora.names_to_exclude`, its pattern for new heads put into the names that an arm's model has for them."""
+    own = own_head(method, settings)
+    heads = [] if not task.brings_head else [HEAD_PATTERN] if own is None else own
+    return [
+        name for pattern in config.lora.names_to_exclude for name in (heads if pattern == HEAD_PATTERN else [pattern])
+    ]
 
 
 def _budget(config: ExperimentConfig, name: ArmName, models: _Models, pool: int, dense: int) -> int:
@@ -303,7 +318,7 @@ def _sizes(config: ExperimentConfig, method: str, models: _Models) -> str:
 
 
 def _targets(model: Any) -> list[str] | str | None:
-    targets = getattr(model.peft_config["default"], "target_modules", None)
+    targets = getattr(settings_of(model), "target_modules", None)
     return sorted(targets) if isinstance(targets, set | list) else targets
 
 
@@ -332,10 +347,14 @@ def _notes(config: ExperimentConfig, task: Task, arms: Sequence[ArmPlan]) -> lis
         )
     if config.protocol == "fixed_count":
         counts = config.fish_tuning.kept_parameters
-        others = [arm for arm in arms if arm.selection is None and arm.pool and arm.kept not in counts]
+        dense = [arm for arm in arms if arm.selection is None and arm.pool]
+        others = [arm for arm in dense if not any(near(count, [arm.kept]) for count in counts)]
         if others:
             sizes = ", ".join(f"{arm.arm} ({arm.kept:,})" for arm in others)
             notes.append(f"Dense arms of another size than fish_tuning.kept_parameters={counts}: {sizes}.")
+    for arm in arms:
+        if arm.selection is None and arm.kept != arm.pool:
+            notes.append(f"{arm.arm} trains {arm.pool:,} entries at first; its count is of the {arm.kept:,} it keeps.")
     whole = [arm.arm for arm in arms if arm.selection is not None and arm.kept == arm.pool]
     if whole:
         notes.append(

@@ -9,6 +9,8 @@ import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from fish_tuning.errors import FishTuningError
+from fish_tuning.experiments.models.base_weights import own_head
+from fish_tuning.experiments.records.run_record import ArmPlan
 from fish_tuning.experiments.run.context import Context
 from fish_tuning.training.head_rate import set_head_learning_rate
 
@@ -17,7 +19,9 @@ class Diverged(FishTuningError):
     """Training left numbers that are not finite: a verdict about the learning rate, as no other error is."""
 
 
-def make_trainer(context: Context, model: Any, args: TrainingArguments, callbacks: list[TrainerCallback]) -> Trainer:
+def make_trainer(
+    context: Context, arm: ArmPlan, model: Any, args: TrainingArguments, callbacks: list[TrainerCallback]
+) -> Trainer:
     """The task's Trainer, which prints nothing."""
     trainer = context.plan.task.make_trainer(
         model=model,
@@ -29,7 +33,7 @@ def make_trainer(context: Context, model: Any, args: TrainingArguments, callback
     )
     trainer.remove_callback(PrinterCallback)  # it prints every log to standard output
     if context.head_learning_rate is not None:
-        set_head_learning_rate(trainer, context.head_learning_rate)
+        set_head_learning_rate(trainer, context.head_learning_rate, own_head(arm.method, arm.settings))
     return trainer
 
 
