@@ -62,7 +62,7 @@ def linear_delta(rows: list[int], tmp_path: Path, base: nn.Linear, value: float 
     model.bias.requires_grad_(False)
     apply_mask(model, {"weight": mask})
     with torch.no_grad():
-        model.parametrizations.weight[0].values.add_(value)  # type: ignore[index,union-attr]
+        dict(model.named_parameters())["weight"].add_(value)
     return load_delta(delta_of(model, tmp_path))
 
 

@@ -27,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
 
 from fish_tuning import FishMaskCallback, MaskError, apply_mask, get_mask, synchronize_mask
+from fish_tuning.sparse.masked_tensors import masked_tensors
 
 BATCH = classification_batch((5, 9, 3, 9, 6, 8, 9, 9))
 STEPS = 4
@@ -112,7 +113,7 @@ def worker(rank: int, port: int, folder: Path) -> None:
 
     wrapped.register_comm_hook(None, counted)
     synchronised = {buffer.data_ptr() for buffer in wrapped.modules_buffers}
-    frozen = {buffer.data_ptr() for name, buffer in model.named_buffers() if ".parametrizations." in name}
+    frozen = {tensor.frozen.data_ptr() for tensor in masked_tensors(model)}
     optimizer = optimizer_of(model)
     for _ in range(STEPS):
         wrapped(**rebatch(BATCH, 4)[rank]).loss.backward()

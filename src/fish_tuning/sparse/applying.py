@@ -15,9 +15,9 @@ from fish_tuning.peft_methods import refusal
 from fish_tuning.sparse.adapter_names import adapters_of, check_adapter, idle_names
 from fish_tuning.sparse.masked_tensors import (
     LEFT_DENSE,
-    MaskedTensor,
     NamedMaskedTensor,
     get_mask,
+    group_by_layers,
     left_dense_names,
     mask_tensor,
     masked_tensors,
@@ -63,8 +63,8 @@ def apply_mask(model: nn.Module, mask: Mapping[str, Tensor]) -> None:
             mask_tensor(module, local, selected)
         elif parameter.requires_grad:
             vars(module).setdefault(LEFT_DENSE, set()).add(local)
+    group_by_layers(model)
     override_methods(model)
-    _tell_ddp(model)
 
 
 def remove_mask(model: nn.Module, adapter_name: str | None = None) -> None:
@@ -103,14 +103,13 @@ def _take_off(model: nn.Module, tensors: Iterable[NamedMaskedTensor], forgotten:
         module, local = _owner(model, name)
         vars(module)[LEFT_DENSE].discard(local)
     restore_methods(model)
-    _tell_ddp(model)
 
 
 def synchronize_mask(model: nn.Module) -> None:
     """Give every process of a distributed run rank 0's frozen entries, and make sure that all train the same ones.
 
-    DDP synchronises what it finds among parameters and buffers when it is made, but it is told to leave the frozen
-    entries alone, or it would send them at every step. Call this on all ranks after `apply_mask`; FishMaskCallback and
+    DDP synchronises what it finds among parameters and buffers when it is made; the frozen entries are neither, or it
+    would send them at every step. Call this on all ranks after `apply_mask`; FishMaskCallback and
     FishTuningTrainer do. Without a process group of two or more it does nothing.
 
     Raises:
@@ -132,17 +131,6 @@ def synchronize_mask(model: nn.Module) -> None:
     for tensor, digest in zip(tensors, ranks[0][1], strict=True):
         dist.broadcast(tensor.frozen, src=0)
         tensor.masked.digest = digest
-
-
-def _tell_ddp(model: nn.Module) -> None:
-    """DDP would send every buffer at each step."""
-    ignored = {
-        name for name in getattr(model, "_ddp_params_and_buffers_to_ignore", ()) if ".parametrizations." not in name
-    }
-    for name, module in model.named_modules():
-        if isinstance(module, MaskedTensor):
-            ignored |= {f"{name.rpartition('.')[0]}.original", f"{name}.index"}
-    model._ddp_params_and_buffers_to_ignore = sorted(ignored)  # type: ignore[assignment]
 
 
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:

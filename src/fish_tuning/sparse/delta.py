@@ -99,7 +99,7 @@ def add_delta(
         >>> base = torch.nn.Linear(4, 3)
         >>> model, before = copy.deepcopy(base), base.weight.clone()
         >>> apply_mask(model, {"weight": torch.eye(3, 4, dtype=torch.bool)})
-        >>> model.parametrizations.weight[0].values.data += 1  # training
+        >>> next(model.parameters()).data += 1  # training
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     save_delta(model, f"{folder}/delta.safetensors")
         ...     delta = load_delta(f"{folder}/delta.safetensors")
@@ -172,8 +172,8 @@ def _trained_tensors(model: nn.Module) -> dict[str, DeltaTensor]:
     for tensor in masked_tensors(model):
         masked = tensor.masked
         if masked.values is not None:
-            index = masked.index.cpu().to(torch.int32 if masked.shape.numel() < 2**31 else torch.int64)
-            values = masked.values.detach().to("cpu", tensor.frozen.dtype, copy=True)
+            index = masked.index.cpu()
+            values = masked.values.detach().flatten().to("cpu", tensor.frozen.dtype, copy=True)
             tensors[tensor.name] = DeltaTensor(values, index, masked.shape, masked.digest)
     for name, parameter in dense_parameters(model).items():
         values = parameter.detach().to("cpu", copy=True).contiguous()

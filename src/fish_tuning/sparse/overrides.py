@@ -1,4 +1,5 @@
-"""Two methods that do more while a mask is applied: `save_pretrained` writes it, `set_adapter` reaches its values.
+"""Methods that do more while a mask is applied: `save_pretrained` writes it, `set_adapter` reaches its values, and what
+unloads an adapter takes it off.
 
 They are attributes of the very objects, so that neither a class nor another model knows of them: copies have their own,
 and when the mask goes, they go.
@@ -10,6 +11,7 @@ import inspect
 import os
 import re
 from collections.abc import Callable, Collection, Iterable
+from functools import partial
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -28,6 +30,9 @@ def override_methods(model: nn.Module) -> None:
         # A tuner passes on what it does not have to its model; only what is a class's own is its method.
         if hasattr(type(module), "save_pretrained") and is_masked(module):
             _override(module, "save_pretrained", _save_pretrained)
+        for name in ("merge_and_unload", "unload"):
+            if hasattr(type(module), name) and is_masked(module):
+                _override(module, name, _merge_and_unload if name == "merge_and_unload" else _unload)
         if hasattr(type(module), "set_adapter") and _parameter_dicts(module):
             _override(module, "set_adapter", _set_adapter)
             _override(module, "set_requires_grad", _set_requires_grad)
@@ -47,12 +52,28 @@ def _override(module: nn.Module, name: str, function: Callable[..., Any]) -> Non
     own = vars(module)
     if _BEFORE + name not in own:
         own[_BEFORE + name] = own.get(name)
-        own[name] = MethodType(function, module)
+        own[name] = partial(function, module)  # which can be pickled, as a method that is no class's own cannot
 
 
 def _original(module: nn.Module, name: str) -> Callable[..., Any]:
     before: Callable[..., Any] | None = vars(module)[_BEFORE + name]
     return MethodType(getattr(type(module), name), module) if before is None else before
+
+
+def _merge_and_unload(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return _without_mask(_original(self, "merge_and_unload")(*args, **kwargs))
+
+
+def _unload(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return _without_mask(_original(self, "unload")(*args, **kwargs))
+
+
+def _without_mask(model: nn.Module) -> nn.Module:
+    """A base model without its adapter is an ordinary model, its head too."""
+    from fish_tuning.sparse.applying import remove_mask
+
+    remove_mask(model)
+    return model
 
 
 def _save_pretrained(self: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -53,7 +53,7 @@ def replace_mask(model: nn.Module, mask: Mapping[str, Tensor] | Choice, optimize
         >>> optimizer = torch.optim.AdamW(model.parameters())
         >>> _ = replace_mask(model, {"weight": torch.tensor([[False, True, True, False]])}, optimizer)
         >>> [parameter.shape for parameter in optimizer.param_groups[0]["params"]]
-        [torch.Size([2])]
+        [torch.Size([2, 1])]
     """
     optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
     if not trains_masked(model):
@@ -90,7 +90,7 @@ def _trained(model: nn.Module) -> dict[str, _Trained]:
         tensor.name: _Trained(
             tensor.masked.values,
             tensor.masked.values.shape,
-            tensor.masked.index,
+            tensor.masked.index.long(),
             tensor.frozen.numel(),
             (True, len(tensor.masked.shape) > 1),
         )

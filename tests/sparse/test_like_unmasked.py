@@ -1,0 +1,213 @@
+"""What other code does with the tensors of an adapter, it may do with masked ones."""
+
+from __future__ import annotations
+
+import io
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from peft import IA3Config, get_peft_model
+from peft.optimizers import create_loraplus_optimizer
+from peft.utils.hotswap import hotswap_adapter
+from tiny import assert_only_selected_moved, bert, classification_batch, llama, lora, random_mask, tensors
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+
+from fish_tuning import apply_mask, count_trainable_parameters, is_masked
+
+BATCH = classification_batch()
+
+
+def masked(model: nn.Module) -> tuple[Any, dict[str, Tensor]]:
+    mask = random_mask(model, 0.5)
+    apply_mask(model, mask)
+    return model.eval(), mask
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def train(model: Any, batch: Any = BATCH, steps: int = 2) -> None:
+    optimizer = torch.optim.AdamW(trainable(model).values(), lr=0.05)
+    for _ in range(steps):
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def layer(model: nn.Module) -> tuple[str, Any]:
+    return next((name, module) for name, module in model.named_modules() if name.endswith("lora_B.default"))
+
+
+def test_names_are_those_of_the_unmasked_model() -> None:
+    assert list(trainable(masked(lora(bert()))[0])) == list(trainable(lora(bert())))
+
+
+def test_a_read_gives_one_tensor_until_the_values_change() -> None:
+    _, module = layer(masked(lora(bert()))[0])
+    first = module.weight
+    assert module.weight is first
+    assert module.weight.data_ptr() == first.data_ptr()
+
+
+def test_lora_plus_sees_which_factor_a_value_belongs_to() -> None:
+    model, _ = masked(lora(bert()))
+    optimizer = create_loraplus_optimizer(model, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    rates = {names[id(p)]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert {rate for name, rate in rates.items() if ".lora_A." in name} == {1e-3}
+    assert {rate for name, rate in rates.items() if ".lora_B." in name} == {16e-3}
+
+
+def test_values_that_are_changed_past_autograd_are_seen() -> None:
+    """As an exponential moving average of the weights is put into a model."""
+    model, _ = masked(lora(bert()))
+    before = model(**BATCH).logits.detach()
+    for parameter in trainable(model).values():
+        parameter.data.copy_(parameter.data + 0.1)
+    after = model(**BATCH).logits.detach()
+    again = lora(bert()).eval()
+    again.load_state_dict(model.state_dict())
+    assert not torch.equal(before, after)
+    assert torch.equal(again(**BATCH).logits, after)
+
+
+@pytest.mark.parametrize("how", ["copy_", "data.fill_", "data ="])
+def test_who_writes_into_a_masked_tensor_writes_its_values(how: str) -> None:
+    model, mask = masked(lora(bert()))
+    name, module = layer(model)
+    sevens = torch.full(module.weight.shape, 7.0)
+    if how == "copy_":
+        with torch.no_grad():
+            module.weight.copy_(sevens)
+    elif how == "data.fill_":
+        module.weight.data.fill_(7.0)
+    else:
+        module.weight.data = sevens.clone()
+    assert torch.equal(module.weight, sevens)
+    assert set(trainable(model)[f"{name}.weight"].flatten().tolist()) == {7.0}
+    before = tensors(model)
+    train(model)
+    assert_only_selected_moved(before, tensors(model), mask)
+
+
+def test_a_pickled_model_trains_on() -> None:
+    model, mask = masked(lora(bert()))
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    copy = torch.load(file, weights_only=False)
+    assert torch.equal(copy(**BATCH).logits, model(**BATCH).logits)
+    before = tensors(copy)
+    train(copy)
+    assert_only_selected_moved(before, tensors(copy), mask)
+    assert torch.equal(model.state_dict()["base_model.model.classifier.modules_to_save.default.weight"],
+                       before["base_model.model.classifier.modules_to_save.default.weight"])  # fmt: skip
+
+
+def test_another_adapter_is_swapped_in_whole(tmp_path: Path) -> None:
+    other = lora(llama(), seed=5)
+    other.save_pretrained(tmp_path)
+    model, _ = masked(lora(llama()))
+    hotswap_adapter(model, str(tmp_path), "default")
+    stray = nn.Parameter(torch.ones(1))
+    stray.grad = torch.ones(1)
+    torch.optim.SGD([stray], lr=1.0).step()  # a step of another optimizer changes nothing
+    expected = {name: tensor for name, tensor in other.state_dict().items() if "lora_" in name}
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in expected.items())
+
+
+def test_an_adapter_in_parameter_dicts_can_be_deleted() -> None:
+    config = IA3Config(target_modules=["key", "value", "output.dense"], feedforward_modules=["output.dense"])
+    model = get_peft_model(bert(), config)
+    model.add_adapter("b", config)
+    apply_mask(model, random_mask(model, 0.5))
+    model.set_adapter("b")
+    assert not [name for name in trainable(model) if name.endswith(".default")]
+    model.delete_adapter("default")
+    assert not is_masked(model)
+    assert not [name for name in model.state_dict() if name.endswith(".default")]
+    model(**BATCH)
+
+
+def test_positions_outlive_memory_that_is_given_up() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+    mask = random_mask(model, 0.5)
+    apply_mask(model, mask)
+    state = tensors(model)
+    model.to_empty(device="cpu")
+    model.load_state_dict(state)
+    optimizer = torch.optim.AdamW(trainable(model).values(), lr=0.05)
+    model(torch.ones(2, 6)).square().sum().backward()
+    optimizer.step()
+    assert_only_selected_moved(state, tensors(model), mask)
+
+
+def test_an_unloaded_model_is_an_ordinary_one() -> None:
+    model, _ = masked(lora(bert()))
+    count = sum(parameter.numel() for parameter in bert().parameters())
+    unloaded = model.merge_and_unload()
+    assert not is_masked(unloaded)
+    assert sum(parameter.numel() for parameter in unloaded.parameters()) == count
+
+
+def test_what_is_frozen_asks_for_no_gradient() -> None:
+    model, _ = masked(lora(bert()))
+    model.requires_grad_(False)
+    assert not model(**BATCH).loss.requires_grad
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.dim() == 2 and parameter.shape[1] == 1)
+    model(**BATCH).loss.backward()
+    assert any(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_no_tensor_of_a_state_dict_shares_memory_with_another() -> None:
+    """Code that saves tensors takes those that share memory for one."""
+    model, _ = masked(lora(bert()))
+    storages = [tensor.untyped_storage().data_ptr() for name, tensor in model.state_dict().items() if "lora_" in name]
+    assert len(set(storages)) == len(storages)
+
+
+def test_inference_mode_leaves_training_as_it_is() -> None:
+    model, _ = masked(lora(bert()))
+    with torch.inference_mode():
+        for parameter in trainable(model).values():
+            parameter.data.add_(0.1)
+        model(**BATCH)
+    train(model)
+
+
+def sharded(rank: int, port: int, folder: Path) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    model, _ = masked(lora(bert()))
+    for block in model.base_model.model.bert.encoder.layer:
+        fully_shard(block)
+    fully_shard(model)
+    train(model)
+    state = {name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in model.state_dict().items()}
+    torch.save(state, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_fully_sharded_training_is_that_of_one_process(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(sharded, args=(port, tmp_path), nprocs=2)  # type: ignore[no-untyped-call]
+    alone, mask = masked(lora(bert()))
+    before = tensors(alone)
+    train(alone)
+    for rank in range(2):
+        state = torch.load(tmp_path / f"{rank}.pt")
+        torch.testing.assert_close(state, dict(alone.state_dict()))
+        assert_only_selected_moved(before, state, mask)
+    assert count_trainable_parameters(alone) == sum(int(selected.sum()) for selected in mask.values())
