@@ -45,6 +45,7 @@ from fish_tuning import (
     create_mask_from_fisher,
 )
 from fish_tuning.experiments.run.measure import optimizer_state_bytes
+from fish_tuning.sparse.masked_tensors import masked_tensors
 
 KEEP, RANK = 0.005, 8
 LORA, MASKED, BIASES, FULL = "LoRA r=8, all linear", "0.5 % of all weights", "all biases (BitFit)", "all weights"
@@ -93,7 +94,9 @@ class Arm:
     def bytes_beside(self, shape: str) -> int:
         """What is kept in memory beside the base model, before the first step."""
         base = sum(parameter.numel() * parameter.element_size() for parameter in base_model(shape).parameters())
-        return sum(t.numel() * t.element_size() for t in (*self.model.parameters(), *self.model.buffers())) - base
+        masked = [tensor for each in masked_tensors(self.model) for tensor in (each.frozen, each.masked.index)]
+        kept = (*self.model.parameters(), *self.model.buffers(), *masked)
+        return sum(tensor.numel() * tensor.element_size() for tensor in kept) - base
 
 
 def score(args: argparse.Namespace) -> Callable[[], object]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fish_tuning.errors import FisherError
+from fish_tuning.sparse.masked_tensors import masked_tensors
 
 
 def check_finite(model: nn.Module, scores: Mapping[str, Tensor]) -> None:
@@ -36,6 +37,7 @@ def why_not_finite(model: nn.Module) -> str:
 
 
 def tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers."""
+    """Parameters and buffers, and the whole tensors that masked ones are part of."""
+    yield from ((tensor.name, tensor.frozen) for tensor in masked_tensors(model))
     yield from model.named_parameters()
     yield from model.named_buffers()

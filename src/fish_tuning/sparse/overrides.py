@@ -20,7 +20,14 @@ from torch import nn
 
 from fish_tuning.files.mask_file import MASK_FILE_NAME, save_mask
 from fish_tuning.sparse.adapter_names import adapters_of, idle_names
-from fish_tuning.sparse.masked_tensors import get_mask, is_masked, masked_tensors
+from fish_tuning.sparse.masked_tensors import (
+    LEFT_DENSE,
+    get_mask,
+    is_masked,
+    masked_tensors,
+    trained_names,
+    unmask_tensor,
+)
 
 _BEFORE = "_fish_tuning_before_"  # holds what the object itself had under the method's name, if anything
 
@@ -70,9 +77,12 @@ def _unload(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 def _without_mask(model: nn.Module) -> nn.Module:
     """A base model without its adapter is an ordinary model, its head too."""
-    from fish_tuning.sparse.applying import remove_mask
-
-    remove_mask(model)
+    trained = trained_names(model)
+    for tensor in list(masked_tensors(model)):
+        unmask_tensor(tensor, tensor.name in trained)
+    for module in model.modules():
+        vars(module).pop(LEFT_DENSE, None)
+    restore_methods(model)
     return model
 
 
