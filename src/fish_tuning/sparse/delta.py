@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from fish_tuning.errors import FishTuningWarning, MaskError, did_you_mean
 from fish_tuning.files.delta_file import Delta, DeltaTensor, dtype_name, load_delta, write_delta
-from fish_tuning.sparse.masked_tensors import dense_parameters, entries_digest, is_masked, masked_tensors
+from fish_tuning.sparse.masked_tensors import dense_parameters, is_masked, masked_tensors
+from fish_tuning.sparse.whole_tensors import entries_digest
 
 
 class _Added(NamedTuple):
