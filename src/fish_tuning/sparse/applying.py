@@ -17,7 +17,7 @@ from fish_tuning.sparse.masked_tensors import (
     LEFT_DENSE,
     NamedMaskedTensor,
     get_mask,
-    group_by_layers,
+    group_small,
     left_dense_names,
     mask_tensor,
     masked_tensors,
@@ -63,7 +63,7 @@ def apply_mask(model: nn.Module, mask: Mapping[str, Tensor]) -> None:
             mask_tensor(module, local, selected)
         elif parameter.requires_grad:
             vars(module).setdefault(LEFT_DENSE, set()).add(local)
-    group_by_layers(model)
+    group_small(model)
     override_methods(model)
 
 

@@ -7,8 +7,7 @@ numbers are written into it once a step, not at every read. In the state dict th
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -16,15 +15,15 @@ from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
 from fish_tuning.sparse.adapter_names import adapters_of, check_adapter, idle_names
-from fish_tuning.sparse.whole_tensors import STEPS, Group, MaskedTensor
+from fish_tuning.sparse.whole_tensors import Group, MaskedTensor
 
 Mask = dict[str, Tensor]
 
-_STATE = "_fish_tuning_masked_tensors"  # attribute of a module: {local name: MaskedTensor}
+_STATE = "_fish_tuning_masked_tensor_"  # with a tensor's local name: the attribute of its module that has it
 # A tensor of more entries is a group of its own: there, the entries cost more than the call that gathers them.
 _SMALL = 2**16
+_TOGETHER = 2**18  # entries of a group at most, since their dense gradients are kept until all are there
 _GONE = object()
-_LAYER = re.compile(r".*\.\d+(?=\.)")
 _classes: dict[tuple[type[nn.Module], frozenset[str]], type[nn.Module]] = {}
 # Attribute of a module: the names of its trainable parameters that the mask left as they are.
 LEFT_DENSE = "_fish_tuning_left_dense"
@@ -114,7 +113,7 @@ def _masked_class(base: type[nn.Module], names: frozenset[str]) -> type[nn.Modul
 def _made_class(base: type[nn.Module], names: frozenset[str]) -> type[nn.Module]:
     def _apply(self: Any, fn: Any, recurse: bool = True) -> Any:
         result = base._apply(self, fn, recurse)
-        for local, masked in vars(self)[_STATE].items():
+        for local, masked in _own_masked_tensors(self):
             masked.move(fn, self._parameters.get(local))
         return result
 
@@ -122,31 +121,24 @@ def _made_class(base: type[nn.Module], names: frozenset[str]) -> type[nn.Module]
         return _bare, (base, names), vars(self)
 
     own: dict[str, Any] = {name: property(*_access(name)) for name in names}
-    own |= {"_apply": _apply, "__reduce_ex__": __reduce_ex__, "__module__": base.__module__, "_unmasked": base}
+    own |= {"_apply": _apply, "__reduce_ex__": __reduce_ex__, "__module__": base.__module__}
+    own |= {"_unmasked": base, "_masked": names}
     return type(base.__name__, (base,), own)
 
 
 def _access(local: str) -> tuple[Any, Any]:
+    key = _STATE + local
+
     def read(self: Any) -> Any:
         own = self.__dict__
-        masked = own[_STATE][local]
+        masked = own[key]
         values = own["_parameters"].get(local, _GONE)
         if values is masked.values:
-            tensor = masked.tensor
-            # All in one place: this is done at every read, some hundred nanoseconds each.
-            if (
-                tensor is not None
-                and not is_dynamo_compiling()
-                and (
-                    values is None
-                    or (
-                        values._version == masked.seen
-                        and tensor._version == masked.written
-                        and masked.step == STEPS[0]
-                        and values.requires_grad is masked.trains
-                    )
-                )
-            ):
+            if is_dynamo_compiling():
+                return masked.read()
+            group, tensor = masked.group, masked.tensor
+            # This is done at every read, and what it looks at is mostly the group's, which the last read has just used.
+            if group.settled and group.flat._version == group.seen and tensor._version == masked.written:
                 return tensor
             return masked.read()
         if local in own:  # a copy that DataParallel made
@@ -161,16 +153,26 @@ def _access(local: str) -> tuple[Any, Any]:
     return read, replace
 
 
+def _masked_names(module: nn.Module) -> frozenset[str]:
+    names: frozenset[str] = getattr(type(module), "_masked", frozenset())
+    return names
+
+
+def _own_masked_tensors(module: nn.Module) -> list[tuple[str, MaskedTensor]]:
+    """A module's own masked tensors and their names in it."""
+    names = _masked_names(module)
+    return [(local, vars(module)[_STATE + local]) for local in module._parameters if local in names] if names else []
+
+
 def _bare(base: type[nn.Module], names: frozenset[str]) -> nn.Module:
     """A masked module without anything in it, for copies and pickles."""
     cls = _masked_class(base, names)
     return cls.__new__(cls)
 
 
-def _set_names(module: nn.Module, names: Iterable[str]) -> None:
+def _set_names(module: nn.Module, names: frozenset[str]) -> None:
     base = getattr(type(module), "_unmasked", type(module))
-    wanted = frozenset(names)
-    module.__class__ = _masked_class(base, wanted) if wanted else base
+    module.__class__ = _masked_class(base, names) if names else base
 
 
 class NamedMaskedTensor(NamedTuple):
@@ -191,10 +193,9 @@ def mask_tensor(module: nn.Module, local: str, selected: Tensor) -> None:
     masked = MaskedTensor(dense, selected)
     dense.data = dense.data.new_empty(0)  # `frozen` holds it now
     dense.grad = None
-    states = vars(module).setdefault(_STATE, {})
-    states[local] = masked
+    vars(module)[_STATE + local] = masked
     module._parameters[local] = masked.values
-    _set_names(module, states)
+    _set_names(module, _masked_names(module) | {local})
     masked.hooks = (
         module.register_state_dict_post_hook(_DenseStateDict(local)),
         module.register_load_state_dict_pre_hook(_SplitStateDict(local)),
@@ -202,19 +203,31 @@ def mask_tensor(module: nn.Module, local: str, selected: Tensor) -> None:
     )
 
 
-def group_by_layers(model: nn.Module) -> None:
-    """Have the small tensors of a layer hand on their gradients in one go, which costs less than one by one."""
-    groups: dict[Any, list[MaskedTensor]] = {}
+def group_small(model: nn.Module) -> None:
+    """Have neighbouring small tensors hand on their gradients in one go, which costs less than one by one."""
+    groups: list[list[NamedMaskedTensor]] = []
+    open_groups: dict[Any, tuple[int, list[NamedMaskedTensor]]] = {}  # by what members must share: entries and members
     tensors = list(masked_tensors(model))
     adapters = adapters_of(model, [tensor.name for tensor in tensors])
     for tensor in tensors:
-        layer, dense = _LAYER.match(tensor.name), tensor.frozen
-        key: Any = tensor.name
-        if layer and dense.numel() <= _SMALL and tensor.masked.values is not None:
-            key = layer[0], adapters[tensor.name], dense.dtype, dense.device, dense.dim() > 1
-        groups.setdefault(key, []).append(tensor.masked)
-    for group in groups.values():
-        Group(group).bind()  # now, because compiled models cannot
+        dense = tensor.frozen
+        size, members = dense.numel(), [tensor]
+        if size <= _SMALL and tensor.masked.values is not None:
+            key = adapters[tensor.name], dense.dtype, dense.device, dense.dim() > 1
+            entries, others = open_groups.get(key, (0, []))
+            if others and entries + size <= _TOGETHER:
+                size, members = entries + size, others
+                members.append(tensor)
+            open_groups[key] = size, members
+        if len(members) == 1:
+            groups.append(members)
+    for members in groups:
+        group = Group([tensor.masked for tensor in members])
+        if len(members) > 1 and not any(isinstance(tensor.masked.tensor, Tensor) for tensor in members):  # all new
+            group.share_values()
+            for tensor in members:
+                tensor.module._parameters[tensor.local] = tensor.masked.values
+        group.bind()  # now, because compiled models cannot
 
 
 def unmask_tensor(tensor: NamedMaskedTensor, trains: bool) -> None:
@@ -222,14 +235,11 @@ def unmask_tensor(tensor: NamedMaskedTensor, trains: bool) -> None:
     trained = _own_memory(masked.read().detach())
     for hook in masked.hooks:
         hook.remove()
-    states = vars(module)[_STATE]
-    del states[local]
+    del vars(module)[_STATE + local]
     masked.group.members.remove(masked)
     masked.group.joined = None
     masked.group.bind()
-    _set_names(module, states)
-    if not states:
-        del vars(module)[_STATE]
+    _set_names(module, _masked_names(module) - {local})
     masked.dense.data = trained
     masked.dense.requires_grad_(trains)
     module._parameters[local] = masked.dense
@@ -248,7 +258,7 @@ class _DenseStateDict:
         self.local = local
 
     def __call__(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
-        masked: MaskedTensor = vars(module)[_STATE][self.local]
+        masked: MaskedTensor = vars(module)[_STATE + self.local]
         if self.local not in module._parameters:  # PEFT deleted the adapter
             return
         stored = state_dict.get(prefix + self.local)
@@ -265,7 +275,7 @@ class _SplitStateDict:
         self.local = local
 
     def __call__(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-        masked: MaskedTensor = vars(module)[_STATE][self.local]
+        masked: MaskedTensor = vars(module)[_STATE + self.local]
         dense = state_dict.get(prefix + self.local)
         if not isinstance(dense, Tensor) or dense.shape != masked.shape or self.local not in module._parameters:
             return  # torch says what does not fit
@@ -288,16 +298,15 @@ class _TakeLoaded:
         self.local = local
 
     def __call__(self, module: nn.Module, incompatible_keys: Any) -> None:
-        masked: MaskedTensor = vars(module)[_STATE][self.local]
+        masked: MaskedTensor = vars(module)[_STATE + self.local]
         values = module._parameters.get(self.local)
         if values is not masked.values and values is not None and values.numel() == len(masked.index):
             masked.move(lambda tensor: tensor, values)
-        masked.seen = -1
+        masked.group.stale, masked.group.settled = True, False
 
 
 def masked_tensors(model: nn.Module) -> Iterator[NamedMaskedTensor]:
     """Every masked tensor of `model`, by the name that it has without the mask."""
     for path, module in model.named_modules():
-        for local, masked in vars(module).get(_STATE, {}).items():
-            if local in module._parameters:
-                yield NamedMaskedTensor(f"{path}.{local}" if path else local, module, local, masked)
+        for local, masked in _own_masked_tensors(module):
+            yield NamedMaskedTensor(f"{path}.{local}" if path else local, module, local, masked)

@@ -18,11 +18,11 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
-STEPS = [
-    0
-]  # of optimizers that hold no values: an engine may have changed them behind, so what was read is out of date
+from fish_tuning.sparse.values import DATA, Values, Watched
+
+# Groups whose values' memory others may hold, such as an engine that trains a copy of the parameters.
+_held_by_others: weakref.WeakSet[Group] = weakref.WeakSet()
 _AT_ONCE = 2**62
-_of_values: weakref.WeakValueDictionary[int, MaskedTensor] = weakref.WeakValueDictionary()
 
 
 def entries_digest(entries: Tensor) -> str:
@@ -31,37 +31,6 @@ def entries_digest(entries: Tensor) -> str:
         return ""
     stored = entries.detach().cpu().reshape(-1).view(torch.uint8).numpy()
     return f"{str(entries.dtype).removeprefix('torch.')}:{hashlib.sha256(stored.data).hexdigest()}"
-
-
-_DATA: Any = torch.Tensor.data
-
-
-class _Watched(Tensor):
-    """A tensor that also counts what is done to it through `.data`, which autograd does not."""
-
-    # What is computed of it is an ordinary tensor.
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
-
-    @property
-    def data(self) -> Tensor:
-        increment_version(self)
-        plain: Tensor = _DATA.__get__(self)
-        return plain
-
-    @data.setter
-    def data(self, value: Tensor) -> None:
-        increment_version(self)
-        _DATA.__set__(self, value)
-
-
-class _Values(_Watched, nn.Parameter):
-    """The selected entries: of a vector (k,), of a tensor of more dimensions (k, 1).
-
-    Optimizers tell matrices from vectors by that, as LoRA+ does and some rules for weight decay.
-    """
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return _Values, (_DATA.__get__(self), self.requires_grad)
 
 
 class MaskedTensor:
@@ -82,32 +51,40 @@ class MaskedTensor:
         self.dense = dense  # the object that an unmasked model gets back
         self.digest = entries_digest(entries)  # of the entries before training: tells a delta's base from others
         entries = entries if dense.dim() == 1 else entries[:, None]
-        self.values: nn.Parameter | None = _Values(entries) if len(index) else None
+        self.values: nn.Parameter | None = Values(entries) if len(index) else None
         self.frozen = dense.detach().contiguous()
         self.hooks: tuple[RemovableHandle, ...] = ()
         self.group = Group([self])
         self.tensor: Any = None  # what reads give
         self.plain: Any = None  # the same for compiled models, which take no tensors of other classes
         self.trains = False  # whether `tensor` has a gradient
-        self.seen = self.step = self.written = -1
+        self.written = self.seen = -1  # the counts of changes of `tensor` and of `values` when they were equal
 
     def read(self) -> Tensor:
         """The whole tensor, whatever has happened to it or to the values."""
         if self.tensor is None:
             self.group.bind()
-        if self.values is not None and not is_dynamo_compiling():
-            if self.values.requires_grad is not self.trains:
-                self.group.bind()
-            self.group.write()
-        tensor: Tensor = self.plain if is_dynamo_compiling() else self.tensor
+        if is_dynamo_compiling():
+            plain: Tensor = self.plain
+            return plain
+        values, group = self.values, self.group
+        if values is None:
+            pass
+        elif group.one_count or group.stale:
+            group.settle()
+        elif values.requires_grad is not self.trains:
+            group.bind()
+        elif values._version != self.seen or self.tensor._version != self.written:
+            group.write()
+        tensor: Tensor = self.tensor
         return tensor
 
     def take_entries(self) -> None:
         """Somebody wrote into the tensor itself, so its entries are the values now."""
         values: Any = self.values
         if self.tensor.data_ptr() != self.frozen.data_ptr():  # or put another memory in its place
-            self.frozen.data.copy_(_DATA.__get__(self.tensor))
-            _DATA.__set__(self.tensor, self.frozen)
+            self.frozen.data.copy_(DATA.__get__(self.tensor))
+            DATA.__set__(self.tensor, self.frozen)
         values.copy_(self.frozen.view(-1).index_select(0, self.index).view_as(values))
 
     def read_with(self, values: Any) -> Any:
@@ -127,10 +104,16 @@ class MaskedTensor:
 
     def move(self, change: Any, values: nn.Parameter | None) -> None:
         """Follow the module to another device or dtype, where its parameter is `values`."""
-        self.frozen = change(self.frozen).contiguous()
+        frozen = change(self.frozen)
+        if frozen is self.frozen and values is self.values:
+            return
+        self.frozen = frozen.contiguous()
         self.index = self.index.to(change(self.index).device)  # its numbers stay, even where memory is given up
         self.values = values
-        self.group.bind()
+        self.tensor, self.group.settled = None, False
+        if self.group.is_together():  # the last of the group: what is compiled cannot do this when it reads
+            self.group.flatten()
+            self.group.bind()
 
     def selected(self) -> Tensor:
         selected = torch.zeros(self.shape, dtype=torch.bool, device=self.index.device)
@@ -145,25 +128,56 @@ class MaskedTensor:
 class Group:
     """Masked tensors that are written, and hand on their gradients, in one go.
 
-    Small ones of a layer are, and share memory for it; a large one is alone in its group.
+    Small ones are, and share memory for it; a large one is alone in its group. Their values are slices of one memory,
+    too, with one count of changes for all, so that a read need not look at each of them.
     """
 
     def __init__(self, members: list[MaskedTensor]) -> None:
         self.members = members
+        self.with_values: list[MaskedTensor] = []
         self.joined: tuple[Tensor, Tensor] | None = None  # the memory that all share, and the selected entries in it
+        self.flat: Tensor | None = None  # all values, where they are slices of one memory
+        self.one_count = False  # whether all values and `flat` share one count of changes
+        self.seen = -1  # that count when the values were written last
+        self.stale = False  # whether the values may have changed without being counted
+        self.settled = False  # whether `flat` and the count tell all that a read must know of the values
         for member in members:
             member.group = self
+
+    def share_values(self) -> None:
+        """Make new values for all members: slices of one memory, with one count of changes."""
+        old: list[Any] = [member.values for member in self.members]
+        memory = torch.cat([values.detach() for values in old])
+        for member, entries in zip(self.members, memory.split([len(values) for values in old]), strict=True):
+            member.values = Values(entries)
+
+    def is_together(self) -> bool:
+        """Whether all members are on one device, in one dtype."""
+        return len({(member.frozen.dtype, member.frozen.device) for member in self.members}) < 2
+
+    def flatten(self) -> None:
+        """Make the values slices of one memory again, after they have moved."""
+        values: list[Any] = [member.values for member in self.members]
+        if len(values) > 1 and all(type(each) is Values for each in values):
+            memory = torch.cat([each.detach() for each in values])
+            for each, entries in zip(values, memory.split([len(each) for each in values]), strict=True):
+                DATA.__set__(each, entries)
 
     def bind(self) -> None:
         """Make the tensors that reads give; each lasts until its parameter moves, thaws or freezes."""
         self._join()
+        self.with_values = [member for member in self.members if member.values is not None]
         for member in self.members:
-            member.trains = member.values is not None and member.values.requires_grad
+            values: Any = member.values
+            member.trains = values is not None and values.requires_grad
+            if type(values) is nn.Parameter:  # another took the place of ours
+                values.__class__ = Values
+            if values is not None:
+                values.masked_group = weakref.ref(self)
         for member, tensor, plain in zip(self.members, self._tensors(), self._tensors(), strict=True):
-            tensor.__class__ = _Watched
+            tensor.__class__ = Watched
             member.tensor, member.plain, member.written = tensor, plain, tensor._version
-            if member.values is not None:
-                _of_values[id(member.values)] = member
+        self._find_flat()
         self.write()
 
     def _tensors(self) -> list[Tensor]:
@@ -181,27 +195,67 @@ class Group:
                 tensors[place] = tensor
         return tensors
 
+    def settle(self) -> None:
+        """Look at every member, and write what has changed."""
+        if any(
+            m.tensor is None or (m.values is not None and m.values.requires_grad is not m.trains) for m in self.members
+        ):
+            self.bind()
+        else:
+            self.write()
+
     def write(self) -> None:
         """Write the values into the tensors.
 
         Past autograd, which need not see a change of what it saved where an optimizer has stepped since.
         """
-        members = [member for member in self.members if member.values is not None]
+        members = self.with_values
+        parameters: list[Any] = [member.values for member in members]
         with torch.no_grad():
             for member in members:
                 if member.tensor._version != member.written:
                     member.take_entries()
                     member.written = member.tensor._version
+            if any(values.held for values in parameters):
+                self._find_flat()
             if self.joined is not None:
                 memory, index = self.joined
-                values = torch.cat([member.values for member in members])  # type: ignore[misc]
-                memory.index_copy_(0, index.long(), values.view(-1).to(memory.dtype))
+                flat = self.flat if self.flat is not None else torch.cat([values.detach() for values in parameters])
+                memory.index_copy_(0, index.long(), flat.view(-1).to(memory.dtype))
             else:
-                for member in members:
-                    values = member.values.detach().view(-1).to(member.frozen.dtype)  # type: ignore[union-attr]
-                    member.frozen.data.view(-1).index_copy_(0, member.index.long(), values)
-        for member in members:
-            member.seen, member.step = member.values._version, STEPS[0]  # type: ignore[union-attr]
+                for member, values in zip(members, parameters, strict=True):
+                    entries = values.detach().view(-1).to(member.frozen.dtype)
+                    member.frozen.data.view(-1).index_copy_(0, member.index.long(), entries)
+        self.stale = False
+        self.settled = self.one_count
+        if self.one_count and self.flat is not None:
+            self.seen = self.flat._version
+        else:
+            for member, values in zip(members, parameters, strict=True):
+                member.seen = values._version
+
+    def _find_flat(self) -> None:
+        """See whether the values are slices of one memory, with one count of changes."""
+        parameters: list[Any] = [member.values for member in self.with_values]
+        self.flat, self.one_count = None, False
+        if any(values.held for values in parameters):
+            _held_by_others.add(self)
+        for values in parameters:
+            values.held = False
+        if not parameters:
+            return
+        first, counts = parameters[0], [values._version for values in parameters]
+        increment_version(first)
+        sizes = [values.numel() * values.element_size() for values in parameters]
+        places = [first.data_ptr() + start for start in itertools.accumulate(sizes[:-1], initial=0)]
+        memories = {values.untyped_storage().data_ptr() for values in parameters}
+        if len(memories) == 1 and places == [values.data_ptr() for values in parameters]:
+            entries = sum(values.numel() for values in parameters)
+            self.flat = first.detach().as_strided((entries, *first.shape[1:]), first.stride())
+            self.one_count = [values._version for values in parameters] == [count + 1 for count in counts]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "flat": None, "settled": False, "one_count": False}
 
     def _join(self) -> None:
         """Put the tensors into one memory, unless they are there, or cannot be."""
@@ -255,15 +309,16 @@ def _gathered(grad: Tensor | None, index: Tensor, shape: torch.Size) -> Tensor |
 def _after_step(optimizer: Optimizer, *_: Any) -> None:
     """After every step of every optimizer of the process."""
     groups = {
-        masked.group
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-        if (masked := _of_values.get(id(parameter))) is not None and masked.values is parameter
+        group
+        for held in optimizer.param_groups
+        for parameter in held["params"]
+        if (reference := getattr(parameter, "masked_group", None)) is not None and (group := reference()) is not None
     }
-    if not groups:  # an engine's own copy of the parameters may have been changed
-        STEPS[0] += 1
     for group in groups:
         group.write()  # now, because compiled models do not look whether they are out of date
+    for group in _held_by_others:
+        if group not in groups:
+            group.stale, group.settled = True, False
 
 
 register_optimizer_step_post_hook(_after_step)

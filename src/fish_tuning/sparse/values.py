@@ -1,0 +1,66 @@
+"""The tensors of a masked tensor that notice what autograd does not count: changes through `.data`."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import increment_version
+
+DATA: Any = torch.Tensor.data
+_REQUIRES_GRAD: Any = torch.Tensor.requires_grad
+
+
+class Watched(Tensor):
+    """A tensor that also counts what is done to it through `.data`."""
+
+    # What is computed of it is an ordinary tensor.
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    held = False  # whether somebody has had its `.data`, and may have kept it
+
+    @property
+    def data(self) -> Tensor:
+        increment_version(self)
+        self.held = True
+        plain: Tensor = DATA.__get__(self)
+        return plain
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        increment_version(self)
+        self.held = True
+        DATA.__set__(self, value)
+
+
+class _Settles(Protocol):
+    settled: bool
+
+
+class Values(Watched, nn.Parameter):
+    """The selected entries: of a vector (k,), of a tensor of more dimensions (k, 1).
+
+    Optimizers tell matrices from vectors by that, as LoRA+ does and some rules for weight decay.
+    """
+
+    masked_group: weakref.ref[_Settles] | None = None
+
+    @property
+    def requires_grad(self) -> bool:
+        flag: bool = _REQUIRES_GRAD.__get__(self)
+        return flag
+
+    @requires_grad.setter
+    def requires_grad(self, flag: bool) -> None:
+        self.requires_grad_(flag)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Values:
+        _REQUIRES_GRAD.__set__(self, requires_grad)
+        group = self.masked_group() if self.masked_group is not None else None
+        if group is not None:
+            group.settled = False
+        return self
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return Values, (DATA.__get__(self), self.requires_grad)

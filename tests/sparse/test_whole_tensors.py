@@ -1,0 +1,195 @@
+"""Whatever is done to values and whole tensors, in whatever order, reads give what dense bookkeeping gives."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fish_tuning import apply_mask, get_mask
+from fish_tuning.sparse.masked_tensors import masked_tensors
+
+
+class Bookkept:
+    """A masked model beside the dense tensors that it should have."""
+
+    def __init__(self, seed: int) -> None:
+        torch.manual_seed(seed)
+        self.choose = random.Random(seed)
+        self.model: Any = nn.Sequential(*[nn.Linear(3, 4) for _ in range(3)], nn.Linear(4, 300))
+        mask = {name: torch.rand(p.shape) < 0.4 for name, p in self.model.named_parameters()}
+        mask["1.weight"][:] = False  # a tensor without values, among the others
+        mask["2.bias"][:] = True  # and a dense one
+        apply_mask(self.model, mask)
+        self.dense = {t.name: t.masked.dense_of(t.masked.values) for t in self.tensors() if t.masked.values is not None}
+        self.held: dict[str, Tensor] = {name: self.read(name) for name in self.dense}
+        self.mask = get_mask(self.model)
+
+    def tensors(self) -> list[Any]:
+        return list(masked_tensors(self.model))
+
+    def values(self, name: str) -> Any:
+        return dict(self.model.named_parameters())[name]
+
+    def read(self, name: str) -> Tensor:
+        path, _, local = name.rpartition(".")
+        read: Tensor = getattr(self.model.get_submodule(path), local)
+        return read
+
+    def set_entries(self, name: str, change: Callable[[Tensor], Tensor]) -> None:
+        entries = self.dense[name][self.mask[name]]
+        self.dense[name][self.mask[name]] = change(entries)
+
+    def check(self, names: list[str]) -> None:
+        for name in names:
+            assert torch.equal(self.read(name), self.dense[name]), name
+
+    def check_gradients(self) -> None:
+        weights = {name: torch.rand_like(dense) for name, dense in self.dense.items()}
+        training = {name for name in self.dense if self.values(name).requires_grad}
+        total = sum((self.read(name) * weights[name]).sum() for name in self.dense)
+        for name in self.dense:
+            assert self.read(name).requires_grad is (name in training)
+            self.values(name).grad = None
+        if training:
+            total.backward()  # type: ignore[union-attr]
+        for name in training:
+            assert torch.equal(self.values(name).grad.flatten(), weights[name][self.mask[name]])
+
+
+def in_place(book: Bookkept, name: str) -> None:
+    with torch.no_grad():
+        book.values(name).add_(1)
+    book.set_entries(name, lambda entries: entries + 1)
+
+
+def by_data(book: Bookkept, name: str) -> None:
+    book.values(name).data.mul_(2)
+    book.set_entries(name, lambda entries: entries * 2)
+
+
+def other_memory(book: Bookkept, name: str) -> None:
+    book.values(name).data = book.values(name).detach() - 1
+    book.set_entries(name, lambda entries: entries - 1)
+
+
+def by_an_engine(book: Bookkept, name: str) -> None:
+    """As engines do that train a copy: they hold the memory, and their optimizer steps on something else."""
+    memory = book.values(name).data
+    book.check([name])
+    memory.add_(3)
+    book.set_entries(name, lambda entries: entries + 3)
+    stray = nn.Parameter(torch.ones(1))
+    stray.grad = torch.ones(1)
+    torch.optim.SGD([stray], lr=0.1).step()
+
+
+def whole(book: Bookkept, name: str) -> None:
+    new = torch.randn_like(book.dense[name])
+    with torch.no_grad():
+        book.read(name).copy_(new)
+    book.dense[name] = new
+    book.check([name])  # before the values change again, which come first then
+
+
+def whole_held(book: Bookkept, name: str) -> None:
+    """Written into a tensor that was read long ago, after the values changed."""
+    by_data(book, name)
+    if book.held[name] is book.read(name):
+        new = torch.randn_like(book.dense[name])
+        with torch.no_grad():
+            book.held[name].copy_(new)
+        book.dense[name] = new
+        book.check([name])
+
+
+def whole_by_data(book: Bookkept, name: str) -> None:
+    book.read(name).data.fill_(0.5)
+    book.dense[name].fill_(0.5)
+    book.check([name])
+
+
+def step(book: Bookkept, name: str) -> None:
+    names = book.choose.sample(sorted(book.dense), 2)
+    optimizer = torch.optim.SGD([book.values(each) for each in names], lr=1.0)
+    for each in names:
+        book.values(each).grad = torch.ones_like(book.values(each))
+        book.set_entries(each, lambda entries: entries - 1)
+    optimizer.step()
+
+
+def freeze(book: Bookkept, name: str) -> None:
+    values = book.values(name)
+    if book.choose.random() < 0.5:
+        values.requires_grad = not values.requires_grad
+    else:
+        values.requires_grad_(not values.requires_grad)
+
+
+def load(book: Bookkept, name: str) -> None:
+    book.model.load_state_dict({name: (new := torch.randn_like(book.dense[name]))}, strict=False)
+    book.dense[name] = new
+
+
+def assign(book: Bookkept, name: str) -> None:
+    book.model.load_state_dict({name: (new := torch.randn_like(book.dense[name]))}, strict=False, assign=True)
+    book.dense[name] = new.clone()
+
+
+def to_dtype(book: Bookkept, name: str) -> None:
+    dtype = book.choose.choice([torch.float32, torch.float64])
+    book.model.to(dtype)
+    book.dense = {each: dense.to(dtype) for each, dense in book.dense.items()}
+
+
+def copied(book: Bookkept, name: str) -> None:
+    old, before = book.model, {each: dense.clone() for each, dense in book.dense.items()}
+    book.model = copy.deepcopy(old) if book.choose.random() < 0.5 else pickle.loads(pickle.dumps(old))
+    new, book.model = book.model, old
+    in_place(book, name)  # which the copy does not see
+    book.model, book.dense = new, before
+
+
+ACTS = [
+    in_place, by_data, other_memory, by_an_engine, whole, whole_held, whole_by_data, step, freeze, load, assign,
+    to_dtype, copied,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("act", ACTS, ids=lambda act: act.__name__)
+def test_each_alone_and_twice(act: Callable[[Bookkept, str], None]) -> None:
+    book = Bookkept(0)
+    for name in book.dense:
+        for _ in range(2):
+            act(book, name)
+            book.check(list(book.dense))
+            book.check_gradients()
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_any_order(seed: int) -> None:
+    book = Bookkept(seed)
+    for _ in range(60):
+        book.choose.choice(ACTS)(book, book.choose.choice(sorted(book.dense)))
+        book.check([name for name in sorted(book.dense) if book.choose.random() < 0.3])
+        if book.choose.random() < 0.2:
+            book.check_gradients()
+    book.check(list(book.dense))
+    dense = book.model.state_dict()
+    assert all(torch.equal(dense[name], book.dense[name]) for name in book.dense)
+
+
+def test_a_model_as_it_is_masked_is_settled() -> None:
+    """The fast path, which nothing else here would miss: values in one memory with one count."""
+    book = Bookkept(0)
+    step(book, "0.weight")
+    book.check(list(book.dense))
+    groups = {tensor.masked.group for tensor in book.tensors() if tensor.masked.values is not None}
+    assert max(len(group.members) for group in groups) == 3
+    assert all(group.settled for group in groups)
