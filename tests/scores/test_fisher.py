@@ -192,8 +192,7 @@ def test_all_tensors_of_llama(tied: bool, caplog: pytest.LogCaptureFixture) -> N
     assert ("lm_head.weight" in reference) is not tied
     with caplog.at_level(logging.INFO, "fish_tuning"):
         assert_scores_close(scored(model, rebatch(batch, 3)), reference)
-    assert ("embed_tokens" in looped_names(caplog)) is tied
-    assert bool(looped_names(caplog)) is tied
+    assert not looped_names(caplog)
 
 
 def test_all_tensors_of_vit() -> None:
@@ -329,19 +328,19 @@ def test_an_example_without_gradient_proves_no_rule(silent: int) -> None:
 
 @pytest.mark.parametrize("size", [1, 3, 5])
 @pytest.mark.parametrize(
-    ("middle", "by_loop"),
+    "middle",
     [
-        (lambda: Twice(nn.Linear(6, 6)), False),
-        (lambda: Twice(nn.LayerNorm(6)), False),
-        (lambda: nn.RMSNorm(6), False),
-        (lambda: nn.LayerNorm((4, 6)), False),
-        (UsedOutside, True),
-        (SequenceFirst, True),
-        (Mixes, True),
-        (lambda: nn.Sequential(nn.Linear(6, 6), nn.ReLU(inplace=True)), False),
-        (lambda: nn.Sequential(nn.BatchNorm1d(4), nn.Linear(6, 6)), True),
-        (lambda: nn.Conv1d(4, 4, 3, padding=1), True),
-        (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(6, 6)), True),
+        lambda: Twice(nn.Linear(6, 6)),
+        lambda: Twice(nn.LayerNorm(6)),
+        lambda: nn.RMSNorm(6),
+        lambda: nn.LayerNorm((4, 6)),
+        UsedOutside,
+        SequenceFirst,
+        Mixes,
+        lambda: nn.Sequential(nn.Linear(6, 6), nn.ReLU(inplace=True)),
+        lambda: nn.Sequential(nn.BatchNorm1d(4), nn.Linear(6, 6)),
+        lambda: nn.Conv1d(4, 4, 3, padding=1),
+        lambda: nn.utils.parametrizations.weight_norm(nn.Linear(6, 6)),
     ],
     ids=[
         "twice",
@@ -357,16 +356,13 @@ def test_an_example_without_gradient_proves_no_rule(silent: int) -> None:
         "weight-norm",
     ],
 )
-def test_odd_layers(
-    middle: Callable[[], nn.Module], by_loop: bool, size: int, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_odd_layers(middle: Callable[[], nn.Module], size: int, caplog: pytest.LogCaptureFixture) -> None:
     torch.manual_seed(1)
     model = Toy(middle()).eval()
     batch = vectors()
     with caplog.at_level(logging.INFO, "fish_tuning"):
         assert_scores_close(scored(model, rebatch(batch, size)), reference_fisher(model, batch))
-    if size > 1:
-        assert bool(looped_names(caplog)) is by_loop
+    assert not looped_names(caplog)
 
 
 def test_sequence_first_with_as_many_positions_as_examples() -> None:
@@ -465,9 +461,7 @@ def test_peft_methods_on_bert(config: PeftConfig, caplog: pytest.LogCaptureFixtu
                 parameter += 0.1 * torch.randn(parameter.shape)
     with caplog.at_level(logging.INFO, "fish_tuning"):
         assert_scores_close(scored(model, rebatch(batch, 3)), reference_fisher(model, batch))
-    embeddings = getattr(config, "target_modules", None) == {"query", "word_embeddings"}
     assert ("1 tensors by the loop" in looped_names(caplog)) == isinstance(config, PromptTuningConfig)
-    assert ("2 tensors by the loop" in looped_names(caplog)) == embeddings
     assert len(looped_names(caplog).splitlines()) <= 1
 
 
@@ -664,8 +658,9 @@ def test_wrong_rule_is_found_out(monkeypatch: pytest.MonkeyPatch, caplog: pytest
     monkeypatch.setitem(per_example._RULES, nn.Linear, replace(per_example._RULES[nn.Linear], gradients=wrong))
     model, batch = lora(bert()), classification_batch()
     with caplog.at_level(logging.INFO, moments_module.logger.name):
-        assert_scores_close(scored(model, batch), reference_fisher(model, batch))
+        assert_scores_close(scored(model, rebatch(batch, 3)), reference_fisher(model, batch))
     assert "does not agree with the plain gradient" in caplog.text
+    assert not looped_names(caplog)
 
 
 def test_gpt2_and_its_transposed_layers(caplog: pytest.LogCaptureFixture) -> None:
@@ -674,7 +669,7 @@ def test_gpt2_and_its_transposed_layers(caplog: pytest.LogCaptureFixture) -> Non
     model, batch = transformers.GPT2LMHeadModel(config).eval(), causal_batch()
     with caplog.at_level(logging.INFO, "fish_tuning"):
         assert_scores_close(scored(model, batch), reference_fisher(model, batch))
-    assert looped_names(caplog).endswith("transformer.wte.weight."), "shared with the head, so no layer sees it whole"
+    assert not looped_names(caplog), "what the head shares with the embeddings is watched in both"
 
 
 def test_lora_on_convolutions(caplog: pytest.LogCaptureFixture) -> None:

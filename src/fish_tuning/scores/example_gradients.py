@@ -93,13 +93,13 @@ class OfRows:
     without: int | None = None
 
     def sum(self) -> Tensor:
-        return self._over_examples(*self._of_cells())
+        return self._over_examples(*self.of_cells())
 
     def squares(self) -> Tensor:
-        cells, gradients = self._of_cells()
+        cells, gradients = self.of_cells()
         return self._over_examples(cells, gradients.square_())
 
-    def _of_cells(self) -> tuple[Tensor, Tensor]:
+    def of_cells(self) -> tuple[Tensor, Tensor]:
         """Each example's gradient of the rows that it touches; a cell is an example and a row."""
         examples = torch.arange(self.ids.shape[0], device=self.ids.device)[:, None]
         cells, inverse = (examples * self.rows + self.ids).flatten().unique(return_inverse=True)
@@ -113,6 +113,29 @@ class OfRows:
         shape = (self.rows, values.shape[1])
         values = _scatter_add(len(rows), inverse, values)
         return torch.sparse_coo_tensor(rows[None], values, shape, is_coalesced=True, check_invariants=False)
+
+
+@dataclass(frozen=True)
+class OfTable:
+    """Of a table that is read and multiplied with: an embedding that is the output layer's weight too."""
+
+    read: OfRows
+    multiplied: OuterProducts
+
+    def sum(self) -> Tensor:
+        total, read = self.multiplied.sum(), self.read.sum()
+        return total.index_add_(0, read.indices()[0], read.values())
+
+    def squares(self) -> Tensor:
+        """(a + b)^2 = a^2 + b (2 a + b), where b, of what was read, is zero but for few rows."""
+        total = self.multiplied.squares()
+        cells, read = self.read.of_cells()
+        examples, rows = cells // self.read.rows, cells % self.read.rows
+        for example, (g, x) in enumerate(zip(self.multiplied.g, self.multiplied.x, strict=True)):
+            own = examples == example
+            multiplied = g[:, rows[own]].T @ x
+            total.index_add_(0, rows[own], read[own] * (2 * multiplied + read[own]))
+        return total
 
 
 def _chunks(*tensors: Tensor, entries: int) -> Iterator[tuple[Tensor, ...]]:

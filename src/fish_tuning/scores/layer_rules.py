@@ -13,6 +13,7 @@ arrives once, its calls put one after another along P. `register_rule` adds a la
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -50,6 +51,7 @@ class LayerRule:
 
 # By class, or by "module.Class" for classes of libraries that are not imported for this.
 _RULES: dict[type[nn.Module] | str, LayerRule] = {}
+_RMS_NORM = re.compile(r"(RMSNorm|(T5|Pop2Piano|Pix2Struct|SwitchTransformers|Udop)LayerNorm)$")
 
 
 def register_rule(
@@ -96,7 +98,7 @@ def rule_for(module: nn.Module) -> LayerRule | None:
         if rule is not None:
             return rule
     # transformers has one RMSNorm class a model family; they share their formula, not a base class.
-    return _RULES[nn.RMSNorm] if type(module).__name__.endswith("RMSNorm") else None
+    return _RULES[nn.RMSNorm] if _RMS_NORM.search(type(module).__name__) else None
 
 
 @register_rule(nn.Linear)

@@ -72,12 +72,18 @@ class Scorer:
             failed = dict(self.probes.broken)
         else:
             failed = {}
-        self.probes.release(failed)
-        self.failed |= failed
-        self.looped |= failed
-        if failed or not self.begun:
+        users_own = self.probes.by_rules_of_users(failed)
+        moved = self.probes.release(failed)
+        for name in moved:
+            self.proven[name] = self.looked_at[name] = 0
+            logger.info("Fisher information: %s: %s; what its module does is done again.", name, failed[name])
+        given_up = {name: reason for name, reason in failed.items() if name not in moved}
+        self.failed |= given_up
+        self.failed |= {name: f"{failed[name]}, which was registered in code of yours" for name in users_own}
+        self.looped |= given_up
+        if given_up or not self.begun:
             self._log_choice()
-        self._loop(batch, first_example, [name for name in self.trainable if name in self.looped])
+        self._loop(batch, first_example, [name for name in self.trainable if name in self.looped or name in moved])
         self.begun = True
 
     def new_failures(self) -> list[str]:
@@ -110,7 +116,8 @@ class Scorer:
         stand_ins = self.plain.stand_ins(
             waiting, lambda name, gradient: add_plain_checksum(together, name, gradient, self.signed)
         )
-        losses = self._forward(batch, first_example, self.plain.in_place(stand_ins))
+        with self.probes.shapes_seen():
+            losses = self._forward(batch, first_example, self.plain.in_place(stand_ins))
         self.probes.backward(losses, self.totals, check, stand_ins.values())
         failed = dict(self.probes.broken)
 
@@ -161,7 +168,7 @@ class Scorer:
 
     def _forward(self, batch: Batch, first_example: int, in_place: dict[str, Tensor] | None = None) -> list[Tensor]:
         def attempt() -> list[Tensor]:
-            self.probes.start(batch_size(batch), self._device())
+            self.probes.start(batch_size(batch), self._device(), batch)
             return self._losses(batch, first_example, in_place)
 
         return with_expansion_if_possible(attempt, self.probes)

@@ -1,0 +1,134 @@
+"""Layers without a rule: what they do is done again, one example at a time, for their own tensors' gradients.
+
+That takes the layer's own time and no more, where the loop takes the whole model's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from fish_tuning.scores.checks import add_checksum
+from fish_tuning.scores.watched_layers import WatchedLayer
+
+
+@dataclass(frozen=True)
+class _Call:
+    """How the module was called, without the tensors, and which of its outputs this is."""
+
+    arguments: list[Any]
+    tree: TreeSpec
+    output: int
+    autocast: tuple[bool, torch.dtype]
+
+    def again(self, tensors: tuple[Tensor, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        left = iter(tensors)
+        arguments = [next(left) if argument is Tensor else argument for argument in self.arguments]
+        args, kwargs = tree_unflatten(arguments, self.tree)
+        return args, kwargs
+
+
+class RecomputedLayer(WatchedLayer):
+    """Scores its tensors from the tensors that it was called with and the gradients of its outputs.
+
+    Tensors with as many rows as the batch has examples, or the output has, are taken for the examples' one after
+    another, others as the same for all. Whether that holds, its proof shows.
+    """
+
+    def after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if not self.names or self.state.anchor is None:
+            return None
+        arguments, tree = tree_flatten((args, kwargs))
+        outputs, output_tree = tree_flatten(output)
+        probed = False
+        tensors = tuple(argument for argument in arguments if isinstance(argument, Tensor))
+        arguments = [Tensor if isinstance(argument, Tensor) else argument for argument in arguments]
+        for number, value in enumerate(outputs):
+            if isinstance(value, Tensor) and value.requires_grad:
+                device = value.device.type
+                autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+                outputs[number] = self.probe(value, _Call(arguments, tree, number, autocast), tensors)
+                probed = True
+        return tree_unflatten(outputs, output_tree) if probed else None
+
+    def add_up(self) -> None:
+        arrived, self.arrived = self.arrived, []
+        if not arrived or self.failed:
+            return
+        if not all(self.examples_in_order(g.shape) for *_, g in arrived):
+            return
+        try:
+            self._add_up(arrived)
+        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+            if "memory" in f"{type(error).__name__} {error}".lower():
+                raise
+            self.fail(f"it cannot be computed again for one example ({type(error).__name__}: {error})")
+
+    def _add_up(self, arrived: list[tuple[_Call, tuple[Tensor, ...], Tensor]]) -> None:
+        into, check, size = self.state.into, self.state.check, self.state.batch_size
+        if check is not None:
+            for name, gradient in self._gradients(arrived, None).items() if check.together else ():
+                if name in check.together:
+                    add_checksum(check.of_sum, name, gradient.square(), gradient if check.signed else None)
+            if check.together:
+                arrived = [(call, kept, _freed(g, check.weights)) for call, kept, g in arrived]
+            for name, gradient in self._gradients(arrived, check.row).items() if check.alone else ():
+                if name in check.alone:
+                    add_checksum(check.of_row, name, gradient.square(), gradient if check.signed else None)
+        sums: dict[str, Tensor] = {}
+        squares: dict[str, Tensor] = {}
+        for row in range(size):
+            for name, gradient in self._gradients(arrived, row).items():
+                for totals, part in ((sums, gradient), (squares, gradient.square())):
+                    totals[name] = totals[name] + part if name in totals else part
+        for name, total in squares.items():
+            into.add(name, total, lambda name=name: sums[name])  # type: ignore[union-attr, misc]
+            if check is not None and name in check.together:
+                add_checksum(check.of_batch, name, total, sums[name] if check.signed else None)
+
+    def _gradients(self, arrived: list[tuple[_Call, tuple[Tensor, ...], Tensor]], row: int | None) -> dict[str, Tensor]:
+        """{name in the model: fp32 gradient} of one example, or of all together."""
+        found: dict[str, Tensor] = {}
+        for call, kept, g in arrived:
+            tensors = tuple(tensor.detach() for tensor in kept)
+            if row is not None:
+                of_examples = {self.state.batch_size, g.shape[0]}
+                tensors = tuple(self._of_example(t, row) if t.shape[:1].numel() in of_examples else t for t in tensors)
+                g = self._of_example(g, row)
+            stand_ins = {local: self.module.get_parameter(local).detach().requires_grad_() for local in self.names}
+            args, kwargs = call.again(tensors)
+            enabled, dtype = call.autocast
+            with self._unwatched(), torch.enable_grad(), torch.autocast(g.device.type, dtype, enabled=enabled):
+                outputs = functional_call(self.module, stand_ins, args, kwargs, tie_weights=False)
+                output = tree_flatten(outputs)[0][call.output]
+            gradients = torch.autograd.grad(output, list(stand_ins.values()), g.to(output.dtype), allow_unused=True)
+            for name, gradient in zip(self.names.values(), gradients, strict=True):
+                if gradient is not None:
+                    found[name] = found[name] + gradient.float() if name in found else gradient.float()
+        return found
+
+    def _of_example(self, tensor: Tensor, row: int) -> Tensor:
+        each = tensor.shape[0] // self.state.batch_size
+        return tensor[row * each : (row + 1) * each]
+
+    @contextmanager
+    def _unwatched(self) -> Iterator[None]:
+        """What is computed again runs through the same hooks, which are to leave it alone."""
+        anchor, self.state.anchor = self.state.anchor, None
+        try:
+            yield
+        finally:
+            self.state.anchor = anchor
+
+
+def _freed(g: Tensor, weights: Tensor) -> Tensor:
+    """`g` without the examples' weights."""
+    each = g.shape[0] // len(weights)
+    return g / weights.to(g).repeat_interleave(each).view(-1, *[1] * (g.dim() - 1))

@@ -1,0 +1,58 @@
+"""A table that embeddings read and output layers multiply with: both uses are added up before squaring."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fish_tuning.scores.example_gradients import ExampleGradients, OfRows, OfTable, OuterProducts
+from fish_tuning.scores.watched_layers import Arrived, BatchedLayer, Call, Pass
+
+
+class TiedLayers(BatchedLayer):
+    """The layers that use one table, the weight of plain embeddings and linear layers."""
+
+    def __init__(self, modules: list[nn.Module], name: str, state: Pass) -> None:
+        super().__init__(modules[0], {"weight": name}, state)
+        self.modules = modules
+
+    @staticmethod
+    def can_watch(modules: list[nn.Module], name: str) -> bool:
+        kinds = {type(module).forward for module in modules}
+        plain = kinds == {nn.Embedding.forward, nn.Linear.forward} and name.endswith(".weight")
+        return plain and not any(getattr(module, "max_norm", None) for module in modules)
+
+    def watch(self) -> None:
+        self.handles = [module.register_forward_hook(self.after_forward, with_kwargs=True) for module in self.modules]
+
+    def after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if not self.names or self.state.anchor is None:
+            return None
+        return self.probe(output, module, (next(iter((*args, *kwargs.values()))),))
+
+    def calls_by_example(self, arrived: list[Arrived]) -> list[Call]:
+        calls = []
+        for module, (kept,), g in arrived:
+            if not self.examples_in_order(g.shape):
+                return []
+            examples, linear = self.state.batch_size, isinstance(module, nn.Linear)
+            x = kept.float().reshape(examples, -1, kept.shape[-1]) if linear else kept.reshape(examples, -1)
+            calls.append((module, x, g.float().reshape(examples, -1, g.shape[-1])))
+        return calls
+
+    def gradients(self, calls: list[Call]) -> Iterator[tuple[str, ExampleGradients]]:
+        (name,) = self.names.values()
+        table: Tensor = self.module.weight  # type: ignore[assignment]
+        padding = {m.padding_idx for m in self.modules if isinstance(m, nn.Embedding)}
+        read = [(x, g) for module, x, g in calls if isinstance(module, nn.Embedding)]
+        multiplied = [(g, x) for module, x, g in calls if isinstance(module, nn.Linear)]
+        nothing = calls[0][2].new_zeros(calls[0][2].shape[0], 1, table.shape[1])
+        none = nothing.new_zeros(nothing.shape[:2], dtype=torch.long), nothing
+        ids, of_read = (torch.cat(side, dim=1) for side in zip(*(read or [none]), strict=True))
+        no_product = nothing.new_zeros(nothing.shape[0], 1, table.shape[0]), nothing
+        g, x = (torch.cat(side, dim=1) for side in zip(*(multiplied or [no_product]), strict=True))
+        without = padding.pop() if len(padding) == 1 else None
+        yield name, OfTable(OfRows(ids, of_read, table.shape[0], without), OuterProducts(g, x))

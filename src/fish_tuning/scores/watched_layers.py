@@ -1,0 +1,274 @@
+"""A layer that is watched during a batched pass, and what it does with the gradients that the backward pass brings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from fish_tuning.errors import FisherError
+from fish_tuning.scores.checks import Check, add_checksum
+from fish_tuning.scores.example_gradients import Each, ExampleGradients
+from fish_tuning.scores.layer_rules import LayerRule
+from fish_tuning.scores.totals import Totals
+
+Relation = tuple[str, int]
+Arrived = tuple[Any, tuple[Tensor, ...], Tensor]  # what a layer wrote down of a call, what it kept, the gradient
+Call = tuple[nn.Module, Tensor, Tensor]
+_WINDOWS: Relation = ("", 0)
+
+
+@dataclass
+class Pass:
+    """What the watched layers of a model share during one forward and backward pass.
+
+    `broken` maps tensors whose layer was called in a way that cannot be scored in a batch to the reason; nothing is
+    added for them.
+    """
+
+    batch_size: int = 0
+    shapes: dict[str, torch.Size] = field(default_factory=dict)  # of the batch's tensors
+    anchor: Tensor | None = None  # None between passes
+    into: Totals | None = None  # set during the backward pass
+    check: Check | None = None
+    broken: dict[str, str] = field(default_factory=dict)
+    expanded: list[WatchedLayer] = field(default_factory=list)  # whose one row became a row an example
+
+    def relations(self, shape: torch.Size) -> set[Relation]:
+        """Why a layer's tensor may have several rows an example.
+
+        That is the tensors of the batch, and how many of their dimensions after the first, that multiply to as many
+        rows. For a layer of three dimensions and more `_WINDOWS` is enough: with one image or text an example, no
+        data decide how many parts of it there are. With several, blank ones may be left out.
+        """
+        rows, rest = divmod(shape[0] if shape else 1, self.batch_size)
+        if rest:
+            return set()
+        found: set[Relation] = set()
+        for key, own in self.shapes.items():
+            found |= {(key, end) for end in range(2, len(own) + 1) if own[1:end].numel() == rows}
+        if len(shape) > 2 and all(len(own) < 5 for own in self.shapes.values()):
+            found.add(_WINDOWS)
+        return found
+
+
+class WatchedLayer:
+    """Collects what the backward pass brings and adds it up once all its calls are there.
+
+    `names` maps the names of its tensors, relative to the module, to those in the model.
+    """
+
+    def __init__(self, module: nn.Module, names: dict[str, str], state: Pass) -> None:
+        self.module, self.names, self.state = module, names, state
+        self.handles: list[RemovableHandle] = []
+        self.calls = 0
+        self.expand = True
+        self.arrived: list[Arrived] = []
+        self.relations: set[Relation] | None = None  # what an example's rows of the layer are as many as
+
+    @property
+    def of_users(self) -> bool:
+        """Whether it goes by a rule that did not come with this library."""
+        return False
+
+    def watch(self) -> None:
+        self.handles = [self.module.register_forward_hook(self.after_forward, with_kwargs=True)]
+
+    def unwatch(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def start(self) -> None:
+        self.calls, self.arrived = 0, []
+
+    def after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Forward hook: puts probes behind the module's outputs."""
+        raise NotImplementedError
+
+    def add_up(self) -> None:
+        """Add what has arrived to the totals."""
+        raise NotImplementedError
+
+    def probe(self, output: Tensor, call: Any, kept: tuple[Tensor, ...]) -> Tensor:
+        """`output`, which hands its gradient, with `call` and what was `kept` of the call, to `receive`."""
+        if self.state.into is None:  # not a recomputation, which checkpointing does in the backward pass
+            self.calls += 1
+        probed: Tensor = _Probe.apply(output, self.state.anchor, self, call, *kept)  # type: ignore[no-untyped-call]
+        return probed
+
+    def receive(self, call: Any, kept: tuple[Tensor, ...], g: Tensor) -> None:
+        self.arrived.append((call, kept, g))
+        if len(self.arrived) == self.calls:
+            self.add_up()
+
+    def fail(self, reason: str) -> None:
+        self.state.broken.update(dict.fromkeys(self.names.values(), reason))
+
+    @property
+    def failed(self) -> bool:
+        return not self.state.broken.keys().isdisjoint(self.names.values())
+
+    def examples_in_order(self, shape: torch.Size) -> bool:
+        """Whether the rows of the layer's first dimension may be the examples', one after another; else it fails.
+
+        They may be several an example where the batch's shapes say how many, and always in the same way: windows,
+        choices, or all tokens. Not where data decide, as with tokens that are routed to experts: there, a number that
+        fits by chance would be taken for a batch. Whether they are in that order, the layer's proof shows.
+        """
+        rows = shape[0] if shape else 1
+        if rows == self.state.batch_size:
+            return True
+        found = self.state.relations(shape)
+        self.relations = found if self.relations is None else self.relations & found
+        if not self.relations:
+            size = self.state.batch_size
+            self.fail(f"it was called with first dimension {rows}, not with the {size} examples of the batch")
+        return bool(self.relations)
+
+
+class BatchedLayer(WatchedLayer):
+    """A layer whose examples' gradients follow from its inputs and its outputs' gradients, all at once."""
+
+    def calls_by_example(self, arrived: list[Arrived]) -> list[Call]:
+        """What has arrived, each call as its module, its input (n, P, ...) and its output's gradient (n, P, ...).
+
+        Empty where it fails.
+        """
+        raise NotImplementedError
+
+    def gradients(self, calls: list[Call]) -> Iterator[tuple[str, ExampleGradients]]:
+        """Each tensor's name in the model and its gradients."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def add_up(self) -> None:
+        arrived, self.arrived = self.arrived, []
+        if not arrived or self.failed:
+            return
+        calls = self.calls_by_example(arrived)
+        if not calls:
+            return
+        into, check = self.state.into, self.state.check
+        with torch.autocast(calls[0][2].device.type, enabled=False):
+            if check is not None:
+                calls = self._add_checksums(check, calls)
+            for name, gradients in self.gradients(calls):
+                squares = gradients.squares()
+                into.add(name, squares, gradients.sum)  # type: ignore[union-attr]
+                if check is not None and name in check.together:
+                    add_checksum(check.of_batch, name, squares, gradients.sum() if check.signed else None)
+
+    def _add_checksums(self, check: Check, calls: list[Call]) -> list[Call]:
+        """Of one row, and of the batch's sum; gives the calls freed of the weights."""
+        own = self.names.values()
+        if not check.together.isdisjoint(own):
+            # To a rule, the positions of all examples put one after another are one example, whose gradient is the sum.
+            together = [(module, x.flatten(0, 1)[None], g.flatten(0, 1)[None]) for module, x, g in calls]
+            for name, gradients in self.gradients(together):
+                if name in check.together:
+                    add_checksum(check.of_sum, name, *_looked_at(gradients, check))
+        if check.together:
+            calls = [(m, x, g / check.weights.to(g).view(-1, *[1] * (g.dim() - 1))) for m, x, g in calls]
+        if not check.alone.isdisjoint(own):
+            row = check.row
+            for name, gradients in self.gradients([(module, x[row, None], g[row, None]) for module, x, g in calls]):
+                if name in check.alone:
+                    add_checksum(check.of_row, name, *_looked_at(gradients, check))
+        return calls
+
+
+class RuleLayer(BatchedLayer):
+    """A layer whose type has a rule."""
+
+    def __init__(self, module: nn.Module, names: dict[str, str], state: Pass, rule: LayerRule) -> None:
+        super().__init__(module, names, state)
+        self.rule = rule
+
+    @property
+    def of_users(self) -> bool:
+        return not self.rule.gradients.__module__.startswith("fish_tuning.")
+
+    def after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        state = self.state
+        if not self.names or state.anchor is None:
+            return None
+        x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+        if x is None or not isinstance(output, Tensor):
+            self.fail("its input or output is no tensor")
+            return None
+        if self.expand and isinstance(module, nn.Embedding) and x.shape[0] == 1 < state.batch_size:
+            # One row of positions serves all examples: with a row each, each example's gradient arrives by itself.
+            state.expanded.append(self)
+            x, output = (tensor.expand(state.batch_size, *tensor.shape[1:]) for tensor in (x, output))
+        return self.probe(output, None, (self.rule.keep(module, x, output),))
+
+    def calls_by_example(self, arrived: list[Arrived]) -> list[Call]:
+        calls = []
+        for _, (kept,), gradient in arrived:
+            if kept.shape[0] != gradient.shape[0]:
+                self.fail(f"its input has first dimension {kept.shape[0]}, its output {gradient.shape[0]}")
+            if self.failed or not self.examples_in_order(gradient.shape):
+                return []
+            pair = self.rule.positions(self.module, _exact(kept), _exact(gradient))
+            calls.append([_by_example(side, self.state.batch_size) for side in pair])
+        x, g = (_joined(list(side)) for side in zip(*calls, strict=True))
+        return [(self.module, x, g)]
+
+    def gradients(self, calls: list[Call]) -> Iterator[tuple[str, ExampleGradients]]:
+        ((_, x, g),) = calls
+        for local, gradients in self.rule.gradients(self.module, x, g).items():
+            if local not in self.names:
+                continue
+            if isinstance(gradients, Tensor):
+                shape = (x.shape[0], *self.module.get_parameter(local).shape)
+                if gradients.shape != shape:
+                    raise FisherError(
+                        f"The rule of {type(self.module).__name__} gave a tensor of shape {tuple(gradients.shape)} for "
+                        f"{local!r}; it must give each example's gradient, here {shape} (no squares, no sum)."
+                    )
+                gradients = Each(gradients)
+            yield self.names[local], gradients
+
+
+class _Probe(torch.autograd.Function):
+    """Identity on `output` whose backward pass hands what was kept of the call, and the gradient, to the layer."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, anchor: Tensor, layer: WatchedLayer, call: Any, *kept: Tensor) -> Tensor:
+        ctx.save_for_backward(*kept)
+        ctx.layer, ctx.call = layer, call
+        return output.detach()  # not a view, which in-place layers behind it (ReLU) could not change
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        try:
+            kept = ctx.saved_tensors
+        except RuntimeError as error:
+            if "modified by an inplace operation" not in str(error):
+                raise
+            ctx.layer.fail("its input is changed in place")
+        else:
+            ctx.layer.receive(ctx.call, kept, grads[0])
+        return grads[0], *[None] * len(ctx.needs_input_grad[1:])
+
+
+def _by_example(tensor: Tensor, examples: int) -> Tensor:
+    """(n * m, P, ...) as (n, m * P, ...)."""
+    return tensor if tensor.shape[0] == examples else tensor.reshape(examples, -1, *tensor.shape[2:])
+
+
+def _looked_at(gradients: ExampleGradients, check: Check) -> tuple[Tensor, Tensor | None]:
+    return gradients.squares(), gradients.sum() if check.signed else None
+
+
+def _joined(calls: list[Tensor]) -> Tensor:
+    return calls[0] if len(calls) == 1 else torch.cat(calls, dim=1)
+
+
+def _exact(tensor: Tensor) -> Tensor:
+    """Floats in fp32, for exact sums of squares."""
+    return tensor.float() if tensor.is_floating_point() else tensor
