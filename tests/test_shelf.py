@@ -81,7 +81,7 @@ def shapes(folder: Path) -> dict[str, torch.Size]:
 
 def check_scores(case: Case, model: nn.Module, batch: Batch, scores: dict[str, Tensor]) -> None:
     loop = calculate_fisher_information(model, [batch], method="loop", progress=False)
-    assert_scores_close(scores, loop)
+    assert_scores_close(scores, loop, tolerance=1e-4)  # sums of more than one batch
     assert_scores_close(loop, reference_fisher(model, batch))
     silent = {name for name, tensor in loop.items() if not tensor.any()}
     assert silent == {name for name in loop if re.search(case.silent, name)}
@@ -133,7 +133,7 @@ def test_method_is_scored_masked_trained_and_reloaded(name: str, tmp_path: Path)
     remove_mask(model)
     assert torch.equal(logits(model, batch), trained)
     if OF_THIS_PEFT:
-        assert case_row(name, how) in WRITTEN.splitlines(), "run `python tests/shelf.py`"
+        assert case_row(name, how) in WRITTEN.splitlines(), "run `python tests/helpers/shelf.py`"
 
 
 def mask_at_random(refusal: Refusal, folder: Path) -> None:
@@ -167,5 +167,5 @@ def test_document_is_what_the_shelf_writes() -> None:
     rows = [line.split(" | ") for line in WRITTEN.splitlines()]
     hows = {cells[0].removeprefix("| "): cells[3] for cells in rows if len(cells) > 3}
     assert document({name: hows.get(name, "missing") for name, case in CASES.items() if supported(case)}) == WRITTEN, (
-        "run `python tests/shelf.py`"
+        "run `python tests/helpers/shelf.py`"
     )

@@ -152,7 +152,7 @@ def test_every_score_comes_from_a_batched_rule_and_is_exact(
     batches = tiny.rebatch(models.batch(family), 3)
     with caplog.at_level(logging.INFO, logger="fish_tuning"):
         scores = calculate_fisher_information(model, batches)
-    assert re.search(rf"\b{len(scores)} tensors by batched rules", caplog.text)
+    assert re.search(rf"\b{len(scores)} tensors by rules of their layers", caplog.text)
     assert "by the loop" not in caplog.text
     tiny.assert_scores_close(scores, calculate_fisher_information(model, batches, method="loop"))
 

@@ -1,6 +1,6 @@
 """Every PEFT method on a tiny model: what the tests walk, and the table in docs/peft-methods.md that they prove.
 
-`python tests/shelf.py` writes the table.
+`python tests/helpers/shelf.py` writes the table.
 """
 
 from __future__ import annotations
@@ -322,13 +322,16 @@ def batch_for(method: Method) -> Batch:
 
 
 def scored(model: nn.Module, batch: Batch) -> tuple[dict[str, Tensor], str]:
-    """The scores, and how those of the adapter were found, by the log: "rules", "loop" or "rules and loop"."""
+    """The scores, and how those of the adapter are found once that is settled, by the log."""
     with _log() as messages:
-        scores = calculate_fisher_information(model, [batch], progress=False)
-    looped = sum(int(number) for text in messages for number in re.findall(r"(\d+) tensors by the loop", text))
-    if not looped:
-        return scores, "rules"
-    return scores, "rules and loop" if looped < sum(HEAD not in name for name in scores) else "loop"
+        scores = calculate_fisher_information(model, [batch] * 3, progress=False)
+    last = max(number for number, text in enumerate(messages) if "by rules of their layers" in text)
+    counts = {
+        way: sum(int(n) for text in messages[last:] for n in re.findall(rf"(\d+) tensors by {words}", text))
+        for way, words in (("rules", "rules"), ("modules", "modules"), ("loop", "the loop"))
+    }
+    counts["rules"] -= sum(HEAD in name for name in scores)
+    return scores, " and ".join(way for way, count in counts.items() if count > 0)
 
 
 @contextmanager
@@ -372,11 +375,12 @@ def introduction() -> str:
     return f"""# PEFT methods
 
 What can be masked, of all that PEFT {peft_version()} has. The test suite tries every row on a tiny random model.
-It fails when PEFT brings a method that is not listed. `python tests/shelf.py` writes
-this file.
+It fails when PEFT brings a method that is not listed. `python tests/helpers/shelf.py`
+writes this file.
 
-- *scored by*: rules score the adapter's tensors in batches, the loop takes one example at a time. Both give the same
-  scores; the loop is slower. The head of a classifier always goes by rules.
+- *scored by*: rules of layers score the adapter's tensors in batches; other modules are done again, by themselves, for
+  each example of a batch; the loop does so with the whole model and is slowest. All give the same scores. The head of
+  a classifier always goes by rules.
 - *masked*: exactly the asked number of entries is trainable.
 - *trained*: AdamW with weight decay moves these entries and leaves every other bit alone.
 - *reloads*: the saved adapter has an unmasked one's keys and shapes, and stock PEFT loads it with bit-equal outputs.

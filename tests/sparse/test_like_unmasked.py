@@ -17,7 +17,9 @@ from peft.optimizers import create_loraplus_optimizer
 from peft.utils.hotswap import hotswap_adapter
 from tiny import assert_only_selected_moved, bert, classification_batch, llama, lora, random_mask, tensors
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from transformers.models.bert.modeling_bert import BertLayer
 
 from fish_tuning import apply_mask, count_trainable_parameters, is_masked
 
@@ -168,6 +170,45 @@ def test_what_is_frozen_asks_for_no_gradient() -> None:
     assert any(parameter.grad is not None for parameter in model.parameters())
 
 
+def test_the_whole_tensor_hands_requires_grad_on() -> None:
+    """PEFT's methods whose tensors lie in ParameterDicts thaw and freeze what they read."""
+    model, _ = masked(lora(bert()))
+    name, module = layer(model)
+    module.weight.requires_grad_(False)
+    assert f"{name}.weight" not in trainable(model)
+    assert not module.weight.requires_grad
+    module.weight.requires_grad = True
+    assert f"{name}.weight" in trainable(model)
+
+
+def test_an_attribute_that_is_set_to_itself_changes_nothing() -> None:
+    model, _ = masked(lora(bert()))
+    name, module = layer(model)
+    before = dict(model.named_parameters())[f"{name}.weight"]
+    module.weight = module.weight
+    assert dict(model.named_parameters())[f"{name}.weight"] is before
+    train(model)
+    with pytest.raises(TypeError, match="cannot assign"):
+        module.weight = torch.ones_like(module.weight)
+
+
+def test_a_tensor_that_takes_the_parameters_place_can_be_deleted() -> None:
+    """As FSDP puts views there for a forward pass."""
+    module = nn.Linear(3, 2, bias=False)
+    apply_mask(module, random_mask(module, 0.5))
+    values, whole = module._parameters["weight"], module.weight.detach().clone()
+    assert values is not None
+    del module.weight
+    module.weight = values.detach() + 1  # type: ignore[assignment]
+    assert int((module.weight != whole).sum()) == len(values)
+    del module.weight
+    with pytest.raises(AttributeError):
+        del module.weight
+    module.weight = values  # type: ignore[assignment]
+    assert module.weight is values, "from now on they are FSDP's to move"
+    assert torch.equal(module.state_dict()["weight"], whole)
+
+
 def test_no_tensor_of_a_state_dict_shares_memory_with_another() -> None:
     """Code that saves tensors takes those that share memory for one."""
     model, _ = masked(lora(bert()))
@@ -184,25 +225,36 @@ def test_inference_mode_leaves_training_as_it_is() -> None:
     train(model)
 
 
-def sharded(rank: int, port: int, folder: Path) -> None:
+def sharded(rank: int, port: int, folder: Path, version: int) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     model, _ = masked(lora(bert()))
-    for block in model.base_model.model.bert.encoder.layer:
-        fully_shard(block)
-    fully_shard(model)
-    train(model)
+    if version == 2:
+        for block in model.base_model.model.bert.encoder.layer:
+            fully_shard(block)
+        fully_shard(model)
+        train(model)
+    else:
+        values = count_trainable_parameters(model)
+        model = FullyShardedDataParallel(
+            model, use_orig_params=True, auto_wrap_policy=ModuleWrapPolicy({BertLayer}), device_id=torch.device("cpu")
+        )
+        train(model)
+        held = torch.tensor(count_trainable_parameters(model))
+        dist.all_reduce(held)
+        assert held == values, "each process holds its part"
     state = {name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in model.state_dict().items()}
     torch.save(state, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 
-def test_fully_sharded_training_is_that_of_one_process(tmp_path: Path) -> None:
+@pytest.mark.parametrize("version", [1, 2])
+def test_fully_sharded_training_is_that_of_one_process(version: int, tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(sharded, args=(port, tmp_path), nprocs=2)  # type: ignore[no-untyped-call]
+    mp.spawn(sharded, args=(port, tmp_path, version), nprocs=2)  # type: ignore[no-untyped-call]
     alone, mask = masked(lora(bert()))
     before = tensors(alone)
     train(alone)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import fish_tuning.scores.peft_rules  # noqa: F401 (registers the rules of PEFT's layers)
 from fish_tuning.scores.candidates import Candidates
 from fish_tuning.scores.checks import Check
+from fish_tuning.scores.recomputed_layers import RecomputedLayer
 from fish_tuning.scores.totals import Totals
 from fish_tuning.scores.watched_layers import Pass, WatchedLayer
 
@@ -56,6 +57,11 @@ class Probes:
     def expanded(self) -> list[WatchedLayer]:
         """Layers whose one row became a row an example in the last forward pass."""
         return self.state.expanded
+
+    def done_again(self) -> list[str]:
+        """The tensors that are scored by doing again what a module does."""
+        layers = [layer for layer in self._layers if isinstance(layer, RecomputedLayer)]
+        return [name for layer in layers for name in layer.names.values()]
 
     def by_rules_of_users(self, names: Iterable[str]) -> list[str]:
         """Those of the tensors that are watched by a rule that did not come with this library."""

@@ -76,12 +76,12 @@ class Scorer:
         moved = self.probes.release(failed)
         for name in moved:
             self.proven[name] = self.looked_at[name] = 0
-            logger.info("Fisher information: %s: %s; what its module does is done again.", name, failed[name])
+            logger.info("Fisher information: %s: %s; a module is done again for it.", name, failed[name])
         given_up = {name: reason for name, reason in failed.items() if name not in moved}
         self.failed |= given_up
         self.failed |= {name: f"{failed[name]}, which was registered in code of yours" for name in users_own}
         self.looped |= given_up
-        if given_up or not self.begun:
+        if failed or not self.begun:
             self._log_choice()
         self._loop(batch, first_example, [name for name in self.trainable if name in self.looped or name in moved])
         self.begun = True
@@ -202,7 +202,11 @@ class Scorer:
         return next(iter(self.trainable.values())).device
 
     def _log_choice(self) -> None:
-        logger.info("Fisher information: %d tensors by batched rules.", len(self.probes.names))
+        again = self.probes.done_again()
+        logger.info("Fisher information: %d tensors by rules of their layers.", len(self.probes.names) - len(again))
+        if again:
+            example = again[0]
+            logger.info("Fisher information: %d tensors by modules done again, e.g. %s.", len(again), example)
         for reason, number in Counter(self.looped.values()).items():
             example = next(name for name, why in self.looped.items() if why == reason)
             logger.info("Fisher information: %d tensors by the loop (%s), e.g. %s.", number, reason, example)

@@ -120,13 +120,23 @@ def _made_class(base: type[nn.Module], names: frozenset[str]) -> type[nn.Module]
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
         return _bare, (base, names), vars(self)
 
+    def __setattr__(self: Any, name: str, value: Any) -> None:
+        masked = vars(self).get(_STATE + name) if name in names else None
+        if masked is not None:
+            if value is masked.tensor and value is not None:
+                return  # it has what it is given
+            if value is masked.values and value is not None and name not in self._parameters:
+                masked.group.managed = True  # taken out and put back, as FSDP does
+        base.__setattr__(self, name, value)
+
     own: dict[str, Any] = {name: property(*_access(name)) for name in names}
-    own |= {"_apply": _apply, "__reduce_ex__": __reduce_ex__, "__module__": base.__module__}
+    own |= {"_apply": _apply, "__reduce_ex__": __reduce_ex__, "__setattr__": __setattr__}
+    own |= {"__module__": base.__module__}
     own |= {"_unmasked": base, "_masked": names}
     return type(base.__name__, (base,), own)
 
 
-def _access(local: str) -> tuple[Any, Any]:
+def _access(local: str) -> tuple[Any, Any, Any]:
     key = _STATE + local
 
     def read(self: Any) -> Any:
@@ -134,9 +144,11 @@ def _access(local: str) -> tuple[Any, Any]:
         masked = own[key]
         values = own["_parameters"].get(local, _GONE)
         if values is masked.values:
+            group, tensor = masked.group, masked.tensor
+            if group.managed:
+                return values
             if is_dynamo_compiling():
                 return masked.read()
-            group, tensor = masked.group, masked.tensor
             # This is done at every read, and what it looks at is mostly the group's, which the last read has just used.
             if group.settled and group.flat._version == group.seen and tensor._version == masked.written:
                 return tensor
@@ -150,7 +162,11 @@ def _access(local: str) -> tuple[Any, Any]:
     def replace(self: Any, value: Any) -> None:
         self.__dict__[local] = value
 
-    return read, replace
+    def remove(self: Any) -> None:
+        if self.__dict__.pop(local, _GONE) is _GONE:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {local!r}")
+
+    return read, replace, remove
 
 
 def _masked_names(module: nn.Module) -> frozenset[str]:
@@ -262,7 +278,8 @@ class _DenseStateDict:
         if self.local not in module._parameters:  # PEFT deleted the adapter
             return
         stored = state_dict.get(prefix + self.local)
-        if stored is None or module._parameters.get(self.local) is masked.values:
+        own = module._parameters.get(self.local) is masked.values and not masked.group.managed
+        if stored is None or own:
             state_dict[prefix + self.local] = _own_memory(masked.read().detach())
         elif stored.numel() == len(masked.index):
             state_dict[prefix + self.local] = masked.dense_of(stored)

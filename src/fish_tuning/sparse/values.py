@@ -34,6 +34,27 @@ class Watched(Tensor):
         DATA.__set__(self, value)
 
 
+class Whole(Watched):
+    """The whole tensor that reads give. Who asks it for gradients, or not, asks the values."""
+
+    of: weakref.ref[Values] | None = None
+
+    @property
+    def requires_grad(self) -> bool:
+        flag: bool = _REQUIRES_GRAD.__get__(self)
+        return flag
+
+    @requires_grad.setter
+    def requires_grad(self, flag: bool) -> None:
+        self.requires_grad_(flag)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Whole:
+        values = self.of() if self.of is not None else None
+        if values is not None:
+            values.requires_grad_(requires_grad)
+        return self
+
+
 class _Settles(Protocol):
     settled: bool
 

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
-from fish_tuning.sparse.values import DATA, Values, Watched
+from fish_tuning.sparse.values import DATA, Values, Whole
 
 # Groups whose values' memory others may hold, such as an engine that trains a copy of the parameters.
 _held_by_others: weakref.WeakSet[Group] = weakref.WeakSet()
@@ -91,6 +91,8 @@ class MaskedTensor:
         """What a read gives while something else stands in the place of the values, as sharding engines have it."""
         if not isinstance(values, Tensor) or values.numel() != len(self.index) or hasattr(values, "full_tensor"):
             return values  # another parameter, or a part of it on each device, which FSDP wants to see as it is
+        if not values.untyped_storage().nbytes():
+            return values  # FSDP has given its memory up
         index, frozen = self.index.to(values.device), self.frozen.to(values.device)
         frozen.data.view(-1).index_copy_(0, index.long(), values.detach().flatten().to(frozen.dtype))
         return _Selected.apply([index], None, [frozen], values)[0]  # type: ignore[no-untyped-call]
@@ -140,6 +142,9 @@ class Group:
         self.one_count = False  # whether all values and `flat` share one count of changes
         self.seen = -1  # that count when the values were written last
         self.stale = False  # whether the values may have changed without being counted
+        # Whether FSDP (its first version) moves the values: their memory is its own, and it looks for them where the
+        # tensor is read. While it gathers them for a forward pass, it puts other tensors in their place.
+        self.managed = False
         self.settled = False  # whether `flat` and the count tell all that a read must know of the values
         for member in members:
             member.group = self
@@ -175,14 +180,15 @@ class Group:
             if values is not None:
                 values.masked_group = weakref.ref(self)
         for member, tensor, plain in zip(self.members, self._tensors(), self._tensors(), strict=True):
-            tensor.__class__ = Watched
+            tensor.__class__ = Whole
+            tensor.of = None if member.values is None else weakref.ref(member.values)
             member.tensor, member.plain, member.written = tensor, plain, tensor._version
         self._find_flat()
         self.write()
 
-    def _tensors(self) -> list[Tensor]:
+    def _tensors(self) -> list[Any]:
         """The members' whole tensors, in their memory; the gradient of those that train goes to the values."""
-        tensors = [member.frozen.detach() for member in self.members]
+        tensors: list[Any] = [member.frozen.detach() for member in self.members]
         training = [(place, member) for place, member in enumerate(self.members) if member.trains]
         if training:
             joined = self.joined[1] if self.joined is not None and len(training) == len(tensors) else None
@@ -209,6 +215,8 @@ class Group:
 
         Past autograd, which need not see a change of what it saved where an optimizer has stepped since.
         """
+        if self.managed:
+            return
         members = self.with_values
         parameters: list[Any] = [member.values for member in members]
         with torch.no_grad():
