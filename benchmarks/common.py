@@ -29,10 +29,11 @@ SHAPES: dict[str, dict[str, int]] = {
 }
 
 
-def bert(device: str = "cpu", rank: int = RANK, shape: str = "bert-base") -> Any:
+def bert(device: str = "cpu", rank: int = RANK, shape: str = "bert-base", **config_overrides: Any) -> Any:
     """A BERT of that shape with random weights, LoRA on query/key/value, both factors non-zero."""
     torch.manual_seed(0)
-    config = BertConfig(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **SHAPES[shape])
+    settings = SHAPES[shape] | config_overrides
+    config = BertConfig(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **settings)
     model = BertForSequenceClassification(config)
     lora = LoraConfig(
         r=rank,

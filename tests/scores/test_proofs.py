@@ -134,6 +134,25 @@ def test_a_right_rule_is_proven_by_the_first_batch_that_has_a_gradient() -> None
     assert sizes == [1, 2, 2, 1, 1, 2, 2]  # the second batch's examples are looked at alone, and none after it
 
 
+def test_a_rule_that_fails_after_a_batch_of_one_example_takes_nothing_back() -> None:
+    """A single example needs no rule; the totals hold it when a rule is found wrong in the batch after it."""
+    x = torch.randn(5, 6, generator=torch.Generator().manual_seed(1))
+    x[:, 0] = 1.0
+    model, batch = PastTheLayer(), {"x": x, "labels": torch.arange(5) % 3}
+    batches = [{key: value[:1] for key, value in batch.items()}, {key: value[1:] for key, value in batch.items()}]
+    with pytest.warns(FishTuningWarning, match="does not agree"):
+        assert_scores_close(scored(model, batches), reference_fisher(model, batch))
+
+
+def test_few_long_rows_are_scored_one_at_a_time() -> None:
+    torch.manual_seed(0)
+    model = bert(max_position_embeddings=600)
+    ids = torch.randint(5, 30, (2, 520))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.tensor([0, 1])}
+    sizes = passes(model, [batch])
+    assert sizes == [1, 1]
+
+
 def test_what_never_had_a_rule_is_no_warning(caplog: pytest.LogCaptureFixture) -> None:
     model, batch = PastTheLayer(), {"x": torch.randn(4, 6), "labels": torch.arange(4) % 3}
     model.layer.bias = model.head.bias  # a tensor of two layers

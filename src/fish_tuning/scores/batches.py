@@ -19,6 +19,9 @@ SEQUENCE_KEYS = (
 )  # fmt: skip
 
 
+FEW, LONG = 4, 512  # rows and tokens
+
+
 def calibration_batches(
     loader: Iterable[Mapping[str, Any]], device: torch.device, num_samples: int | None
 ) -> Iterator[Batch]:
@@ -58,6 +61,13 @@ def rows(batch: Mapping[str, Tensor], start: int, stop: int) -> Batch:
                 f"batch has {size} examples. Use a calibration dataloader with batch_size=1."
             )
     return {key: value[start:stop] if value.dim() else value for key, value in batch.items()}
+
+
+def one_by_one_is_as_fast(batch: Mapping[str, Tensor]) -> bool:
+    """Whether a batch is one example, or few that are long: of these, each fills the processor by itself."""
+    size, ids = batch_size(batch), batch.get("input_ids")
+    long = ids is not None and ids.dim() == 2 and ids.shape[1] >= LONG
+    return size == 1 or (size <= FEW and long)
 
 
 def most_padded_row(batch: Mapping[str, Tensor]) -> int:

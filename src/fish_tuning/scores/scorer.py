@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fish_tuning.errors import FisherError
-from fish_tuning.scores.batches import Batch, batch_size, most_padded_row, rows
+from fish_tuning.scores.batches import Batch, batch_size, most_padded_row, one_by_one_is_as_fast, rows
 from fish_tuning.scores.checks import (
     LOW_PRECISION_TOLERANCE,
     NEGLIGIBLE_GRADIENT,
@@ -55,18 +55,22 @@ class Scorer:
             trainable.keys() - set(self.probes.names), "no rule" if method == "auto" else "method='loop'"
         )
         self.failed: dict[str, str] = {}
-        # How far each rule is proven: 1 with single examples, 2 with several, where a layer that does not keep examples
-        # apart shows.
-        self.proven = dict.fromkeys(self.probes.names, 0)
-        self.looked_at = dict.fromkeys(self.probes.names, 0)  # up to which of these an example was looked at alone
-        self.begun = False
+        self.proven: set[str] = set()
+        self.looked_at: set[str] = set()  # those of which an example was looked at alone
+        self.begun = False  # whether the totals hold anything
+        self.told = False  # whether the log says how tensors are scored
         self.gradient_scale = 0.0  # squared norm of an example's gradient over all tensors, the largest seen
 
     def add(self, batch: Batch, first_example: int) -> None:
-        level = min(batch_size(batch), 2)
-        unproven = [name for name in self.probes.names if self.proven[name] < level]
+        if one_by_one_is_as_fast(batch):
+            # What needs no rule needs no proof of one, which would cost as much as another example.
+            logger.debug("Fisher information: %d examples one at a time, which is as fast.", batch_size(batch))
+            self._loop(batch, first_example, list(self.trainable))
+            self.begun = True
+            return
+        unproven = [name for name in self.probes.names if name not in self.proven]
         if unproven:
-            failed = self._add_checked(batch, first_example, unproven, level)
+            failed = self._add_checked(batch, first_example, unproven)
         elif self.probes.names:
             self.probes.backward(self._forward(batch, first_example), self.totals)
             failed = dict(self.probes.broken)
@@ -75,14 +79,15 @@ class Scorer:
         users_own = self.probes.by_rules_of_users(failed)
         moved = self.probes.release(failed)
         for name in moved:
-            self.proven[name] = self.looked_at[name] = 0
+            self.looked_at.discard(name)
             logger.info("Fisher information: %s: %s; a module is done again for it.", name, failed[name])
         given_up = {name: reason for name, reason in failed.items() if name not in moved}
         self.failed |= given_up
         self.failed |= {name: f"{failed[name]}, which was registered in code of yours" for name in users_own}
         self.looped |= given_up
-        if failed or not self.begun:
+        if failed or not self.told:
             self._log_choice()
+            self.told = True
         self._loop(batch, first_example, [name for name in self.trainable if name in self.looped or name in moved])
         self.begun = True
 
@@ -96,7 +101,7 @@ class Scorer:
             for names in [[name for name, why in failed.items() if why == reason]]
         ]
 
-    def _add_checked(self, batch: Batch, first_example: int, names: list[str], level: int) -> dict[str, str]:
+    def _add_checked(self, batch: Batch, first_example: int, names: list[str]) -> dict[str, str]:
         """Adds the batch by rule, but nothing for those of `names` whose rule failed; returns them with the reason.
 
         One example is looked at alone. Where it has no gradient, it proves nothing; then the gradient of the batch must
@@ -104,8 +109,8 @@ class Scorer:
         """
         size, row = batch_size(batch), most_padded_row(batch)  # what spills between examples shows there
         before = self.totals.copy(names) if self.begun else None
-        new = [name for name in names if self.looked_at[name] < level]
-        self.looked_at |= dict.fromkeys(new, level)
+        new = [name for name in names if name not in self.looked_at]
+        self.looked_at |= set(new)
         alone = self._plain_checksums(batch, first_example, [row], new)
         floor = self._floor(alone)
         waiting = [name for name in names if name not in alone or float(alone[name][0]) <= floor]
@@ -133,7 +138,7 @@ class Scorer:
         one_by_one = self._plain_checksums(batch, first_example, range(size), told)
         in_batch = compare(told, check.of_batch, one_by_one, floor)
 
-        self.proven |= dict.fromkeys(in_row.right | in_batch.agree, level)
+        self.proven |= in_row.right | in_batch.agree
         disagree = in_row.disagree | in_sum.disagree | in_batch.disagree
         failed |= {name: DISAGREES for name in names if name in disagree}
         for name in set(names) & failed.keys():
