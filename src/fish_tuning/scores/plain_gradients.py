@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fish_tuning.errors import FisherError
+from fish_tuning.scores.loss_scale import LossScale
 
 Take = Callable[[str, Tensor], None]
 
@@ -24,6 +25,7 @@ class PlainGradients:
         self.trainable = trainable
         self._slots = _slots(model, trainable)
         self._reach_checked: set[str] = set()
+        self.scale = LossScale(fp16=False)  # of the losses whose gradients come
 
     def stand_ins(self, names: Iterable[str], take: Take) -> dict[str, Tensor]:
         """{name: stand-in}. A backward pass calls `take(name, fp32 gradient)` for each that its loss depends on."""
@@ -31,7 +33,7 @@ class PlainGradients:
         def receive(name: str, stand_in: Tensor) -> None:
             gradient, stand_in.grad = stand_in.grad, None
             if gradient is not None:
-                take(name, gradient.float())
+                take(name, self.scale.unscaled(gradient.float()))
 
         made = {name: self.trainable[name].detach().requires_grad_() for name in names}
         for name, stand_in in made.items():

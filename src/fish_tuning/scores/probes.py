@@ -105,6 +105,7 @@ class Probes:
         state.into, state.check = into, check
         for number, loss in enumerate(losses, start=1):
             weights = torch.ones_like(loss) if check is None else check.weights.to(loss)
+            weights = weights * state.scale.value
             torch.autograd.backward(loss, weights, inputs=[state.anchor, *stand_ins], retain_graph=number < len(losses))
             for layer in self._layers:
                 layer.add_up()  # calls that got no gradient never arrive

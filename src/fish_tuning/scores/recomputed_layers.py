@@ -111,7 +111,8 @@ class RecomputedLayer(WatchedLayer):
             gradients = torch.autograd.grad(output, list(stand_ins.values()), g.to(output.dtype), allow_unused=True)
             for name, gradient in zip(self.names.values(), gradients, strict=True):
                 if gradient is not None:
-                    found[name] = found[name] + gradient.float() if name in found else gradient.float()
+                    gradient = self.state.scale.unscaled(gradient.float())
+                    found[name] = found[name] + gradient if name in found else gradient
         return found
 
     def _of_example(self, tensor: Tensor, row: int) -> Tensor:

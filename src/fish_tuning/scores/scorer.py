@@ -23,6 +23,7 @@ from fish_tuning.scores.checks import (
     random_weights,
 )
 from fish_tuning.scores.expansion import with_expansion_if_possible
+from fish_tuning.scores.loss_scale import LossScale, Overflow
 from fish_tuning.scores.loss_vectors import LossVectors
 from fish_tuning.scores.plain_gradients import PlainGradients, Take
 from fish_tuning.scores.probes import Probes
@@ -57,11 +58,27 @@ class Scorer:
         self.failed: dict[str, str] = {}
         self.proven: set[str] = set()
         self.looked_at: set[str] = set()  # those of which an example was looked at alone
+        self.scale = LossScale(_computes_in_fp16(model, self._device()))
+        self.probes.state.scale = self.plain.scale = self.scale
         self.begun = False  # whether the totals hold anything
         self.told = False  # whether the log says how tensors are scored
         self.gradient_scale = 0.0  # squared norm of an example's gradient over all tensors, the largest seen
 
     def add(self, batch: Batch, first_example: int) -> None:
+        """In fp16, where small gradients vanish and large ones overflow, at a scale at which none overflows."""
+        while True:
+            before = self.totals.copy(self.trainable) if self.scale.value > 1 else None
+            looked_at = set(self.looked_at)
+            try:
+                self._add(batch, first_example)
+                return
+            except Overflow:
+                for name in self.trainable:
+                    self.totals.set_back(name, before)
+                self.looked_at = looked_at
+                self.scale.lower()
+
+    def _add(self, batch: Batch, first_example: int) -> None:
         if one_by_one_is_as_fast(batch):
             # What needs no rule needs no proof of one, which would cost as much as another example.
             logger.debug("Fisher information: %d examples one at a time, which is as fast.", batch_size(batch))
@@ -73,6 +90,7 @@ class Scorer:
             failed = self._add_checked(batch, first_example, unproven)
         elif self.probes.names:
             self.probes.backward(self._forward(batch, first_example), self.totals)
+            self.scale.check()
             failed = dict(self.probes.broken)
         else:
             failed = {}
@@ -124,6 +142,7 @@ class Scorer:
         with self.probes.shapes_seen():
             losses = self._forward(batch, first_example, self.plain.in_place(stand_ins))
         self.probes.backward(losses, self.totals, check, stand_ins.values())
+        self.scale.check()
         failed = dict(self.probes.broken)
 
         tolerance = self._tolerance()
@@ -201,7 +220,9 @@ class Scorer:
         losses = self._losses(example, first_example + row, self.plain.in_place(stand_ins))
         self.plain.check_reach(losses[0], names)
         for vector, loss in enumerate(losses, start=1):
-            torch.autograd.backward(loss.sum(), inputs=list(stand_ins.values()), retain_graph=vector < len(losses))
+            scaled = loss.sum() * self.scale.value
+            torch.autograd.backward(scaled, inputs=list(stand_ins.values()), retain_graph=vector < len(losses))
+        self.scale.check()
 
     def _device(self) -> torch.device:
         return next(iter(self.trainable.values())).device
@@ -215,3 +236,8 @@ class Scorer:
         for reason, number in Counter(self.looped.values()).items():
             example = next(name for name, why in self.looped.items() if why == reason)
             logger.info("Fisher information: %d tensors by the loop (%s), e.g. %s.", number, reason, example)
+
+
+def _computes_in_fp16(model: nn.Module, device: torch.device) -> bool:
+    autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) is torch.float16
+    return autocast or any(parameter.dtype is torch.float16 for parameter in model.parameters())

@@ -40,7 +40,8 @@ class TiedLayers(BatchedLayer):
                 return []
             examples, linear = self.state.batch_size, isinstance(module, nn.Linear)
             x = kept.float().reshape(examples, -1, kept.shape[-1]) if linear else kept.reshape(examples, -1)
-            calls.append((module, x, g.float().reshape(examples, -1, g.shape[-1])))
+            g = self.state.scale.unscaled(g.float())
+            calls.append((module, x, g.reshape(examples, -1, g.shape[-1])))
         return calls
 
     def gradients(self, calls: list[Call]) -> Iterator[tuple[str, ExampleGradients]]:

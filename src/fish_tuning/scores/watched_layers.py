@@ -14,6 +14,7 @@ from fish_tuning.errors import FisherError
 from fish_tuning.scores.checks import Check, add_checksum
 from fish_tuning.scores.example_gradients import Each, ExampleGradients
 from fish_tuning.scores.layer_rules import LayerRule
+from fish_tuning.scores.loss_scale import LossScale
 from fish_tuning.scores.totals import Totals
 
 Relation = tuple[str, int]
@@ -33,6 +34,7 @@ class Pass:
     batch_size: int = 0
     shapes: dict[str, torch.Size] = field(default_factory=dict)  # of the batch's tensors
     anchor: Tensor | None = None  # None between passes
+    scale: LossScale = field(default_factory=lambda: LossScale(fp16=False))  # of the losses whose gradients come
     into: Totals | None = None  # set during the backward pass
     check: Check | None = None
     broken: dict[str, str] = field(default_factory=dict)
@@ -213,7 +215,7 @@ class RuleLayer(BatchedLayer):
                 self.fail(f"its input has first dimension {kept.shape[0]}, its output {gradient.shape[0]}")
             if self.failed or not self.examples_in_order(gradient.shape):
                 return []
-            pair = self.rule.positions(self.module, _exact(kept), _exact(gradient))
+            pair = self.rule.positions(self.module, _exact(kept), self.state.scale.unscaled(_exact(gradient)))
             calls.append([_by_example(side, self.state.batch_size) for side in pair])
         x, g = (_joined(list(side)) for side in zip(*calls, strict=True))
         return [(self.module, x, g)]
