@@ -33,6 +33,7 @@ def calculate_scores(
     scores_dtype: torch.dtype = torch.float32,
     scores_device: torch.device | str | None = None,
     warmup_steps: int | None = None,
+    split_between_processes: bool = True,
     progress: bool = True,
 ) -> dict[str, Tensor]:
     """Scores of every trainable entry by a named score, from one pass over the calibration examples.
@@ -93,6 +94,7 @@ def calculate_scores(
             scores_dtype=scores_dtype,
             scores_device=scores_device,
             warmup_steps=warmup_steps,
+            split_between_processes=split_between_processes,
             progress=progress,
             stacklevel=2,
         )

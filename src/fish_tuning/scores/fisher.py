@@ -27,6 +27,7 @@ def calculate_fisher_information(
     scores_dtype: torch.dtype = torch.float32,
     scores_device: torch.device | str | None = None,
     warmup_steps: int | None = None,
+    split_between_processes: bool = True,
     progress: bool = True,
 ) -> dict[str, Tensor]:
     """Diagonal Fisher information of every trainable tensor of `model`, exact per example at any batch size.
@@ -63,6 +64,10 @@ def calculate_fisher_information(
             examples, or over the first 32 a step. Default: 20 where a part of a PEFT adapter is exactly zero, as B is
             at LoRA's usual start: all that it is multiplied with would score zero, and masks could choose among B
             alone. Else 0: the weights as they are.
+        split_between_processes: where torch.distributed is initialised (torchrun, accelerate launch), each process of
+            the default group scores its share of the examples and all get the same scores, those of one process. All
+            must call this, with the same loader, or each with its part (accelerate's, or a DistributedSampler).
+            False: this process scores all by itself, and the others need not call.
         progress: show a progress bar.
 
     Returns:
@@ -101,6 +106,7 @@ def calculate_fisher_information(
         scores_dtype=scores_dtype,
         scores_device=scores_device,
         warmup_steps=warmup_steps,
+        split_between_processes=split_between_processes,
         progress=progress,
         stacklevel=2,
     )

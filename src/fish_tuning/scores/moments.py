@@ -20,6 +20,7 @@ from fish_tuning.scores.finite import check_finite
 from fish_tuning.scores.loss_vectors import LossFunction, LossVectors
 from fish_tuning.scores.losses import FisherType, TokenReduction
 from fish_tuning.scores.prepared import prepared
+from fish_tuning.scores.processes import Processes
 from fish_tuning.scores.scorer import Scorer
 from fish_tuning.scores.scoring_state import scoring_state
 from fish_tuning.scores.totals import Scores, Totals
@@ -61,6 +62,7 @@ def measure_moments(
     scores_dtype: torch.dtype = torch.float32,
     scores_device: torch.device | str | None = None,
     warmup_steps: int | None = None,
+    split_between_processes: bool = True,
     progress: bool = True,
     stacklevel: int = 1,
 ) -> Moments:
@@ -100,28 +102,37 @@ def measure_moments(
     totals = Totals.zeros(trainable, scores_dtype, scores_device, gradients)
     scorer = Scorer(model, trainable, losses, method, totals)
     steps = warmup_steps_needed(model) if warmup_steps is None else warmup_steps
-    batches = calibration_batches(calibration_dataloader, target, num_samples)
-    # Kept, since a loader may give others, or none, when it is asked again.
-    first = _at_least(batches, WARMUP_EXAMPLES * steps) if steps else []
+    processes = Processes(calibration_dataloader, split_between_processes, target)
+    wanted = processes.examples(num_samples)
+    batches = calibration_batches(processes.noted(calibration_dataloader), target, wanted)
+    bar = tqdm(total=wanted, desc="Fisher information", unit="ex", disable=not progress, leave=False)
     weights: Scores = {}
-    bar = tqdm(total=num_samples, desc="Fisher information", unit="ex", disable=not progress, leave=False)
-    with ExitStack() as stack:
-        stack.enter_context(bar)
-        stack.enter_context(scoring_state(model))
-        if first:
-            trained_on = LossVectors(model, "empirical", token_reduction, loss_fn, seed)
-            with device_errors_explained(model, target):
-                stack.enter_context(warmed_up(model, trainable, trained_on, first, steps, seed=seed))
-            weights = {name: parameter.detach().clone() for name, parameter in trainable.items()}
-        stack.enter_context(scorer.probes)
-        seen = 0
-        for batch in chain(first, batches):
-            with device_errors_explained(model, target):
-                scorer.add(losses.trimmed(batch), first_example=seen)
-            for message in scorer.new_failures():
-                warnings.warn(message, FishTuningWarning, stacklevel=stacklevel + 1)
-            seen += batch_size(batch)
-            bar.update(batch_size(batch))
+    seen, error = 0, None
+    try:
+        # Kept, since a loader may give others, or none, when it is asked again.
+        first = _at_least(batches, WARMUP_EXAMPLES * steps) if steps else []
+        with ExitStack() as stack:
+            stack.enter_context(bar)
+            stack.enter_context(scoring_state(model))
+            if first:
+                trained_on = LossVectors(model, "empirical", token_reduction, loss_fn, seed)
+                with device_errors_explained(model, target):
+                    stack.enter_context(warmed_up(model, trainable, trained_on, first, steps, seed=seed))
+                processes.same_start(trainable.values())
+                weights = {name: parameter.detach().clone() for name, parameter in trainable.items()}
+            stack.enter_context(scorer.probes)
+            for number, batch in enumerate(chain(first, batches)):
+                if processes.takes(number):
+                    with device_errors_explained(model, target):
+                        scorer.add(losses.trimmed(batch), first_example=processes.first_example(seen))
+                for message in scorer.new_failures():
+                    warnings.warn(message, FishTuningWarning, stacklevel=stacklevel + 1)
+                seen += batch_size(batch)
+                bar.update(batch_size(batch))
+    except Exception as raised:
+        error = raised
+    processes.agree(error)
+    seen = processes.add_up(totals, seen)
     if not seen:
         raise FisherError("The calibration dataloader gave no example.")
     if num_samples is not None and seen < num_samples:

@@ -74,6 +74,12 @@ def check_model(model: nn.Module, trainable: Mapping[str, nn.Parameter]) -> None
         raise FisherError(
             "The model has a mask applied; its tensors cannot be scored as a whole. Call remove_mask(model) first."
         )
+    for name, parameter in trainable.items():
+        if hasattr(parameter, "full_tensor") or hasattr(parameter, "ds_id"):  # FSDP2, DeepSpeed's ZeRO-3
+            raise FisherError(
+                f"{name!r} is sharded: this process holds a part of it. Score the model before FSDP or DeepSpeed shards"
+                " it; under torchrun or accelerate launch each process then scores its share of the examples."
+            )
     offloaded = any(hasattr(module, "_hf_hook") for module in model.modules())  # its weights come when they are needed
     for name, tensor in trainable.items() if offloaded else tensors_of(model):
         if tensor.is_meta:

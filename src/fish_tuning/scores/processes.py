@@ -1,0 +1,119 @@
+"""Scoring by several processes: each takes its share of the examples, and the sums are added up."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate.data_loader import (  # type: ignore[import-untyped]
+    BatchSamplerShard,
+    DataLoaderDispatcher,
+    IterableDatasetShard,
+)
+from torch import Tensor
+from torch.utils.data.distributed import DistributedSampler
+
+from fish_tuning.errors import FisherError
+from fish_tuning.scores.totals import Totals
+
+
+class Processes:
+    """This process and the others of the default group; alone where there is none, or where it is not to be used.
+
+    A loader that every process has whole is shared out batch by batch; one that gives each process a part of its own
+    (accelerate's, or one with a DistributedSampler) is taken as it is.
+    """
+
+    def __init__(self, loader: Any, split: bool, device: torch.device) -> None:
+        together = split and dist.is_available() and dist.is_initialized()
+        self.rank, self.number = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
+        self.device = device if self.number > 1 and dist.get_backend() == "nccl" else torch.device("cpu")
+        self.has_own_part = self.number > 1 and _is_sharded(loader)
+        self._digest = hashlib.sha1(usedforsecurity=False)
+
+    def examples(self, num_samples: int | None) -> int | None:
+        """How many of `num_samples` to take from the loader."""
+        if num_samples is None or not self.has_own_part:
+            return num_samples
+        return num_samples // self.number + (self.rank < num_samples % self.number)
+
+    def takes(self, batch_number: int) -> bool:
+        """Whether this process scores that batch of its loader."""
+        return self.has_own_part or batch_number % self.number == self.rank
+
+    def first_example(self, seen: int) -> int:
+        """A number for the next example that no other process has."""
+        return seen + (self.rank * 2**40 if self.has_own_part else 0)
+
+    def noted(self, loader: Iterable[Any]) -> Iterator[Any]:
+        """The loader's batches; what they hold is written down, as all processes must get the same."""
+        for raw in _without_repeats(loader):
+            if self.number > 1 and not self.has_own_part and isinstance(raw, Mapping):
+                for key, value in sorted(raw.items()):
+                    if isinstance(value, Tensor):
+                        self._digest.update(key.encode())
+                        self._digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+            yield raw
+
+    def same_start(self, tensors: Iterable[Tensor]) -> None:
+        """Give all processes the first one's values."""
+        for tensor in tensors if self.number > 1 else ():
+            values = tensor.detach().to(self.device)
+            dist.broadcast(values, 0)
+            tensor.detach().copy_(values)
+
+    def agree(self, error: Exception | None) -> None:
+        """Raise the error, on every process: who waits for the others' sums would wait for ever."""
+        if self.number > 1:
+            told: list[Any] = [None] * self.number
+            own = f"{type(error).__name__}: {error}" if error is not None else None
+            dist.all_gather_object(told, (own, self._digest.hexdigest()))
+            failed = [(rank, text) for rank, (text, _) in enumerate(told) if text is not None]
+            if error is None and failed:
+                raise FisherError(f"Process {failed[0][0]} of {self.number} failed while scoring: {failed[0][1]}")
+            if not failed and len({digest for _, digest in told}) > 1:
+                raise FisherError(
+                    f"The calibration dataloaders of the {self.number} processes give different batches, so they "
+                    "cannot be shared out. Seed their shuffling alike, give each process a part of its own "
+                    "(accelerate's prepare, a DistributedSampler), or let each score alone: "
+                    "split_between_processes=False."
+                )
+        if error is not None:
+            raise error
+
+    def add_up(self, totals: Totals, seen: int) -> int:
+        """Sums over all processes in the place of each one's own; returns how many examples they are of."""
+        if self.number == 1:
+            return seen
+        for total in (*totals.squares.values(), *(totals.gradients or {}).values()):
+            exact = total.to(self.device, torch.promote_types(total.dtype, torch.float32))
+            dist.all_reduce(exact)
+            total.copy_(exact)
+        if not self.has_own_part:
+            return seen
+        examples = torch.tensor(seen, device=self.device)
+        dist.all_reduce(examples)
+        return int(examples)
+
+
+def _is_sharded(loader: Any) -> bool:
+    own = (getattr(loader, name, None) for name in ("sampler", "batch_sampler", "dataset"))
+    parts = (DistributedSampler, BatchSamplerShard, IterableDatasetShard)
+    return isinstance(loader, DataLoaderDispatcher) or any(isinstance(part, parts) for part in own)
+
+
+def _without_repeats(loader: Iterable[Any]) -> Iterator[Any]:
+    """The loader's batches, without the examples that accelerate gives twice so that all processes have as many."""
+    sampler = getattr(loader, "batch_sampler", None)
+    if not isinstance(sampler, BatchSamplerShard):
+        yield from loader
+        return
+    even = sampler.even_batches
+    sampler.even_batches = False
+    try:
+        yield from loader
+    finally:
+        sampler.even_batches = even

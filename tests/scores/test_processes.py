@@ -1,0 +1,155 @@
+"""Two processes score together what one scores alone."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from accelerate.data_loader import prepare_data_loader  # type: ignore[import-untyped]
+from tiny import assert_scores_close, bert, classification_batch, lora, rebatch
+from torch import Tensor
+from torch.distributed.fsdp import fully_shard
+from torch.utils.data import DataLoader
+from torch.utils.data.distributed import DistributedSampler
+
+from fish_tuning import (
+    FisherError,
+    calculate_fisher_information,
+    calculate_scores,
+    create_mask_from_fisher,
+    measure_moments,
+)
+
+BATCH = classification_batch((5, 9, 3, 7, 9, 4, 8, 6, 9, 5))
+ROWS = [{key: value[row] for key, value in BATCH.items()} for row in range(10)]
+
+
+def loader(**options: Any) -> DataLoader[Any]:
+    return DataLoader(ROWS, batch_size=2, **options)  # type: ignore[arg-type]
+
+
+def message_of(rank: int, batches: Any, **options: Any) -> str:
+    try:
+        calculate_fisher_information(lora(bert()), batches, progress=False, **options)
+    except FisherError as error:
+        return str(error)
+    return "no error"
+
+
+def sharded_model() -> Any:
+    model = lora(bert())
+    fully_shard(model)
+    return model
+
+
+def worker(rank: int, port: int, folder: Path) -> None:
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE="2", RANK=str(rank), LOCAL_RANK=str(rank)
+    )
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    odd = rebatch(BATCH, 4)  # three batches, of four, four and two examples
+    broken = [dict(batch) for batch in odd]
+    if rank == 1:
+        broken[1]["labels"] = broken[1]["labels"] + 100
+    options: dict[str, Any] = {"progress": False}
+    results: dict[str, Any] = {
+        "same loader": measure_moments(lora(bert()), odd, **options).mean_gradients
+        | {"squares": measure_moments(lora(bert()), odd, **options).mean_squares},
+        "num_samples": calculate_fisher_information(lora(bert()), odd, num_samples=7, **options),
+        "drawn labels": calculate_fisher_information(lora(bert()), odd, fisher_type="sampled", **options),
+        "one batch": calculate_fisher_information(lora(bert()), [BATCH], **options),
+        "distributed sampler": calculate_fisher_information(
+            lora(bert()),
+            loader(sampler=DistributedSampler(ROWS, shuffle=False)),
+            warmup_steps=0,
+            **options,  # type: ignore[arg-type]
+        ),
+        "accelerate": calculate_fisher_information(
+            lora(bert()), prepare_data_loader(loader(), num_processes=2, process_index=rank), warmup_steps=0, **options
+        ),
+        "part of a sharded loader": measure_moments(
+            lora(bert()),
+            loader(sampler=DistributedSampler(ROWS, shuffle=False)),
+            num_samples=5,
+            **options,  # type: ignore[arg-type]
+        ).num_samples,
+        "warm start": measure_moments(
+            lora(bert()),
+            loader(sampler=DistributedSampler(ROWS, shuffle=False)),
+            warmup_steps=3,
+            **options,  # type: ignore[arg-type]
+        ).weights,
+        "mask": create_mask_from_fisher(calculate_scores(lora(bert()), odd, "gain", **options), keep_ratio=0.1),
+        "alone": calculate_fisher_information(lora(bert()), odd, split_between_processes=False, **options)
+        if rank == 0
+        else {},
+        "different": message_of(rank, rebatch(BATCH, 4 + rank)),
+        "broken": message_of(rank, broken),
+    }
+    try:
+        calculate_fisher_information(sharded_model(), odd, **options)
+    except FisherError as error:
+        results["sharded"] = str(error)
+    torch.save(results, folder / f"{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("processes")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(worker, (port, folder), nprocs=2)  # type: ignore[no-untyped-call]
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+def alone(**options: Any) -> dict[str, Tensor]:
+    return calculate_fisher_information(lora(bert()), rebatch(BATCH, 4), progress=False, **options)
+
+
+def test_sums_are_those_of_one_process(results: list[dict[str, Any]]) -> None:
+    moments = measure_moments(lora(bert()), rebatch(BATCH, 4), progress=False)
+    for result in results:
+        assert_scores_close(result["same loader"].pop("squares"), moments.mean_squares, tolerance=1e-6)
+        for name, gradient in moments.mean_gradients.items():
+            torch.testing.assert_close(result["same loader"][name], gradient, rtol=1e-4, atol=1e-7)
+        assert_scores_close(result["num_samples"], alone(num_samples=7), tolerance=1e-6)
+        assert_scores_close(result["drawn labels"], alone(fisher_type="sampled"), tolerance=1e-6)
+        assert_scores_close(result["one batch"], alone(), tolerance=1e-4)  # the other process has nothing to do
+
+
+@pytest.mark.parametrize("how", ["distributed sampler", "accelerate"])
+def test_a_loader_that_gives_each_its_part_is_taken_as_it_is(how: str, results: list[dict[str, Any]]) -> None:
+    for result in results:
+        assert_scores_close(result[how], alone(warmup_steps=0), tolerance=1e-5)
+        assert result["part of a sharded loader"] == 5
+
+
+def test_all_processes_get_the_same_to_the_bit(results: list[dict[str, Any]]) -> None:
+    for what in ("one batch", "distributed sampler", "accelerate", "warm start", "mask"):
+        assert results[0][what], what
+        for name, tensor in results[0][what].items():
+            assert torch.equal(tensor, results[1][what][name]), (what, name)
+
+
+def test_a_process_may_score_by_itself(results: list[dict[str, Any]]) -> None:
+    assert_scores_close(results[0]["alone"], alone(), tolerance=1e-6)
+
+
+def test_no_process_waits_for_one_that_failed(results: list[dict[str, Any]]) -> None:
+    assert "Process 1 of 2 failed while scoring: FisherError" in results[0]["broken"]
+    assert "label" in results[1]["broken"]
+
+
+def test_what_cannot_be_shared_out_is_refused(results: list[dict[str, Any]]) -> None:
+    for result in results:
+        assert "different batches" in result["different"]
+        assert "sharded" in result["sharded"]
