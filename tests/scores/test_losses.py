@@ -134,6 +134,6 @@ def test_labels_under_both_names() -> None:
 
 
 def test_unknown_task_is_named() -> None:
-    model = SimpleNamespace(loss_type="ForQuestionAnswering")
-    with pytest.raises(FisherError, match=r"'ForQuestionAnswering'.*ForCausalLM.*loss_fn=f"):
+    model = SimpleNamespace(loss_type="ForObjectDetection")
+    with pytest.raises(FisherError, match=r"'ForObjectDetection'.*ForCausalLM.*loss_fn=f"):
         resolve_likelihood(model, torch.zeros(1, 2), torch.zeros(1), "mean")  # type: ignore[arg-type]

@@ -23,14 +23,19 @@ FEW, LONG = 4, 512  # rows and tokens
 
 
 def calibration_batches(
-    loader: Iterable[Mapping[str, Any]], device: torch.device, num_samples: int | None
+    loader: Iterable[Mapping[str, Any]], device: torch.device, num_samples: int | None, rows_per_example: int = 1
 ) -> Iterator[Batch]:
-    """Batches of tensors on `device`, at most `num_samples` examples in all; the last batch is cut to fit."""
+    """Batches of tensors on `device`, at most `num_samples` examples in all; the last batch is cut to fit.
+
+    With several rows an example, tensors are (examples, rows an example, ...).
+    """
     left = num_samples
     for number, raw in enumerate(loader):
         if left == 0:
             return
         batch = {key: value.to(device) for key, value in _mapping(raw).items() if isinstance(value, Tensor)}
+        if rows_per_example > 1:
+            batch = {key: _grouped(key, value, rows_per_example) for key, value in batch.items()}
         size = batch_size(batch)
         if not size:
             raise FisherError(f"Calibration batch {number} (counted from 0) holds no example; leave empty batches out.")
@@ -39,6 +44,16 @@ def calibration_batches(
                 batch, size = rows(batch, 0, left), left
             left -= size
         yield batch
+
+
+def _grouped(key: str, value: Tensor, rows_per_example: int) -> Tensor:
+    if not value.dim():
+        return value
+    if value.shape[0] % rows_per_example:
+        raise FisherError(
+            f"rows_per_example={rows_per_example}: {key!r} has {value.shape[0]} rows, which is no multiple of it."
+        )
+    return value.reshape(-1, rows_per_example, *value.shape[1:])
 
 
 def batch_size(batch: Mapping[str, Tensor]) -> int:

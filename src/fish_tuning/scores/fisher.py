@@ -23,6 +23,7 @@ def calculate_fisher_information(
     token_reduction: TokenReduction = "mean",
     method: Literal["auto", "loop"] = "auto",
     loss_fn: LossFunction | None = None,
+    rows_per_example: int = 1,
     seed: int = 0,
     scores_dtype: torch.dtype = torch.float32,
     scores_device: torch.device | str | None = None,
@@ -55,6 +56,9 @@ def calculate_fisher_information(
             where. "loop" forces one backward pass an example: the slow reference.
         loss_fn: `loss_fn(outputs, batch)` giving the (n,) loss of each example, for tasks not known here. It must form
             each example's loss from that example alone. Only with fisher_type="empirical".
+        rows_per_example: for a `loss_fn` over groups of rows (a preferred and a rejected answer, an anchor and its
+            match): how many neighbouring rows of the batch are one example. `loss_fn` gets all rows and gives a loss a
+            group.
         seed: of the drawn labels.
         scores_dtype: in which the scores are summed and returned: float32, float64 or bfloat16. With bfloat16 they take
             half the memory and about three digits; each layer's squares are computed in fp32 all the same.
@@ -102,6 +106,7 @@ def calculate_fisher_information(
         token_reduction=token_reduction,
         method=method,
         loss_fn=loss_fn,
+        rows_per_example=rows_per_example,
         seed=seed,
         scores_dtype=scores_dtype,
         scores_device=scores_device,

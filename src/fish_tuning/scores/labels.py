@@ -15,16 +15,19 @@ LOSS_FN = "pass loss_fn=f, where f(outputs, batch) returns one loss an example"
 
 
 def logits_of(outputs: Any) -> Tensor:
-    """The model's `logits`; FisherError that tells what there is instead."""
+    """The model's `logits`, of an answer's start and end side by side; FisherError that tells what there is instead."""
     if isinstance(outputs, tuple | list):
         raise FisherError(
             f"The model returned a {type(outputs).__name__} of {len(outputs)}, not outputs by name. Set "
             f"model.config.return_dict = True, or {LOSS_FN}."
         )
+    named = outputs if isinstance(outputs, Mapping) else getattr(outputs, "__dict__", {})
+    answer = [named.get(key) for key in ("start_logits", "end_logits")]
+    if all(isinstance(part, Tensor) for part in answer):
+        return torch.stack(answer, dim=1)  # type: ignore[arg-type]
     logits = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
     if isinstance(logits, Tensor):
         return logits
-    named = outputs if isinstance(outputs, Mapping) else getattr(outputs, "__dict__", {})
     found = f"logits that are a {type(logits).__name__}" if logits is not None else "no logits"
     raise FisherError(
         f"The model's outputs hold {found} (outputs: {', '.join(map(str, named)) or type(outputs).__name__}), so no "

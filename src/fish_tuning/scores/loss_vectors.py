@@ -12,15 +12,19 @@ from torch.func import functional_call
 
 from fish_tuning.errors import FisherError
 from fish_tuning.scores.batches import Batch, batch_size, trim_padding
+from fish_tuning.scores.ctc import ctc_losses
 from fish_tuning.scores.finite import why_not_finite
 from fish_tuning.scores.labels import check_given_classes, check_labels, check_shapes, logits_of, whole_numbers
 from fish_tuning.scores.losses import (
+    ANSWER,
+    LABELS,
     FisherType,
     Likelihood,
     TokenReduction,
     align_labels,
     example_losses,
     labels_of,
+    loss_type_of,
     resolve_likelihood,
 )
 
@@ -37,7 +41,9 @@ class LossVectors:
         token_reduction: TokenReduction,
         loss_fn: LossFunction | None,
         seed: int,
+        rows_per_example: int = 1,
     ) -> None:
+        self.rows_per_example = rows_per_example
         self.model, self.fisher_type, self.token_reduction = model, fisher_type, token_reduction
         self.loss_fn, self.seed = loss_fn, seed
         self.likelihood: Likelihood | None = None
@@ -49,6 +55,8 @@ class LossVectors:
 
         `parameters` stand in for the model's own, each under every name that a module has it by.
         """
+        if self.rows_per_example > 1:
+            batch = {key: value.flatten(0, 1) if value.dim() else value for key, value in batch.items()}
         inputs = batch if self.encoder_decoder or self.loss_fn else _without_labels(batch)
         inputs = {**inputs, **self._positions(batch)}
         if self.encoder_decoder and not self.loss_fn:
@@ -69,18 +77,22 @@ class LossVectors:
 
     def trimmed(self, batch: Batch) -> Batch:
         """Without common padding, where the task is known well enough to tell what runs along the tokens."""
-        return batch if self.encoder_decoder or self.loss_fn else trim_padding(batch)
+        known = not self.encoder_decoder and not self.loss_fn and not any(key in batch for key in ANSWER)
+        return trim_padding(batch) if known else batch
 
     def _losses(self, outputs: Any, batch: Batch, first_example: int) -> list[Tensor]:
         if self.loss_fn is not None:
             loss = self.loss_fn(outputs, batch)
             shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-            if shape != (batch_size(batch),):
+            examples = batch_size(batch) // self.rows_per_example
+            if shape != (examples,):
                 raise FisherError(
                     "loss_fn must return one loss an example, shape (n,) for a batch of n; for "
-                    f"{batch_size(batch)} examples it returned {shape}."
+                    f"{examples} examples it returned {shape}."
                 )
             return [loss if loss.dtype == torch.float64 else loss.float()]
+        if loss_type_of(self.model) == "ForCTC":
+            return [ctc_losses(self.model, logits_of(outputs), batch, self.fisher_type, self.token_reduction)]
         logits, labels = logits_of(outputs), whole_numbers(labels_of(batch))
         check_shapes(self.model, logits, labels)
         labels = align_labels(self.model, logits, labels, batch.get("attention_mask"))
@@ -105,7 +117,7 @@ class LossVectors:
 
 
 def _without_labels(batch: Batch) -> Batch:
-    return {key: value for key, value in batch.items() if key not in ("labels", "label")}
+    return {key: value for key, value in batch.items() if key not in LABELS}
 
 
 def _forward_parameters(model: Any) -> set[str]:

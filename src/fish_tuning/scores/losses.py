@@ -24,7 +24,12 @@ IGNORED = -100  # the label value that transformers leaves out of every loss
 
 CLASSIFICATION = ("ForSequenceClassification", "ForImageClassification", "ForAudioClassification",
                   "ForVideoClassification")  # fmt: skip
-TOKENWISE = ("ForCausalLM", "ForConditionalGeneration", "ForTokenClassification", "ForMaskedLM")
+TOKENWISE = ("ForCausalLM", "ForConditionalGeneration", "ForTokenClassification", "ForMaskedLM", "ForQuestionAnswering")
+KNOWN = (*CLASSIFICATION, *TOKENWISE, "ForMultipleChoice", "ForCTC")
+# Tasks that transformers knows by the model's class alone.
+BY_CLASS = {"LMHeadModel": "ForCausalLM", "ForMultipleChoice": "ForMultipleChoice"}
+ANSWER = ("start_positions", "end_positions")
+LABELS = ("labels", "label", *ANSWER)
 
 
 @dataclass(frozen=True)
@@ -72,26 +77,29 @@ def example_losses(
 def resolve_likelihood(model: nn.Module, logits: Tensor, labels: Tensor, token_reduction: TokenReduction) -> Likelihood:
     """The likelihood of the model's task, from its transformers loss type, configuration and labels.
 
-    Raises FisherError when the task is none of sequence classification (single label, multi-label, regression), causal
-    language modelling, token classification, masked language modelling and sequence to sequence.
+    Raises FisherError when the task is none of sequence classification (single label, multi-label, regression),
+    multiple choice, causal language modelling, token classification, masked language modelling, sequence to sequence
+    and question answering, whose two "tokens" are the answer's start and end.
     """
     loss_type = loss_type_of(model)
     if loss_type in CLASSIFICATION:
         return _classification_likelihood(model, logits, labels)
+    if loss_type == "ForMultipleChoice":
+        return Likelihood(_class_nll, _sample_classes, _expected_classes, "classes")
     if loss_type in TOKENWISE:
         return _token_likelihood(token_reduction)
     raise FisherError(
         f"No per-example loss is known for {type(model).__name__} (transformers loss type: {loss_type!r}); known are "
-        f"{', '.join((*CLASSIFICATION, *TOKENWISE))}. Pass loss_fn=f, where f(outputs, batch) returns one loss an "
+        f"{', '.join(KNOWN)}. Pass loss_fn=f, where f(outputs, batch) returns one loss an "
         "example."
     )
 
 
 def loss_type_of(model: Any) -> str | None:
-    """The name of the loss that transformers trains the model with; the older `...LMHeadModel`s carry no such name."""
+    """The name of the loss that transformers trains the model with; some models carry none."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    causal = "ForCausalLM" if type(base).__name__.endswith("LMHeadModel") else None
-    return getattr(model, "loss_type", None) or causal
+    by_class = [kind for ending, kind in BY_CLASS.items() if type(base).__name__.endswith(ending)]
+    return getattr(model, "loss_type", None) or next(iter(by_class), None)
 
 
 def align_labels(model: nn.Module, logits: Tensor, labels: Tensor, attention_mask: Tensor | None) -> Tensor:
@@ -103,6 +111,8 @@ def align_labels(model: nn.Module, logits: Tensor, labels: Tensor, attention_mas
     loss_type = loss_type_of(model)
     if loss_type not in TOKENWISE:
         return labels
+    if loss_type == "ForQuestionAnswering":  # an answer beyond the text's end, where it was cut off, does not count
+        return labels.masked_fill(labels >= logits.shape[2], IGNORED)
     encoder_decoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
     virtual = logits.shape[1] - labels.shape[1]
     padding = torch.zeros_like(labels, dtype=torch.bool)
@@ -115,7 +125,9 @@ def align_labels(model: nn.Module, logits: Tensor, labels: Tensor, attention_mas
 
 
 def labels_of(batch: Mapping[str, Any]) -> Tensor:
-    """The batch's labels, under either of the two names in use; FisherError when there are none."""
+    """The batch's labels, under either of the two names in use, or an answer's (start, end); FisherError if none."""
+    if all(isinstance(batch.get(key), Tensor) for key in ANSWER):
+        return torch.stack([batch[key].flatten() for key in ANSWER], dim=1)
     for key in ("labels", "label"):
         if isinstance(batch.get(key), Tensor):
             return batch[key]  # type: ignore[no-any-return]

@@ -24,7 +24,7 @@ from fish_tuning.scores.processes import Processes
 from fish_tuning.scores.scorer import Scorer
 from fish_tuning.scores.scoring_state import scoring_state
 from fish_tuning.scores.totals import Scores, Totals
-from fish_tuning.scores.validation import check_arguments, check_warmup, device_errors_explained
+from fish_tuning.scores.validation import check_arguments, check_rows_per_example, check_warmup, device_errors_explained
 from fish_tuning.scores.warmup import WARMUP_EXAMPLES, warmed_up, warmup_steps_needed
 
 logger = logging.getLogger("fish_tuning.scores.fisher")
@@ -58,6 +58,7 @@ def measure_moments(
     token_reduction: TokenReduction = "mean",
     method: Literal["auto", "loop"] = "auto",
     loss_fn: LossFunction | None = None,
+    rows_per_example: int = 1,
     seed: int = 0,
     scores_dtype: torch.dtype = torch.float32,
     scores_device: torch.device | str | None = None,
@@ -92,19 +93,20 @@ def measure_moments(
     """
     check_arguments(model, fisher_type, token_reduction, method, loss_fn, num_samples, seed, scores_dtype)
     check_warmup(warmup_steps)
+    check_rows_per_example(rows_per_example, loss_fn)
     if gradients and fisher_type != "empirical":
         raise FisherError(
             f"fisher_type={fisher_type!r}: the mean gradient under the model's own labels is zero but for chance. Use "
             "fisher_type='empirical', or gradients=False."
         )
     model, trainable, target = prepared(model, device)
-    losses = LossVectors(model, fisher_type, token_reduction, loss_fn, seed)
+    losses = LossVectors(model, fisher_type, token_reduction, loss_fn, seed, rows_per_example)
     totals = Totals.zeros(trainable, scores_dtype, scores_device, gradients)
     scorer = Scorer(model, trainable, losses, method, totals)
     steps = warmup_steps_needed(model) if warmup_steps is None else warmup_steps
     processes = Processes(calibration_dataloader, split_between_processes, target)
     wanted = processes.examples(num_samples)
-    batches = calibration_batches(processes.noted(calibration_dataloader), target, wanted)
+    batches = calibration_batches(processes.noted(calibration_dataloader), target, wanted, rows_per_example)
     bar = tqdm(total=wanted, desc="Fisher information", unit="ex", disable=not progress, leave=False)
     weights: Scores = {}
     seen, error = 0, None
@@ -115,7 +117,7 @@ def measure_moments(
             stack.enter_context(bar)
             stack.enter_context(scoring_state(model))
             if first:
-                trained_on = LossVectors(model, "empirical", token_reduction, loss_fn, seed)
+                trained_on = LossVectors(model, "empirical", token_reduction, loss_fn, seed, rows_per_example)
                 with device_errors_explained(model, target):
                     stack.enter_context(warmed_up(model, trainable, trained_on, first, steps, seed=seed))
                 processes.same_start(trainable.values())

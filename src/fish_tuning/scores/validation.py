@@ -64,6 +64,14 @@ def check_warmup(steps: object) -> None:
         )
 
 
+def check_rows_per_example(rows: object, loss_fn: LossFunction | None) -> None:
+    """FisherError for groups of rows that are none, or that no loss is known of."""
+    if not isinstance(rows, int) or rows < 1:
+        raise FisherError(f"rows_per_example={rows!r} must be a whole number of at least 1.")
+    if rows > 1 and loss_fn is None:
+        raise FisherError(f"rows_per_example={rows} needs loss_fn=f, where f(outputs, batch) gives one loss a group.")
+
+
 def check_model(model: nn.Module, trainable: Mapping[str, nn.Parameter]) -> None:
     """FisherError for a model that cannot be scored, whatever the data."""
     if not trainable:
