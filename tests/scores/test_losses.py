@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -137,3 +138,27 @@ def test_unknown_task_is_named() -> None:
     model = SimpleNamespace(loss_type="ForObjectDetection")
     with pytest.raises(FisherError, match=r"'ForObjectDetection'.*ForCausalLM.*loss_fn=f"):
         resolve_likelihood(model, torch.zeros(1, 2), torch.zeros(1), "mean")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("counted", [1, 3, 4, 8])
+def test_few_positions_that_count_are_taken_out_and_many_are_not(counted: int, reduction: Any) -> None:
+    """The two ways give the same losses and gradients, by the plain formula."""
+    torch.manual_seed(0)
+    logits = torch.randn(2, 8, 5, requires_grad=True)
+    labels = torch.randint(5, (2, 8))
+    labels[0, counted:] = IGNORED
+    labels[1, : 8 - counted] = IGNORED
+    model: Any = SimpleNamespace(loss_type="ForTokenClassification")
+    likelihood = resolve_likelihood(model, logits, labels, reduction)
+    (losses,) = example_losses(logits, labels, likelihood, "empirical", [])
+    expected = torch.stack(
+        [
+            nn.functional.cross_entropy(row[label != IGNORED], label[label != IGNORED], reduction=reduction)
+            for row, label in zip(logits, labels, strict=True)
+        ]
+    )
+    torch.testing.assert_close(losses, expected)
+    weights = torch.tensor([1.0, -2.0])
+    found, wanted = (torch.autograd.grad((weights * each).sum(), logits)[0] for each in (losses, expected))
+    torch.testing.assert_close(found, wanted)

@@ -60,7 +60,8 @@ def example_losses(
     One vector for the empirical Fisher (given labels) and the sampled one (labels drawn from the model); one a class
     for the exact expectation, weighted so that no further factor is needed: sum_c p_c (grad nll_c)^2.
     """
-    logits = logits.float()
+    if likelihood.labels != "tokens":
+        logits = logits.float()
     if fisher_type == "expected":
         if likelihood.expected is None:
             raise FisherError(
@@ -199,17 +200,23 @@ def _sample_multi_label(logits: Tensor, labels: Tensor, generators: list[torch.G
 
 def _token_likelihood(reduction: TokenReduction) -> Likelihood:
     def nll(logits: Tensor, labels: Tensor) -> Tensor:
-        losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=IGNORED)
-        totals = losses.view_as(labels).sum(dim=1)
-        if reduction == "sum":
-            return totals
-        return totals / (labels != IGNORED).sum(dim=1).clamp(min=1)
+        counted = labels != IGNORED
+        # Positions that do not count, as a chat model's prompts, need no fp32 copy and no softmax. Taking the others
+        # out is a copy too, which pays where they are few.
+        if int(counted.sum()) < counted.numel() / 2:
+            losses = F.cross_entropy(logits[counted].float(), labels[counted], reduction="none")
+            totals = losses.new_zeros(len(labels)).index_add(0, counted.nonzero()[:, 0], losses)
+        else:
+            flat, classes = logits.flatten(0, 1).float(), labels.flatten()
+            losses = F.cross_entropy(flat, classes, reduction="none", ignore_index=IGNORED)
+            totals = losses.view_as(labels).sum(dim=1)
+        return totals if reduction == "sum" else totals / counted.sum(dim=1).clamp(min=1)
 
     def sample(logits: Tensor, labels: Tensor, generators: list[torch.Generator]) -> Tensor:
         drawn = labels.clone()
         for row, scores, generator in zip(drawn, logits, generators, strict=True):
             counted = row != IGNORED
-            row[counted] = _draw(scores[counted], generator)
+            row[counted] = _draw(scores[counted].float(), generator)
         return drawn
 
     return Likelihood(nll, sample, None, "tokens")
