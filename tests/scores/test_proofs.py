@@ -12,6 +12,7 @@ from tiny import (
     bert,
     causal_batch,
     classification_batch,
+    llama,
     lora,
     rebatch,
     reference_fisher,
@@ -151,6 +152,38 @@ def test_few_long_rows_are_scored_one_at_a_time() -> None:
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.tensor([0, 1])}
     sizes = passes(model, [batch])
     assert sizes == [1, 1]
+
+
+def test_rounding_in_16_bits_is_no_disagreement(caplog: pytest.LogCaptureFixture) -> None:
+    """A row's small gradients differ by more than any tolerance when it is computed in a batch of another shape."""
+    settings = {"num_hidden_layers": 8, "hidden_size": 64, "intermediate_size": 128, "max_position_embeddings": 64}
+    model = lora(llama(**settings)).to(torch.bfloat16)
+    with caplog.at_level("INFO", "fish_tuning"), warnings.catch_warnings():
+        warnings.simplefilter("error", FishTuningWarning)
+        scored(model, causal_batch((40, 25, 33, 12)))
+    assert "done again" not in caplog.text
+    assert "by the loop" not in caplog.text
+
+
+class ByWidth(nn.Module):
+    """Its loss depends on how far its batch is padded."""
+
+    loss_type = "ForSequenceClassification"
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.head = nn.Embedding(40, 6), nn.Linear(6, 3)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> object:
+        return type("Output", (), {"logits": self.head(self.words(input_ids).mean(1)) * input_ids.shape[1]})()
+
+
+def test_in_16_bits_a_loss_that_depends_on_padding_goes_to_the_loop() -> None:
+    model, batch = ByWidth().to(torch.bfloat16), classification_batch((9, 3))
+    with pytest.warns(FishTuningWarning, match="another loss without its padding"):
+        scores = scored(model, batch)
+    assert_scores_close(scores, scored(model, batch, method="loop"))
 
 
 def test_what_never_had_a_rule_is_no_warning(caplog: pytest.LogCaptureFixture) -> None:

@@ -68,12 +68,12 @@ class Probes:
         found = {name for layer in self._layers if layer.of_users for name in layer.names.values()}
         return [name for name in names if name in found]
 
-    def release(self, names: Iterable[str]) -> set[str]:
+    def release(self, names: Iterable[str], further_out: bool = True) -> set[str]:
         """Watch these tensors no longer where they were; returns those that are watched further out from now on."""
         gone = set(names)
         for layer in self._layers:
             layer.names = {local: name for local, name in layer.names.items() if name not in gone}
-        again = self._candidates.further_out(gone, self.state)
+        again = self._candidates.further_out(gone, self.state) if further_out else []
         for layer in again:
             if self._inside:
                 layer.watch()

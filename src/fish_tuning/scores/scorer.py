@@ -31,6 +31,7 @@ from fish_tuning.scores.totals import Totals
 
 logger = logging.getLogger("fish_tuning.scores.fisher")
 
+PADDING = "an example has another loss without its padding"
 DISAGREES = "its rule does not agree with the plain gradient"
 
 
@@ -86,6 +87,11 @@ class Scorer:
             self.begun = True
             return
         unproven = [name for name in self.probes.names if name not in self.proven]
+        if unproven and not self.looked_at and self._low_precision():
+            row = most_padded_row(batch)
+            if self._padding_matters(batch, first_example, row):
+                self._give_up(PADDING)
+                unproven = []
         if unproven:
             failed = self._add_checked(batch, first_example, unproven)
         elif self.probes.names:
@@ -108,6 +114,12 @@ class Scorer:
             self.told = True
         self._loop(batch, first_example, [name for name in self.trainable if name in self.looped or name in moved])
         self.begun = True
+
+    def _give_up(self, reason: str) -> None:
+        """Loop everything."""
+        self.failed |= dict.fromkeys(self.probes.names, reason)
+        self.looped |= self.failed
+        self.probes.release(self.probes.names, further_out=False)
 
     def new_failures(self) -> list[str]:
         """What to tell the user of rules that failed since the last call."""
@@ -145,7 +157,7 @@ class Scorer:
         self.scale.check()
         failed = dict(self.probes.broken)
 
-        tolerance = self._tolerance()
+        tolerance = LOW_PRECISION_TOLERANCE if self._low_precision() else TOLERANCE
 
         def compare(names: Iterable[str], rule: Checksums, plain: Checksums, floor: float) -> Comparison:
             return Comparison.of([name for name in names if name not in failed], rule, plain, tolerance, floor)
@@ -172,23 +184,44 @@ class Scorer:
         return NEGLIGIBLE_GRADIENT**2 * self.gradient_scale
 
     def _plain_checksums(self, batch: Batch, first_example: int, numbers: Iterable[int], names: list[str]) -> Checksums:
+        """Of single examples' plain gradients, added up.
+
+        In 32 bits each example is by itself, without its padding. In 16 bits that would tell little: another shape
+        rounds otherwise, by more than a small gradient. There, each is one of its batch whose loss alone is taken.
+        """
         sums: Checksums = {}
-        if names:
+
+        def take(name: str, gradient: Tensor) -> None:
+            add_plain_checksum(sums, name, gradient, self.signed)
+
+        if names and self._low_precision():
+            stand_ins = self.plain.stand_ins(names, take)
+            losses = self._losses(batch, first_example, self.plain.in_place(stand_ins))
+            self.plain.check_reach(losses[0], names)
             for row in numbers:
-                self._take_gradients(
-                    batch,
-                    first_example,
-                    row,
-                    names,
-                    lambda name, gradient: add_plain_checksum(sums, name, gradient, self.signed),
-                )
+                for loss in losses:
+                    scaled = loss[row] * self.scale.value
+                    torch.autograd.backward(scaled, inputs=list(stand_ins.values()), retain_graph=True)
+            self.scale.check()
+        elif names:
+            for row in numbers:
+                self._take_gradients(batch, first_example, row, names, take)
         return sums
 
-    def _tolerance(self) -> float:
-        low = torch.is_autocast_enabled(self._device().type) or any(
+    def _padding_matters(self, batch: Batch, first_example: int, row: int) -> bool:
+        """Whether the row has another loss without its padding, so that no batch tells what it is alone.
+
+        Gradients stay on: 4-bit layers on a CPU are packed by a forward pass without, and have none from then on.
+        """
+        example = self.losses.trimmed(rows(batch, row, row + 1))
+        alone, together = self.losses(example, first_example + row), self.losses(batch, first_example)
+        pairs = [(float(a[0].detach()), float(b[row].detach())) for a, b in zip(alone, together, strict=True)]
+        return any(abs(a - b) > LOW_PRECISION_TOLERANCE * max(1.0, abs(a)) for a, b in pairs)
+
+    def _low_precision(self) -> bool:
+        return torch.is_autocast_enabled(self._device().type) or any(
             parameter.dtype not in (torch.float32, torch.float64) for parameter in self.losses.model.parameters()
         )
-        return LOW_PRECISION_TOLERANCE if low else TOLERANCE
 
     def _forward(self, batch: Batch, first_example: int, in_place: dict[str, Tensor] | None = None) -> list[Tensor]:
         def attempt() -> list[Tensor]:
