@@ -12,8 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from peft import IA3Config, get_peft_model
-from peft.optimizers import create_loraplus_optimizer
+from peft import IA3Config, LNTuningConfig, get_peft_model
+from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer, create_riemannian_optimizer
 from peft.utils.hotswap import hotswap_adapter
 from tiny import assert_only_selected_moved, bert, classification_batch, llama, lora, random_mask, tensors
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from transformers.models.bert.modeling_bert import BertLayer
 
-from fish_tuning import apply_mask, count_trainable_parameters, is_masked
+from fish_tuning import MaskError, apply_mask, count_trainable_parameters, is_masked
 
 BATCH = classification_batch()
 
@@ -66,6 +66,36 @@ def test_lora_plus_sees_which_factor_a_value_belongs_to() -> None:
     rates = {names[id(p)]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
     assert {rate for name, rate in rates.items() if ".lora_A." in name} == {1e-3}
     assert {rate for name, rate in rates.items() if ".lora_B." in name} == {16e-3}
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda model: create_lorafa_optimizer(model, r=4, lora_alpha=8, lr=0.01),
+        lambda model: create_riemannian_optimizer(model, torch.optim.SGD, lr=0.01),
+        lambda model: torch.optim.Muon([p for n, p in trainable(model).items() if "lora" in n], lr=0.01),
+    ],
+    ids=["lora-fa", "riemannian", "muon"],
+)
+def test_optimizers_of_whole_matrices_are_refused_by_name(make: Any) -> None:
+    model = lora(bert())
+    optimizer = make(model)
+    model(**BATCH).loss.backward()
+    optimizer.step()  # without a mask they work
+    model, _ = masked(lora(bert()))
+    optimizer = make(model)
+    model(**BATCH).loss.backward()
+    with pytest.raises(MaskError, match=r"whole matrices.*remove_mask"):
+        optimizer.step()
+
+
+def test_merged_norms_are_ordinary_ones() -> None:
+    model, _ = masked(get_peft_model(bert(), LNTuningConfig(task_type="SEQ_CLS", target_modules=["LayerNorm"])))
+    train(model)
+    logits = model(**BATCH).logits
+    merged = model.merge_and_unload()
+    assert not is_masked(merged)
+    torch.testing.assert_close(merged(**BATCH).logits, logits)
 
 
 def test_values_that_are_changed_past_autograd_are_seen() -> None:

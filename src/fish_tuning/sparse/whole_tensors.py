@@ -15,14 +15,16 @@ from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 from torch.compiler import is_dynamo_compiling
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
+from fish_tuning.errors import MaskError
 from fish_tuning.sparse.values import DATA, Values, Whole
 
 # Groups whose values' memory others may hold, such as an engine that trains a copy of the parameters.
 _held_by_others: weakref.WeakSet[Group] = weakref.WeakSet()
 _AT_ONCE = 2**62
+_OF_WHOLE_MATRICES = {"LoraFAOptimizer", "RiemannianPreconditionedOptimizer", "Muon"}
 
 
 def entries_digest(entries: Tensor) -> str:
@@ -314,14 +316,28 @@ def _gathered(grad: Tensor | None, index: Tensor, shape: torch.Size) -> Tensor |
     return flat.view(shape)
 
 
-def _after_step(optimizer: Optimizer, *_: Any) -> None:
-    """After every step of every optimizer of the process."""
-    groups = {
+def _groups_of(optimizer: Optimizer) -> set[Group]:
+    return {
         group
         for held in optimizer.param_groups
         for parameter in held["params"]
         if (reference := getattr(parameter, "masked_group", None)) is not None and (group := reference()) is not None
     }
+
+
+def _before_step(optimizer: Optimizer, *_: Any) -> None:
+    """Refuse, by name, what would compute something else of values than of the matrix that they are part of."""
+    name = type(optimizer).__name__
+    if name in _OF_WHOLE_MATRICES and _groups_of(optimizer):
+        raise MaskError(
+            f"{name} computes its steps from whole matrices; of masked tensors it holds the selected entries alone. Use "
+            "an optimizer that works entry by entry (AdamW, SGD, LoRA+), or remove_mask(model) first."
+        )
+
+
+def _after_step(optimizer: Optimizer, *_: Any) -> None:
+    """After every step of every optimizer of the process."""
+    groups = _groups_of(optimizer)
     for group in groups:
         group.write()  # now, because compiled models do not look whether they are out of date
     for group in _held_by_others:
@@ -329,4 +345,5 @@ def _after_step(optimizer: Optimizer, *_: Any) -> None:
             group.stale, group.settled = True, False
 
 
+register_optimizer_step_pre_hook(_before_step)
 register_optimizer_step_post_hook(_after_step)
