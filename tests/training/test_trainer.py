@@ -246,10 +246,44 @@ def test_resuming_through_the_callback_with_another_mask_is_an_error(tmp_path: P
 # Errors
 
 
-def test_model_init_is_refused(tmp_path: Path) -> None:
-    model, mask = masked_lora()
-    with pytest.raises(MaskError, match="model_init"):
-        FishTuningTrainer(args=arguments(tmp_path), mask=mask, model_init=lambda: model, train_dataset=DATA)
+def test_every_model_of_model_init_gets_the_mask(tmp_path: Path) -> None:
+    mask = random_mask(lora(bert()), 0.3)
+    made = []
+
+    def model_init() -> Any:
+        made.append(lora(bert()))
+        return made[-1]
+
+    trainer = FishTuningTrainer(args=arguments(tmp_path), mask=mask, model_init=model_init, train_dataset=DATA)
+    trainer.train()
+    first = tensors(made[-1])
+    trainer.train()
+    assert len(made) >= 3
+    assert len({id(model) for model in made}) == len(made)
+    assert_same_tensors(first, tensors(made[-1]))  # trained anew, from the same start
+    assert_only_selected_moved(tensors(lora(bert())), first, mask)
+
+
+def test_hyperparameter_search(tmp_path: Path) -> None:
+    pytest.importorskip("optuna", reason="the search's backend")
+    mask = random_mask(lora(bert()), 0.3)
+    made = []
+
+    def model_init(trial: Any = None) -> Any:
+        made.append(lora(bert()))
+        return made[-1]
+
+    trainer = FishTuningTrainer(
+        args=arguments(tmp_path), mask=mask, model_init=model_init, train_dataset=DATA, eval_dataset=DATA
+    )
+    best = trainer.hyperparameter_search(
+        hp_space=lambda trial: {"learning_rate": trial.suggest_categorical("learning_rate", [0.02, 0.05])},
+        n_trials=3, direction="minimize", backend="optuna",
+    )  # fmt: skip
+    assert best.hyperparameters.keys() == {"learning_rate"}
+    assert len(made) >= 3
+    for model in made[-3:]:
+        assert_only_selected_moved(tensors(lora(bert())), tensors(model), mask)
 
 
 def test_model_made_after_the_trainer_is_an_error(tmp_path: Path) -> None:

@@ -330,7 +330,7 @@ def _before_step(optimizer: Optimizer, *_: Any) -> None:
     name = type(optimizer).__name__
     if name in _OF_WHOLE_MATRICES and _groups_of(optimizer):
         raise MaskError(
-            f"{name} computes its steps from whole matrices; of masked tensors it holds the selected entries alone. Use "
+            f"{name} computes its steps from whole matrices; of masked tensors it holds selected entries alone. Use "
             "an optimizer that works entry by entry (AdamW, SGD, LoRA+), or remove_mask(model) first."
         )
 

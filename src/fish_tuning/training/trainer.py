@@ -89,7 +89,8 @@ class FishMaskCallback(TrainerCallback):
         if not trains_masked(model) and not all(selected.all() for selected in self.mask.values()):
             raise MaskError(
                 "The model that is trained has no mask: the callback was added after the Trainer was made, the model "
-                "was replaced (model_init?), or the mask was removed. Pass model and callback when making the Trainer."
+                "was replaced (model_init? FishTuningTrainer masks what it makes), or the mask was removed. Pass model "
+                "and callback when making the Trainer."
             )
         if optimizer is not None and (held.isdisjoint(trained) or held & replaced_parameters(model)):
             raise MaskError(
@@ -172,8 +173,9 @@ class FishTuningTrainer(Trainer):
         head_learning_rate: a learning rate of its own for the head; see `set_head_learning_rate`. Default:
             `args.learning_rate`, as all else.
         reselect_every, choose: to choose again while it trains; see `FishMaskCallback`.
-        **kwargs: everything else that Trainer takes (`train_dataset`, `processing_class`, `data_collator`, ...), but
-            `model_init`: a mask belongs to one model.
+        **kwargs: everything else that Trainer takes (`train_dataset`, `processing_class`, `data_collator`, ...). With
+            `model_init`, as `hyperparameter_search` needs it, every model that it makes gets the mask; let it start
+            where the mask was made for (a seed, or a saved adapter).
 
     Raises:
         MaskError: the mask does not fit the model, the checkpoint to resume from was trained with another mask, or
@@ -198,14 +200,21 @@ class FishTuningTrainer(Trainer):
         choose: Choice | None = None,
         **kwargs: Any,
     ) -> None:
-        if kwargs.get("model_init") is not None:
-            raise MaskError("FishTuningTrainer takes no model_init: a mask belongs to the one model it was made for.")
+        self._first_mask = dict(mask)
         self._mask_callback = FishMaskCallback(mask, reselect_every, choose)
         callbacks = [self._mask_callback, *(kwargs.pop("callbacks", None) or ())]
         super().__init__(model=model, args=args, callbacks=callbacks, **kwargs)
         report_figures(self, figures)
         if head_learning_rate is not None:
             set_head_learning_rate(self, head_learning_rate)
+
+    def call_model_init(self, trial: Any = None) -> Any:
+        """A new model by `model_init`, with the mask."""
+        model = super().call_model_init(trial)
+        if not trains_masked(model):
+            apply_mask(model, self._first_mask)
+            self._mask_callback.mask = dict(self._first_mask)
+        return model
 
     @property
     def mask(self) -> dict[str, Tensor]:
