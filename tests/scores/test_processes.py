@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from accelerate.data_loader import prepare_data_loader  # type: ignore[import-untyped]
+from processes import in_two_processes
 from tiny import assert_scores_close, bert, classification_batch, lora, rebatch
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
@@ -47,12 +45,7 @@ def sharded_model() -> Any:
     return model
 
 
-def worker(rank: int, port: int, folder: Path) -> None:
-    os.environ.update(
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE="2", RANK=str(rank), LOCAL_RANK=str(rank)
-    )
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+def worker(rank: int, folder: Path) -> dict[str, Any]:
     odd = rebatch(BATCH, 4)  # three batches, of four, four and two examples
     broken = [dict(batch) for batch in odd]
     if rank == 1:
@@ -91,24 +84,21 @@ def worker(rank: int, port: int, folder: Path) -> None:
         else {},
         "different": message_of(rank, rebatch(BATCH, 4 + rank)),
         "broken": message_of(rank, broken),
+        "broken while it warms up": message_of(rank, broken, warmup_steps=2),
+        "one without examples": message_of(
+            rank, loader(sampler=DistributedSampler(ROWS, shuffle=False)), num_samples=1, warmup_steps=2
+        ),  # type: ignore[arg-type]
     }
     try:
         calculate_fisher_information(sharded_model(), odd, **options)
     except FisherError as error:
         results["sharded"] = str(error)
-    torch.save(results, folder / f"{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    return results
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("processes")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(worker, (port, folder), nprocs=2)  # type: ignore[no-untyped-call]
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return in_two_processes(worker, tmp_path_factory.mktemp("processes"))
 
 
 def alone(**options: Any) -> dict[str, Tensor]:
@@ -147,6 +137,9 @@ def test_a_process_may_score_by_itself(results: list[dict[str, Any]]) -> None:
 def test_no_process_waits_for_one_that_failed(results: list[dict[str, Any]]) -> None:
     assert "Process 1 of 2 failed while scoring: FisherError" in results[0]["broken"]
     assert "label" in results[1]["broken"]
+    assert "Process 1 of 2 failed while scoring: FisherError" in results[0]["broken while it warms up"]
+    assert "label" in results[1]["broken while it warms up"]
+    assert [result["one without examples"] for result in results] == ["no error"] * 2
 
 
 def test_what_cannot_be_shared_out_is_refused(results: list[dict[str, Any]]) -> None:

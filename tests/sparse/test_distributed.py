@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from peft import PeftModel
+from processes import in_two_processes
 from tiny import (
     Rows,
     assert_only_selected_moved,
@@ -95,12 +94,7 @@ def refusal_of_different_masks(rank: int) -> str:
     return "accepted"
 
 
-def worker(rank: int, port: int, folder: Path) -> None:
-    os.environ.update(
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE="2", RANK=str(rank), LOCAL_RANK=str(rank)
-    )
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+def worker(rank: int, folder: Path) -> dict[str, Any]:
     model = masked_model()
     wrapped = DistributedDataParallel(model)
     sent: list[int] = []
@@ -119,7 +113,7 @@ def worker(rank: int, port: int, folder: Path) -> None:
         wrapped(**rebatch(BATCH, 4)[rank]).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    results = {
+    return {
         "loop": tensors(model),
         "sent a step": sum(sent) / STEPS,
         "frozen synchronised": len(synchronised & frozen),
@@ -128,21 +122,11 @@ def worker(rank: int, port: int, folder: Path) -> None:
         "drawn apart": synchronised_after_drawing(rank),
         "different masks": refusal_of_different_masks(rank),
     }
-    torch.save(results, folder / f"{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    if not dist.is_available() or not dist.is_gloo_available():
-        pytest.skip("this torch has no gloo")
-    folder = tmp_path_factory.mktemp("ddp")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(worker, (port, folder), nprocs=2)  # type: ignore[no-untyped-call]
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return in_two_processes(worker, tmp_path_factory.mktemp("ddp"))
 
 
 @pytest.mark.slow

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import io
-import os
-import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from peft import IA3Config, LNTuningConfig, get_peft_model
 from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer, create_riemannian_optimizer
 from peft.utils.hotswap import hotswap_adapter
+from processes import in_two_processes
 from tiny import assert_only_selected_moved, bert, classification_batch, llama, lora, random_mask, tensors
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -255,10 +253,7 @@ def test_inference_mode_leaves_training_as_it_is() -> None:
     train(model)
 
 
-def sharded(rank: int, port: int, folder: Path, version: int) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+def sharded(rank: int, folder: Path, version: int) -> dict[str, Tensor]:
     model, _ = masked(lora(bert()))
     if version == 2:
         for block in model.base_model.model.bert.encoder.layer:
@@ -274,22 +269,16 @@ def sharded(rank: int, port: int, folder: Path, version: int) -> None:
         held = torch.tensor(count_trainable_parameters(model))
         dist.all_reduce(held)
         assert held == values, "each process holds its part"
-    state = {name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in model.state_dict().items()}
-    torch.save(state, folder / f"{rank}.pt")
-    dist.destroy_process_group()
+    return {name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in model.state_dict().items()}
 
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_fully_sharded_training_is_that_of_one_process(version: int, tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(sharded, args=(port, tmp_path, version), nprocs=2)  # type: ignore[no-untyped-call]
+    states = in_two_processes(sharded, tmp_path, version)
     alone, mask = masked(lora(bert()))
     before = tensors(alone)
     train(alone)
-    for rank in range(2):
-        state = torch.load(tmp_path / f"{rank}.pt")
+    for state in states:
         torch.testing.assert_close(state, dict(alone.state_dict()))
         assert_only_selected_moved(before, state, mask)
     assert count_trainable_parameters(alone) == sum(int(selected.sum()) for selected in mask.values())

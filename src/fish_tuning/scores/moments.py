@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, Literal
@@ -108,21 +108,13 @@ def measure_moments(
     wanted = processes.examples(num_samples)
     batches = calibration_batches(processes.noted(calibration_dataloader), target, wanted, rows_per_example)
     bar = tqdm(total=wanted, desc="Fisher information", unit="ex", disable=not progress, leave=False)
+    trained_on = LossVectors(model, "empirical", token_reduction, loss_fn, seed, rows_per_example)
     weights: Scores = {}
     seen, error = 0, None
     try:
         # Kept, since a loader may give others, or none, when it is asked again.
         first = _at_least(batches, WARMUP_EXAMPLES * steps) if steps else []
-        with ExitStack() as stack:
-            stack.enter_context(bar)
-            stack.enter_context(scoring_state(model))
-            if first:
-                trained_on = LossVectors(model, "empirical", token_reduction, loss_fn, seed, rows_per_example)
-                with device_errors_explained(model, target):
-                    stack.enter_context(warmed_up(model, trainable, trained_on, first, steps, seed=seed))
-                processes.same_start(trainable.values())
-                weights = {name: parameter.detach().clone() for name, parameter in trainable.items()}
-            stack.enter_context(scorer.probes)
+        with bar, _ready(scorer, trained_on, first, steps, seed, processes, target) as weights:
             for number, batch in enumerate(chain(first, batches)):
                 if processes.takes(number):
                     with device_errors_explained(model, target):
@@ -141,6 +133,30 @@ def measure_moments(
         logger.warning("Fisher information: %d examples asked for, the loader gave %d.", num_samples, seen)
     check_finite(model, totals.squares)
     return Moments(*totals.means(seen), seen, weights)
+
+
+@contextmanager
+def _ready(
+    scorer: Scorer,
+    trained_on: LossVectors,
+    first: list[Batch],
+    steps: int,
+    seed: int,
+    processes: Processes,
+    target: torch.device,
+) -> Iterator[Scores]:
+    """The model as it is scored: quiet, warmed up, watched. Gives its weights where warm-up has moved them."""
+    model, trainable = trained_on.model, scorer.trainable
+    weights: Scores = {}
+    with ExitStack() as stack:
+        stack.enter_context(scoring_state(model))
+        if steps:
+            with device_errors_explained(model, target):
+                stack.enter_context(warmed_up(model, trainable, trained_on, first, steps, seed=seed))
+            processes.same_start(trainable.values())
+            weights = {name: parameter.detach().clone() for name, parameter in trainable.items()}
+        stack.enter_context(scorer.probes)
+        yield weights
 
 
 def _at_least(batches: Iterator[Batch], examples: int) -> list[Batch]:

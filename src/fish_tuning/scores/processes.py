@@ -32,6 +32,7 @@ class Processes:
         self.rank, self.number = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
         self.device = device if self.number > 1 and dist.get_backend() == "nccl" else torch.device("cpu")
         self.has_own_part = self.number > 1 and _is_sharded(loader)
+        self._over = False  # whether all know that one has failed
         self._digest = hashlib.sha1(usedforsecurity=False)
 
     def examples(self, num_samples: int | None) -> int | None:
@@ -59,7 +60,8 @@ class Processes:
             yield raw
 
     def same_start(self, tensors: Iterable[Tensor]) -> None:
-        """Give all processes the first one's values."""
+        """Give all processes the first one's values, once it is known that all are there."""
+        self.agree(None)
         for tensor in tensors if self.number > 1 else ():
             values = tensor.detach().to(self.device)
             dist.broadcast(values, 0)
@@ -67,14 +69,16 @@ class Processes:
 
     def agree(self, error: Exception | None) -> None:
         """Raise the error, on every process: who waits for the others' sums would wait for ever."""
-        if self.number > 1:
+        if self.number > 1 and not self._over:
             told: list[Any] = [None] * self.number
             own = f"{type(error).__name__}: {error}" if error is not None else None
             dist.all_gather_object(told, (own, self._digest.hexdigest()))
+            self._over = any(text is not None for text, _ in told)
             failed = [(rank, text) for rank, (text, _) in enumerate(told) if text is not None]
             if error is None and failed:
                 raise FisherError(f"Process {failed[0][0]} of {self.number} failed while scoring: {failed[0][1]}")
             if not failed and len({digest for _, digest in told}) > 1:
+                self._over = True
                 raise FisherError(
                     f"The calibration dataloaders of the {self.number} processes give different batches, so they "
                     "cannot be shared out. Seed their shuffling alike, give each process a part of its own "

@@ -77,7 +77,8 @@ def warmed_up(
         return
     before = {name: parameter.detach().clone() for name, parameter in trainable.items()}
     try:
-        _train(model, trainable, losses, step_parts(batches, steps, seed), learning_rate)
+        if batches:
+            _train(model, trainable, losses, step_parts(batches, steps, seed), learning_rate)
         yield
     finally:
         with torch.no_grad():

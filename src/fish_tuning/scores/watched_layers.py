@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -58,7 +59,7 @@ class Pass:
         return found
 
 
-class WatchedLayer:
+class WatchedLayer(ABC):
     """Collects what the backward pass brings and adds it up once all its calls are there.
 
     `names` maps the names of its tensors, relative to the module, to those in the model.
@@ -87,13 +88,13 @@ class WatchedLayer:
     def start(self) -> None:
         self.calls, self.arrived = 0, []
 
+    @abstractmethod
     def after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Forward hook: puts probes behind the module's outputs."""
-        raise NotImplementedError
 
+    @abstractmethod
     def add_up(self) -> None:
         """Add what has arrived to the totals."""
-        raise NotImplementedError
 
     def probe(self, output: Tensor, call: Any, kept: tuple[Tensor, ...]) -> Tensor:
         """`output`, which hands its gradient, with `call` and what was `kept` of the call, to `receive`."""
@@ -135,16 +136,16 @@ class WatchedLayer:
 class BatchedLayer(WatchedLayer):
     """A layer whose examples' gradients follow from its inputs and its outputs' gradients, all at once."""
 
+    @abstractmethod
     def calls_by_example(self, arrived: list[Arrived]) -> list[Call]:
         """What has arrived, each call as its module, its input (n, P, ...) and its output's gradient (n, P, ...).
 
         Empty where it fails.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def gradients(self, calls: list[Call]) -> Iterator[tuple[str, ExampleGradients]]:
         """Each tensor's name in the model and its gradients."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def add_up(self) -> None:

@@ -14,7 +14,7 @@ _REQUIRES_GRAD: Any = torch.Tensor.requires_grad
 
 
 class Watched(Tensor):
-    """A tensor that also counts what is done to it through `.data`."""
+    """A tensor that also counts what is done to it through `.data`, and whose `requires_grad` is set in one place."""
 
     # What is computed of it is an ordinary tensor.
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -33,12 +33,6 @@ class Watched(Tensor):
         self.held = True
         DATA.__set__(self, value)
 
-
-class Whole(Watched):
-    """The whole tensor that reads give. Who asks it for gradients, or not, asks the values."""
-
-    of: weakref.ref[Values] | None = None
-
     @property
     def requires_grad(self) -> bool:
         flag: bool = _REQUIRES_GRAD.__get__(self)
@@ -47,6 +41,12 @@ class Whole(Watched):
     @requires_grad.setter
     def requires_grad(self, flag: bool) -> None:
         self.requires_grad_(flag)
+
+
+class Whole(Watched):
+    """The whole tensor that reads give. Who asks it for gradients, or not, asks the values."""
+
+    of: weakref.ref[Values] | None = None
 
     def requires_grad_(self, requires_grad: bool = True) -> Whole:
         values = self.of() if self.of is not None else None
@@ -66,15 +66,6 @@ class Values(Watched, nn.Parameter):
     """
 
     masked_group: weakref.ref[_Settles] | None = None
-
-    @property
-    def requires_grad(self) -> bool:
-        flag: bool = _REQUIRES_GRAD.__get__(self)
-        return flag
-
-    @requires_grad.setter
-    def requires_grad(self, flag: bool) -> None:
-        self.requires_grad_(flag)
 
     def requires_grad_(self, requires_grad: bool = True) -> Values:
         _REQUIRES_GRAD.__set__(self, requires_grad)

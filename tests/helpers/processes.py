@@ -1,0 +1,35 @@
+"""Tests in several processes that talk over gloo."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+
+def in_two_processes(work: Callable[..., Any], folder: Path, *args: Any) -> list[Any]:
+    """What `work(rank, folder, *args)` gives in each of two processes of one group."""
+    if not dist.is_available() or not dist.is_gloo_available():
+        pytest.skip("this torch has no gloo")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(_process, (port, work, folder, args), nprocs=2)  # type: ignore[no-untyped-call]
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+def _process(rank: int, port: int, work: Callable[..., Any], folder: Path, args: tuple[Any, ...]) -> None:
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE="2", RANK=str(rank), LOCAL_RANK=str(rank)
+    )
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    torch.save(work(rank, folder, *args), folder / f"{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
