@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from fish_tuning.experiments.config.experiment import ExperimentConfig
     from fish_tuning.experiments.records.run_record import RunRecord
+    from fish_tuning.experiments.run.launch import Launch
     from fish_tuning.experiments.run.plan import Plan
     from fish_tuning.experiments.run.shards import Shard
 
@@ -191,22 +192,30 @@ def run_command(config: str, overrides: list[str], how: How = HERE) -> int:
     # Where bitsandbytes is installed it warns of a faster kernel at every start, wanted or not.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from fish_tuning.errors import ConfigurationError, FishTuningError, MaskError
+    from fish_tuning.experiments.run.launch import this_launch
 
     signal.signal(signal.SIGTERM, _interrupt)  # batch systems stop a job with it
+    launch = this_launch()
+    if launch.number > 1:
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DDP's advice comes once a run and process
+    if not launch.leads:
+        logging.getLogger("fish_tuning").setLevel(logging.ERROR)  # process 0 tells the same
     try:
-        _refuse_ranks()
         with warnings.catch_warnings():
             if not sys.warnoptions:
                 # What libraries will rename one day is nothing that a user of the command can act on.
-                warnings.simplefilter("ignore", FutureWarning)
-            return _run(config, overrides, how)
+                warnings.simplefilter("ignore", FutureWarning if launch.leads else Warning)
+            return _run(config, overrides, how, launch)
     except FishTuningError as error:
-        _tell(f"error: {error}", err=True)
-        return WRONG_USE if isinstance(error, ConfigurationError | MaskError) else FAILED
+        wrong_use = isinstance(error, ConfigurationError | MaskError)
+        if launch.is_first_of_host or not wrong_use:  # what is wrong with a file is wrong in every process
+            _tell(f"error: {error}" if launch.leads else f"{launch}: error: {error}", err=True)
+        return WRONG_USE if wrong_use else FAILED
     except OSError as error:
         return _told_full(error, "What is finished is kept; make room, and the same command goes on.")
     except KeyboardInterrupt:
-        _tell("interrupted before the first run", err=True)
+        if launch.leads:
+            _tell("interrupted before the first run", err=True)
         return INTERRUPTED
 
 
@@ -220,24 +229,11 @@ def _told_full(error: OSError, way_out: str) -> int:
     return FAILED
 
 
-def _refuse_ranks() -> None:
-    """Several ranks would wait for each other in one folder."""
-    from fish_tuning.errors import ConfigurationError
-
-    ranks = os.environ.get("WORLD_SIZE", "")
-    if ranks.isdigit() and int(ranks) > 1:
-        raise ConfigurationError(
-            f"this is one of {ranks} processes that torchrun or accelerate has started (WORLD_SIZE={ranks}), and a run "
-            "is one process. Start fish-tuning run by itself; for several GPUs, once for each with its own "
-            "CUDA_VISIBLE_DEVICES, or once with --engine ray."
-        )
-
-
 def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-def _run(config_name: str, overrides: list[str], how: How) -> int:
+def _run(config_name: str, overrides: list[str], how: How, launch: Launch) -> int:
     from fish_tuning.experiments.config.extensions import load_extensions
     from fish_tuning.experiments.config.loading import load_experiments
 
@@ -250,28 +246,43 @@ def _run(config_name: str, overrides: list[str], how: How) -> int:
     from fish_tuning.experiments.run.shards import parse_shard
 
     shard = parse_shard(how.shard)
-    check_engine(how.engine, how.workers)
+    check_engine(how.engine, how.workers, launch)
     planned = []
     for config in experiments:  # all of them, before the first is run
         planned.append((config, plan_experiment(config)))
-        if how.dry_run:
+        if how.dry_run and launch.leads:
             _show_plan(_console(), *planned[-1])
-        else:
+        elif not how.dry_run:
             check_weights(config.model)
     if how.dry_run:
         return OK
-    return max([_run_one(config, plan, how, shard) for config, plan in planned])
+    if not launch.leads:
+        return _follow(planned)
+    return max([_run_one(config, plan, how, shard, launch) for config, plan in planned])
 
 
-def _run_one(config: ExperimentConfig, plan: Plan, how: How, shard: Shard) -> int:
+def _follow(planned: list[tuple[ExperimentConfig, Plan]]) -> int:
+    """What every process of a launch but the first does: train along."""
+    from fish_tuning.experiments.run.runner import run_experiment
+
+    for config, plan in planned:
+        try:
+            run_experiment(config, plan)
+        except KeyboardInterrupt:
+            return INTERRUPTED
+    return OK
+
+
+def _run_one(config: ExperimentConfig, plan: Plan, how: How, shard: Shard, launch: Launch) -> int:
     from fish_tuning.experiments.run.engines import run_on_ray
     from fish_tuning.experiments.run.runner import run_experiment
 
     output_dir = _writable(Path(config.training.output_dir))
     part = f", part {shard.number} of {shard.of}" if shard.of > 1 else ""
+    together = f", each on {launch.number} processes" if launch.number > 1 else ""
     _tell(
         f"{config.name}: {config.model.name} on {config.dataset.source}, {len(plan.arms)} arms x "
-        f"{len(config.seeds)} seeds{part}"
+        f"{len(config.seeds)} seeds{part}{together}"
     )
     began = time.time()
     try:
@@ -279,7 +290,10 @@ def _run_one(config: ExperimentConfig, plan: Plan, how: How, shard: Shard) -> in
             run_on_ray(config, plan, how.workers, shard, began, how.extensions)
         runs = run_experiment(config, plan, _show_run, shard, began)
     except KeyboardInterrupt:
-        _tell(f"interrupted; finished runs are kept in {output_dir}, the same command goes on from there", err=True)
+        why = " (where one process ends, a launcher stops the others; its report says which)" if together else ""
+        _tell(
+            f"interrupted{why}; finished runs are kept in {output_dir}, the same command goes on from there", err=True
+        )
         raise typer.Exit(INTERRUPTED) from None
     _show_results(_console(), config, plan, runs, output_dir)
     return FAILED if any(run.status == "failed" for run in runs) else OK

@@ -38,3 +38,7 @@ def did_you_mean(wrong: str, allowed: Iterable[str]) -> str:
     """` Did you mean 'x'?` with the nearest of `allowed`, or nothing when none is near."""
     near = difflib.get_close_matches(wrong, list(allowed), n=1)
     return f" Did you mean {near[0]!r}?" if near else ""
+
+
+class ProcessesLost(FishTuningError):
+    """Processes cannot go on together: one has ended, or has failed alone while others wait for it."""

@@ -15,6 +15,7 @@ from transformers.integrations.integration_utils import (
 
 from fish_tuning.errors import ConfigurationError, did_you_mean
 from fish_tuning.experiments.config.experiment import ExperimentConfig
+from fish_tuning.experiments.run.launch import this_launch
 
 
 def training_arguments(
@@ -23,6 +24,9 @@ def training_arguments(
     """The TrainingArguments of one seed. Raises ConfigurationError for values that transformers refuses."""
     chosen = {
         "dataloader_pin_memory": torch.cuda.is_available(),
+        "log_level_replica": "error",  # where several processes train together, the first tells
+        # Without it, processes that were launched on CPUs would train alone, each the whole.
+        **({"use_cpu": True} if this_launch().number > 1 and not torch.accelerator.is_available() else {}),
         **config.training.args_override,
         **config.dataset.training_args,
         **(extra or {}),

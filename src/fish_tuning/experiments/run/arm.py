@@ -27,7 +27,7 @@ from fish_tuning.experiments.run.context import Context
 from fish_tuning.experiments.run.loggers import open_loggers
 from fish_tuning.experiments.run.measure import PeakMemory, Stopwatch, optimizer_state_bytes
 from fish_tuning.experiments.run.plan import names_outside_pool
-from fish_tuning.experiments.run.trainers import evaluate, make_trainer
+from fish_tuning.experiments.run.trainers import evaluate, make_trainer, whole_state
 from fish_tuning.files.atomic import whole_folder
 from fish_tuning.files.delta_file import DELTA_FILE_NAME
 from fish_tuning.files.mask_file import MASK_FILE_NAME, save_mask
@@ -72,7 +72,9 @@ def run_arm(
     mask = choose_mask(context, arm, seed, model, calibration)
     trained = train(context, arm, seed, model, args, mask, _figures(arm, calibration))
     mask = trained.mask  # the last one, where entries were chosen again
-    saved = Saved() if context.is_trial else save(model, mask, adapter_folder(context.folder, arm.arm, seed))
+    saved = Saved()
+    if args.process_index == 0 and not context.is_trial:
+        saved = save(model, mask, adapter_folder(context.folder, arm.arm, seed), trained.whole_state)
     return _record(context, arm, seed, args, mask, trained, saved, calibration, initial_state), calibration
 
 
@@ -122,6 +124,7 @@ class Trained(NamedTuple):
     loss_curve: list[tuple[int, float]]
     mask: Mask | None  # that training ended with
     kept: int  # entries of the pool that are left, where fewer may be than at the start
+    whole_state: dict[str, Any] | None  # the model's, where each process holds a part of it
 
 
 def train(
@@ -135,7 +138,8 @@ def train(
 ) -> Trained:
     """Train and evaluate the model in place; `figures` go to the loggers."""
     checkpoints = context.checkpoints(arm, seed)
-    shutil.rmtree(checkpoints, ignore_errors=True)  # of an earlier configuration
+    if args.process_index == 0:
+        shutil.rmtree(checkpoints, ignore_errors=True)  # of an earlier configuration
     callbacks = _callbacks(context, arm, seed, args, mask)
     trainer = make_trainer(context, arm, model, args, callbacks)
     _check_count(arm, count_trainable_parameters(model))
@@ -146,9 +150,10 @@ def train(
             trainer.train()
         peak_memory = peak.bytes()
         metrics = evaluate(context, trainer)
-    if context.config.training.early_stopping_patience:
-        shutil.rmtree(checkpoints, ignore_errors=True)
-    _remove_empty(checkpoints)
+    if args.process_index == 0:
+        if context.config.training.early_stopping_patience:
+            shutil.rmtree(checkpoints, ignore_errors=True)
+        _remove_empty(checkpoints)
     history = trainer.state.log_history
     return Trained(
         metrics,
@@ -159,6 +164,7 @@ def train(
         [(int(entry["step"]), entry["loss"]) for entry in history if "loss" in entry],
         next((callback.mask for callback in callbacks if isinstance(callback, FishMaskCallback)), None),
         entries_left(model) if arm.method == ADALORA else arm.kept,
+        None if context.is_trial else whole_state(trainer),
     )
 
 
@@ -194,16 +200,16 @@ class Saved(NamedTuple):
     adapter_bytes: int | None = None
 
 
-def save(model: Any, mask: Mask | None, folder: Path) -> Saved:
+def save(model: Any, mask: Mask | None, folder: Path, whole_state: dict[str, Any] | None = None) -> Saved:
     """Put the adapter, as PEFT writes it, with its mask in the place of an earlier one, whole or not at all.
 
-    A model without PEFT leaves a delta of its weights.
+    A model without PEFT leaves a delta of its weights. `whole_state` is the model's, where it does not hold it whole.
     """
     with whole_folder(folder) as unfinished:
         if isinstance(model, PeftModel):
             with warnings.catch_warnings():  # AdaLoRA may cut all ranks of a layer, which PEFT takes for a shard's loss
                 warnings.filterwarnings("ignore", message=".*zero-sized lora_A.*")
-                model.save_pretrained(str(unfinished))
+                model.save_pretrained(str(unfinished), state_dict=whole_state)
         else:
             save_delta(model, unfinished / DELTA_FILE_NAME)
         if mask is not None:

@@ -10,6 +10,7 @@ from typing import Any
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainingArguments
 
+from fish_tuning.errors import ConfigurationError
 from fish_tuning.experiments.config.choices import ChoiceConfig
 from fish_tuning.experiments.config.experiment import ExperimentConfig
 from fish_tuning.experiments.data.digests import data_digest
@@ -20,6 +21,7 @@ from fish_tuning.experiments.records.run_keys import RunKeys, plain_settings, ru
 from fish_tuning.experiments.records.run_record import ArmPlan
 from fish_tuning.experiments.run.arguments import early_stopping_arguments, training_arguments
 from fish_tuning.experiments.run.calibration_examples import calibration_loader
+from fish_tuning.experiments.run.launch import Launch
 from fish_tuning.experiments.run.loggers import NO_REPORTS, logged_name
 from fish_tuning.experiments.run.plan import Plan
 from fish_tuning.experiments.run.starts import Starts
@@ -79,7 +81,19 @@ class Context:
         arguments = self.arguments(arm, seed, learning_rate)
         # Several GPUs of one process share each step's batch.
         values = {**arguments.to_dict(), "train_batch_size": arguments.train_batch_size}
+        if arguments.world_size > 1:
+            values |= {"world_size": arguments.world_size}
         return run_keys(self.config, arm, values, {**self.shared, "device": arguments.device.type})
+
+    def join(self, launch: Launch) -> None:
+        """Let the processes of a launch meet, as the first TrainingArguments' device does."""
+        arguments = self.arguments(self.plan.arms[0], self.config.seeds[0])
+        if arguments.world_size != launch.number:
+            raise ConfigurationError(
+                f"{launch.number} processes were launched, but transformers would train in {arguments.world_size} "
+                f"({arguments.device}). Give each process a device of its own, or set "
+                "training.args_override.use_cpu=true."
+            )
 
     def calibration_loader(self, arm: ArmPlan, seed: int, batch_size: int) -> DataLoader[Any]:
         """The examples that a seed's scores are of."""

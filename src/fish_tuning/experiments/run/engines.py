@@ -10,6 +10,7 @@ from fish_tuning.errors import ConfigurationError, FishTuningError
 from fish_tuning.experiments.config.experiment import ExperimentConfig
 from fish_tuning.experiments.config.extensions import load_extensions
 from fish_tuning.experiments.config.secrets import remember_all, remembered
+from fish_tuning.experiments.run.launch import ALONE, Launch
 from fish_tuning.experiments.run.locks import MOST_DEATHS
 from fish_tuning.experiments.run.progress import RunProgress
 from fish_tuning.experiments.run.shards import WHOLE, Shard
@@ -23,8 +24,8 @@ ENGINES = ("here", "ray")
 POLL_SECONDS = 2.0
 
 
-def check_engine(engine: str, workers: int | None = None) -> None:
-    """Refuse an engine that is not known, or whose package is not installed, and workers where there are none."""
+def check_engine(engine: str, workers: int | None = None, launch: Launch = ALONE) -> None:
+    """Refuse an engine that is not known, not installed, or not for this launch, and workers where there are none."""
     if engine not in ENGINES:
         raise ConfigurationError(f"--engine {engine}: allowed are {', '.join(ENGINES)}.")
     if engine == "here" and workers is not None:
@@ -32,6 +33,11 @@ def check_engine(engine: str, workers: int | None = None) -> None:
             f"--workers {workers}: the engine here has none. Add --engine ray, or start the same command several times."
         )
     if engine == "ray":
+        if launch.number > 1:
+            raise ConfigurationError(
+                f"--engine ray: this is {launch}, which torchrun or accelerate has started to train each run together; "
+                "ray gives whole runs to its workers. Leave out one of the two."
+            )
         _ray()
 
 

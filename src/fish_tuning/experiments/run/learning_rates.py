@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import logging
 import math
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fish_tuning.errors import FishTuningError, RecordError
+from fish_tuning.errors import FishTuningError, ProcessesLost, RecordError
 from fish_tuning.experiments.config.arm_names import ArmName
+from fish_tuning.experiments.config.experiment import ExperimentConfig
 from fish_tuning.experiments.data.tasks import Encoded
 from fish_tuning.experiments.records.run_record import ArmPlan
-from fish_tuning.experiments.run.arm import run_arm
-from fish_tuning.experiments.run.calibration import Calibration
 from fish_tuning.experiments.run.context import Context
 from fish_tuning.experiments.run.locks import attempt, wait_for
 from fish_tuning.experiments.run.plan import HELD_OUT
 from fish_tuning.experiments.run.progress import RunProgress
 from fish_tuning.experiments.run.trainers import Diverged
+from fish_tuning.experiments.run.trainings import Order, Train
 from fish_tuning.files.sealed_json import read_sealed, write_sealed
 
 logger = logging.getLogger(__name__)
@@ -30,20 +29,23 @@ class LearningRates:
 
     Each of `training.learning_rates` is tried with the first seed on four fifths of the training set and judged on the
     rest; the validation set has no part in it. The trials are written into `selection/` of the output folder.
+
+    Args:
+        trials: what they share, from `trials_of(context)`.
+        progress: told what is tried.
+        train: does the training of a trial.
     """
 
-    def __init__(self, context: Context, progress: RunProgress) -> None:
-        config = context.config
+    def __init__(self, trials: Context, progress: RunProgress, train: Train) -> None:
+        config = trials.config
         self.of_method = {section.name: config.learning_rates_of(section) for section in config.peft}
-        self.seed = context.config.seeds[0]
-        self.folder = context.folder / "selection"
+        self.context, self.train = trials, train
+        self.seed = config.seeds[0]
+        self.folder = trials.folder / "selection"
         self.progress = progress
         self.chosen: dict[str, float] = {}
-        self.calibrations: dict[str, Calibration | None] = {}
-        any_choice = any(len(rates) > 1 for rates in (config.training.learning_rates, *self.of_method.values()))
-        if any_choice:
+        if chooses_rates(config):
             self.folder.mkdir(parents=True, exist_ok=True)
-        self.context = _of_trials(context) if any_choice else context
 
     def rates(self, arm: ArmPlan) -> list[float]:
         """Those that the arm chooses from; none where the training arguments have the one."""
@@ -109,24 +111,31 @@ class LearningRates:
     def _trial(self, arm: ArmPlan, rate: float) -> dict[str, Any]:
         """A verdict about the rate: its metric, or that training diverged. Any other error is none, and is raised."""
         self.progress.start(f"{arm.arm}, learning rate {rate:g}", self.seed)
-        shared = ArmName.parse(arm.arm).method
         metric = self.context.plan.metric
-        context = replace(self.context, folder=self.folder / "work" / arm.arm)
         try:
-            record, self.calibrations[shared] = run_arm(context, arm, self.seed, self.calibrations.get(shared), rate)
+            record = self.train(Order(arm.arm, self.seed, rate, is_trial=True))
             return {"metric": metric, "value": record.value, "loss": record.metrics["loss"], "error": None}
         except Diverged as error:
             logger.debug("%s diverged at learning rate %g", arm.arm, rate, exc_info=True)
             return {"metric": metric, "value": None, "loss": None, "error": str(error)}
+        except ProcessesLost:
+            raise
         except Exception as error:
             raise FishTuningError(
                 f"The trial of learning rate {rate:g} for {arm.arm} failed: {type(error).__name__}: {error}"
             ) from error
-        finally:
-            shutil.rmtree(context.folder, ignore_errors=True)
 
 
-def _of_trials(context: Context) -> Context:
+def chooses_rates(config: ExperimentConfig) -> bool:
+    """Whether any arm has several learning rates to choose from."""
+    own = (config.learning_rates_of(section) for section in config.peft)
+    return any(len(rates) > 1 for rates in (config.training.learning_rates, *own))
+
+
+def trials_of(context: Context) -> Context:
+    """What trials share: the training examples alone, a part of them held out. The runs' own where no arm chooses."""
+    if not chooses_rates(context.config):
+        return context
     parts = context.data.train.train_test_split(test_size=HELD_OUT, seed=0)
     data = Encoded(parts["train"], parts["test"], {})
     return replace(

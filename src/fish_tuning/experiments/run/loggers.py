@@ -76,6 +76,8 @@ def _hold(trainer: Trainer) -> list[_HeldOpen]:
 
 def _place_tensorboard(trainer: Trainer, held: list[_HeldOpen], folder: Path) -> None:
     """Its default is the folder of checkpoints, which may be removed."""
+    if not trainer.is_world_process_zero():
+        return
     shutil.rmtree(folder, ignore_errors=True)  # of an earlier configuration: TensorBoard would join the two
     shared = os.environ.get("TENSORBOARD_LOGGING_DIR")
     name = re.sub(r"[/\\]", "_", str(trainer.args.run_name))  # one folder, wherever it would lead

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import psutil
 import torch
+from torch.distributed.tensor import DTensor
 
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
@@ -63,10 +64,10 @@ def _maximum_resident() -> int:
 
 
 def optimizer_state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of all tensors an optimizer keeps between steps (AdamW: two numbers for each trained one)."""
-    return sum(
-        value.numel() * value.element_size()
-        for state in optimizer.state.values()
-        for value in state.values()
-        if isinstance(value, torch.Tensor)
-    )
+    """Bytes of all tensors an optimizer keeps between steps (AdamW: two numbers for each trained one), in this process.
+
+    FSDP leaves each process a part of them.
+    """
+    kept = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
+    own = [value.to_local() if isinstance(value, DTensor) else value for value in kept]
+    return sum(value.numel() * value.element_size() for value in own)

@@ -54,6 +54,10 @@ class Plan:
     def metric(self) -> str:
         return self.task.metric
 
+    def arm(self, name: str) -> ArmPlan:
+        """The arm of that name. Raises KeyError where there is none."""
+        return {arm.arm: arm for arm in self.arms}[name]
+
 
 def plan_experiment(config: ExperimentConfig) -> Plan:
     """Load the data and the model's configuration, and count every arm on a model without weights.

@@ -13,11 +13,11 @@ from transformers.utils import logging as transformers_logging
 class RunProgress(TrainerCallback):
     """A bar over all runs, whose steps are fractions of a run. Silent when stderr is no terminal."""
 
-    def __init__(self, runs: int) -> None:
+    def __init__(self, runs: int, shown: bool = True) -> None:
         self.bar = tqdm(
             total=runs,
             unit="run",
-            disable=not sys.stderr.isatty(),
+            disable=not (shown and sys.stderr.isatty()),
             leave=False,
             bar_format="{desc} |{bar:20}| {percentage:3.0f}% [{elapsed}<{remaining}]",
         )

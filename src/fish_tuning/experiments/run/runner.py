@@ -10,9 +10,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
-from fish_tuning.errors import FishTuningError
+from fish_tuning.errors import FishTuningError, ProcessesLost
 from fish_tuning.experiments.config.experiment import ExperimentConfig
 from fish_tuning.experiments.config.secrets import scrubbed
 from fish_tuning.experiments.records.record_files import (
@@ -25,16 +23,16 @@ from fish_tuning.experiments.records.record_files import (
 from fish_tuning.experiments.records.run_keys import RunKeys
 from fish_tuning.experiments.records.run_record import ArmPlan, RunRecord
 from fish_tuning.experiments.report.results_files import write_report
-from fish_tuning.experiments.run.arm import run_arm
-from fish_tuning.experiments.run.calibration import Calibration
 from fish_tuning.experiments.run.context import Context, make_context
 from fish_tuning.experiments.run.facts import report_facts
-from fish_tuning.experiments.run.first_use import use_once
-from fish_tuning.experiments.run.learning_rates import LearningRates
+from fish_tuning.experiments.run.launch import this_launch
+from fish_tuning.experiments.run.learning_rates import LearningRates, trials_of
 from fish_tuning.experiments.run.locks import MOST_DEATHS, Waiting, attempt, held
 from fish_tuning.experiments.run.plan import Plan
 from fish_tuning.experiments.run.progress import RunProgress
 from fish_tuning.experiments.run.shards import WHOLE, Shard
+from fish_tuning.experiments.run.together import Together
+from fish_tuning.experiments.run.trainings import Order, Train, Trainings
 from fish_tuning.files.atomic import disk_full
 
 logger = logging.getLogger(__name__)
@@ -66,34 +64,60 @@ def run_experiment(
         since: when the work began, as `time.time()` gives it; now if not given. Runs that failed since then, in this or
             another process, are not tried again; nor are those that have killed two processes since then.
 
+    Processes of one launch (torchrun, accelerate) do every training together: process 0 decides and writes, the others
+    follow it.
+
     Returns:
         One record for each arm and seed, in the order of the arms; failed runs have status "failed" and their error.
+        None in processes that follow.
+
+    Raises:
+        ProcessesLost: one of the launch's processes has ended, or failed alone.
     """
-    with RunProgress(len(shard.part(plan.arms, config.seeds))) as progress:
+    launch = this_launch()
+    with RunProgress(len(shard.part(plan.arms, config.seeds)), shown=launch.leads) as progress:
         context = make_context(config, plan, progress)
-        return _Session(context, progress, on_run, shard, time.time() if since is None else since).run()
+        trials = trials_of(context)
+        train: Train = Trainings(context, trials)
+        try:
+            if launch.number == 1:
+                return _Session(context, trials, progress, train, on_run, shard, since).run()
+            context.join(launch)
+            together = Together(train, launch)
+            if not launch.leads:
+                together.follow()
+                return []
+            try:
+                return _Session(context, trials, progress, together, on_run, shard, since).run()
+            finally:
+                together.close()
+        finally:
+            gc.unfreeze()
 
 
 class _Session:
     """One process at work on an experiment's folder."""
 
     def __init__(
-        self, context: Context, progress: RunProgress, on_run: OnRun | None, shard: Shard, since: float
+        self,
+        context: Context,
+        trials: Context,
+        progress: RunProgress,
+        train: Train,
+        on_run: OnRun | None,
+        shard: Shard,
+        since: float | None,
     ) -> None:
-        self.context, self.progress, self.on_run, self.shard, self.since = context, progress, on_run, shard, since
+        self.context, self.progress, self.train, self.on_run, self.shard = context, progress, train, on_run, shard
+        self.since = time.time() if since is None else since
         self.folder = context.folder
         for name in ("runs", "locks"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
-        self.rates = LearningRates(context, progress)
-        self.calibrations: dict[tuple[int, str], Calibration | None] = {}
+        self.rates = LearningRates(trials, progress, train)
         self.records: dict[tuple[str, int], RunRecord] = {}
-        self.used_once = False
 
     def run(self) -> list[RunRecord]:
-        try:
-            self._take_all()
-        finally:
-            gc.unfreeze()
+        self._take_all()
         for arm, seed in WHOLE.part(self.context.plan.arms, self.context.config.seeds):
             if (arm.arm, seed) not in self.records:
                 self._read_of_other_shards(arm, seed)
@@ -144,6 +168,9 @@ class _Session:
                     if known := self._found(arm, seed):
                         return known, True
                 record = self._run(arm, seed)
+            except ProcessesLost as error:  # which stops everything, and is in the table all the same
+                write_record(self.folder, self._failure(arm, seed, error))
+                raise
             except Exception as error:  # what stops one arm must not stop the others; it is in the table
                 record = self._failure(arm, seed, error)
             return write_record(self.folder, record), False
@@ -162,28 +189,9 @@ class _Session:
         return keys._replace(run=f"{keys.setting}-unchosen") if rate is None and self.rates.chooses(arm) else keys
 
     def _run(self, arm: ArmPlan, seed: int) -> RunRecord:
-        rate = self.rates.known(arm)
-        self.calibrations = {known: made for known, made in self.calibrations.items() if known[0] == seed}
-        shared = seed, self.context.config.method_of(arm.arm).name  # arms that agree in these share their scores
-        try:
-            self._use_once(arm, seed)
-            record, self.calibrations[shared] = run_arm(self.context, arm, seed, self.calibrations.get(shared), rate)
-        finally:
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+        record = self.train(Order(arm.arm, seed, self.rates.known(arm)))
         _log_file(self.folder, arm, seed).unlink(missing_ok=True)
         return record
-
-    def _use_once(self, arm: ArmPlan, seed: int) -> None:
-        if not self.used_once:
-            # The Trainer collects garbage when it starts: up to half a second, in which nothing is trained, to look
-            # through the objects of libraries. They are set aside, those of the first steps too.
-            gc.freeze()
-            use_once(self.context, arm, seed)
-            gc.collect()
-            gc.freeze()
-            self.used_once = True
 
     def _failure(self, arm: ArmPlan, seed: int, error: Exception) -> RunRecord:
         """The record of a failure, whose traceback goes into a file beside it. A full disk stops everything."""

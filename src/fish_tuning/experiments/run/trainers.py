@@ -59,6 +59,17 @@ def evaluate(context: Context, trainer: Trainer) -> dict[str, float]:
     return found
 
 
+def whole_state(trainer: Trainer) -> dict[str, Any] | None:
+    """The trained model's state, put together where FSDP or DeepSpeed leaves each process a part of it; else None.
+
+    Every process must call this; process 0 gets it.
+    """
+    if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        return None
+    state: dict[str, Any] = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    return state
+
+
 def _check_weights(trainer: Trainer) -> None:
     model: Any = trainer.model
     for name, parameter in model.named_parameters():
