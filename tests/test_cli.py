@@ -195,16 +195,23 @@ def test_workers_without_an_engine_are_refused(invoke: Callable[..., Result]) ->
     assert "--workers 2: the engine here has none" in done.stderr
 
 
-def test_one_of_several_ranks_is_refused_at_once(
+def test_ray_gives_whole_runs_and_a_launch_trains_them_together(
     invoke: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    done = invoke("run", "digits", plan=AssertionError("nothing may be planned"))
+    monkeypatch.setenv("RANK", "0")
+    done = invoke("run", "digits", "--engine", "ray", plan=AssertionError("nothing may be planned"))
     assert done.exit_code == 2
-    assert "one of 2 processes that torchrun or accelerate has started" in done.stderr
-    assert "--engine ray" in done.stderr
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    assert invoke("run", "digits", "--dry-run").exit_code == 0
+    assert "--engine ray: this is process 0 of 2, which torchrun or accelerate has started" in done.stderr
+
+
+def test_a_wrong_file_is_told_once_a_host(invoke: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        done = invoke("run", "no-such-file")
+        assert done.exit_code == 2
+        assert bool(done.stderr) == (rank == "0")
 
 
 def test_a_wrong_shard_is_told(invoke: Callable[..., Result]) -> None:

@@ -18,7 +18,7 @@ from fish_tuning.errors import ConfigurationError
 from fish_tuning.experiments.config.experiment import ExperimentConfig
 from fish_tuning.experiments.records.run_record import ArmPlan
 from fish_tuning.experiments.run import arm as arms
-from fish_tuning.experiments.run import learning_rates, runner
+from fish_tuning.experiments.run import trainings
 from fish_tuning.experiments.run.context import Context
 from fish_tuning.experiments.run.plan import plan_experiment
 from fish_tuning.experiments.run.runner import run_experiment
@@ -51,13 +51,13 @@ def test_trials_are_made_once_and_see_no_validation_example(
 ) -> None:
     config = experiment(TWO_ARMS, "training.learning_rates=[0.001, 0.01]", "seeds=[1, 2]")
     sizes = []
-    run = learning_rates.run_arm
+    run = trainings.run_arm
 
     def watched(context: Context, arm: ArmPlan, seed: int, *rest: Any) -> Any:
         sizes.append((len(context.data.train), len(context.data.validation), seed))
         return run(context, arm, seed, *rest)
 
-    monkeypatch.setattr(learning_rates, "run_arm", watched)
+    monkeypatch.setattr(trainings, "run_arm", watched)
     run_experiment(config, plan_experiment(config))
     assert sizes == [(38, 10, 1)] * 4  # of 48 training examples; two arms, two rates
     sizes.clear()
@@ -80,7 +80,7 @@ def test_an_error_is_no_verdict_about_a_rate(
     experiment: MakeExperiment, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: Exception
 ) -> None:
     config = experiment("fish_tuning.methods_to_run=[lora]", "training.learning_rates=[0.001, 0.01]")
-    run = learning_rates.run_arm
+    run = trainings.run_arm
 
     def fails(context: Context, arm: ArmPlan, seed: int, calibration: Any, rate: float) -> Any:
         if rate == 0.01:
@@ -88,7 +88,7 @@ def test_an_error_is_no_verdict_about_a_rate(
         return run(context, arm, seed, calibration, rate)
 
     with monkeypatch.context() as patch:
-        patch.setattr(learning_rates, "run_arm", fails)
+        patch.setattr(trainings, "run_arm", fails)
         (record,) = run_experiment(config, plan_experiment(config))
     assert record.status == "failed"
     assert f"The trial of learning rate 0.01 for lora failed: {type(error).__name__}: {error}" in (record.error or "")
@@ -103,7 +103,7 @@ def test_a_full_disk_in_a_trial_stops_everything(experiment: MakeExperiment, mon
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(learning_rates, "run_arm", full)
+    monkeypatch.setattr(trainings, "run_arm", full)
     with pytest.raises(OSError, match="No space left"):
         run_experiment(config, plan_experiment(config))
 
@@ -119,7 +119,7 @@ def test_a_failed_choice_is_no_run_of_the_arguments_own_rate(
     def fails(*_: object) -> None:
         raise RuntimeError("it broke")
 
-    monkeypatch.setattr(learning_rates, "run_arm", fails)
+    monkeypatch.setattr(trainings, "run_arm", fails)
     (record,) = run_experiment(config, plan_experiment(config))
     assert record.status == "failed"
 
@@ -201,7 +201,7 @@ def test_what_failed_since_the_work_began_is_not_tried_again(
         tried.append(arguments)
         raise RuntimeError("it broke")
 
-    monkeypatch.setattr(runner, "run_arm", fails)
+    monkeypatch.setattr(trainings, "run_arm", fails)
     began = time.time() - 1
     for since in (began, began, None):
         (record,) = run_experiment(config, plan, since=since)

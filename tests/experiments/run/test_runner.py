@@ -16,7 +16,7 @@ from fish_tuning.experiments.config.experiment import ExperimentConfig
 from fish_tuning.experiments.records.record_files import adapter_digests
 from fish_tuning.experiments.records.run_record import RunRecord
 from fish_tuning.experiments.run import arm as arms
-from fish_tuning.experiments.run import runner
+from fish_tuning.experiments.run import runner, trainings
 from fish_tuning.experiments.run.plan import plan_experiment
 from fish_tuning.experiments.run.runner import run_experiment
 
@@ -94,7 +94,7 @@ def test_a_full_disk_stops_the_experiment_and_keeps_what_is_finished(
 ) -> None:
     save = arms.save
 
-    def full(model: object, mask: object, folder: Path) -> arms.Saved:
+    def full(model: object, mask: object, folder: Path, whole_state: object) -> arms.Saved:
         if "fish" in folder.name:  # as safetensors tells of it
             raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
         return save(model, mask, folder)  # type: ignore[arg-type]
@@ -224,14 +224,14 @@ def test_a_setting_is_shared_by_seeds(experiment: MakeExperiment) -> None:
 
 def test_the_processs_first_steps_are_no_arms(experiment: MakeExperiment, monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
-    monkeypatch.setattr(runner, "use_once", lambda context, arm, seed: order.append("once"))
-    work = runner.run_arm
+    monkeypatch.setattr(trainings, "use_once", lambda context, arm, seed: order.append("once"))
+    work = trainings.run_arm
 
     def watched(*arguments: Any) -> Any:
         order.append("arm")
         return work(*arguments)
 
-    monkeypatch.setattr(runner, "run_arm", watched)
+    monkeypatch.setattr(trainings, "run_arm", watched)
     config = experiment("fish_tuning.methods_to_run=[lora, lora-fish]")
     run(config)
     assert order == ["once", "arm", "arm"]

@@ -21,7 +21,7 @@ from fish_tuning.experiments.records.run_keys import RunKeys, plain_settings, ru
 from fish_tuning.experiments.records.run_record import ArmPlan
 from fish_tuning.experiments.run.arguments import early_stopping_arguments, training_arguments
 from fish_tuning.experiments.run.calibration_examples import calibration_loader
-from fish_tuning.experiments.run.launch import Launch
+from fish_tuning.experiments.run.launch import Launch, this_launch
 from fish_tuning.experiments.run.loggers import NO_REPORTS, logged_name
 from fish_tuning.experiments.run.plan import Plan
 from fish_tuning.experiments.run.starts import Starts
@@ -60,7 +60,13 @@ class Context:
         stops = config.training.early_stopping_patience and not extra
         stopping = early_stopping_arguments(self.plan.metric) if stops else {}
         reports = NO_REPORTS if self.is_trial else {}
-        own = {**self.plan.task.training_arguments, **config.method_of(arm.arm).training_args}
+        task = self.plan.task
+        averages = {"average_tokens_across_devices": task.average_tokens_across_devices}
+        own = {
+            **(averages if this_launch().number > 1 else {}),
+            **task.training_arguments,
+            **config.method_of(arm.arm).training_args,
+        }
         arguments = training_arguments(
             config, seed, self.checkpoints(arm, seed), {**own, **chosen, **stopping, **reports, **(extra or {})}
         )

@@ -31,6 +31,9 @@ class Task(ABC):
     brings_head: ClassVar[bool] = True  # a new one, which trains as a whole
     processor: ClassVar[Literal["tokenizer", "image_processor"]] = "tokenizer"  # makes a row a model's inputs
     training_arguments: ClassVar[Mapping[str, Any]] = {}  # that this kind cannot do without
+    # Whether the model's loss is a mean over the tokens of all processes. Of other losses, which are means over a
+    # process's examples, the Trainer would train and report as many times the loss as there are processes.
+    average_tokens_across_devices: ClassVar[bool] = False
 
     name: str
     train: Dataset

@@ -44,6 +44,7 @@ class CausalLM(Task):
     kind: ClassVar[str] = "causal_lm"
     auto_class: ClassVar[str] = "AutoModelForCausalLM"
     brings_head: ClassVar[bool] = False
+    average_tokens_across_devices: ClassVar[bool] = True
 
     completion: str
     chat_template: bool | None

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object  # type: ignore[import-untyped]
 from datasets import Dataset
+from torch import Tensor
 from torch.nn import functional as F
 from transformers import TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
@@ -56,31 +58,52 @@ class CompletionTrainer(SFTTrainer):
         return EvalLoopOutput(predictions=nothing, label_ids=None, metrics=named, num_samples=len(self.rows))
 
     def _likelihood(self, model: Any, dataloader: Any) -> Metrics:
-        loss, correct, tokens = 0.0, 0, 0
+        sums = torch.zeros(3, dtype=torch.float64)  # of losses, of right answers, of tokens
         for batch in dataloader:
             batch = self._prepare_inputs(batch)
             labels = batch.pop("labels")
             logits = model(**batch).logits.float()
             labels = align_labels(model, logits, labels, batch.get("attention_mask"))
-            counted = labels != IGNORED
-            loss += F.cross_entropy(logits[counted], labels[counted], reduction="sum").item()
-            correct += int((logits[counted].argmax(-1) == labels[counted]).sum())
-            tokens += int(counted.sum())
+            rows = _row_sums(logits, labels)
+            # Processes look at parts, the last of which they fill up with examples that others have.
+            sums += self.accelerator.gather_for_metrics(rows).cpu().double().sum(0)
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        loss, correct, tokens = sums.tolist()
         mean = loss / tokens
         perplexity = math.exp(min(mean, 700.0))  # of a diverged model: the largest that a float holds
         return {"loss": mean, "log_likelihood": -mean, "perplexity": perplexity, "token_accuracy": correct / tokens}
 
     def _exact_match(self, model: Any) -> Metrics:
+        args = self.args
+        # Each process answers a part, but for models that processes hold together: they must take the same steps.
+        alone = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        own = range(len(self.rows)) if alone else range(args.process_index, len(self.rows), args.world_size)
+        prompts = self.rows[PROMPT]
         answers = generate(
             model,
             self.processing_class,
-            self.rows[PROMPT],
+            [prompts[index] for index in own],
             max_new_tokens=self.max_new_tokens,
-            batch_size=self.args.per_device_eval_batch_size,
-            on_batch=lambda: self.callback_handler.on_prediction_step(self.args, self.state, self.control),
+            batch_size=args.per_device_eval_batch_size,
+            on_batch=lambda: self.callback_handler.on_prediction_step(args, self.state, self.control),
         )
-        return exact_match(answers, self.rows[REFERENCE])
+        found = dict(gather_object(list(zip(own, answers, strict=True))))
+        return exact_match([found[index] for index in range(len(self.rows))], self.rows[REFERENCE])
+
+
+def _row_sums(logits: Tensor, labels: Tensor) -> Tensor:
+    """(rows, 3): each row's sum of losses, right answers and counted tokens."""
+    counted = labels != IGNORED
+    chosen, wanted = logits[counted], labels[counted]
+    of_tokens = torch.stack(
+        [
+            F.cross_entropy(chosen, wanted, reduction="none"),
+            (chosen.argmax(-1) == wanted).float(),
+            torch.ones_like(wanted, dtype=torch.float32),
+        ],
+        dim=1,
+    )
+    return of_tokens.new_zeros(len(labels), 3).index_add_(0, counted.nonzero()[:, 0], of_tokens)
 
 
 def generate(
