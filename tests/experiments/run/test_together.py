@@ -239,24 +239,24 @@ def run_in(rank: int, folder: Path, *configs: ExperimentConfig) -> list[dict[str
 
 
 def test_two_processes_give_what_one_gives(experiment: Callable[..., ExperimentConfig], tmp_path: Path) -> None:
-    classes = experiment(
-        "fish_tuning.methods_to_run=[lora, lora-fish]", "training.learning_rates=[1.0e-9, 0.01]",
-        "model.config_overrides={hidden_dropout_prob: 0.0, attention_probs_dropout_prob: 0.0}",
-    )  # fmt: skip
-    sums = experiment(
-        f"model.name={write_llama(tmp_path / 'llama')}", f"dataset.load_args=[{write_sums(tmp_path / 'sums')}]",
-        "dataset.metric=exact_match_number", "dataset.max_new_tokens=4", "fish_tuning.methods_to_run=[lora-fish]",
-        "training.args_override.learning_rate=0.01",
-    )  # fmt: skip
+    llama, sums = write_llama(tmp_path / "llama"), write_sums(tmp_path / "sums")
 
-    def at(place: str, config: ExperimentConfig, batch: int) -> ExperimentConfig:
-        changed = config.model_copy(deep=True)
-        changed.training.output_dir = str(tmp_path / place / config.dataset.task_name)
-        changed.training.args_override["per_device_train_batch_size"] = batch
-        return changed
+    def configs(place: str, batch: int) -> list[ExperimentConfig]:
+        size = f"training.args_override.per_device_train_batch_size={batch}"
+        classes = experiment(
+            "fish_tuning.methods_to_run=[lora, lora-fish]", "training.learning_rates=[1.0e-9, 0.01]", size,
+            "model.config_overrides={hidden_dropout_prob: 0.0, attention_probs_dropout_prob: 0.0}",
+            f"training.output_dir={tmp_path / place / 'classes'}",
+        )  # fmt: skip
+        answers = experiment(
+            f"model.name={llama}", f"dataset.load_args=[{sums}]", "dataset.metric=exact_match_number",
+            "dataset.max_new_tokens=4", "fish_tuning.methods_to_run=[lora-fish]", size,
+            "training.args_override.learning_rate=0.01", f"training.output_dir={tmp_path / place / 'sums'}",
+        )  # fmt: skip
+        return [classes, answers]
 
-    together, following = in_two_processes(run_in, tmp_path, *(at("two", config, 8) for config in (classes, sums)))
-    alone = run_in(0, tmp_path, *(at("one", config, 16) for config in (classes, sums)))
+    together, following = in_two_processes(run_in, tmp_path, *configs("two", 6))
+    alone = run_in(0, tmp_path, *configs("one", 12))
     assert following == []
     assert len(alone) == 3
     for one, two in zip(alone, together, strict=True):
