@@ -102,8 +102,10 @@ def check_loaded_place(base: Any) -> None:
 
 
 def _device(place: str | int) -> torch.device:
-    """The disk, which is no device, as `meta`."""
-    return torch.device("meta") if place == "disk" else torch.device(place)
+    """A number is a GPU's, whether or not it is here; the disk, which is no device, is `meta`."""
+    if isinstance(place, int):
+        return torch.device((torch.accelerator.current_accelerator() or torch.device("cuda")).type, place)
+    return torch.device("meta" if place == "disk" else place)
 
 
 def _same(one: torch.device, other: torch.device) -> bool:

@@ -126,7 +126,8 @@ def check_installed(quantization: Quantization | None) -> None:
 def loading_arguments(model: ModelConfig, model_config: Any, head: Sequence[str]) -> dict[str, Any]:
     """What `from_pretrained` takes to load such weights, its `config` included: a copy, which adapters may change.
 
-    The modules of a new head, which are trained, are never quantised; transformers itself spares the last one alone.
+    The modules of a new head, which are trained, are never quantised: transformers by itself spares some of them, or
+    none, and PEFT's copy of a quantised one cannot compute.
     """
     model_config = copy.deepcopy(model_config)
     quantization = quantization_of(model, model_config)
