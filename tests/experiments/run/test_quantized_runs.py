@@ -20,6 +20,7 @@ from transformers import (
     DistilBertConfig,
     DistilBertModel,
     TrainerCallback,
+    TrainingArguments,
 )
 
 from fish_tuning import cli
@@ -239,6 +240,24 @@ def test_what_cannot_be_is_told_before_anything_runs(
         plan_experiment(experiment(f"fish_tuning.methods_to_run=[{methods}, {methods}-fish]", *settings))
 
 
+def test_several_processes_share_no_device_map(experiment: MakeExperiment, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TrainingArguments, "world_size", property(lambda _: 2))
+    plan_experiment(experiment(ARMS))
+    with pytest.raises(ConfigurationError, match=r"model\.device_map='auto' spreads one model .* but 2 processes"):
+        plan_experiment(experiment(ARMS, "model.device_map=auto"))
+
+
+@pytest.mark.parametrize(("settings", "stays"), [([], False), ([FOUR], True), (["model.device_map=auto"], True)])
+def test_what_lies_where_it_was_loaded_is_not_copied_to_every_gpu(
+    experiment: MakeExperiment, monkeypatch: pytest.MonkeyPatch, settings: list[str], stays: bool
+) -> None:
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda each: vars(each).get("_n_gpu") or 2))
+    config = experiment(*settings)
+    context = make_context(config, plan_experiment(config), TrainerCallback())
+    arguments = context.arguments(context.plan.arms[0], 1)
+    assert arguments.train_batch_size == 16 * (1 if stays else 2)
+
+
 def test_counting_needs_no_bitsandbytes_and_running_names_the_extra(
     experiment: MakeExperiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -251,7 +270,7 @@ def test_counting_needs_no_bitsandbytes_and_running_names_the_extra(
     plan: Plan = plan_experiment(config)
     assert [arm.trainable_parameters for arm in plan.arms] == counts
     assert any("pip install 'fish-tuning[quantized]'" in note for note in plan.notes)
-    with pytest.raises(ConfigurationError, match=r"need the package bitsandbytes; .*'fish-tuning\[quantized\]'"):
+    with pytest.raises(ConfigurationError, match=r"need the package bitsandbytes, .*'fish-tuning\[quantized\]'"):
         run_experiment(config, plan)
     file = str(tmp_path / "small.yaml")
     assert cli.run_command(file, [FOUR], cli.How(dry_run=True)) == cli.OK

@@ -116,10 +116,10 @@ def is_installed(quantization: Quantization | None) -> bool:
 def check_installed(quantization: Quantization | None) -> None:
     """Counting does not need bitsandbytes, loading does."""
     if quantization is not None and not is_installed(quantization):
-        key = "model.name: its weights are stored" if quantization.is_stored else "model.quantization_config: weights"
+        key = "model.name" if quantization.is_stored else "model.quantization_config"
         raise ConfigurationError(
-            f"{key} in {quantization.bits} bits, and need the package {BITSANDBYTES}; install it with "
-            "pip install 'fish-tuning[quantized]'. --dry-run counts without it."
+            f"{key}: weights of {quantization.bits} bits need the package {BITSANDBYTES}, which is not installed; "
+            "pip install 'fish-tuning[quantized]' brings it. --dry-run counts without it."
         )
 
 
