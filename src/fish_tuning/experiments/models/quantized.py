@@ -55,7 +55,7 @@ def quantization_of(model: ModelConfig, model_config: Any) -> Quantization | Non
     asked = model.quantization_config
     if stored is None:
         return None if asked is None else _of_bitsandbytes(asked.model_dump(), is_stored=False)
-    values = dict(stored if isinstance(stored, Mapping) else stored.to_dict())
+    values = _plain(stored)
     method = str(getattr(values.get("quant_method"), "value", values.get("quant_method", BITSANDBYTES)))
     found = (
         _of_bitsandbytes(values, is_stored=True)
@@ -68,6 +68,10 @@ def quantization_of(model: ModelConfig, model_config: Any) -> Quantization | Non
             f"already: {found.text}. Leave it out, or name a model that is stored in 16 or 32 bits."
         )
     return found
+
+
+def _plain(stored: Any) -> dict[str, Any]:
+    return dict(stored if isinstance(stored, Mapping) else stored.to_dict())
 
 
 def _of_bitsandbytes(values: Mapping[str, Any], *, is_stored: bool) -> Quantization:
@@ -133,13 +137,12 @@ def loading_arguments(model: ModelConfig, model_config: Any, head: Sequence[str]
     quantization = quantization_of(model, model_config)
     if quantization is None or quantization.method != BITSANDBYTES:
         return {"config": model_config}
-    settings = dict(quantization.settings)
-    if head:
-        settings[_SKIPPED] = sorted({*head, *(settings[_SKIPPED] or ())})
+    asked = quantization.settings[_SKIPPED] or ()
+    skipped = {_SKIPPED: sorted({*head, *asked})} if head else {}
     if quantization.is_stored:
-        model_config.quantization_config = BitsAndBytesConfig(**settings).to_dict()
+        model_config.quantization_config = {**_plain(model_config.quantization_config), **skipped}
         return {"config": model_config}
-    return {"config": model_config, "quantization_config": BitsAndBytesConfig(**settings)}
+    return {"config": model_config, "quantization_config": BitsAndBytesConfig(**{**quantization.settings, **skipped})}
 
 
 def prepared(base: Any) -> Any:
