@@ -72,6 +72,7 @@ def weight_types(model: torch.nn.Module) -> dict[str, str]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_run_is_whole_is_not_repeated_and_loads_in_stock_peft(
     experiment: MakeExperiment, bert_folder: Path, tmp_path: Path, bits: int
@@ -100,6 +101,7 @@ def test_a_run_is_whole_is_not_repeated_and_loads_in_stock_peft(
     assert loss == pytest.approx(records[1].metrics["loss"], rel=1e-5 if bits == 4 else 1e-3)
 
 
+@pytest.mark.slow
 def test_a_chosen_start_comes_again(experiment: MakeExperiment) -> None:
     """EVA passes the model in evaluation mode; OLoRA quantises base weights anew."""
     for bits, init in ((FOUR, "eva"), (FOUR, "gradient"), (FOUR, "olora"), (EIGHT, "olora"), (EIGHT, "eva")):
@@ -136,6 +138,7 @@ def test_gradients_outlive_an_evaluation(experiment: MakeExperiment, bits: str) 
     assert_same_tensors(gradients(model), before)
 
 
+@pytest.mark.slow
 def test_evaluations_and_checkpointing_change_no_run(experiment: MakeExperiment, tmp_path: Path) -> None:
     digests = [
         run(experiment(FOUR, ARMS, f"training.output_dir={tmp_path / str(number)}", *settings))[0][0].adapter_digest
@@ -183,6 +186,7 @@ def test_no_part_of_a_new_head_is_quantised(experiment: MakeExperiment, tmp_path
     run(config)
 
 
+@pytest.mark.slow
 def test_a_model_that_is_stored_in_few_bits_is_taken_as_it_is(
     experiment: MakeExperiment, tmp_path: Path, bert_folder: Path
 ) -> None:
@@ -204,6 +208,7 @@ def test_a_model_that_is_stored_in_few_bits_is_taken_as_it_is(
         plan_experiment(experiment(f"model.name={folder}", EIGHT))
 
 
+@pytest.mark.slow
 def test_a_language_model_is_measured_by_its_answers(experiment: MakeExperiment, tmp_path: Path) -> None:
     model, data = write_llama(tmp_path / "llama"), write_sums(tmp_path / "sums")
     config = experiment(
