@@ -20,6 +20,7 @@ from fish_tuning.experiments.records.run_record import ArmPlan, RunRecord
 from fish_tuning.experiments.report.results_files import write_report
 
 PLAN = SimpleNamespace(
+    quantization=None,
     arms=[
         ArmPlan("lora", "lora", None, "r 2", {}, 3397, 3072, 3072, 325),
         ArmPlan("lora-fish", "lora", "fish", "r 16", {}, 3397, 24576, 3072, 325),

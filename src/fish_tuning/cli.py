@@ -241,6 +241,7 @@ def _run(config_name: str, overrides: list[str], how: How, launch: Launch) -> in
     experiments = load_experiments(config_name, overrides)  # before torch is imported: a wrong key is told at once
 
     from fish_tuning.experiments.models.building import check_weights
+    from fish_tuning.experiments.models.quantized import check_installed
     from fish_tuning.experiments.run.engines import check_engine
     from fish_tuning.experiments.run.plan import plan_experiment
     from fish_tuning.experiments.run.shards import parse_shard
@@ -254,6 +255,7 @@ def _run(config_name: str, overrides: list[str], how: How, launch: Launch) -> in
             _show_plan(_console(), *planned[-1])
         elif not how.dry_run:
             check_weights(config.model)
+            check_installed(planned[-1][1].quantization)
     if how.dry_run:
         return OK
     if not launch.leads:

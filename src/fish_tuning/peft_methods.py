@@ -19,6 +19,16 @@ WARMUP_STEPS = 20
 BASE = "base"
 ADALORA = "adalora"
 
+# Methods whose layers compute with the whole weight, which bitsandbytes' layers of so many bits do not hold. DoRA's
+# copy of an 8-bit layer leaves it without its scales.
+NEEDS_WHOLE_WEIGHTS: Mapping[int, frozenset[str]] = {
+    4: frozenset(
+        ("adamss", "deft", "delora", "frod", "glora", "hra", "loha", "lokr", "osf", "peanut", "psoft", "supertuning",
+         "tinylora")
+    ),
+    8: frozenset(("adamss", "delora", "dora", "frod", "glora", "osf", "psoft", "supertuning", "tinylora")),
+}  # fmt: skip
+
 # Which modules a method adapts unless it is told.
 ATTENTION, OWN = "attention", "own"
 KEYS_VALUES_AND_FEED_FORWARD, NORMS = "keys, values and feed-forward", "norms"

@@ -29,6 +29,11 @@ def prepared(model: nn.Module, device: torch.device | str | None = None) -> Prep
     check_model(model, trainable)
     if device is None:
         return Prepared(model, trainable, next(iter(trainable.values())).device)
-    if not hasattr(model, "hf_device_map"):
-        model.to(device)
+    move(model, device)
     return Prepared(model, trainable, torch.device(device))
+
+
+def move(model: nn.Module, device: torch.device | str) -> None:
+    """Move the model to `device`, unless it stays where it was loaded: one in parts, or one in 8 bits."""
+    if not hasattr(model, "hf_device_map") and not getattr(model, "is_loaded_in_8bit", False):
+        model.to(device)

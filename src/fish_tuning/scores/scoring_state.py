@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fish_tuning.scores.bare_model import uncompiled, without_mixed_precision
+from fish_tuning.scores.quantized import allow_packing, keep_unpacked
 
 
 @contextmanager
@@ -25,6 +26,8 @@ def scoring_state(model: nn.Module) -> Iterator[None]:
 
     Activation checkpointing stays in force, since a model may not fit without it. transformers ties it to training
     mode, so the checkpointed layers alone keep that flag, their own functional dropout and layer drop set to 0.
+
+    4-bit layers on the CPU stay unpacked, which a pass in evaluation mode would otherwise change for good.
     """
     modes = {module: module.training for module in model.modules()}
     with ExitStack() as stack:
@@ -33,6 +36,7 @@ def scoring_state(model: nn.Module) -> Iterator[None]:
         try:
             uncompiled(stack)
             without_mixed_precision(model, stack)
+            stack.callback(allow_packing, keep_unpacked(model))
             model.eval()
             for module in modes:
                 if getattr(module, "gradient_checkpointing", False) and hasattr(module, "_gradient_checkpointing_func"):

@@ -15,6 +15,7 @@ from fish_tuning.peft_methods import refusal
 from fish_tuning.scores.finite import tensors_of
 from fish_tuning.scores.loss_vectors import LossFunction
 from fish_tuning.scores.losses import FisherType, TokenReduction
+from fish_tuning.scores.quantized import check_unpacked
 from fish_tuning.sparse.masked_tensors import trains_masked
 
 SCORES_DTYPES = (torch.float32, torch.float64, torch.bfloat16)  # float16 has no room for small squares
@@ -88,6 +89,7 @@ def check_model(model: nn.Module, trainable: Mapping[str, nn.Parameter]) -> None
                 f"{name!r} is sharded: this process holds a part of it. Score the model before FSDP or DeepSpeed shards"
                 " it; under torchrun or accelerate launch each process then scores its share of the examples."
             )
+    check_unpacked(model)
     offloaded = any(hasattr(module, "_hf_hook") for module in model.modules())  # its weights come when they are needed
     for name, tensor in trainable.items() if offloaded else tensors_of(model):
         if tensor.is_meta:

@@ -57,6 +57,8 @@ def test_what_cannot_change_a_result_is_not_in_the_key(experiment: MakeExperimen
         "training.args_override.eval_strategy=epoch",  # it draws random numbers
         "training.early_stopping_patience=3",
         "model.dtype=bfloat16",
+        "model.quantization_config.load_in_4bit=true",
+        "model.device_map=cpu",
         "model.config_overrides.hidden_dropout_prob=0.3",
         "dataset.metric=f1_macro",
         "dataset.max_train_samples=32",
@@ -74,6 +76,18 @@ def test_what_can_change_a_result_is_in_the_key(experiment: MakeExperiment, over
     other, own = keys(experiment(override)), keys(experiment())
     assert other.run != own.run
     assert other.setting != own.setting
+
+
+def test_keys_of_runs_on_weights_as_they_are_stored_say_nothing_of_how_they_are_loaded(
+    experiment: MakeExperiment,
+) -> None:
+    """Runs of earlier versions keep their keys."""
+    shared = make_context(experiment(), plan_experiment(experiment()), TrainerCallback()).shared
+    assert shared.keys().isdisjoint(("quantization_config", "device_map", "max_memory"))
+    four = "model.quantization_config={load_in_4bit: true}"
+    said = "model.quantization_config={load_in_4bit: true, bnb_4bit_quant_type: fp4}"
+    other = "model.quantization_config={load_in_4bit: true, bnb_4bit_quant_type: nf4}"
+    assert keys(experiment(four)) == keys(experiment(said)) != keys(experiment(other))
 
 
 def test_seeds_share_a_setting_and_arms_do_not(experiment: MakeExperiment) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, get_args, get_origin
+from types import UnionType
+from typing import Any, TypeGuard, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
@@ -56,9 +57,7 @@ def _unknown_key(key: str) -> str:
         return f"{key} is not known: write {_OLD_KEYS[key]!r}."
     near = _nearest(key)
     section, _, _ = key.rpartition(".")
-    siblings = [
-        known.removeprefix(f"{section}.") for known in _keys(ExperimentConfig) if known.startswith(f"{section}.")
-    ]
+    siblings = [known.rpartition(".")[2] for known in _keys(ExperimentConfig) if known.rpartition(".")[0] == section]
     allowed = siblings if section else list(ExperimentConfig.model_fields)
     hint = f" Did you mean {near!r}?" if near else ""
     return f"{key} is not known.{hint} Keys {f'of {section}' if section else 'here'}: {', '.join(allowed)}."
@@ -87,11 +86,17 @@ def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
 
 
 def _section(field: FieldInfo | None) -> type[BaseModel] | None:
-    """The section that a field holds, or holds a list of."""
+    """The section that a field holds, holds a list of, or may hold."""
     kind = field.annotation if field else ExperimentConfig
     if get_origin(kind) is list:
         (kind,) = get_args(kind)
-    return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
+    if get_origin(kind) is UnionType:
+        kind = next((member for member in get_args(kind) if _is_section(member)), None)
+    return kind if _is_section(kind) else None
+
+
+def _is_section(kind: Any) -> TypeGuard[type[BaseModel]]:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
 
 
 def _known_part(location: Sequence[int | str]) -> tuple[list[int | str], FieldInfo | None]:

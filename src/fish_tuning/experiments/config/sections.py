@@ -8,6 +8,12 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from fish_tuning.errors import did_you_mean
+from fish_tuning.experiments.config.loaded_weights import (
+    DEVICE_MAPS,
+    QuantizationConfig,
+    checked_device,
+    checked_memory,
+)
 from fish_tuning.experiments.config.section import Section, checked_arguments, positive_rates
 from fish_tuning.experiments.config.task_kinds import BUILT_IN, task_kinds
 from fish_tuning.experiments.config.texts import MOST_BYTES_OF_TITLE, check_path
@@ -18,7 +24,8 @@ UNNAMED_CONFIGURATIONS = ("main", "default", "plain_text")  # of a data set that
 class ModelConfig(Section):
     """The pretrained model: a hub name, a local folder, or a built-in one.
 
-    Adapters train in float32 whatever the dtype; the head trains in `dtype`, as its inputs come in it.
+    Adapters train in float32 whatever the dtype; the head trains in `dtype`, as its inputs come in it. On quantised
+    weights all that is not quantised is float32, head included, as PEFT prepares it.
     """
 
     name: str = Field(min_length=1, description="a model's name on the hub or its folder")
@@ -35,6 +42,39 @@ class ModelConfig(Section):
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         default="float32", description="float32, bfloat16 or float16"
     )
+    quantization_config: QuantizationConfig | None = Field(
+        default=None, description="a section with load_in_4bit: true or load_in_8bit: true"
+    )
+    device_map: str | int | dict[str, str | int] | None = Field(
+        default=None,
+        description=f"{', '.join(DEVICE_MAPS)}, a device such as cuda:1, or names of modules and their devices",
+    )
+    max_memory: dict[str, str | int] | None = Field(
+        default=None, description="devices and the memory to fill of each, such as {0: 20GiB, 1: 20GiB}"
+    )
+
+    @field_validator("device_map")
+    @classmethod
+    def _known_devices(cls, value: Any) -> Any:
+        if isinstance(value, dict):
+            if not value:
+                raise ValueError("names no module; '' is the whole model")
+            return {name: checked_device(device) for name, device in value.items()}
+        return value if value in DEVICE_MAPS or value is None else checked_device(value, DEVICE_MAPS)
+
+    @field_validator("max_memory")
+    @classmethod
+    def _memory_of_devices(cls, value: dict[str, str | int] | None) -> dict[str, str | int] | None:
+        return checked_memory(value)
+
+    @model_validator(mode="after")
+    def _memory_with_its_map(self) -> ModelConfig:
+        if self.max_memory is not None and self.device_map not in DEVICE_MAPS:
+            raise ValueError(
+                f"model.max_memory bounds what a device_map of {', '.join(DEVICE_MAPS)} fills; model.device_map is "
+                f"{self.device_map!r}. Set it to one of them, or leave out max_memory."
+            )
+        return self
 
 
 class DatasetConfig(Section):

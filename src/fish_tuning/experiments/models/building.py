@@ -32,6 +32,8 @@ from fish_tuning.experiments.data.tasks import Task
 from fish_tuning.experiments.models.base_weights import BaseWeights, train_base_weights
 from fish_tuning.experiments.models.head_alone import freeze_all_but_head, head_alone_config
 from fish_tuning.experiments.models.peft_methods import peft_config
+from fish_tuning.experiments.models.placement import check_loaded_place, check_modules, loading_place
+from fish_tuning.experiments.models.quantized import loading_arguments, prepared, quantization_of
 from fish_tuning.experiments.models.targets import head_names, linear_names
 from fish_tuning.experiments.models.weights import WEIGHTS_FILES
 from fish_tuning.peft_methods import peft_method
@@ -101,28 +103,49 @@ def load_config(config: ModelConfig, task: Task, pad_token_id: int | None, loade
 
 
 def build_model(
-    config: ExperimentConfig, model_config: Any, task: Task, section: PeftMethodConfig, variant: Variant, *, seed: int
+    config: ExperimentConfig,
+    model_config: Any,
+    task: Task,
+    section: PeftMethodConfig,
+    variant: Variant,
+    *,
+    seed: int,
+    device: torch.device | None = None,
 ) -> Any:
     """The PEFT model that an arm starts from. The same seed and method give the same model, bit for bit."""
-    base = build_base_model(config, model_config, task, seed=seed)
+    base = build_base_model(config, model_config, task, seed=seed, device=device)
     set_seed(seed)
     return put_adapter(config, base, peft_config_of(config, section, base, variant), section)
 
 
-def build_base_model(config: ExperimentConfig, model_config: Any, task: Task, *, seed: int) -> Any:
-    """The pretrained model with the task's head, which the seed decides."""
+def build_base_model(
+    config: ExperimentConfig, model_config: Any, task: Task, *, seed: int, device: torch.device | None = None
+) -> Any:
+    """The pretrained model with the task's head, which the seed decides.
+
+    Quantised weights are loaded to `device`, all others to the CPU, unless `model.device_map` says where.
+    """
+    quantized = quantization_of(config.model, model_config) is not None
+    head = head_names(_without_weights(config, model_config, task)) if quantized and task.brings_head else []
     set_seed(seed)
     base, loading = _from_hub(
         _auto_class(task),
         config.model.name,
         revision=config.model.revision,
-        config=copy.deepcopy(model_config),  # adapters may change it
         dtype=getattr(torch, config.model.dtype),
         ignore_mismatched_sizes=True,  # a head of another task's size is replaced by a new one
         output_loading_info=True,
+        **loading_arguments(config.model, model_config, head),
+        **loading_place(config.model, device, quantized=quantized),
     )
     _check_loaded(config.model, base, loading)
-    return base
+    check_loaded_place(base)
+    return prepared(base)
+
+
+def _without_weights(config: ExperimentConfig, model_config: Any, task: Task, device: str = "meta") -> Any:
+    with torch.device(device):
+        return _auto_class(task).from_config(copy.deepcopy(model_config), dtype=getattr(torch, config.model.dtype))
 
 
 def peft_config_of(config: ExperimentConfig, section: PeftMethodConfig, base: Any, variant: Variant) -> Any:
@@ -168,12 +191,13 @@ def _counting_model(
 ) -> Any:
     with torch.device(device):
         try:
-            base = _auto_class(task).from_config(copy.deepcopy(model_config), dtype=getattr(torch, config.model.dtype))
+            base = _without_weights(config, model_config, task, device)
         except (ValueError, TypeError, RuntimeError, KeyError, ZeroDivisionError) as error:
             raise ConfigurationError(
                 f"model.name: no model can be made from the configuration of {config.model.name!r} with "
                 f"model.config_overrides={config.model.config_overrides}: {_first_line(error)}"
             ) from error
+        check_modules(config.model, base)
         adapter = peft_config_of(config, section, base, variant)
         if peft_method(section.method).takes_init_lora_weights:
             vars(adapter)["init_lora_weights"] = True  # the others compute with weights, which are not there

@@ -40,6 +40,13 @@ def training_arguments(
     return arguments
 
 
+def as_one_model(arguments: TrainingArguments) -> TrainingArguments:
+    """The same arguments for a model that lies where it was loaded: no copy of it on each GPU shares the batches."""
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1
+    return arguments
+
+
 def early_stopping_arguments(metric: str) -> dict[str, Any]:
     """What transformers' EarlyStoppingCallback needs: an evaluation and a checkpoint an epoch, the best one back."""
     return {

@@ -13,13 +13,15 @@ from transformers import TrainerCallback, TrainingArguments
 from fish_tuning.errors import ConfigurationError
 from fish_tuning.experiments.config.choices import ChoiceConfig
 from fish_tuning.experiments.config.experiment import ExperimentConfig
+from fish_tuning.experiments.config.sections import ModelConfig
 from fish_tuning.experiments.data.digests import data_digest
 from fish_tuning.experiments.data.tasks import Encoded, encode
+from fish_tuning.experiments.models.quantized import check_installed
 from fish_tuning.experiments.models.weights import weights_digest
 from fish_tuning.experiments.records.record_files import run_name
 from fish_tuning.experiments.records.run_keys import RunKeys, plain_settings, run_keys
 from fish_tuning.experiments.records.run_record import ArmPlan
-from fish_tuning.experiments.run.arguments import early_stopping_arguments, training_arguments
+from fish_tuning.experiments.run.arguments import as_one_model, early_stopping_arguments, training_arguments
 from fish_tuning.experiments.run.calibration_examples import calibration_loader
 from fish_tuning.experiments.run.launch import Launch, this_launch
 from fish_tuning.experiments.run.loggers import NO_REPORTS, logged_name
@@ -71,7 +73,8 @@ class Context:
             config, seed, self.checkpoints(arm, seed), {**own, **chosen, **stopping, **reports, **(extra or {})}
         )
         arguments.run_name = logged_name(config, arm.arm, seed, arguments.run_name)
-        return arguments
+        stays = config.model.device_map is not None or self.plan.quantization is not None
+        return as_one_model(arguments) if stays else arguments
 
     def choice(self, arm: ArmPlan) -> ChoiceConfig:
         """How the arm's entries are chosen."""
@@ -110,7 +113,11 @@ class Context:
 
 
 def make_context(config: ExperimentConfig, plan: Plan, progress: TrainerCallback) -> Context:
-    """Encode the data and find out what all runs depend on."""
+    """Encode the data and find out what all runs depend on.
+
+    Raises ConfigurationError for weights that cannot be loaded.
+    """
+    check_installed(plan.quantization)
     data = encode(plan.task, plan.processing_class, config.training.max_seq_length)
     shared = {
         "data": data_digest(data.train, data.validation, *data.more_validation.values()),
@@ -123,9 +130,18 @@ def make_context(config: ExperimentConfig, plan: Plan, progress: TrainerCallback
         "metric": plan.metric,
         "tokens_written": plan.task.tokens_written,
         "versions": plan.facts["versions"],
+        **_loaded_otherwise(config.model, plan),
     }
     folder = Path(config.training.output_dir)
     return Context(config, plan, data, folder, shared, Starts(config, plan, data), progress)
+
+
+def _loaded_otherwise(model: ModelConfig, plan: Plan) -> dict[str, Any]:
+    """What has to be said of weights that are not loaded as they are stored; nothing of others."""
+    asked = plan.quantization is not None and not plan.quantization.is_stored  # else the model's configuration says it
+    quantization = {"quantization_config": dict(plan.quantization.settings)} if asked and plan.quantization else {}
+    places = {"device_map": model.device_map, "max_memory": model.max_memory}
+    return {**quantization, **{name: value for name, value in places.items() if value is not None}}
 
 
 def _processing(processing_class: Any) -> dict[str, Any]:

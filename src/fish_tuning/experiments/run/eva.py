@@ -11,17 +11,18 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from fish_tuning.errors import ConfigurationError
+from fish_tuning.scores.prepared import move
 from fish_tuning.scores.scoring_state import scoring_state
 
 
 def start_along_inputs(model: Any, batches: Iterable[Mapping[str, Tensor]], device: torch.device | None = None) -> None:
     """Set every A by PEFT's `initialize_lora_eva_weights`; B stays 0. Padding, and labels of -100, do not count.
 
-    The model, with `init_lora_weights="eva"`, is moved to `device`. PEFT would go round for ever on batches of fewer
-    tokens than an adapter has ranks: ConfigurationError.
+    The model, with `init_lora_weights="eva"`, is moved to `device`, unless its parts lie where a device_map has put
+    them. PEFT would go round for ever on batches of fewer tokens than an adapter has ranks: ConfigurationError.
     """
     if device is not None:
-        model.to(device)
+        move(model, device)
     inputs = [_inputs(batch) for batch in batches]
     config = model.peft_config["default"]
     most = max(_positions(model, batch) for batch in inputs)

@@ -36,18 +36,19 @@ def synchronize() -> None:
 
 
 class PeakMemory:
-    """Peak memory from here on: that of the GPU where `device` is one, else the process's resident memory."""
+    """Peak memory from here on: that of the GPUs where `device` is one, else the process's resident memory."""
 
     def __init__(self, device: torch.device) -> None:
         self.of = "gpu" if device.type == "cuda" else "process"
         if self.of == "gpu":
-            torch.cuda.reset_peak_memory_stats()
+            for number in range(torch.cuda.device_count()):  # a model may lie on several
+                torch.cuda.reset_peak_memory_stats(number)
         elif _CLEAR_REFS.exists():
             _CLEAR_REFS.write_text("5")  # Linux: sets the high-water mark back to what is resident now
 
     def bytes(self) -> int:
         if self.of == "gpu":
-            return torch.cuda.max_memory_allocated()
+            return sum(torch.cuda.max_memory_allocated(number) for number in range(torch.cuda.device_count()))
         if _STATUS.exists():
             line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM"))
             return int(line.split()[1]) * 1024

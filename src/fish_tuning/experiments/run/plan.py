@@ -23,6 +23,14 @@ from fish_tuning.experiments.data.tasks import Task, encode, load_task
 from fish_tuning.experiments.models.base_weights import own_head, settings_of
 from fish_tuning.experiments.models.building import build_meta_model, load_config, load_processing_class, read_config
 from fish_tuning.experiments.models.peft_methods import check_method, size_text
+from fish_tuning.experiments.models.placement import check_device_map
+from fish_tuning.experiments.models.quantized import (
+    BITSANDBYTES,
+    Quantization,
+    check_quantized,
+    is_installed,
+    quantization_of,
+)
 from fish_tuning.experiments.records.run_record import ArmPlan
 from fish_tuning.experiments.run.adalora import entries_planned
 from fish_tuning.experiments.run.arguments import training_arguments
@@ -49,6 +57,7 @@ class Plan:
     task: Task
     processing_class: Any  # the model's tokenizer or image processor; None where the data is ready
     model_config: Any
+    quantization: Quantization | None = None  # of the base weights
 
     @property
     def metric(self) -> str:
@@ -68,7 +77,8 @@ def plan_experiment(config: ExperimentConfig) -> Plan:
     for section in config.peft:
         check_method(section)
         # refuses what would fail later
-        training_arguments(config, config.seeds[0], Path(config.training.output_dir), section.training_args)
+        arguments = training_arguments(config, config.seeds[0], Path(config.training.output_dir), section.training_args)
+        check_device_map(config.model, arguments.device, arguments.world_size)
     most = config.dataset.max_train_samples
     key, asked = _most_samples(config)
     if most is not None and asked > most:
@@ -76,6 +86,8 @@ def plan_experiment(config: ExperimentConfig) -> Plan:
             f"{key}={asked} is more than dataset.max_train_samples={most}; lower the first or raise the second."
         )
     stored = read_config(config.model)
+    quantization = quantization_of(config.model, stored)
+    check_quantized(config, quantization)
     task = load_task(config.dataset)
     processing_class = load_processing_class(config.model, task)
     model_config = load_config(config.model, task, getattr(processing_class, "pad_token_id", None), stored)
@@ -85,8 +97,11 @@ def plan_experiment(config: ExperimentConfig) -> Plan:
     models = _Models(config, model_config, task)
     arms = tuple(_plan_arm(config, arm, models) for arm in _arms(config, task))
     _check_samples(config, len(task.train))
-    facts = MappingProxyType(_facts(config, task, models))
-    return Plan(arms, facts, (*notes, *_notes(config, task, arms)), task, processing_class, model_config)
+    facts = MappingProxyType(_facts(config, task, models, quantization))
+    notes = [*notes, *_notes(config, task, arms)]
+    if not is_installed(quantization):
+        notes.append("bitsandbytes is not installed; a run needs it: pip install 'fish-tuning[quantized]'.")
+    return Plan(arms, facts, tuple(notes), task, processing_class, model_config, quantization)
 
 
 def _arms(config: ExperimentConfig, task: Task) -> list[str]:
@@ -269,7 +284,7 @@ def _trainable_sizes(model: Any) -> dict[str, int]:
     return {name: parameter.numel() for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def _facts(config: ExperimentConfig, task: Task, models: _Models) -> dict[str, Any]:
+def _facts(config: ExperimentConfig, task: Task, models: _Models, quantization: Quantization | None) -> dict[str, Any]:
     first = {ArmName.parse(arm).method: arm for arm in reversed(config.arms)}
     first = {section.name: first[section.name] for section in config.peft if section.name in first}
     scores = _scores_text(config)
@@ -284,6 +299,8 @@ def _facts(config: ExperimentConfig, task: Task, models: _Models) -> dict[str, A
         "num_labels": task.num_labels,
         "model_revision": getattr(models.model_config, "_commit_hash", None),
         "model_type": models.model_config.model_type,
+        **({"quantization": quantization.text} if quantization else {}),
+        **({"device_map": config.model.device_map} if config.model.device_map is not None else {}),
         "protocol": config.protocol,
         "adapters": {method: _sizes(config, method, models) for method in first},
         "target_modules": {method: _targets(models(arm)) for method, arm in first.items()},
@@ -294,7 +311,8 @@ def _facts(config: ExperimentConfig, task: Task, models: _Models) -> dict[str, A
             name: config.warmup_steps(config.method_of(arm)) for name, arm in first.items() if name in scores
         },
         "device": _device(),
-        "versions": {name: version(name) for name in _recorded_packages(task)} | {"python": platform.python_version()},
+        "versions": {name: version(name) for name in _recorded_packages(task, quantization)}
+        | {"python": platform.python_version()},
     }
 
 
@@ -305,8 +323,10 @@ def _scores_text(config: ExperimentConfig) -> dict[str, str]:
     return {name: f"{choice.score} of {choice.num_samples} examples" for name, choice in choices.items()}
 
 
-def _recorded_packages(task: Task) -> tuple[str, ...]:
-    return (*RECORDED_PACKAGES, "trl") if task.kind == "causal_lm" else RECORDED_PACKAGES
+def _recorded_packages(task: Task, quantization: Quantization | None) -> tuple[str, ...]:
+    trainer = ("trl",) if task.kind == "causal_lm" else ()
+    quantizer = (BITSANDBYTES,) if quantization and quantization.method == BITSANDBYTES else ()
+    return (*RECORDED_PACKAGES, *trainer, *(quantizer if is_installed(quantization) else ()))
 
 
 def _sizes(config: ExperimentConfig, method: str, models: _Models) -> str:

@@ -25,7 +25,8 @@ class Starts:
     """`starts(arm, seed)` is the model that an arm starts from, a new one each time: the same bits for the same seed.
 
     Of starts that are computed from the weights (PiSSA's SVDs) or the calibration examples (`LOOKS_AT_DATA`), the
-    tensors that the adapter brings or changes stay on the CPU for the other arms of the seed.
+    tensors that the adapter brings or changes stay on the CPU for the other arms of the seed. Where PEFT
+    has changed and quantised base weights anew (OLoRA), it does so for every arm: they are more than their tensors.
     """
 
     def __init__(self, config: ExperimentConfig, plan: Plan, data: Encoded) -> None:
@@ -39,15 +40,18 @@ class Starts:
         return Starts(self._config, self._plan, data) if looks else self
 
     def __call__(self, arm: str, seed: int, device: torch.device | None = None) -> Any:
-        """`device` is where a start that looks at data computes; by default where the model is loaded."""
+        """`device` is where a start that looks at data computes, and where quantised weights are loaded to.
+
+        By default it is where transformers loads the model.
+        """
         section, variant = self._config.method_of(arm), self._config.variant_of(arm)
         model_config, task = self._plan.model_config, self._plan.task
         init = self._config.initialisation(arm)
         if init in (None, False, True, "gaussian"):  # drawn, which costs nothing
-            return build_model(self._config, model_config, task, section, variant, seed=seed)
+            return build_model(self._config, model_config, task, section, variant, seed=seed, device=device)
         if seed != self._seed:
             self._seed, self._kept = seed, {}
-        base = build_base_model(self._config, model_config, task, seed=seed)
+        base = build_base_model(self._config, model_config, task, seed=seed, device=device)
         adapter = peft_config_of(self._config, section, base, variant)
         if (section.name, variant) in self._kept:
             return _restored(self._config, base, adapter, section, self._kept[section.name, variant])
@@ -60,7 +64,10 @@ class Starts:
                 start_along_gradient(model, loader, device, progress=False)
             else:
                 start_along_inputs(model, loader, device)
-        self._kept[section.name, variant] = _brought(model)
+        if init in LOOKS_AT_DATA:
+            self._kept[section.name, variant] = _brought(model, ".lora_A.")
+        elif not getattr(base, "is_quantized", False):
+            self._kept[section.name, variant] = _brought(model, ".lora_A.", ".base_layer.")
         return model
 
 
@@ -77,10 +84,10 @@ def _restored(
     return model
 
 
-def _brought(model: nn.Module) -> dict[str, Tensor]:
-    """What a start may have set: all that is trained, and the weights of the layers it was put around."""
+def _brought(model: nn.Module, *parts: str) -> dict[str, Tensor]:
+    """What a start may have set: all that is trained, and what has one of `parts` in its name."""
     return {
         name: parameter.detach().to("cpu", copy=True)
         for name, parameter in model.named_parameters()
-        if parameter.requires_grad or ".base_layer." in name or ".lora_A." in name  # which may be frozen
+        if parameter.requires_grad or any(part in name for part in parts)  # a factor A may be frozen
     }

@@ -24,7 +24,10 @@ from fish_tuning.scores.losses import IGNORED, align_labels
 def sft_config(args: TrainingArguments) -> SFTConfig:
     """The same arguments for trl, whose own defaults (bf16, checkpointing, 1,024 tokens) would change them."""
     given = args.to_dict() | {"hub_token": args.hub_token}
-    return SFTConfig(**given, max_length=None)  # rows are cut already
+    config = SFTConfig(**given, max_length=None)  # rows are cut already
+    if config.n_gpu != args.n_gpu:  # which the arguments do not hold
+        config._n_gpu = args.n_gpu
+    return config
 
 
 class CompletionTrainer(SFTTrainer):
