@@ -24,7 +24,7 @@ FEW, LONG = 4, 512  # rows and tokens
 
 
 class PlacedBatch(Batch):
-    """A batch on its device, with copies on the CPU of what is looked at there: a look at a GPU's tensor waits for it."""
+    """A batch on its device, with copies on the CPU of what is looked at: a look at a GPU's tensor waits for it."""
 
     def __init__(self, tensors: Mapping[str, Tensor], on_cpu: Mapping[str, Tensor]) -> None:
         super().__init__(tensors)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fish_tuning.scores.reading import exact_dtype, read
+from fish_tuning.scores.reading import exact_dtype, placed, read
 from fish_tuning.scores.totals import squared
 
 Checksums = dict[str, Tensor]
@@ -84,7 +84,8 @@ def projections(gradient: Tensor) -> Tensor:
     height = gradient.shape[0] if gradient.dim() > 1 else 1
     generator = torch.Generator().manual_seed(0)
     left, right = (
-        torch.randn(length, _PROJECTIONS, generator=generator).to(values) for length in (height, values.shape[1])
+        placed(torch.randn(length, _PROJECTIONS, generator=generator), values.device).to(values)
+        for length in (height, values.shape[1])
     )
     with torch.autocast(values.device.type, enabled=False):
         of_rows = values @ right
@@ -119,9 +120,7 @@ class Comparison:
             return cls(set(), set(), set())
         length = max(map(len, (*rule.values(), *plain.values())), default=_SUMS_OF_SQUARES)
         no_gradient = torch.zeros(length, dtype=torch.float64)
-        by_rule, by_plain = (
-            torch.stack([sums.get(name, no_gradient) for name in names]) for sums in (rule, plain)
-        )
+        by_rule, by_plain = (torch.stack([sums.get(name, no_gradient) for name in names]) for sums in (rule, plain))
         of_squares, of_signs = (by_rule - by_plain).split([_SUMS_OF_SQUARES, length - _SUMS_OF_SQUARES], dim=1)
         norm = by_plain[:, :1].clamp(min=floor)  # squared
         # A square is off by twice what its gradient is off by; the same room is left to the gradient itself.

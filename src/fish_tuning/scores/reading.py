@@ -1,4 +1,4 @@
-"""Tensors of a device that are read on the host, and those of the host that go to a device: with as few waits as can be.
+"""Tensors that are read on the CPU, and those that go to a device from there: with as few waits as can be.
 
 A read waits until a GPU has done all that it was given, and meanwhile gives it nothing more to do.
 """
