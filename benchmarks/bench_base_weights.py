@@ -66,7 +66,8 @@ def prepare(arm: str, shape: str, place: Place) -> Any:
     if arm == MASKED:
         pool = {name: p for name, p in model.named_parameters() if p.requires_grad}
         scores = {name: torch.zeros(p.shape, device=place.device) for name, p in pool.items()}
-        apply_mask(model, create_mask_from_fisher(scores, KEEP, ["classifier"], method="rand"))
+        head = [name for name in scores if name.startswith("classifier")]
+        apply_mask(model, create_mask_from_fisher(scores, KEEP, head, method="rand"))
     if arm == BIASES:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.endswith(("bias", "norm.weight")) or name.startswith("classifier"))

@@ -48,7 +48,8 @@ class Arm:
         if keep_ratio is not None:
             # Which entries are kept changes no cost, so a random mask of the same size will do.
             scores = {n: torch.zeros(p.shape) for n, p in self.model.named_parameters() if p.requires_grad}
-            mask = create_mask_from_fisher(scores, keep_ratio, ["modules_to_save"], method="rand")
+            head = [name for name in scores if "modules_to_save" in name]
+            mask = create_mask_from_fisher(scores, keep_ratio, head, method="rand")
             apply_mask(self.model, mask)
         self.model.train()
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]

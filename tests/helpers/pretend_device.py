@@ -96,6 +96,7 @@ class Pretending(TorchDispatchMode):
         super().__init__()
         self.counts: Counter[str] = Counter()
         self.copies: Counter[str] = Counter()
+        self.has_float64 = True
         self._data = _FromData()
 
     def __enter__(self) -> Pretending:
@@ -146,6 +147,8 @@ def _on_cpu(func: Any, args: Any, kwargs: Any, mode: Pretending | None) -> Any:
     def told(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
+        if value.dtype == torch.float64 and mode is not None and not mode.has_float64:
+            raise TypeError(f"{func}: the device has no float64")
         return same[id(value)] if id(value) in same else OnDevice(value)  # in place: the very tensor
 
     return tree_map(told, found)

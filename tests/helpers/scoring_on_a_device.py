@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pretend_device
+import torch
 from tiny import Batch, bert, causal_batch, classification_batch, llama, lora, rebatch
 from torch import nn
 
@@ -19,6 +20,8 @@ from fish_tuning import (
     FisherError,
     calculate_fisher_information,
     calculate_scores,
+    create_mask_from_fisher,
+    devices,
     measure_moments,
     start_along_gradient,
 )
@@ -36,6 +39,7 @@ def own(counts: Counter[str]) -> Counter[str]:
 def measured(model: nn.Module, loader: list[Batch], measure: Measure, on_device: bool = False) -> dict[str, Any]:
     """Scores as lists, and the counts, of a model that is moved to the device; of batches that are, if so asked."""
     with pretend_device.Pretending() as device:
+        device.has_float64 = devices.has_float64(pretend_device.DEVICE)
         model.to(pretend_device.DEVICE)
         if on_device:
             loader = [{key: value.to(pretend_device.DEVICE) for key, value in batch.items()} for batch in loader]
@@ -78,9 +82,9 @@ def start(model: nn.Module, loader: list[Batch]) -> Any:
     return {name: parameter.detach() for name, parameter in model.named_parameters() if "lora_A" in name}
 
 
-def error_of(model: nn.Module, loader: list[Batch]) -> str:
+def error_of(model: nn.Module, loader: list[Batch], measure: Measure = fisher) -> str:
     try:
-        measured(model, loader, fisher)
+        measured(model, loader, measure)
     except FisherError as error:
         return str(error)
     return "none"
@@ -127,8 +131,34 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
 }
 
 
+def mask(model: nn.Module, loader: list[Batch], **kwargs: Any) -> Any:
+    return create_mask_from_fisher(fisher(model, loader), 0.3, ["classifier"], **kwargs)
+
+
+def exact_scores(model: nn.Module, loader: list[Batch], place: str | None = "cpu") -> Any:
+    return fisher(model, loader, scores_dtype=torch.float64, scores_device=place)
+
+
+WITHOUT_FLOAT64: dict[str, Callable[[], dict[str, Any]]] = {
+    "classes": CASES["classes"],
+    "mean gradients": CASES["mean gradients"],
+    "warm-up": CASES["warm-up"],
+    "all weights": CASES["all weights"],
+    "entries": lambda: beside_the_cpu(
+        lambda: lora(bert()), classification_batch(), lambda *given: mask(*given, normalize="module_type")
+    ),
+    "components": lambda: beside_the_cpu(
+        lambda: lora(bert()), classification_batch(), lambda *given: mask(*given, granularity="component")
+    ),
+    "scores in float64": lambda: beside_the_cpu(lambda: lora(bert()), classification_batch(), exact_scores),
+}
+
+
 if __name__ == "__main__":
     found: dict[str, Any] = {name: case() for name, case in CASES.items()}
+    devices.WITHOUT_FLOAT64.add(pretend_device.DEVICE.type)
+    found |= {f"{name} without float64": case() for name, case in WITHOUT_FLOAT64.items()}
+    found["float64 there"] = error_of(lora(bert()), [classification_batch()], lambda *given: exact_scores(*given, None))
     found["not finite"] = error_of(broken_bert(), broken_example(3))
     found["out of range"] = error_of(lora(bert()), wrong_label())
     sys.stdout.write(json.dumps(found))

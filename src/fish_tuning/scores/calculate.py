@@ -8,6 +8,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from fish_tuning.devices import moved
 from fish_tuning.errors import FisherError
 from fish_tuning.scores.finite import why_not_finite
 from fish_tuning.scores.loss_vectors import LossFunction
@@ -114,7 +115,7 @@ def calculate_scores(
         weight = moments.weights.pop(name, parameter.detach())
         evidence = Evidence(name, weight, own, moments.num_samples, batch_size, seed)
         found = _checked(score, chosen, evidence)
-        scores[name] = found if chosen.needs else found.to(scores_device or found.device, scores_dtype)
+        scores[name] = found if chosen.needs else moved(found, scores_device or found.device, scores_dtype)
         finite[name] = found.isfinite().all()
     for name, yes in zip(finite, read(finite.values()), strict=True):
         if not bool(yes):

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fish_tuning.scores.reading import exact_dtype, placed, read
+from fish_tuning.devices import exact_dtype
+from fish_tuning.scores.reading import placed, read
 from fish_tuning.scores.totals import squared
 
 Checksums = dict[str, Tensor]

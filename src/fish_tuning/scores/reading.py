@@ -31,8 +31,3 @@ def read(tensors: Iterable[Tensor]) -> list[Tensor]:
 def placed(tensor: Tensor, device: torch.device) -> Tensor:
     """The tensor on `device`. Nobody may write into it afterwards where it came from."""
     return tensor.to(device, non_blocking=device.type in _WITHOUT_WAITING)
-
-
-def exact_dtype(device: torch.device) -> torch.dtype:
-    """float64, or the widest that the device has: Apple's GPUs have no float64."""
-    return torch.float32 if device.type == "mps" else torch.float64
