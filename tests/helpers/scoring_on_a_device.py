@@ -132,7 +132,7 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
 
 
 def mask(model: nn.Module, loader: list[Batch], **kwargs: Any) -> Any:
-    return create_mask_from_fisher(fisher(model, loader), 0.3, ["classifier"], **kwargs)
+    return create_mask_from_fisher(fisher(model, loader), 0.3125, ["classifier"], **kwargs)
 
 
 def exact_scores(model: nn.Module, loader: list[Batch], place: str | None = "cpu") -> Any:

@@ -21,6 +21,12 @@ CASES = (
     "classes", "padding on the left", "few tokens count", "drawn labels", "mean gradients", "one at a time", "warm-up",
     "gain", "batches there", "all weights", "start",
 )  # fmt: skip
+WITHOUT_FLOAT64 = tuple(
+    f"{name} without float64"
+    for name in (
+        "classes", "mean gradients", "warm-up", "all weights", "entries", "components", "scores in float64",
+    )
+)  # fmt: skip
 # In all, whatever the number of batches: the first batch's proof, and what is looked at before and after.
 MOST_WAITS = 16
 
@@ -34,7 +40,7 @@ def found() -> dict[str, Any]:
     return result
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", (*CASES, *WITHOUT_FLOAT64))
 def test_scores_are_those_of_the_cpu(found: dict[str, Any], case: str) -> None:
     here, there = (
         {name: torch.tensor(values) for name, values in found[case][place].items()} for place in ("cpu", "scores")
@@ -65,6 +71,11 @@ def test_errors_are_told_before_scores_are(found: dict[str, Any]) -> None:
     assert "calibration example 3 is not finite" in found["not finite"]
     assert "word_embeddings.weight' holds NaN" in found["not finite"]
     assert "Calibration example 7 has the label 7" in found["out of range"]
+
+
+def test_float64_that_a_device_has_not_is_refused_by_name(found: dict[str, Any]) -> None:
+    assert "scores_dtype=torch.float64: pretend" in found["float64 there"]
+    assert "scores_device='cpu'" in found["float64 there"]
 
 
 def test_tensors_are_read_together() -> None:
