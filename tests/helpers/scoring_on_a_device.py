@@ -54,8 +54,8 @@ def measured(model: nn.Module, loader: list[Batch], measure: Measure, on_device:
 
 
 def beside_the_cpu(make: Callable[[], nn.Module], batch: Batch, measure: Measure, **kwargs: Any) -> dict[str, Any]:
-    """Of two loaders, one of which has three batches more: the scores, and what these batches added."""
-    few, many = [batch] * 2, [batch] * 5
+    """Of two loaders, one of which has two batches more: the scores, and what these batches added."""
+    few, many = [batch] * 2, [batch] * 4
     short, long = (measured(make(), loader, measure, **kwargs) for loader in (few, many))
     added = Counter(long["waits"])
     added.subtract(short["waits"])
@@ -139,18 +139,21 @@ def exact_scores(model: nn.Module, loader: list[Batch], place: str | None = "cpu
     return fisher(model, loader, scores_dtype=torch.float64, scores_device=place)
 
 
+def same_as_the_cpu(make: Callable[[], nn.Module], measure: Measure) -> dict[str, Any]:
+    loader = [classification_batch()]
+    on_cpu = measure(make(), loader)
+    return {
+        "scores": measured(make(), loader, measure)["scores"],
+        "cpu": {name: tensor.tolist() for name, tensor in on_cpu.items()},
+    }
+
+
 WITHOUT_FLOAT64: dict[str, Callable[[], dict[str, Any]]] = {
-    "classes": CASES["classes"],
-    "mean gradients": CASES["mean gradients"],
-    "warm-up": CASES["warm-up"],
-    "all weights": CASES["all weights"],
-    "entries": lambda: beside_the_cpu(
-        lambda: lora(bert()), classification_batch(), lambda *given: mask(*given, normalize="module_type")
-    ),
-    "components": lambda: beside_the_cpu(
-        lambda: lora(bert()), classification_batch(), lambda *given: mask(*given, granularity="component")
-    ),
-    "scores in float64": lambda: beside_the_cpu(lambda: lora(bert()), classification_batch(), exact_scores),
+    "mean gradients": lambda: same_as_the_cpu(lambda: lora(bert(), init_lora_weights=True), moments),
+    "all weights": lambda: same_as_the_cpu(bert, fisher),
+    "entries": lambda: same_as_the_cpu(lambda: lora(bert()), lambda *given: mask(*given, normalize="module_type")),
+    "components": lambda: same_as_the_cpu(lambda: lora(bert()), lambda *given: mask(*given, granularity="component")),
+    "scores in float64": lambda: same_as_the_cpu(lambda: lora(bert()), exact_scores),
 }
 
 

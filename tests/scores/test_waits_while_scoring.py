@@ -21,12 +21,11 @@ CASES = (
     "classes", "padding on the left", "few tokens count", "drawn labels", "mean gradients", "one at a time", "warm-up",
     "gain", "batches there", "all weights", "start",
 )  # fmt: skip
-WITHOUT_FLOAT64 = tuple(
+WITHOUT_FLOAT64 = [
     f"{name} without float64"
-    for name in (
-        "classes", "mean gradients", "warm-up", "all weights", "entries", "components", "scores in float64",
-    )
-)  # fmt: skip
+    for name in ("mean gradients", "all weights", "entries", "components", "scores in float64")
+]
+MORE = 2  # batches whose waits are counted
 # In all, whatever the number of batches: the first batch's proof, and what is looked at before and after.
 MOST_WAITS = 16
 
@@ -40,10 +39,10 @@ def found() -> dict[str, Any]:
     return result
 
 
-@pytest.mark.parametrize("case", (*CASES, *WITHOUT_FLOAT64))
+@pytest.mark.parametrize("case", [*CASES, *WITHOUT_FLOAT64])
 def test_scores_are_those_of_the_cpu(found: dict[str, Any], case: str) -> None:
     here, there = (
-        {name: torch.tensor(values) for name, values in found[case][place].items()} for place in ("cpu", "scores")
+        {name: torch.tensor(values).float() for name, values in found[case][place].items()} for place in ("cpu", "scores")
     )
     assert_scores_close(there, here, tolerance=1e-4)
 
@@ -52,19 +51,19 @@ def test_scores_are_those_of_the_cpu(found: dict[str, Any], case: str) -> None:
 def test_no_batch_after_the_first_is_waited_for(found: dict[str, Any], case: str) -> None:
     assert found[case]["added"] == {}
     assert found[case]["waits"] <= MOST_WAITS, found[case]
-    assert found[case]["copies"] >= 3 * 3  # the tensors of the three batches more were seen on their way
+    assert found[case]["copies"] >= MORE * 3  # their tensors were seen on the way
 
 
 def test_a_batch_that_is_there_is_waited_for_once_a_tensor_that_is_looked_at(found: dict[str, Any]) -> None:
     (number,) = found["batches there"]["added"].values()
-    assert number == 3 * 2  # three batches, mask and labels
+    assert number == MORE * 2  # mask and labels
 
 
 def test_embeddings_and_rules_without_a_proof_are_all_that_waits(found: dict[str, Any]) -> None:
     """Which rows of a table are read decides the size of its gradient; the keys' biases never have one to prove."""
     kinds = {line.partition(" at ")[0] for line in found["all weights"]["added"]}
     assert kinds == {"_unique2", "copy to the host"}
-    assert sum(found["all weights"]["added"].values()) <= 3 * (3 * 2 + 4)  # three tables, twice; four reads
+    assert sum(found["all weights"]["added"].values()) <= MORE * (3 * 2 + 4)  # three tables, twice; four reads
 
 
 def test_errors_are_told_before_scores_are(found: dict[str, Any]) -> None:
