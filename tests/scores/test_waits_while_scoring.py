@@ -42,7 +42,8 @@ def found() -> dict[str, Any]:
 @pytest.mark.parametrize("case", [*CASES, *WITHOUT_FLOAT64])
 def test_scores_are_those_of_the_cpu(found: dict[str, Any], case: str) -> None:
     here, there = (
-        {name: torch.tensor(values).float() for name, values in found[case][place].items()} for place in ("cpu", "scores")
+        {name: torch.tensor(values).float() for name, values in found[case][place].items()}
+        for place in ("cpu", "scores")
     )
     assert_scores_close(there, here, tolerance=1e-4)
 
