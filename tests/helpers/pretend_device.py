@@ -5,8 +5,8 @@ as on a GPU, and `device.counts` has each copy from one to the other and each lo
 `device.copies` are copies that nothing waits for.
 
 torch has one such device a process, and takes it for its accelerator from then on: only for processes of their own.
-Tensors are wrapped, which subclasses with memory of their own, as masked tensors are, do not bear; nor does a model that
-is there take another dtype, or keep its weights tied when it comes.
+Tensors are wrapped, which subclasses with memory of their own, as masked tensors are, do not bear; nor can a model
+that is there take another dtype, or one that comes keep its weights tied.
 """
 
 from __future__ import annotations
