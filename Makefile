@@ -28,8 +28,8 @@ check: $(VENV)/.stamp-dev  ## formatting, lint and types
 faults: $(VENV)/.stamp-test  ## kill runs, damage files, fill disks, and see what survives; ARGS="--kills 50"
 	$(BIN)/python tests/helpers/faults.py $(ARGS)
 
-bench: $(VENV)/.stamp-demo  ## speed and memory against plain training; prints tables
-	@status=0; for script in benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python $$script || status=1; done; \
+bench: $(VENV)/.stamp-demo  ## speed and memory against plain training; prints tables; ARGS="--device cuda"
+	@status=0; for script in benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python $$script $(ARGS) || status=1; done; \
 		exit $$status
 
 clean:  ## remove the virtual environment, caches and builds; results stay

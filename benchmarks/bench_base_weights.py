@@ -1,6 +1,6 @@
 """Memory and step time of training 0.5 % of the base model's own weights against PEFT LoRA r=8 on all linear layers.
 
-    python benchmarks/bench_base_weights.py [--shape minilm] [--device cuda] [--steps 10] [--batch-size 16]
+    python benchmarks/bench_base_weights.py [--shape llama-1b] [--device cuda] [--dtype bfloat16] [--steps 10]
 
 All weights are in the pool (embeddings, LayerNorms, biases, Linear layers); the classifier trains whole in every arm.
 The entries are chosen at random: which ones are kept changes no cost, and scoring would leave its own peak behind.
@@ -18,25 +18,28 @@ import argparse
 import ctypes
 import os
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from common import (
+    LLAMA,
     SHAPES,
     TOKENS,
+    Place,
+    add_place,
+    base_model,
     batches,
-    machine,
     median,
     peak_of_own_process,
+    place_of,
     print_rise,
     print_table,
-    synchronize,
+    ratios,
+    turns,
     verdict,
 )
 from peft import LoraConfig, get_peft_model
-from transformers import BertConfig, BertForSequenceClassification
 
 from fish_tuning import (
     apply_mask,
@@ -53,33 +56,32 @@ ARMS = [LORA, MASKED, BIASES, FULL]
 SCORING = {"scores in float32": torch.float32, "scores in bfloat16": torch.bfloat16}
 
 
-def base_model(shape: str) -> Any:
-    torch.manual_seed(0)
-    config = BertConfig(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **SHAPES[shape])
-    return BertForSequenceClassification(config)
-
-
-def prepare(arm: str, shape: str) -> Any:
-    model = base_model(shape)
+def prepare(arm: str, shape: str, place: Place) -> Any:
+    model = base_model(shape, place)
+    if shape in LLAMA:  # tied weights cannot be masked, so the table stays out of the pool
+        model.get_input_embeddings().requires_grad_(False)
     if arm == LORA:
-        return get_peft_model(model, LoraConfig(r=RANK, target_modules="all-linear", task_type="SEQ_CLS"))
+        task = "CAUSAL_LM" if shape in LLAMA else "SEQ_CLS"
+        return get_peft_model(model, LoraConfig(r=RANK, target_modules="all-linear", task_type=task))
     if arm == MASKED:
-        scores = {name: torch.zeros(parameter.shape) for name, parameter in model.named_parameters()}
-        apply_mask(model, create_mask_from_fisher(scores, KEEP, ["classifier"], method="rand"))
+        pool = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        scores = {name: torch.zeros(p.shape, device=place.device) for name, p in pool.items()}
+        head = [name for name in scores if name.startswith("classifier")]
+        apply_mask(model, create_mask_from_fisher(scores, KEEP, head, method="rand"))
     if arm == BIASES:
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name.endswith("bias") or name.startswith("classifier"))
+            parameter.requires_grad_(name.endswith(("bias", "norm.weight")) or name.startswith("classifier"))
     return model
 
 
 class Arm:
     """A model, its optimizer and one training step."""
 
-    def __init__(self, arm: str, args: argparse.Namespace) -> None:
-        self.model = prepare(arm, args.shape).to(args.device).train()
+    def __init__(self, arm: str, place: Place, args: argparse.Namespace) -> None:
+        self.model = prepare(arm, args.shape, place).to(place.device).train()
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4, weight_decay=0.01, fused=True)
-        self.batch = batches(args.batch_size, args.device)[0]
+        (self.batch,) = batches(args.batch_size, place, args.shape, args.batch_size)
 
     def step(self) -> None:
         self.model(**self.batch).loss.backward()
@@ -91,60 +93,55 @@ class Arm:
         for _ in range(3):
             self.step()
 
-    def bytes_beside(self, shape: str) -> int:
+    def bytes_beside(self, shape: str, place: Place) -> int:
         """What is kept in memory beside the base model, before the first step."""
-        base = sum(parameter.numel() * parameter.element_size() for parameter in base_model(shape).parameters())
+        base = base_model(shape, Place(torch.device("meta"), place.dtype))
         masked = [tensor for each in masked_tensors(self.model) for tensor in (each.frozen, each.masked.index)]
         kept = (*self.model.parameters(), *self.model.buffers(), *masked)
-        return sum(tensor.numel() * tensor.element_size() for tensor in kept) - base
+        return sum(map(bytes_of, kept)) - sum(map(bytes_of, base.parameters()))
 
 
-def score(args: argparse.Namespace) -> Callable[[], object]:
-    model, data = base_model(args.shape).to(args.device), batches(args.batch_size // 4, args.device)
+def bytes_of(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def score(place: Place, args: argparse.Namespace) -> Callable[[], object]:
+    model, size = base_model(args.shape, place), args.batch_size // 4
+    if args.shape in LLAMA:
+        model.get_input_embeddings().requires_grad_(False)
+    data = batches(size, place, args.shape)
     return lambda: calculate_fisher_information(model, data, scores_dtype=SCORING[args.peak], progress=False)
 
 
-def print_peak(args: argparse.Namespace) -> None:
-    work = score(args) if args.peak in SCORING else Arm(args.peak, args).steps
+def print_peak(place: Place, args: argparse.Namespace) -> None:
+    work = score(place, args) if args.peak in SCORING else Arm(args.peak, place, args).steps
     if sys.platform == "linux":
         # What making the mask has freed goes back to the system, or the steps would use it and seem to need less.
         ctypes.CDLL(None).malloc_trim(0)
-    print_rise(work, args.device)
-
-
-def step_times(arms: dict[str, Arm], args: argparse.Namespace) -> dict[str, list[float]]:
-    seconds: dict[str, list[float]] = {name: [] for name in arms}
-    for turn in range(args.steps + 2):
-        for name, arm in arms.items():
-            synchronize(args.device)
-            start = time.perf_counter()
-            arm.step()
-            synchronize(args.device)
-            if turn >= 2:  # the first turns warm up
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
+    print_rise(work, place)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_place(parser)
     parser.add_argument("--shape", choices=SHAPES, default="bert-base")
-    parser.add_argument("--device", default="cpu")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--peak", choices=[*ARMS, *SCORING], help=argparse.SUPPRESS)
     args = parser.parse_args()
+    place = place_of(args)
     if args.peak:
-        print_peak(args)
+        print_peak(place, args)
         return 0
 
-    print(f"{args.shape} shape, {args.batch_size} x {TOKENS} tokens a step; {machine(args.device)}\n")
-    common = ["--shape", args.shape, "--device", args.device, "--batch-size", str(args.batch_size)]
+    print(f"{args.shape} shape, {args.batch_size} x {TOKENS} tokens a step; {place.describe()}\n")
+    common = ["--shape", args.shape, "--batch-size", str(args.batch_size), *place.arguments]
     os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**18)  # read by glibc when a process starts
     rises = {name: peak_of_own_process(__file__, name, *common) for name in (*ARMS, *SCORING)}
-    arms = {name: Arm(name, args) for name in ARMS}
-    seconds = step_times(arms, args)
-    ratios = {n: median([s / p for s, p in zip(values, seconds[LORA], strict=True)]) for n, values in seconds.items()}
-    beside = {name: arm.bytes_beside(args.shape) for name, arm in arms.items()}
+    arms = {name: Arm(name, place, args) for name in ARMS}
+    seconds = turns({name: arm.step for name, arm in arms.items()}, place, args.steps, warm_up=3)
+    to_lora = {name: median(ratios(values, seconds[LORA])) for name, values in seconds.items()}
+    beside = {name: arm.bytes_beside(args.shape, place) for name, arm in arms.items()}
     peaks = {name: rise + beside.get(name, 0) for name, rise in rises.items()}
     print_table(
         ["", "trained parameters", "ms a step (min / median)", "to LoRA", "optimizer state", "beside the base",
@@ -153,8 +150,8 @@ def main() -> int:
             [
                 name,
                 f"{count_trainable_parameters(arm.model):,}",
-                f"{min(seconds[name]) * 1e3:.0f} / {median(seconds[name]) * 1e3:.0f}",
-                f"{ratios[name]:.3f}",
+                f"{min(seconds[name]) * 1e3:.4g} / {median(seconds[name]) * 1e3:.4g}",
+                f"{to_lora[name]:.3f}",
                 f"{optimizer_state_bytes(arm.optimizer) / 2**20:.1f} MiB",
                 f"{beside[name] / 2**20:.1f} MiB",
                 f"{peaks[name] / 2**20:.0f} MiB",

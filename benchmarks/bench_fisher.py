@@ -1,18 +1,17 @@
 """Time and peak memory of exact Fisher scores, with mean gradients and without, against a plain training pass and the
 batch-1 loop.
 
-    python benchmarks/bench_fisher.py [--shape minilm] [--device cuda] [--rounds 5] [--batch-size 16]
+    python benchmarks/bench_fisher.py [--shape llama-1b] [--device cuda] [--dtype bfloat16] [--rounds 5]
 
-A BERT of BERT-base or MiniLM shape, LoRA r=16 on query/key/value, 64 examples x 64 tokens. The ways take turns in
-one process, so that a change of the machine's speed meets all of them; a ratio is the median over rounds of the ratio
-within the round.
+LoRA r=16 on query/key/value of a model of that shape, 64 examples x 64 tokens (--examples, --tokens). The ways
+take turns in one process, so that a change of the machine's speed meets all of them; a ratio is the median over rounds
+of the ratio within the round.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -21,15 +20,19 @@ from common import (
     RANK,
     SHAPES,
     TOKENS,
+    Place,
+    add_place,
     batches,
-    bert,
-    machine,
     median,
     peak_of_own_process,
+    place_of,
+    plain_pass,
     print_rise,
     print_table,
-    synchronize,
+    ratios,
+    turns,
     verdict,
+    with_lora,
 )
 
 from fish_tuning import calculate_fisher_information, measure_moments
@@ -37,58 +40,44 @@ from fish_tuning import calculate_fisher_information, measure_moments
 WAYS = ("plain", "batched", "moments", "loop")
 
 
-def work(way: str, model: Any, device: str, batch_size: int) -> Callable[[], object]:
+def work(way: str, model: Any, place: Place, args: argparse.Namespace) -> Callable[[], object]:
+    data = batches(1 if way == "loop" else args.batch_size, place, args.shape, args.examples, args.tokens)
     if way == "plain":
-        data = batches(batch_size, device)
-
-        def plain() -> None:
-            model.eval()
-            for batch in data:
-                model(**batch).loss.backward()
-            model.zero_grad(set_to_none=True)
-
-        return plain
-    data = batches(1 if way == "loop" else batch_size, device)
+        return lambda: plain_pass(model, data)
     if way == "moments":
         return lambda: measure_moments(model, data, progress=False)
-    method = "loop" if way == "loop" else "auto"
-    return lambda: calculate_fisher_information(model, data, method=method, progress=False)
+    return lambda: calculate_fisher_information(model, data, method="loop" if way == "loop" else "auto", progress=False)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cpu")
+    add_place(parser)
     parser.add_argument("--shape", choices=SHAPES, default="bert-base")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--examples", type=int, default=EXAMPLES)
+    parser.add_argument("--tokens", type=int, default=TOKENS)
     parser.add_argument("--peak", choices=WAYS, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    place = place_of(args)
+    model = with_lora(args.shape, place)
     if args.peak:
-        print_rise(work(args.peak, bert(args.device, shape=args.shape), args.device, args.batch_size), args.device)
+        print_rise(work(args.peak, model, place, args), place)
         return 0
 
-    print(f"{args.shape} shape, LoRA r={RANK} on query/key/value, {EXAMPLES} examples x {TOKENS} tokens, batches of "
-          f"{args.batch_size}; {machine(args.device)}\n")  # fmt: skip
-    model = bert(args.device, shape=args.shape)
-    runs = {way: work(way, model, args.device, args.batch_size) for way in WAYS}
-    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
-    for round_number in range(args.rounds + 1):
-        for way, run in runs.items():
-            synchronize(args.device)
-            start = time.perf_counter()
-            run()
-            synchronize(args.device)
-            if round_number:  # the first round warms up
-                seconds[way].append(time.perf_counter() - start)
-    common = ["--device", args.device, "--batch-size", str(args.batch_size), "--shape", args.shape]
+    print(f"{args.shape} shape, LoRA r={RANK} on query/key/value, {args.examples} examples x {args.tokens} tokens, "
+          f"batches of {args.batch_size}; {place.describe()}\n")  # fmt: skip
+    seconds = turns({way: work(way, model, place, args) for way in WAYS}, place, args.rounds)
+    common = ["--batch-size", str(args.batch_size), "--shape", args.shape]
+    common += ["--examples", str(args.examples), "--tokens", str(args.tokens), *place.arguments]
     peaks = {way: peak_of_own_process(__file__, way, *common) for way in WAYS}
-    to_plain = {way: median([s / p for s, p in zip(seconds[way], seconds["plain"], strict=True)]) for way in WAYS}
+    to_plain = {way: median(ratios(seconds[way], seconds["plain"])) for way in WAYS}
     print_table(
         ["", "seconds (min / median / max)", "to plain", "peak memory above start"],
         [
             [
                 way,
-                f"{min(seconds[way]):.2f} / {median(seconds[way]):.2f} / {max(seconds[way]):.2f}",
+                f"{min(seconds[way]):.3g} / {median(seconds[way]):.3g} / {max(seconds[way]):.3g}",
                 f"{to_plain[way]:.3f}",
                 f"{peaks[way] / 2**20:.0f} MiB",
             ]
@@ -96,8 +85,8 @@ def main() -> int:
         ],
     )
     print()
-    faster = median([loop / b for loop, b in zip(seconds["loop"], seconds["batched"], strict=True)])
-    gradients = median([m / b for m, b in zip(seconds["moments"], seconds["batched"], strict=True)])
+    faster = median(ratios(seconds["loop"], seconds["batched"]))
+    gradients = median(ratios(seconds["moments"], seconds["batched"]))
     one_layer = args.batch_size * RANK * model.config.hidden_size * 4 / 2**20
     more = (peaks["batched"] - peaks["plain"]) / 2**20
     kept = [

@@ -1,17 +1,18 @@
 """Time and memory of selecting exactly k of many scores, beside torch.topk over all of them.
 
-    python benchmarks/bench_selection.py [--millions 100]
+    python benchmarks/bench_selection.py [--millions 100] [--device cuda] [--dtype bfloat16]
 
+--dtype is that of the scores.
 Peak memory is what rises above the scores themselves; the masks alone take one byte an entry.
 """
 
 from __future__ import annotations
 
 import argparse
-import time
+from collections.abc import Callable
 
 import torch
-from common import machine, print_table
+from common import add_place, place_of, print_table
 
 from fish_tuning import create_mask_from_fisher
 from fish_tuning.experiments.run.measure import PeakMemory
@@ -21,17 +22,22 @@ TENSORS = 20
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_place(parser)
     parser.add_argument("--millions", type=int, default=100)
     parser.add_argument("--keep-ratio", type=float, default=0.05)
     args = parser.parse_args()
     total = args.millions * 10**6
-    generator = torch.Generator().manual_seed(0)
-    scores = {str(i): torch.rand(total // TENSORS, generator=generator).square_() for i in range(TENSORS)}
+    place = place_of(args)
+    generator = torch.Generator(place.device).manual_seed(0)
+    scores = {
+        str(i): torch.rand(total // TENSORS, generator=generator, device=place.device).square_().to(place.dtype)
+        for i in range(TENSORS)
+    }
     k = round(args.keep_ratio * total)
 
     def by_topk() -> int:
         flat = torch.cat(list(scores.values()))
-        mask = torch.zeros(total, dtype=torch.bool)
+        mask = torch.zeros(total, dtype=torch.bool, device=place.device)
         mask[flat.topk(k, sorted=False).indices] = True
         return int(mask.sum())
 
@@ -40,13 +46,20 @@ def main() -> None:
 
     rows = []
     for name, select in (("create_mask_from_fisher", by_selection), ("cat + topk", by_topk)):
-        peak = PeakMemory(torch.device("cpu"))
-        before, start = peak.bytes(), time.perf_counter()
-        kept = select()
-        seconds = time.perf_counter() - start
+        if not place.is_cpu:  # the first call of a GPU's kernel loads it
+            select()
+        peak = PeakMemory(place.device)
+        before = peak.bytes()
+        kept = 0
+
+        def run(select: Callable[[], int] = select) -> None:
+            nonlocal kept
+            kept = select()
+
+        seconds = place.seconds(run)
         rise = (peak.bytes() - before) / total
-        rows.append([name, f"{kept:,}", f"{seconds:.1f}", f"{rise:.2f} bytes an entry"])
-    print(f"{k:,} of {total:,} scores (fp32, 4 bytes an entry); {machine('cpu')}\n")
+        rows.append([name, f"{kept:,}", f"{seconds:.3g}", f"{rise:.2f} bytes an entry"])
+    print(f"{k:,} of {total:,} scores; {place.describe()}\n")
     print_table(["", "kept", "seconds", "peak memory above the scores"], rows)
 
 

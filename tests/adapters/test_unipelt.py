@@ -10,6 +10,7 @@ import pytest
 import test_serial
 import tiny
 import torch
+from device import DEVICE
 from peft import PeftModel, PrefixTuningConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -180,7 +181,7 @@ def test_an_open_prefix_gate_alone_is_prefix_tuning(family: str) -> None:
             if name.endswith("gate.default.bias"):
                 parameter.data.fill_(1e4)
     # A prefix in the cache moves the positions of the tokens behind it.
-    positions = torch.arange(5, 5 + batch["input_ids"].shape[1])[None]
+    positions = torch.arange(5, 5 + batch["input_ids"].shape[1], device=DEVICE)[None]
     keep = batch["attention_mask"].bool()
     expected = models.logits(peft_model, batch)[keep]
     torch.testing.assert_close(
@@ -268,8 +269,8 @@ def test_a_half_precision_model_keeps_its_dtype_and_comes_close() -> None:
 def test_a_mask_of_four_dimensions_is_taken_as_it_is(kind: str) -> None:
     model, batch = models.adapted("unipelt", "llama"), tiny.text_batch((6, 6))
     expected = models.logits(model, {"input_ids": batch["input_ids"]})
-    seen = torch.ones(2, 1, 6, 6).tril().bool()
-    mask = seen if kind == "bool" else torch.zeros(2, 1, 6, 6).masked_fill(~seen, -torch.inf)
+    seen = torch.ones(2, 1, 6, 6, device=DEVICE).tril().bool()
+    mask = seen if kind == "bool" else torch.zeros(seen.shape, device=DEVICE).masked_fill(~seen, -torch.inf)
     torch.testing.assert_close(models.logits(model, batch | {"attention_mask": mask}), expected)
 
 
@@ -279,6 +280,6 @@ def test_autocast_comes_close(method: str, family: str) -> None:
     model, batch = models.adapted(method, family), models.batch(family)
     keep = batch["attention_mask"].bool() if family == "llama" else slice(None)
     expected = models.logits(model, batch)[keep]
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         out = models.logits(model, batch)[keep].float()
     assert (out - expected).abs().mean() < 0.1 * expected.abs().mean()

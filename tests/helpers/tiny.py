@@ -162,7 +162,8 @@ def examples(batch: Batch) -> Iterator[Batch]:
 
 
 def reference_fisher(model: nn.Module, batch: Batch, token_reduction: str = "mean") -> dict[str, Tensor]:
-    """The definition, with transformers' own training loss on each unpadded row alone."""
+    """The definition, with transformers' own training loss on each unpadded row alone, where the model is."""
+    batch = {key: value.to(next(model.parameters()).device) for key, value in batch.items()}
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     totals = {name: torch.zeros_like(parameter, dtype=torch.float32) for name, parameter in parameters.items()}
     model.eval()
@@ -186,6 +187,7 @@ def relative_differences(scores: Mapping[str, Tensor], reference: Mapping[str, T
     1e-11 of the largest of the whole model are less than the square of fp32's rounding.
     """
     assert scores.keys() == reference.keys()
+    scores, reference = ({name: t.detach().cpu() for name, t in each.items()} for each in (scores, reference))
     floor = 1e-11 * max(float(tensor.abs().max()) for tensor in reference.values())
     assert floor > 0
     return {

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from device import DEVICE
 from peft import IA3Config, LoraConfig, PeftConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from tiny import (
     Batch,
@@ -58,7 +59,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Batch]]] = {
     ),
     "bert-multi-label": (
         lambda: lora(bert(problem_type="multi_label_classification")),
-        lambda: text_batch() | {"labels": torch.eye(4)[:, :3]},
+        lambda: text_batch() | {"labels": torch.eye(4, device=DEVICE)[:, :3]},
     ),
     "llama-sdpa-right": (lambda: lora(llama(attn_implementation="sdpa")), causal_batch),
     "llama-sdpa-left": (lambda: lora(llama(attn_implementation="sdpa")), lambda: causal_batch(side="left")),
@@ -214,7 +215,7 @@ def test_token_classification(family: str, side: str, caplog: pytest.LogCaptureF
     model = getattr(transformers, f"{family}ForTokenClassification")(config).eval()
     only_trainable(model, [name for name, _ in model.named_parameters() if "query" in name or "classifier" in name])
     batch = text_batch(side=side)
-    labels = torch.randint(0, 3, batch["input_ids"].shape)
+    labels = torch.randint(0, 3, batch["input_ids"].shape).to(DEVICE)
     labels[:, -1] = -100
     batch["labels"] = labels.masked_fill(batch["attention_mask"] == 0, -100)
     with caplog.at_level(logging.INFO, "fish_tuning"):
@@ -458,7 +459,7 @@ def test_peft_methods_on_bert(config: PeftConfig, caplog: pytest.LogCaptureFixtu
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:  # away from a start at zero or one
-                parameter += 0.1 * torch.randn(parameter.shape)
+                parameter += 0.1 * torch.randn(parameter.shape).to(parameter.device)
     with caplog.at_level(logging.INFO, "fish_tuning"):
         assert_scores_close(scored(model, rebatch(batch, 3)), reference_fisher(model, batch))
     assert ("1 tensors by the loop" in looped_names(caplog)) == isinstance(config, PromptTuningConfig)
@@ -505,7 +506,7 @@ def test_small_gradients_do_not_underflow_under_fp16_weights() -> None:
 def test_autocast(caplog: pytest.LogCaptureFixture) -> None:
     model, batch = lora(bert()), classification_batch()
     exact = scored(model, batch)
-    with torch.autocast("cpu", torch.bfloat16), caplog.at_level(logging.INFO, "fish_tuning"):
+    with torch.autocast(DEVICE.type, torch.bfloat16), caplog.at_level(logging.INFO, "fish_tuning"):
         batched = scored(model, rebatch(batch, 3))
         assert not looped_names(caplog)
         loop = scored(model, batch, method="loop")

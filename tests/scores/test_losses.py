@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from device import DEVICE
 from tiny import (
     bert,
     causal_batch,
@@ -41,7 +42,7 @@ def losses_of(
         (bert(), classification_batch()),
         (bert(num_labels=1), regression_batch()),
         (bert(num_labels=2, problem_type="regression"), regression_batch(outputs=2)),
-        (bert(), text_batch() | {"labels": torch.eye(4)[:, :3]}),  # floats: several labels at once
+        (bert(), text_batch() | {"labels": torch.eye(4, device=DEVICE)[:, :3]}),  # floats: several labels at once
         (llama(), causal_batch()),
         (llama(), causal_batch(side="left", ignore_padding=False)),
         (llama(), causal_batch(ignore_padding=False, prompt=2)),
@@ -109,10 +110,11 @@ def test_encoder_decoder_of_equal_widths_keeps_all_its_labels() -> None:
     torch.manual_seed(0)
     model = T5ForConditionalGeneration(
         T5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0)
-    ).eval()
+    )
+    model.eval().to(DEVICE)
     batch = text_batch((3, 4))
     batch = {key: nn.functional.pad(value, (0, 2)) for key, value in batch.items()}
-    batch["labels"] = torch.randint(3, 40, batch["input_ids"].shape)
+    batch["labels"] = torch.randint(3, 40, batch["input_ids"].shape).to(DEVICE)
     batch["labels"][1, 4:] = IGNORED
     weight = model.lm_head.weight if not model.config.tie_word_embeddings else model.shared.weight
     name = next(name for name, parameter in model.named_parameters() if parameter is weight)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from device import DEVICE
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from tiny import bert, classification_batch, llama, lora, tensors
 from torch import nn
@@ -81,7 +82,7 @@ def test_embeddings_and_top_layers(tmp_path: Path) -> None:
             layer.lora_B["default"].weight[:, 1] = 0.3
     ranks = save_compact_adapter(model, tmp_path / "small")
     assert ranks == {"model.layers.1.self_attn.q_proj": 1}
-    ids = {"input_ids": torch.arange(12).view(2, 6)}
+    ids = {"input_ids": torch.arange(12, device=DEVICE).view(2, 6)}
     with torch.no_grad():
         found = PeftModel.from_pretrained(llama(), tmp_path / "small").eval()(**ids).logits
         torch.testing.assert_close(found, model.eval()(**ids).logits, rtol=1e-5, atol=1e-6)
@@ -151,7 +152,7 @@ def test_tied_embeddings(tmp_path: Path) -> None:
         base(), LoraConfig(r=3, target_modules=["embed_tokens", "lm_head"], init_lora_weights=False)
     )
     assert set(save_compact_adapter(model, tmp_path / "tied")) == {"model.embed_tokens", "lm_head"}
-    ids = {"input_ids": torch.arange(12).view(2, 6)}
+    ids = {"input_ids": torch.arange(12, device=DEVICE).view(2, 6)}
     with torch.no_grad():
         found = PeftModel.from_pretrained(base(), tmp_path / "tied").eval()(**ids).logits
         torch.testing.assert_close(found, model.eval()(**ids).logits, rtol=1e-5, atol=1e-6)
@@ -198,7 +199,7 @@ def test_new_words_of_an_embedding_that_is_left_out(tmp_path: Path) -> None:
         base.get_input_embeddings().weight[3:] = 1.5
         model.base_model.model.model.layers[0].self_attn.q_proj.lora_B["default"].weight[:, 1] = 0.3
     assert set(save_compact_adapter(model, tmp_path / "small")) == {"model.layers.0.self_attn.q_proj"}
-    ids = {"input_ids": torch.arange(12).view(2, 6)}
+    ids = {"input_ids": torch.arange(12, device=DEVICE).view(2, 6)}
     with torch.no_grad():
         found = PeftModel.from_pretrained(llama(), tmp_path / "small").eval()(**ids).logits
         torch.testing.assert_close(found, model(**ids).logits, rtol=1e-5, atol=1e-6)

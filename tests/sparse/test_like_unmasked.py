@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from device import DEVICE
 from peft import IA3Config, LNTuningConfig, get_peft_model
 from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer, create_riemannian_optimizer
 from peft.utils.hotswap import hotswap_adapter
@@ -113,7 +114,7 @@ def test_values_that_are_changed_past_autograd_are_seen() -> None:
 def test_who_writes_into_a_masked_tensor_writes_its_values(how: str) -> None:
     model, mask = masked(lora(bert()))
     name, module = layer(model)
-    sevens = torch.full(module.weight.shape, 7.0)
+    sevens = torch.full(module.weight.shape, 7.0, device=DEVICE)
     if how == "copy_":
         with torch.no_grad():
             module.weight.copy_(sevens)

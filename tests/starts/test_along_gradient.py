@@ -68,7 +68,7 @@ def test_rows_are_the_leading_singular_vectors(case: str, size: int, config: dic
     for name, gradient in gradients.items():
         a, b = factors(model, name)
         values = torch.linalg.svdvals(gradient)
-        torch.testing.assert_close(3 * a @ a.T, torch.eye(2))
+        torch.testing.assert_close(3 * a @ a.T, torch.eye(2, device=a.device))
         # The norm of the gradient along each row says whether it is the right one, whatever its sign.
         torch.testing.assert_close((gradient @ a.T).norm(dim=0) * 3**0.5, values[:2], rtol=1e-3, atol=1e-6)
         assert not b.any()

@@ -15,7 +15,7 @@ def test_expected_fisher_information_of_a_near_zero_b() -> None:
     model, batch = lora(bert(layers=1), rank=4, init_lora_weights=True), classification_batch()
     _, layers = lora_layers(model, None)
     weights = [layer.get_base_layer().weight.requires_grad_() for layer in layers.values()]
-    squares = [torch.zeros(weight.shape[1]) for weight in weights]  # of each input column
+    squares = [torch.zeros(weight.shape[1], device=weight.device) for weight in weights]  # of each input column
     for row in examples(batch):
         for total, gradient in zip(squares, torch.autograd.grad(model(**row).loss, weights), strict=True):
             total += gradient.square().sum(0) / len(batch["labels"])

@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from fish_tuning.devices import has_float64, in_float64
 from fish_tuning.errors import FishTuningWarning, MaskError, ZeroScoresError
 from fish_tuning.masks.budgets import floor_parts, matching_names, module_type, resolve_budget, split_budget
 from fish_tuning.masks.groups import (
@@ -229,6 +230,11 @@ def select_top_k(
 
     # One precision for all, or the integers of different tensors could not be compared.
     dtype = torch.float64 if any(tensor.dtype == torch.float64 for tensor in scores.values()) else torch.float32
+    if dtype == torch.float64 and not all(has_float64(tensor.device) for tensor in scores.values()):
+        raise MaskError(
+            "Some scores are in float64, others on a device that has none (mps), so they cannot be compared. Move "
+            "them all to the CPU."
+        )
 
     def priorities() -> Iterator[Tensor]:
         for name in names:
@@ -321,7 +327,7 @@ def _scales(pool: Mapping[str, Tensor]) -> dict[str, float]:
     totals: dict[str, list[float]] = {}  # sum and number
     for name, scores in pool.items():
         total = totals.setdefault(module_type(name), [0.0, 0.0])
-        total[0] += sum(float(chunk.double().sum()) for chunk in scores.reshape(-1).split(_CHUNK))
+        total[0] += sum(float(in_float64(chunk).sum()) for chunk in scores.reshape(-1).split(_CHUNK))
         total[1] += scores.numel()
     means = {group: total / entries for group, (total, entries) in totals.items()}
     return {name: 1 / means[module_type(name)] if means[module_type(name)] else 1.0 for name in pool}

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fish_tuning.devices import in_float64
 from fish_tuning.errors import MaskError
 from fish_tuning.masks.selections import Priority, priorities_of
 from fish_tuning.masks.sums import Place, can_be, nearest
@@ -191,9 +192,9 @@ def _priorities(
     """Of the mean scores, in fp64 on the CPU."""
     total = torch.zeros(family.number, dtype=torch.float64)
     for name, axis in family.members:
-        sums = _slices(name, axis, scores, family.number).double().sum(1).cpu()
+        sums = in_float64(_slices(name, axis, scores, family.number)).sum(1).cpu()
         total += sums * scales[name] if scales else sums
-    return priorities_of(priority, total / family.size, family.members[0][0]).double()
+    return in_float64(priorities_of(priority, total / family.size, family.members[0][0]))
 
 
 def take_exactly(

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fish_tuning.errors import FisherError
-from fish_tuning.scores.losses import IGNORED
+from fish_tuning.scores.losses import IGNORED, LABELS
+from fish_tuning.scores.reading import placed
 
 Batch = dict[str, Tensor]
 
@@ -17,9 +18,37 @@ Batch = dict[str, Tensor]
 SEQUENCE_KEYS = (
     "input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds", "special_tokens_mask",
 )  # fmt: skip
-
-
+# What decides how a batch is scored, and so is looked at on the host.
+LOOKED_AT = ("attention_mask", *LABELS)
 FEW, LONG = 4, 512  # rows and tokens
+
+
+class PlacedBatch(Batch):
+    """A batch on its device, with copies on the CPU of what is looked at: a look at a GPU's tensor waits for it."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], on_cpu: Mapping[str, Tensor]) -> None:
+        super().__init__(tensors)
+        self.on_cpu = dict(on_cpu)
+
+
+def on_cpu(batch: Mapping[str, Tensor], key: str) -> Tensor | None:
+    """A tensor of the batch on the CPU; copied at most once, and not at all where the loader gave it there."""
+    value = batch.get(key)
+    if value is None or value.device.type == "cpu":
+        return value
+    if not isinstance(batch, PlacedBatch):
+        return value.cpu()
+    if key not in batch.on_cpu:
+        batch.on_cpu[key] = value.cpu()
+    return batch.on_cpu[key]
+
+
+def changed(batch: Mapping[str, Tensor], change: Callable[[str, Tensor], Tensor]) -> Batch:
+    """Another batch, of `change(key, tensor)`."""
+    tensors = {key: change(key, value) for key, value in batch.items()}
+    if not isinstance(batch, PlacedBatch):
+        return tensors
+    return PlacedBatch(tensors, {key: change(key, value) for key, value in batch.on_cpu.items()})
 
 
 def calibration_batches(
@@ -33,9 +62,9 @@ def calibration_batches(
     for number, raw in enumerate(loader):
         if left == 0:
             return
-        batch = {key: value.to(device) for key, value in _mapping(raw).items() if isinstance(value, Tensor)}
+        batch = _placed({key: value for key, value in _mapping(raw).items() if isinstance(value, Tensor)}, device)
         if rows_per_example > 1:
-            batch = {key: _grouped(key, value, rows_per_example) for key, value in batch.items()}
+            batch = changed(batch, lambda key, value: _grouped(key, value, rows_per_example))
         size = batch_size(batch)
         if not size:
             raise FisherError(f"Calibration batch {number} (counted from 0) holds no example; leave empty batches out.")
@@ -44,6 +73,11 @@ def calibration_batches(
                 batch, size = rows(batch, 0, left), left
             left -= size
         yield batch
+
+
+def _placed(batch: Batch, device: torch.device) -> Batch:
+    looked_at = {key: value for key, value in batch.items() if key in LOOKED_AT and value.device.type == "cpu"}
+    return PlacedBatch({key: placed(value, device) for key, value in batch.items()}, looked_at)
 
 
 def _grouped(key: str, value: Tensor, rows_per_example: int) -> Tensor:
@@ -68,14 +102,14 @@ def rows(batch: Mapping[str, Tensor], start: int, stop: int) -> Batch:
     """Examples `start` to `stop` of a batch; scalars are shared by all examples."""
     size = batch_size(batch)
     if start == 0 and stop == size:
-        return dict(batch)
+        return changed(batch, lambda key, value: value)
     for key, value in batch.items():
         if value.dim() and value.shape[0] != size:
             raise FisherError(
                 f"Cannot split the calibration batch into examples: {key!r} has first dimension {value.shape[0]}, the "
                 f"batch has {size} examples. Use a calibration dataloader with batch_size=1."
             )
-    return {key: value[start:stop] if value.dim() else value for key, value in batch.items()}
+    return changed(batch, lambda key, value: value[start:stop] if value.dim() else value)
 
 
 def one_by_one_is_as_fast(batch: Mapping[str, Tensor]) -> bool:
@@ -87,7 +121,7 @@ def one_by_one_is_as_fast(batch: Mapping[str, Tensor]) -> bool:
 
 def most_padded_row(batch: Mapping[str, Tensor]) -> int:
     """The row with the fewest real tokens among those with a label that counts; 0 where nothing is padded."""
-    mask, labels = batch.get("attention_mask"), batch.get("labels")
+    mask, labels = on_cpu(batch, "attention_mask"), on_cpu(batch, "labels")
     if mask is None or mask.dim() != 2:
         return 0
     lengths = mask.sum(dim=1)
@@ -101,7 +135,7 @@ def trim_padding(batch: Batch) -> Batch:
 
     A batch with a tensor that is as wide as the tokens, but not known to run along them, is left as it is.
     """
-    mask = batch.get("attention_mask")
+    mask = on_cpu(batch, "attention_mask")
     if mask is None or mask.dim() != 2 or not mask.any():
         return batch
     wide = {key for key, value in batch.items() if value.dim() > 1 and value.shape[1] == mask.shape[1]}
@@ -110,7 +144,7 @@ def trim_padding(batch: Batch) -> Batch:
         return batch
     used = mask.any(dim=0).nonzero()
     columns = slice(int(used.min()), int(used.max()) + 1)
-    return {key: value[:, columns] if key in wide else value for key, value in batch.items()}
+    return changed(batch, lambda key, value: value[:, columns] if key in wide else value)
 
 
 def _mapping(raw: object) -> Mapping[str, Any]:

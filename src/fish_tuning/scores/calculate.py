@@ -8,6 +8,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from fish_tuning.devices import moved
 from fish_tuning.errors import FisherError
 from fish_tuning.scores.finite import why_not_finite
 from fish_tuning.scores.loss_vectors import LossFunction
@@ -15,6 +16,7 @@ from fish_tuning.scores.losses import FisherType, TokenReduction
 from fish_tuning.scores.moments import Moments, measure_moments
 from fish_tuning.scores.named import MEAN_GRADIENT, MEAN_SQUARE, SCORES, Evidence, Score
 from fish_tuning.scores.prepared import prepared
+from fish_tuning.scores.reading import read
 from fish_tuning.scores.validation import check_arguments, check_warmup
 
 
@@ -101,7 +103,8 @@ def calculate_scores(
             stacklevel=2,
         )
     model, trainable, _ = prepared(model)
-    scores = {}
+    scores: dict[str, Tensor] = {}
+    finite: dict[str, Tensor] = {}
     for name, parameter in trainable.items():
         # Taken out one at a time: scores and moments of a whole model never lie side by side.
         own = {
@@ -111,12 +114,16 @@ def calculate_scores(
         }
         weight = moments.weights.pop(name, parameter.detach())
         evidence = Evidence(name, weight, own, moments.num_samples, batch_size, seed)
-        found = _checked(model, score, chosen, evidence)
-        scores[name] = found if chosen.needs else found.to(scores_device or found.device, scores_dtype)
+        found = _checked(score, chosen, evidence)
+        scores[name] = found if chosen.needs else moved(found, scores_device or found.device, scores_dtype)
+        finite[name] = found.isfinite().all()
+    for name, yes in zip(finite, read(finite.values()), strict=True):
+        if not bool(yes):
+            raise _not_finite(model, score, name, scores[name])
     return scores
 
 
-def _checked(model: nn.Module, name: str, score: Score, evidence: Evidence) -> Tensor:
+def _checked(name: str, score: Score, evidence: Evidence) -> Tensor:
     found = score.function(evidence)
     if not isinstance(found, Tensor) or found.shape != evidence.weight.shape:
         got = f"the shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
@@ -124,9 +131,11 @@ def _checked(model: nn.Module, name: str, score: Score, evidence: Evidence) -> T
             f"score={name!r} gave {got} for {evidence.name!r}; it must give a tensor of shape "
             f"{tuple(evidence.weight.shape)}."
         )
-    if not bool(found.isfinite().all()):
-        raise FisherError(
-            f"score={name!r}: {int((~found.isfinite()).sum())} of {found.numel()} scores of {evidence.name!r} are not "
-            f"finite. {why_not_finite(model)}"
-        )
     return found
+
+
+def _not_finite(model: nn.Module, score: str, name: str, found: Tensor) -> FisherError:
+    return FisherError(
+        f"score={score!r}: {int((~found.isfinite()).sum())} of {found.numel()} scores of {name!r} are not finite. "
+        f"{why_not_finite(model)}"
+    )

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from fish_tuning.devices import exact_dtype
+from fish_tuning.scores.reading import placed, read
 from fish_tuning.scores.totals import squared
 
 Checksums = dict[str, Tensor]
@@ -64,7 +66,7 @@ def add_plain_checksum(sums: Checksums, name: str, gradient: Tensor, signed: boo
 def checksum(squares: Tensor) -> Tensor:
     """Two sums that tell apart tensors of squares, in fp64: plain, and weighted by position."""
     rows, values = _by_rows(squares)
-    width, exact = values.shape[1], _exact(squares)
+    width, exact = values.shape[1], exact_dtype(squares.device)
     of_rows, of_columns = values.sum(1).to(exact), values.sum(0).to(exact)
     columns = torch.arange(width, device=values.device)
     # The position of an entry is row * width + column: no tensor of positions is needed.
@@ -83,11 +85,12 @@ def projections(gradient: Tensor) -> Tensor:
     height = gradient.shape[0] if gradient.dim() > 1 else 1
     generator = torch.Generator().manual_seed(0)
     left, right = (
-        torch.randn(length, _PROJECTIONS, generator=generator).to(values) for length in (height, values.shape[1])
+        placed(torch.randn(length, _PROJECTIONS, generator=generator), values.device).to(values)
+        for length in (height, values.shape[1])
     )
     with torch.autocast(values.device.type, enabled=False):
         of_rows = values @ right
-    return (left[rows] * of_rows).to(_exact(gradient)).sum(0)
+    return (left[rows] * of_rows).to(exact_dtype(gradient.device)).sum(0)
 
 
 def _by_rows(tensor: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,8 +101,9 @@ def _by_rows(tensor: Tensor) -> tuple[Tensor, Tensor]:
     return torch.arange(values.shape[0], device=values.device), values
 
 
-def _exact(tensor: Tensor) -> torch.dtype:
-    return torch.float32 if tensor.device.type == "mps" else torch.float64
+def on_cpu(sums: Checksums) -> Checksums:
+    """The checksums in fp64 on the CPU, with one wait for a device."""
+    return {name: found.double() for name, found in zip(sums, read(sums.values()), strict=True)}
 
 
 @dataclass
@@ -112,14 +116,12 @@ class Comparison:
 
     @classmethod
     def of(cls, names: list[str], rule: Checksums, plain: Checksums, tolerance: float, floor: float) -> Comparison:
-        """`floor`: a squared norm at and below which a gradient may be nothing but rounding."""
+        """Of checksums on the CPU. `floor`: a squared norm at and below which a gradient may be all rounding."""
         if not names:
             return cls(set(), set(), set())
         length = max(map(len, (*rule.values(), *plain.values())), default=_SUMS_OF_SQUARES)
         no_gradient = torch.zeros(length, dtype=torch.float64)
-        by_rule, by_plain = (
-            torch.stack([sums.get(name, no_gradient).cpu().double() for name in names]) for sums in (rule, plain)
-        )
+        by_rule, by_plain = (torch.stack([sums.get(name, no_gradient) for name in names]) for sums in (rule, plain))
         of_squares, of_signs = (by_rule - by_plain).split([_SUMS_OF_SQUARES, length - _SUMS_OF_SQUARES], dim=1)
         norm = by_plain[:, :1].clamp(min=floor)  # squared
         # A square is off by twice what its gradient is off by; the same room is left to the gradient itself.

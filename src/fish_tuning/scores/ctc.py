@@ -10,7 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fish_tuning.errors import FisherError
-from fish_tuning.scores.losses import FisherType, TokenReduction, labels_of
+from fish_tuning.scores.batches import on_cpu
+from fish_tuning.scores.losses import LABELS, FisherType, TokenReduction, labels_of
+from fish_tuning.scores.reading import placed
 
 
 def ctc_losses(
@@ -22,21 +24,22 @@ def ctc_losses(
     """
     if fisher_type != "empirical":
         raise FisherError(f"fisher_type={fisher_type!r}: CTC has no labels of frames to draw. Use 'empirical'.")
-    labels = labels_of(batch)
+    # What says how long things are is looked at on the CPU, where the loss wants it.
+    labels = labels_of({key: tensor for key in LABELS if (tensor := on_cpu(batch, key)) is not None})
     counted = labels >= 0
-    frames = torch.full((len(logits),), logits.shape[1], device=logits.device)
-    if (mask := batch.get("attention_mask")) is not None:
+    frames = torch.full((len(logits),), logits.shape[1])
+    if (mask := on_cpu(batch, "attention_mask")) is not None:
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         frames = base._get_feat_extract_output_lengths(mask.sum(-1)).to(torch.long)
     lengths = counted.sum(-1)
     log_probabilities = F.log_softmax(logits, dim=-1, dtype=torch.float32).transpose(0, 1)
     losses = F.ctc_loss(
         log_probabilities,
-        labels.masked_select(counted),
+        placed(labels.masked_select(counted), logits.device),
         frames,
         lengths,
         blank=model.config.pad_token_id,
         reduction="none",
         zero_infinity=model.config.ctc_zero_infinity,
     )
-    return losses / lengths.clamp(min=1) if reduction == "mean" else losses
+    return losses / placed(lengths.clamp(min=1), losses.device) if reduction == "mean" else losses

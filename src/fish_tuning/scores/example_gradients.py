@@ -105,7 +105,7 @@ class OfRows:
         cells, inverse = (examples * self.rows + self.ids).flatten().unique(return_inverse=True)
         gradients = _scatter_add(len(cells), inverse, self.g.reshape(-1, self.g.shape[-1]))
         if self.without is not None:
-            gradients[cells % self.rows == self.without] = 0
+            gradients.masked_fill_((cells % self.rows == self.without)[:, None], 0)
         return cells, gradients
 
     def _over_examples(self, cells: Tensor, values: Tensor) -> Tensor:

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from fish_tuning.errors import FisherError
+from fish_tuning.scores.reading import read
 from fish_tuning.sparse.masked_tensors import masked_tensors
 
 
 def check_finite(model: nn.Module, scores: Mapping[str, Tensor]) -> None:
     """FisherError that names the first tensor whose scores are no numbers, and why."""
-    sums = torch.stack([score.sum(dtype=torch.float32).cpu() for score in scores.values()])
+    sums = torch.stack(read(score.sum(dtype=torch.float32) for score in scores.values()))
     if bool(sums.isfinite().all()):
         return
     for name, score in scores.items():

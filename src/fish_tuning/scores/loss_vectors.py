@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fish_tuning.errors import FisherError
-from fish_tuning.scores.batches import Batch, batch_size, trim_padding
+from fish_tuning.scores.batches import Batch, batch_size, changed, on_cpu, trim_padding
 from fish_tuning.scores.ctc import ctc_losses
 from fish_tuning.scores.finite import why_not_finite
 from fish_tuning.scores.labels import check_given_classes, check_labels, check_shapes, logits_of, whole_numbers
@@ -27,12 +27,18 @@ from fish_tuning.scores.losses import (
     loss_type_of,
     resolve_likelihood,
 )
+from fish_tuning.scores.reading import read
 
 LossFunction = Callable[[Any, Mapping[str, Tensor]], Tensor]
+UNREAD = 32  # batches whose losses are looked at in one go
 
 
 class LossVectors:
-    """From a batch to the loss vectors whose squared per-example gradients are summed."""
+    """From a batch to the loss vectors whose squared per-example gradients are summed.
+
+    Whether the losses are finite is noted beside them and read later, since a look at each batch's would have a GPU
+    wait for the next: whoever uses them calls `check_finite` before anything of it is given away.
+    """
 
     def __init__(
         self,
@@ -47,6 +53,7 @@ class LossVectors:
         self.model, self.fisher_type, self.token_reduction = model, fisher_type, token_reduction
         self.loss_fn, self.seed = loss_fn, seed
         self.likelihood: Likelihood | None = None
+        self._finite: list[tuple[int, Tensor]] = []  # the number of an example, and of it and those behind it whether
         self.encoder_decoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
         self.takes_positions = "position_ids" in _forward_parameters(model) and not _numbers_positions(model)
 
@@ -56,20 +63,35 @@ class LossVectors:
         `parameters` stand in for the model's own, each under every name that a module has it by.
         """
         if self.rows_per_example > 1:
-            batch = {key: value.flatten(0, 1) if value.dim() else value for key, value in batch.items()}
+            batch = changed(batch, lambda key, value: value.flatten(0, 1) if value.dim() else value)
         inputs = batch if self.encoder_decoder or self.loss_fn else _without_labels(batch)
         inputs = {**inputs, **self._positions(batch)}
         if self.encoder_decoder and not self.loss_fn:
-            check_given_classes(self.model, batch.get("labels"), first_example)
+            check_given_classes(self.model, on_cpu(batch, "labels"), first_example)
         outputs = self._call(parameters, inputs) if parameters else self.model(**inputs)
         losses = self._losses(outputs, batch, first_example)
-        for offset, finite in enumerate(torch.stack(losses).isfinite().all(dim=0).tolist()):
-            if not finite:
-                raise FisherError(
-                    f"The loss of calibration example {first_example + offset} is not finite, so neither is its Fisher "
-                    f"information. {why_not_finite(self.model)}"
-                )
+        self._finite.append((first_example, torch.stack(losses).detach().isfinite().all(dim=0)))
         return losses
+
+    def check_finite(self, unread: int = 1) -> None:
+        """FisherError that names the first example whose loss is not finite, where so many batches are unread."""
+        if len(self._finite) >= unread and (example := self.first_not_finite()) is not None:
+            raise self.not_finite(example)
+
+    def first_not_finite(self) -> int | None:
+        """The first example whose loss is not finite, of those that were not asked for yet."""
+        noted, self._finite = self._finite, []
+        for (first_example, _), finite in zip(noted, read(finite for _, finite in noted), strict=True):
+            for offset, yes in enumerate(finite.tolist()):
+                if not yes:
+                    return first_example + offset
+        return None
+
+    def not_finite(self, example: int) -> FisherError:
+        return FisherError(
+            f"The loss of calibration example {example} is not finite, so neither is its Fisher information. "
+            f"{why_not_finite(self.model)}"
+        )
 
     def _call(self, parameters: dict[str, Tensor], inputs: Batch) -> Any:
         # torch's own search for tied weights would restore a module that is registered twice wrongly.
@@ -96,22 +118,29 @@ class LossVectors:
         logits, labels = logits_of(outputs), whole_numbers(labels_of(batch))
         check_shapes(self.model, logits, labels)
         labels = align_labels(self.model, logits, labels, batch.get("attention_mask"))
+        known = labels if labels.device.type == "cpu" else self._known(logits, batch)
         if self.likelihood is None:
             self.likelihood = resolve_likelihood(self.model, logits, labels, self.token_reduction)
-        check_labels(logits, labels, self.likelihood, first_example, drawn=self.fisher_type != "empirical")
+        check_labels(logits, known, self.likelihood, first_example, drawn=self.fisher_type != "empirical")
         # A generator for each example makes its draw independent of the batch it is in.
         generators = [
             torch.Generator().manual_seed(self.seed + (1 + first_example + row) * 2**20)
             for row in range(len(logits) if self.fisher_type == "sampled" else 0)
         ]
-        return example_losses(logits, labels, self.likelihood, self.fisher_type, generators)
+        return example_losses(logits, labels, self.likelihood, self.fisher_type, generators, known)
+
+    def _known(self, logits: Tensor, batch: Batch) -> Tensor:
+        """The aligned labels on the CPU."""
+        given = {key: tensor for key in LABELS if (tensor := on_cpu(batch, key)) is not None}
+        return align_labels(self.model, logits, whole_numbers(labels_of(given)), on_cpu(batch, "attention_mask"))
 
     def _positions(self, batch: Batch) -> Batch:
         """Positions counted from the first real token where padding comes first: a row's loss must not depend on it."""
         mask = batch.get("attention_mask")
         if mask is None or mask.dim() != 2 or "position_ids" in batch or not self.takes_positions:
             return {}
-        if bool((mask[:, 1:] >= mask[:, :-1]).all()) and not bool(mask.all()):
+        known = on_cpu(batch, "attention_mask")
+        if known is not None and bool((known[:, 1:] >= known[:, :-1]).all()) and not bool(known.all()):
             return {"position_ids": (mask.long().cumsum(-1) - 1).clamp(min=0)}
         return {}
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fish_tuning.errors import FisherError
+from fish_tuning.scores.reading import placed
 
 FisherType = Literal["empirical", "sampled", "expected"]
 TokenReduction = Literal["mean", "sum"]
@@ -37,12 +38,13 @@ class Likelihood:
     """p(y | x) as the model's head defines it, with labels already aligned to the logits.
 
     `labels` tells what they are: a class an example, a class (or -100) a token, or a value for every logit.
-    `nll(logits, labels)` gives one value an example, (n,). `sample(logits, labels, generators)` draws labels with
-    `generators[i]` for example i; `labels` only tells which positions count. `expected(logits)` gives vectors whose
-    squared gradients add up to the exact expectation over labels.
+    `nll(logits, labels, known)` gives one value an example, (n,); `known` only tells which positions count.
+    `sample(logits, known, generators)` draws labels with `generators[i]` for example i. `expected(logits)` gives
+    vectors whose squared gradients add up to the exact expectation over labels. `known` may lie on the CPU, where a
+    look at it waits for no GPU.
     """
 
-    nll: Callable[[Tensor, Tensor], Tensor]
+    nll: Callable[[Tensor, Tensor, Tensor], Tensor]
     sample: Callable[[Tensor, Tensor, list[torch.Generator]], Tensor]
     expected: Callable[[Tensor], list[Tensor]] | None
     labels: Literal["classes", "tokens", "values"]
@@ -54,12 +56,17 @@ def example_losses(
     likelihood: Likelihood,
     fisher_type: FisherType,
     generators: list[torch.Generator],
+    known: Tensor | None = None,
 ) -> list[Tensor]:
     """The (n,) loss vectors whose squared per-example gradients, summed over vectors, are the Fisher information.
 
     One vector for the empirical Fisher (given labels) and the sampled one (labels drawn from the model); one a class
     for the exact expectation, weighted so that no further factor is needed: sum_c p_c (grad nll_c)^2.
+
+    Args:
+        known: the same labels on the CPU, for what is looked at there. Default: `labels`.
     """
+    known = labels if known is None else known
     if likelihood.labels != "tokens":
         logits = logits.float()
     if fisher_type == "expected":
@@ -71,8 +78,8 @@ def example_losses(
         return likelihood.expected(logits)
     if fisher_type == "sampled":
         with torch.no_grad():
-            labels = likelihood.sample(logits, labels, generators)
-    return [likelihood.nll(logits, labels)]
+            labels = likelihood.sample(logits, known, generators)
+    return [likelihood.nll(logits, labels, known)]
 
 
 def resolve_likelihood(model: nn.Module, logits: Tensor, labels: Tensor, token_reduction: TokenReduction) -> Likelihood:
@@ -156,12 +163,13 @@ def _classification_likelihood(model: nn.Module, logits: Tensor, labels: Tensor)
     }[problem_type]
 
 
-def _class_nll(logits: Tensor, labels: Tensor) -> Tensor:
+def _class_nll(logits: Tensor, labels: Tensor, known: Tensor) -> Tensor:
     return F.cross_entropy(logits, labels.view(-1), reduction="none")
 
 
-def _sample_classes(logits: Tensor, labels: Tensor, generators: list[torch.Generator]) -> Tensor:
-    return torch.cat([_draw(row[None], generator) for row, generator in zip(logits, generators, strict=True)])
+def _sample_classes(logits: Tensor, known: Tensor, generators: list[torch.Generator]) -> Tensor:
+    uniform = torch.cat([torch.rand(1, 1, generator=generator) for generator in generators])
+    return _draw(logits, placed(uniform, logits.device))
 
 
 def _expected_classes(logits: Tensor) -> list[Tensor]:
@@ -171,16 +179,16 @@ def _expected_classes(logits: Tensor) -> list[Tensor]:
     return list((-log_p * weights).unbind(dim=-1))
 
 
-def _regression_nll(logits: Tensor, labels: Tensor) -> Tensor:
+def _regression_nll(logits: Tensor, labels: Tensor, known: Tensor) -> Tensor:
     # Squared error, averaged over outputs as transformers does: up to a constant the negative log-likelihood of a
     # Gaussian whose variance is half the number of outputs.
     return (logits - labels.float().view_as(logits)).square().flatten(1).mean(dim=1)
 
 
-def _sample_regression(logits: Tensor, labels: Tensor, generators: list[torch.Generator]) -> Tensor:
+def _sample_regression(logits: Tensor, known: Tensor, generators: list[torch.Generator]) -> Tensor:
     deviation = math.sqrt(logits[0].numel() / 2)
     noise = torch.stack([torch.randn(logits.shape[1:], generator=generator) for generator in generators])
-    return logits + deviation * noise.to(logits.device)
+    return logits + deviation * placed(noise, logits.device)
 
 
 def _expected_regression(logits: Tensor) -> list[Tensor]:
@@ -189,42 +197,46 @@ def _expected_regression(logits: Tensor) -> list[Tensor]:
     return list((outputs * math.sqrt(2 / outputs.shape[1])).unbind(dim=1))
 
 
-def _multi_label_nll(logits: Tensor, labels: Tensor) -> Tensor:
+def _multi_label_nll(logits: Tensor, labels: Tensor, known: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(logits, labels.float(), reduction="none").mean(dim=-1)
 
 
-def _sample_multi_label(logits: Tensor, labels: Tensor, generators: list[torch.Generator]) -> Tensor:
+def _sample_multi_label(logits: Tensor, known: Tensor, generators: list[torch.Generator]) -> Tensor:
     uniform = torch.stack([torch.rand(logits.shape[1:], generator=generator) for generator in generators])
-    return (uniform.to(logits.device) < logits.sigmoid()).float()
+    return (placed(uniform, logits.device) < logits.sigmoid()).float()
 
 
 def _token_likelihood(reduction: TokenReduction) -> Likelihood:
-    def nll(logits: Tensor, labels: Tensor) -> Tensor:
-        counted = labels != IGNORED
+    def nll(logits: Tensor, labels: Tensor, known: Tensor) -> Tensor:
+        counted = known != IGNORED
         # Positions that do not count, as a chat model's prompts, need no fp32 copy and no softmax. Taking the others
         # out is a copy too, which pays where they are few.
         if int(counted.sum()) < counted.numel() / 2:
-            losses = F.cross_entropy(logits[counted].float(), labels[counted], reduction="none")
-            totals = losses.new_zeros(len(labels)).index_add(0, counted.nonzero()[:, 0], losses)
+            places = placed(counted.nonzero(), logits.device).unbind(1)
+            losses = F.cross_entropy(logits[places].float(), labels[places], reduction="none")
+            totals = losses.new_zeros(labels.shape).index_put(places, losses).sum(dim=1)
         else:
             flat, classes = logits.flatten(0, 1).float(), labels.flatten()
             losses = F.cross_entropy(flat, classes, reduction="none", ignore_index=IGNORED)
             totals = losses.view_as(labels).sum(dim=1)
-        return totals if reduction == "sum" else totals / counted.sum(dim=1).clamp(min=1)
+        return totals if reduction == "sum" else totals / (labels != IGNORED).sum(dim=1).clamp(min=1)
 
-    def sample(logits: Tensor, labels: Tensor, generators: list[torch.Generator]) -> Tensor:
-        drawn = labels.clone()
-        for row, scores, generator in zip(drawn, logits, generators, strict=True):
-            counted = row != IGNORED
-            row[counted] = _draw(scores[counted].float(), generator)
+    def sample(logits: Tensor, known: Tensor, generators: list[torch.Generator]) -> Tensor:
+        counted = known != IGNORED
+        numbers = counted.sum(dim=1).tolist()
+        drawn = placed(known.clone(), logits.device)
+        columns = placed(counted.nonzero()[:, 1], logits.device).split(numbers)
+        uniform = [torch.rand(number, 1, generator=g) for number, g in zip(numbers, generators, strict=True)]
+        chances = placed(torch.cat(uniform), logits.device).split(numbers)
+        for row, (of_row, chance) in enumerate(zip(columns, chances, strict=True)):
+            drawn[row, of_row] = _draw(logits[row, of_row].float(), chance)
         return drawn
 
     return Likelihood(nll, sample, None, "tokens")
 
 
-def _draw(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """One class for each row of `logits` (m, C). The draw depends on the generator alone, not on batch or padding."""
-    uniform = torch.rand(logits.shape[0], 1, generator=generator).to(logits.device)
+def _draw(logits: Tensor, uniform: Tensor) -> Tensor:
+    """One class for each row of `logits` (m, C), by as many numbers in [0, 1): what is drawn depends on no batch."""
     cumulative = logits.softmax(dim=-1).cumsum(dim=-1)
     return torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)[:, 0].clamp_(
         max=logits.shape[-1] - 1

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from fish_tuning.errors import FisherError, FishTuningWarning
 from fish_tuning.scores.batches import Batch, batch_size, calibration_batches
 from fish_tuning.scores.finite import check_finite
-from fish_tuning.scores.loss_vectors import LossFunction, LossVectors
+from fish_tuning.scores.loss_vectors import UNREAD, LossFunction, LossVectors
 from fish_tuning.scores.losses import FisherType, TokenReduction
 from fish_tuning.scores.prepared import prepared
 from fish_tuning.scores.processes import Processes
@@ -119,10 +119,12 @@ def measure_moments(
                 if processes.takes(number):
                     with device_errors_explained(model, target):
                         scorer.add(losses.trimmed(batch), first_example=processes.first_example(seen))
+                losses.check_finite(unread=UNREAD)
                 for message in scorer.new_failures():
                     warnings.warn(message, FishTuningWarning, stacklevel=stacklevel + 1)
                 seen += batch_size(batch)
                 bar.update(batch_size(batch))
+            losses.check_finite()
     except Exception as raised:
         error = raised
     processes.agree(error)

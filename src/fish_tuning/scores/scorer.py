@@ -20,13 +20,16 @@ from fish_tuning.scores.checks import (
     Checksums,
     Comparison,
     add_plain_checksum,
+    on_cpu,
     random_weights,
 )
 from fish_tuning.scores.expansion import with_expansion_if_possible
 from fish_tuning.scores.loss_scale import LossScale, Overflow
 from fish_tuning.scores.loss_vectors import LossVectors
 from fish_tuning.scores.plain_gradients import PlainGradients, Take
+from fish_tuning.scores.precision import full_precision
 from fish_tuning.scores.probes import Probes
+from fish_tuning.scores.reading import placed, read
 from fish_tuning.scores.totals import Totals
 
 logger = logging.getLogger("fish_tuning.scores.fisher")
@@ -93,7 +96,8 @@ class Scorer:
                 self._give_up(PADDING)
                 unproven = []
         if unproven:
-            failed = self._add_checked(batch, first_example, unproven)
+            with full_precision():
+                failed = self._add_checked(batch, first_example, unproven)
         elif self.probes.names:
             self.probes.backward(self._forward(batch, first_example), self.totals)
             self.scale.check()
@@ -146,21 +150,24 @@ class Scorer:
         waiting = [name for name in names if name not in alone or float(alone[name][0]) <= floor]
 
         weights = random_weights(size, seed=first_example) if waiting else torch.ones(size)
-        check = Check(frozenset(new), frozenset(waiting), row, weights, self.signed)
+        check = Check(frozenset(new), frozenset(waiting), row, placed(weights, self._device()), self.signed)
         together: Checksums = {}
         stand_ins = self.plain.stand_ins(
             waiting, lambda name, gradient: add_plain_checksum(together, name, gradient, self.signed)
         )
         with self.probes.shapes_seen():
             losses = self._forward(batch, first_example, self.plain.in_place(stand_ins))
+        self.losses.check_finite()
         self.probes.backward(losses, self.totals, check, stand_ins.values())
         self.scale.check()
         failed = dict(self.probes.broken)
+        together = on_cpu(together)
 
         tolerance = LOW_PRECISION_TOLERANCE if self._low_precision() else TOLERANCE
 
         def compare(names: Iterable[str], rule: Checksums, plain: Checksums, floor: float) -> Comparison:
-            return Comparison.of([name for name in names if name not in failed], rule, plain, tolerance, floor)
+            names = [name for name in names if name not in failed]
+            return Comparison.of(names, on_cpu(rule), plain, tolerance, floor)
 
         in_row = compare(new, check.of_row, alone, floor)
         floor = size * self._floor(together, size)
@@ -184,7 +191,7 @@ class Scorer:
         return NEGLIGIBLE_GRADIENT**2 * self.gradient_scale
 
     def _plain_checksums(self, batch: Batch, first_example: int, numbers: Iterable[int], names: list[str]) -> Checksums:
-        """Of single examples' plain gradients, added up.
+        """Of single examples' plain gradients, added up; on the CPU.
 
         In 32 bits each example is by itself, without its padding. In 16 bits that would tell little: another shape
         rounds otherwise, by more than a small gradient. There, each is one of its batch whose loss alone is taken.
@@ -206,7 +213,8 @@ class Scorer:
         elif names:
             for row in numbers:
                 self._take_gradients(batch, first_example, row, names, take)
-        return sums
+        self.losses.check_finite()
+        return on_cpu(sums)
 
     def _padding_matters(self, batch: Batch, first_example: int, row: int) -> bool:
         """Whether the row has another loss without its padding, so that no batch tells what it is alone.
@@ -215,7 +223,9 @@ class Scorer:
         """
         example = self.losses.trimmed(rows(batch, row, row + 1))
         alone, together = self.losses(example, first_example + row), self.losses(batch, first_example)
-        pairs = [(float(a[0].detach()), float(b[row].detach())) for a, b in zip(alone, together, strict=True)]
+        self.losses.check_finite()
+        found = read([*(loss[0] for loss in alone), *(loss[row] for loss in together)])
+        pairs = [(float(a), float(b)) for a, b in zip(found[: len(alone)], found[len(alone) :], strict=True)]
         return any(abs(a - b) > LOW_PRECISION_TOLERANCE * max(1.0, abs(a)) for a, b in pairs)
 
     def _low_precision(self) -> bool:

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fish_tuning.devices import has_float64, moved
+from fish_tuning.errors import FisherError
+
 Scores = dict[str, Tensor]
 
 
@@ -26,7 +29,14 @@ class Totals:
         device: torch.device | str | None,
         gradients: bool,
     ) -> Totals:
-        """`device`: None for that of each tensor."""
+        """`device`: None for that of each tensor. FisherError for float64 where a device has none."""
+        places = {tensor.device for tensor in tensors.values()} if device is None else {torch.device(device)}
+        without = [place for place in places if dtype == torch.float64 and not has_float64(place)]
+        if without:
+            raise FisherError(
+                f"scores_dtype=torch.float64: {without[0]} has no numbers of 64 bits. Keep the scores on the CPU "
+                "(scores_device='cpu'), or in torch.float32."
+            )
 
         def zeros() -> Scores:
             return {
@@ -76,7 +86,7 @@ def squared(gradient: Tensor) -> Tensor:
 def _add(total: Tensor, part: Tensor) -> None:
     """`total += part`, wherever and in whatever dtype the total is kept."""
     if not part.is_sparse:
-        total += part.to(total.device, total.dtype)
+        total += moved(part, total.device, total.dtype)
         return
-    rows, values = part.indices()[0].to(total.device), part.values().to(total.device, total.dtype)
+    rows, values = part.indices()[0].to(total.device), moved(part.values(), total.device, total.dtype)
     total[rows] += values  # each row once

@@ -15,6 +15,7 @@ from fish_tuning.peft_methods import PEFT_METHODS, WARMUP_STEPS
 from fish_tuning.scores.batches import Batch, batch_size, rows
 from fish_tuning.scores.loss_vectors import LossVectors
 from fish_tuning.scores.plain_gradients import PlainGradients
+from fish_tuning.scores.reading import read
 
 logger = logging.getLogger("fish_tuning.scores.fisher")
 
@@ -32,11 +33,12 @@ def warmup_steps_needed(model: nn.Module) -> int:
     """
     if not getattr(model, "peft_config", None) or _starts_away_from_zero(model):
         return 0
-    zero = {
-        not bool(parameter.any())
+    trained = (
+        parameter
         for name, parameter in model.named_parameters()
         if parameter.requires_grad and "modules_to_save" not in name and not parameter.is_meta
-    }
+    )
+    zero = {not bool(any_left) for any_left in read(parameter.any() for parameter in trained)}
     return WARMUP_STEPS if len(zero) == 2 else 0
 
 
@@ -67,6 +69,8 @@ def warmed_up(
     would not do: activation checkpointing computes again with the parameters.) The mode is the caller's: that of
     scoring has no dropout, so the steps are the same every time.
 
+    Raises FisherError for a loss that is not finite, before anything is scored.
+
     Args:
         losses: of each example alone, for the given labels; their mean is trained on.
         batches: of the examples. Each step takes a run of them, `seed` says in which order.
@@ -79,11 +83,15 @@ def warmed_up(
     try:
         if batches:
             _train(model, trainable, losses, step_parts(batches, steps, seed), learning_rate)
-        yield
+        example = losses.first_not_finite()
+        if example is None:
+            yield
     finally:
         with torch.no_grad():
             for name, parameter in trainable.items():
                 parameter.copy_(before[name])
+    if example is not None:  # told of the weights as they were, which a step along a loss that is NaN makes NaN, too
+        raise losses.not_finite(example)
 
 
 class Part(NamedTuple):

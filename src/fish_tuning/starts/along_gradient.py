@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from fish_tuning.errors import FisherError, FishTuningWarning
 from fish_tuning.scores.bare_model import unwrapped
 from fish_tuning.scores.batches import batch_size, calibration_batches
-from fish_tuning.scores.loss_vectors import LossFunction, LossVectors
+from fish_tuning.scores.loss_vectors import UNREAD, LossFunction, LossVectors
 from fish_tuning.scores.losses import TokenReduction
 from fish_tuning.scores.prepared import prepared
 from fish_tuning.scores.scoring_state import scoring_state
@@ -127,8 +127,10 @@ def gradient_directions(
             with device_errors_explained(model, target):
                 (loss,) = losses(losses.trimmed(batch), seen)
                 gradients.backward(loss.sum())
+            losses.check_finite(unread=UNREAD)
             seen += batch_size(batch)
             bar.update(batch_size(batch))
+        losses.check_finite()
     if not seen:
         raise FisherError("The calibration dataloader gave no example.")
     found = {}

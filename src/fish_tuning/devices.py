@@ -1,0 +1,29 @@
+"""What not every device can do."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+WITHOUT_FLOAT64 = {"mps"}  # Apple's GPUs
+
+
+def has_float64(device: torch.device) -> bool:
+    return device.type not in WITHOUT_FLOAT64
+
+
+def exact_dtype(device: torch.device) -> torch.dtype:
+    """float64, or the widest that the device has."""
+    return torch.float64 if has_float64(device) else torch.float32
+
+
+def in_float64(tensor: Tensor) -> Tensor:
+    """The tensor in float64, on the CPU where its device has none."""
+    return tensor.double() if has_float64(tensor.device) else tensor.cpu().double()
+
+
+def moved(tensor: Tensor, device: torch.device | str, dtype: torch.dtype) -> Tensor:
+    """`tensor.to(device, dtype)`, by way of the device where the tensor's own does not have the dtype."""
+    if dtype == torch.float64 and not has_float64(tensor.device):
+        return tensor.to(device).to(dtype)
+    return tensor.to(device, dtype)

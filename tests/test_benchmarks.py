@@ -1,0 +1,81 @@
+"""Where the benchmarks compute: one mechanism for all, which says so where a device is not there."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+SCRIPTS = sorted(file.stem for file in FOLDER.glob("bench_*.py"))
+ABSENT = next(kind for kind in ("cuda", "mps", "xpu") if not torch.get_device_module(kind).is_available())
+
+
+@pytest.fixture(autouse=True)
+def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+
+
+def test_there_are_benchmarks() -> None:
+    assert len(SCRIPTS) >= 6
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_device_that_is_not_there_is_one_message(
+    script: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [script, "--device", ABSENT, "--dtype", "bfloat16"])
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(script).main()
+    assert ended.value.code == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert told.err.count("error:") == 1
+    assert f"'{ABSENT}' is not on this machine" in told.err
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:x", ""])
+def test_what_is_no_device(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench_fisher", "--device", name])
+    with pytest.raises(SystemExit, match="2"):
+        importlib.import_module("bench_fisher").main()
+    assert "is no device" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("shape", ["tiny", "tiny-llama"])
+def test_models_are_made_where_they_compute(shape: str) -> None:
+    common: Any = importlib.import_module("common")
+    place = common.Place(torch.device("cpu"), torch.bfloat16)
+    model = common.with_lora(shape, place)
+    dtypes = {name: p.dtype for name, p in model.named_parameters()}
+    assert {dtype for name, dtype in dtypes.items() if "lora" not in name and "modules_to" not in name} == {
+        torch.bfloat16
+    }
+    assert torch.get_default_dtype() == torch.float32
+    data = common.batches(2, place, shape, examples=4, tokens=8)
+    assert [len(batch["labels"]) for batch in data] == [2, 2]
+    common.plain_pass(model, data)
+    assert all(p.grad is None for p in model.parameters())
+    (parameter, *_) = common.base_model(shape, common.Place(torch.device("meta"))).parameters()
+    assert parameter.is_meta
+
+
+def test_ways_take_turns_and_the_first_rounds_do_not_count() -> None:
+    common: Any = importlib.import_module("common")
+    place, done = common.Place(torch.device("cpu")), []
+    seconds = common.turns({"one": lambda: done.append(1), "two": lambda: done.append(2)}, place, rounds=3, warm_up=2)
+    assert done == [1, 2] * 5
+    assert {name: len(values) for name, values in seconds.items()} == {"one": 3, "two": 3}
+    assert common.ratios([2.0, 9.0], [1.0, 3.0]) == [2.0, 3.0]
+
+
+def test_a_gpu_is_waited_for_before_and_after(monkeypatch: pytest.MonkeyPatch) -> None:
+    common: Any = importlib.import_module("common")
+    done: list[str] = []
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda: done.append("waited"))
+    common.Place(torch.device("cuda")).seconds(lambda: done.append("ran"))
+    assert done == ["waited", "ran", "waited"]
