@@ -54,7 +54,8 @@ def test_trials_are_made_once_and_see_no_validation_example(
     run = trainings.run_arm
 
     def watched(context: Context, arm: ArmPlan, seed: int, *rest: Any) -> Any:
-        sizes.append((len(context.data.train), len(context.data.validation), seed))
+        if context.is_trial:
+            sizes.append((len(context.data.train), len(context.data.validation), seed))
         return run(context, arm, seed, *rest)
 
     monkeypatch.setattr(trainings, "run_arm", watched)
