@@ -1,0 +1,130 @@
+"""Frozen weights in few bits: how many bytes they take, and what they do to a pass over the model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fish_tuning.experiments.models.targets import head_names
+
+_BITS = ("bits", "w_bit", "weight_bits", "nbits")
+_GROUP = ("group_size", "q_group_size")
+_LEFT_OUT = ("llm_int8_skip_modules", "modules_to_not_convert")
+
+
+class Quantization(NamedTuple):
+    """How a model's linear layers are stored.
+
+    Args:
+        name: of the method, as configurations give it.
+        bits: of an entry.
+        entry_overhead: bytes an entry for the scales of its block.
+        row_overhead: bytes a row for its scale.
+        left_out: names of modules that stay as they are, beside the head.
+        measured: whether these are the sizes that the method's library makes; else they are assumed.
+    """
+
+    name: str
+    bits: float
+    entry_overhead: float
+    row_overhead: int
+    left_out: tuple[str, ...]
+    measured: bool
+
+    def nbytes(self, rows: int, columns: int) -> int:
+        entries = rows * columns
+        return math.ceil(entries * (self.bits / 8 + self.entry_overhead)) + rows * self.row_overhead
+
+
+def quantization_of(*found: Any) -> Quantization | None:
+    """The first quantisation that is given, as a mapping or a configuration of transformers; None where none is."""
+    for given in found:
+        settings = given.to_dict() if hasattr(given, "to_dict") else given
+        if isinstance(settings, Mapping) and settings:
+            return _read(settings)
+    return None
+
+
+def _read(settings: Mapping[str, Any]) -> Quantization | None:
+    left_out = tuple(name for key in _LEFT_OUT for name in settings.get(key) or ())
+    method = settings.get("quant_method", "bitsandbytes")
+    method = str(getattr(method, "value", method))
+    in_4, in_8 = (settings.get(key, settings.get(f"_{key}")) for key in ("load_in_4bit", "load_in_8bit"))
+    if in_4:
+        block = 64
+        scale = 4 / block
+        if settings.get("bnb_4bit_use_double_quant"):
+            scale = (1 + 4 / 256) / block
+        return Quantization("bitsandbytes 4-bit", 4, scale, 0, left_out, measured=True)
+    if in_8:
+        return Quantization("bitsandbytes 8-bit", 8, 0, 4, left_out, measured=True)
+    bits = next((settings[key] for key in _BITS if isinstance(settings.get(key), int | float)), None)
+    if method == "bitsandbytes" and bits is None:
+        return None
+    if bits is None:
+        bits = 8 if "8" in method or "8" in str(settings.get("quant_type", "")) else 4
+    group = next((settings[key] for key in _GROUP if isinstance(settings.get(key), int)), 128)
+    overhead = 4 / group if group > 0 else 0  # a scale and a zero point of 16 bits
+    return Quantization(f"{method} {bits}-bit", float(bits), overhead, 0, left_out, measured=False)
+
+
+def quantize_like(model: Any, quantization: Quantization) -> set[int]:
+    """Have the frozen linear layers of a model without weights do as quantised ones; the ids of their weights now.
+
+    Their weights become bytes, and each pass through them makes the whole weight for a moment, as dequantising does.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    left_out = {*head_names(base), "lm_head", *quantization.left_out}
+    output = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+    inside = {
+        id(module)
+        for layer in base.modules()
+        if isinstance(layer, BaseTunerLayer)
+        for name, child in layer.named_children()
+        if name != "base_layer"
+        for module in child.modules()
+    }
+    changed = set()
+    for name, module in base.named_modules():
+        if not isinstance(module, nn.Linear) or id(module) in inside or module is output:
+            continue
+        if left_out & set(name.split(".")) or any(name.endswith(f".{end}") for end in left_out):
+            continue
+        if not module.weight.requires_grad:
+            changed.add(id(_replace(module, quantization)))
+    return changed
+
+
+def _replace(module: nn.Linear, quantization: Quantization) -> nn.Parameter:
+    rows, columns = module.out_features, module.in_features
+    stored = module.weight.new_empty(quantization.nbytes(rows, columns), dtype=torch.uint8)
+    weight = nn.Parameter(stored, requires_grad=False)
+    module._parameters["weight"] = weight
+
+    def forward(x: Tensor) -> Tensor:
+        if torch.is_autocast_enabled("cpu"):
+            x = x.to(torch.get_autocast_dtype("cpu"))
+        output: Tensor = _Dequantized.apply(x, rows, columns)  # type: ignore[no-untyped-call]
+        return output if module.bias is None else output + module.bias.to(output.dtype)
+
+    vars(module)["forward"] = forward
+    return weight
+
+
+class _Dequantized(torch.autograd.Function):
+    """A product with a weight that is made for it, in either direction, and kept for neither."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: int, columns: int) -> Tensor:
+        ctx.shape = rows, columns
+        return F.linear(x, x.new_empty(rows, columns))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        return grads[0] @ grads[0].new_empty(ctx.shape), None, None

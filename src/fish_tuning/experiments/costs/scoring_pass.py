@@ -1,0 +1,105 @@
+"""Scores of all that trains, on tensors without memory: what calibration needs at its peak."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
+
+from fish_tuning.experiments.costs.batches import LABELS, Shapes, first_rows, made, taken
+from fish_tuning.experiments.costs.training_pass import counted
+from fish_tuning.scores.batches import one_by_one_is_as_fast
+from fish_tuning.scores.losses import TOKENWISE, loss_type_of
+from fish_tuning.scores.named import MEAN_GRADIENT, SCORES
+from fish_tuning.scores.probes import Probes
+from fish_tuning.scores.scoring_state import scoring_state
+from fish_tuning.scores.totals import Totals
+from fish_tuning.scores.warmup import WARMUP_EXAMPLES
+
+
+class ScoringPeak(NamedTuple):
+    """Bytes of calibration above the model's weights."""
+
+    scores: int  # that it ends with
+    peak: int
+
+
+def scoring_peak(
+    model: Any, mode: FakeTensorMode, batch: Shapes, score: str, warmup_steps: int, *, gpu: bool
+) -> ScoringPeak:
+    """What `calculate_scores` needs above the weights of a fake model in which all of the pool trains.
+
+    Before anything is scored come warm-up steps: dense AdamW on all of it, beside a copy to go back to. Then a copy of
+    the weights as they were scored stays, too.
+    """
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    entries = sum(parameter.numel() for parameter in trained.values())
+    weights = sum(parameter.nbytes for parameter in trained.values())
+    low = sum(parameter.numel() for parameter in trained.values() if parameter.dtype.itemsize <= 2)
+    needs = SCORES[score].needs
+    if not needs:
+        return ScoringPeak(4 * entries, 4 * entries)
+    scores = 4 * entries * (2 if MEAN_GRADIENT in needs else 1)
+    peak = scores + (2 * weights if warmup_steps else 0) + _scored(model, mode, batch, trained, score)
+    if warmup_steps:
+        # Two numbers an entry in fp32, fp32 copies of what has 16 bits, and what a step makes new of all at once.
+        state = 8 * entries + 4 * low
+        stepping = 4 * entries + 4 * (entries if gpu else max(p.numel() for p in trained.values()))
+        peak = max(peak, scores + weights + state + max(_warmed_up(model, mode, batch), stepping))
+    return ScoringPeak(4 * entries, peak)
+
+
+def _warmed_up(model: Any, mode: FakeTensorMode, batch: Shapes) -> int:
+    with scoring_state(model), counted(model, mode, gpu=False) as live:
+        inputs = made(taken(model, first_rows(batch, WARMUP_EXAMPLES)))
+        _losses(model, inputs).mean().backward()  # type: ignore[no-untyped-call]
+    peak = live.peak()
+    model.zero_grad()
+    return peak
+
+
+def _scored(model: Any, mode: FakeTensorMode, batch: Shapes, trained: dict[str, Any], score: str) -> int:
+    with mode:
+        alone = one_by_one_is_as_fast(made(batch))
+    signed = MEAN_GRADIENT in SCORES[score].needs
+    with scoring_state(model), mode:
+        totals = Totals.zeros(trained, torch.float32, None, signed)
+    held = [*totals.squares.values(), *(totals.gradients or {}).values()]
+    if alone:
+        return _one_by_one(model, mode, batch, held)
+    probes = Probes(model, trained)
+    with scoring_state(model), probes, counted(model, mode, gpu=False, beside=held) as live:
+        inputs = made(taken(model, batch))
+        probes.start(next(iter(inputs.values())).shape[0], torch.device("cpu"), inputs)
+        losses = _losses(model, inputs)
+        probes.backward([losses], totals)
+    return live.peak()
+
+
+def _one_by_one(model: Any, mode: FakeTensorMode, batch: Shapes, held: list[Tensor]) -> int:
+    def given_up(parameter: Tensor) -> None:
+        parameter.grad = None
+
+    with scoring_state(model), counted(model, mode, gpu=False, beside=held) as live:
+        handles = [p.register_post_accumulate_grad_hook(given_up) for p in model.parameters() if p.requires_grad]
+        _losses(model, made(taken(model, first_rows(batch, 1)))).sum().backward()  # type: ignore[no-untyped-call]
+    for handle in handles:
+        handle.remove()
+    return live.peak()
+
+
+def _losses(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    """One an example, as scoring takes them from the logits; every token is taken to count."""
+    outputs = model(**{name: tensor for name, tensor in inputs.items() if name not in LABELS})
+    logits, labels = outputs.logits, next(inputs[name] for name in LABELS if name in inputs)
+    if loss_type_of(model) in TOKENWISE:
+        losses = F.cross_entropy(
+            logits.flatten(0, 1).float(), labels.new_zeros(logits.shape[:2]).flatten(), reduction="none"
+        )
+        return losses.view(logits.shape[:2]).sum(1)
+    if labels.is_floating_point():
+        return (logits.float() - labels.view_as(logits)).square().flatten(1).mean(1)
+    return F.cross_entropy(logits.float(), labels.view(-1), reduction="none")
