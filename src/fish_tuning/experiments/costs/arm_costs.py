@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import TrainingArguments
@@ -17,9 +16,9 @@ from transformers import TrainingArguments
 from fish_tuning.experiments.costs.batches import Shapes
 from fish_tuning.experiments.costs.devices import Sizes
 from fish_tuning.experiments.costs.fake_models import make_fake, mask_fake
-from fish_tuning.experiments.costs.live_bytes import LiveBytes
 from fish_tuning.experiments.costs.optimizers import OptimizerState, Trained, optimizer_state, step_bytes
 from fish_tuning.experiments.costs.quantized import Quantization, quantize_like
+from fish_tuning.experiments.costs.repeated_layers import Peaks, repeated_layers
 from fish_tuning.experiments.costs.scoring_pass import ScoringPeak, scoring_peak
 from fish_tuning.experiments.costs.training_pass import training_pass
 from fish_tuning.files.sizes import Described, delta_size, mask_size, safetensors_size
@@ -48,7 +47,7 @@ class Measured:
     masked: int  # of `sizes.replicated`: positions of the selected entries
     state: OptimizerState
     files: Files
-    live: LiveBytes | None
+    live: Peaks | None
     calibration: ScoringPeak | None
     failures: tuple[str, ...]
 
@@ -128,7 +127,8 @@ def spread(kept: int, sizes: Mapping[str, int]) -> dict[str, int]:
 def _sizes(model: nn.Module, beside: list[Any], held: list[Trained], state: OptimizerState, work: Work) -> Sizes:
     parameters = list(model.parameters())
     buffers = sum(buffer.nbytes for buffer in model.buffers())
-    layers = [sum(p.nbytes for p in layer.parameters()) for layer in repeated_layers(model)]
+    lists = repeated_layers(model)
+    layers = [sum(p.nbytes for p in layer.parameters()) for each in lists for layer in each]
     total = sum(parameter.nbytes for parameter in parameters)
     trained = sum(tensor.nbytes for tensor in held)
     mixed = work.args.bf16 or work.args.fp16
@@ -146,21 +146,6 @@ def _sizes(model: nn.Module, beside: list[Any], held: list[Trained], state: Opti
         step=step_bytes(work.args.optim, held, work.gpu),
         accumulates=work.args.gradient_accumulation_steps,
     )
-
-
-def repeated_layers(model: nn.Module) -> list[nn.Module]:
-    """The modules of the outermost lists of several: what FSDP and ZeRO-3 gather one after another."""
-    found: list[nn.Module] = []
-
-    def look(module: nn.Module) -> None:
-        for child in module.children():
-            if isinstance(child, nn.ModuleList) and len(child) > 1 and not isinstance(module, BaseTunerLayer):
-                found.extend(child)
-            else:
-                look(child)
-
-    look(model)
-    return found
 
 
 def _files(model: Any, kept: Mapping[str, int], state: OptimizerState, failures: list[str]) -> Files:

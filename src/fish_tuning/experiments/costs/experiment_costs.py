@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from fish_tuning.errors import ConfigurationError
 from fish_tuning.experiments.config.arm_names import ArmName
@@ -68,6 +70,30 @@ class ExperimentCosts:
         return asdict(self)
 
 
+def parse_devices(text: str) -> list[int]:
+    """`1,2,8` as numbers. Raises ConfigurationError for anything else."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdigit() and 0 < int(part) < 10**6 for part in parts):
+        raise ConfigurationError(f"--devices {text}: must be whole numbers from 1, such as 1,2,8.")
+    return list(dict.fromkeys(map(int, parts)))
+
+
+def plannable(config: ExperimentConfig, kind: str | None) -> ExperimentConfig:
+    """The experiment as it can be planned here: for a GPU also on a machine that has none, and would refuse it."""
+    if kind != "cuda" or torch.accelerator.is_available():
+        return config
+
+    def changed(values: dict[str, Any]) -> dict[str, Any]:
+        half = {"fp16": False, "bf16": True} if values.get("fp16") else {}  # as many bytes
+        return {name: value for name, value in values.items() if name != "tf32"} | half
+
+    own = changed(config.training.args_override) | {"use_cpu": True}
+    peft = [section.model_copy(update={"training_args": changed(section.training_args)}) for section in config.peft]
+    data = config.dataset.model_copy(update={"training_args": changed(config.dataset.training_args)})
+    training = config.training.model_copy(update={"args_override": own})
+    return config.model_copy(update={"training": training, "peft": peft, "dataset": data})
+
+
 def experiment_costs(
     config: ExperimentConfig,
     plan: Plan,
@@ -76,7 +102,6 @@ def experiment_costs(
     strategy: str = "ddp",
     kind: str | None = None,
     tokens: int | None = None,
-    on_arm: Callable[[str], None] = lambda arm: None,
 ) -> ExperimentCosts:
     """What each arm needs on one of so many devices; nothing is loaded, and no weights are made.
 
@@ -87,25 +112,22 @@ def experiment_costs(
         strategy: ddp, fsdp, zero2 or zero3: how training is spread over them.
         kind: cpu or cuda, whose kernels are planned for; by default that on which the experiment would train here.
         tokens: length of the longest text, where the training set's own is not to count.
-        on_arm: told of each arm that is begun.
 
     Raises:
         ConfigurationError: for values that are not allowed, and as `build_meta_model`.
     """
-    _check(devices, strategy, kind, tokens)
+    check_options(devices, strategy, kind, tokens)
     first = _arguments(config, plan, plan.arms[0])
     kind = kind or ("cpu" if first.device.type == "cpu" else "cuda")
     planner = _Planner(config, plan, kind == "cuda", tokens)
-    arms = []
-    for arm in plan.arms:
-        on_arm(arm.arm)
-        arms.append(_of_arm(arm, planner.measured(arm), devices, strategy))
+    arms = tuple(_of_arm(arm, planner.measured(arm), devices, strategy, planner.scores(arm)) for arm in plan.arms)
     batch = {name: list(tensor.shape) for name, tensor in planner.batch(plan.arms[0]).items()}
     notes = tuple(dict.fromkeys([*planner.notes, *_notes(first, planner.batch(plan.arms[0]))]))
-    return ExperimentCosts(config.name, config.model.name, kind, strategy, batch, tuple(arms), notes)
+    return ExperimentCosts(config.name, config.model.name, kind, strategy, batch, arms, notes)
 
 
-def _check(devices: Sequence[int], strategy: str, kind: str | None, tokens: int | None) -> None:
+def check_options(devices: Sequence[int], strategy: str, kind: str | None, tokens: int | None) -> None:
+    """Raise ConfigurationError for what is not allowed."""
     if strategy not in STRATEGIES:
         raise ConfigurationError(f"--strategy {strategy}: allowed are {', '.join(STRATEGIES)}.")
     if kind is not None and kind not in KINDS:
@@ -142,34 +164,40 @@ class _Planner:
             self._batches[size] = largest_batch(task, self.plan.processing_class, length, size, self.tokens)
         return self._batches[size]
 
-    def measured(self, arm: ArmPlan) -> Measured:
-        section, variant = self.config.method_of(arm.arm), self.config.variant_of(arm.arm)
+    def scores(self, arm: ArmPlan) -> bool:
         selection = ArmName.parse(arm.arm).selection
-        scored = selection is not None and SELECTIONS.find(selection.name).needs_scores
-        masked = arm.selection is not None and arm.kept < arm.pool
-        # The head alone and dense arms differ from masked ones of the same adapter.
-        key = section.name, variant, arm.kept if masked else None, scored
+        return selection is not None and SELECTIONS.find(selection.name).needs_scores
+
+    def measured(self, arm: ArmPlan) -> Measured:
+        """Of all arms that train as many entries of the same adapter, with what scoring costs if one of them scores."""
+        key = self._key(arm)
         if key not in self._known:
+            section, variant = self.config.method_of(arm.arm), self.config.variant_of(arm.arm)
             model = build_meta_model(self.config, self.plan.model_config, self.plan.task, section, variant)
-            self._known[key] = measure(
-                Work(
-                    model=model,
-                    kept=self._kept(arm, model) if masked else {},
-                    args=_arguments(self.config, self.plan, arm),
-                    batch=self.batch(arm),
-                    calibration=first_rows(self.batch(arm), self.config.choice_of(section).num_samples),
-                    quantization=self._quantization,
-                    score=self.config.choice_of(section).score if scored else None,
-                    warmup_steps=self.config.warmup_steps(section),
-                    fused_head=isinstance(self.plan.task, CausalLM),
-                    gpu=self.gpu,
-                )
+            choice, batch = self.config.choice_of(section), self.batch(arm)
+            scored = any(self.scores(other) for other in self.plan.arms if self._key(other) == key)
+            work = Work(
+                model=model,
+                kept=self._kept(arm, model) if _is_masked(arm) else {},
+                args=_arguments(self.config, self.plan, arm),
+                batch=batch,
+                calibration=first_rows(batch, choice.num_samples),
+                quantization=self._quantization,
+                score=choice.score if scored else None,
+                warmup_steps=self.config.warmup_steps(section),
+                fused_head=isinstance(self.plan.task, CausalLM),
+                gpu=self.gpu,
             )
+            self._known[key] = measure(work)
         found = self._known[key]
         self.notes += [f"{arm.arm}: {failure}." for failure in found.failures]
         if found.state.assumed:
             self.notes.append(found.state.assumed)
         return found
+
+    def _key(self, arm: ArmPlan) -> Any:
+        section = self.config.method_of(arm.arm)
+        return section.name, self.config.variant_of(arm.arm), arm.kept if _is_masked(arm) else None
 
     def _kept(self, arm: ArmPlan, model: Any) -> dict[str, int]:
         """Of each tensor that a mask leaves entries out of."""
@@ -179,8 +207,13 @@ class _Planner:
         return {name: count for name, count in spread(arm.kept, pool).items() if count < pool[name]}
 
 
-def _of_arm(arm: ArmPlan, found: Measured, devices: Sequence[int], strategy: str) -> ArmCosts:
-    sizes, live, calibration = found.sizes, found.live, found.calibration
+def _is_masked(arm: ArmPlan) -> bool:
+    return arm.selection is not None and arm.kept < arm.pool
+
+
+def _of_arm(arm: ArmPlan, found: Measured, devices: Sequence[int], strategy: str, scored: bool) -> ArmCosts:
+    sizes, live = found.sizes, found.live
+    calibration = found.calibration if scored else None
     beside = sizes.gradients if sizes.accumulates > 1 else None
     peak = None if live is None else lambda share: live.peak(share, beside)
     weights = sizes.parameters + sizes.replicated

@@ -74,7 +74,10 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        output = query.new_empty(*query.shape[:-1], value.shape[-1])
+        # Laid out as models want it next, with the heads of a token together.
+        output = (
+            query.transpose(-3, -2).new_empty(*query.transpose(-3, -2).shape[:-1], value.shape[-1]).transpose(-3, -2)
+        )
         ctx.save_for_backward(query, key, value, output, query.new_empty(query.shape[:-1], dtype=torch.float32), mask)
         return output
 

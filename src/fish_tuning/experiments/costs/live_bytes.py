@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
 
 ACTIVATIONS, GRADIENTS = "activations", "gradients"
 
@@ -32,7 +33,7 @@ class LiveBytes(TorchDispatchMode):
     """
 
     def __init__(self, before: Iterable[Tensor] = ()) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = {ACTIVATIONS: 0, GRADIENTS: 0}
         self._known: dict[int, tuple[Any, int, str | None]] = {}  # by memory: its end, its bytes, what it is
         self._most: dict[int, int] = {0: 0}  # by bytes of gradients: the most bytes of activations beside them
@@ -46,15 +47,14 @@ class LiveBytes(TorchDispatchMode):
                 self._know(leaf, ACTIVATIONS)
         return made
 
-    def of_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+    def of_gradients(self, parameters: Iterable[nn.Parameter]) -> list[RemovableHandle]:
         """Count what these get as `.grad` as gradients, from when they have got it."""
 
         def arrived(parameter: Tensor) -> None:
             if parameter.grad is not None:
                 self._turn(parameter.grad)
 
-        for parameter in parameters:
-            parameter.register_post_accumulate_grad_hook(arrived)
+        return [parameter.register_post_accumulate_grad_hook(arrived) for parameter in parameters]
 
     def peak(self, share: float = 1.0, beside: int | None = None) -> int:
         """The most bytes alive at one time, where `share` of the gradients count.

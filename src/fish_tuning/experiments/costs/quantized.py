@@ -84,8 +84,7 @@ def quantize_like(model: Any, quantization: Quantization) -> set[int]:
     output = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
     inside = {
         id(module)
-        for layer in base.modules()
-        if isinstance(layer, BaseTunerLayer)
+        for layer in tuner_layers(base)
         for name, child in layer.named_children()
         if name != "base_layer"
         for module in child.modules()
@@ -99,6 +98,10 @@ def quantize_like(model: Any, quantization: Quantization) -> set[int]:
         if not module.weight.requires_grad:
             changed.add(id(_replace(module, quantization)))
     return changed
+
+
+def tuner_layers(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
 
 
 def _replace(module: nn.Linear, quantization: Quantization) -> nn.Parameter:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from fish_tuning.experiments.costs.batches import LABELS, Shapes, first_rows, made, taken
+from fish_tuning.experiments.costs.live_bytes import LiveBytes
+from fish_tuning.experiments.costs.repeated_layers import of_all_layers
 from fish_tuning.experiments.costs.training_pass import counted
 from fish_tuning.scores.batches import one_by_one_is_as_fast
 from fish_tuning.scores.losses import TOKENWISE, loss_type_of
@@ -42,59 +45,69 @@ def scoring_peak(
     needs = SCORES[score].needs
     if not needs:
         return ScoringPeak(4 * entries, 4 * entries)
-    scores = 4 * entries * (2 if MEAN_GRADIENT in needs else 1)
-    peak = scores + (2 * weights if warmup_steps else 0) + _scored(model, mode, batch, trained, score)
+    held = [*model.parameters(), *model.buffers()]
+    signed = MEAN_GRADIENT in needs
+
+    def scored() -> LiveBytes:
+        return _scored(model, mode, batch, held, signed)
+
+    def warmed_up() -> LiveBytes:
+        return _warmed_up(model, mode, batch, held)
+
+    scores = 4 * entries * (2 if signed else 1)
+    peak = scores + (2 * weights if warmup_steps else 0) + of_all_layers(model, scored).peak()
     if warmup_steps:
         # Two numbers an entry in fp32, fp32 copies of what has 16 bits, and what a step makes new of all at once.
         state = 8 * entries + 4 * low
         stepping = 4 * entries + 4 * (entries if gpu else max(p.numel() for p in trained.values()))
-        peak = max(peak, scores + weights + state + max(_warmed_up(model, mode, batch), stepping))
+        peak = max(peak, scores + weights + state + max(of_all_layers(model, warmed_up).peak(), stepping))
     return ScoringPeak(4 * entries, peak)
 
 
-def _warmed_up(model: Any, mode: FakeTensorMode, batch: Shapes) -> int:
-    with scoring_state(model), counted(model, mode, gpu=False) as live:
+def _warmed_up(model: Any, mode: FakeTensorMode, batch: Shapes, held: list[Tensor]) -> LiveBytes:
+    with scoring_state(model), counted(model, mode, held, gpu=False) as live:
         inputs = made(taken(model, first_rows(batch, WARMUP_EXAMPLES)))
-        _losses(model, inputs).mean().backward()  # type: ignore[no-untyped-call]
-    peak = live.peak()
-    model.zero_grad()
-    return peak
+        _losses(model, inputs).mean().backward()
+    return live
 
 
-def _scored(model: Any, mode: FakeTensorMode, batch: Shapes, trained: dict[str, Any], score: str) -> int:
+def _scored(model: Any, mode: FakeTensorMode, batch: Shapes, held: list[Tensor], signed: bool) -> LiveBytes:
     with mode:
         alone = one_by_one_is_as_fast(made(batch))
-    signed = MEAN_GRADIENT in SCORES[score].needs
-    with scoring_state(model), mode:
-        totals = Totals.zeros(trained, torch.float32, None, signed)
-    held = [*totals.squares.values(), *(totals.gradients or {}).values()]
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if alone:
         return _one_by_one(model, mode, batch, held)
+    with mode:
+        totals = Totals.zeros(trained, torch.float32, None, signed)
+    held = [*held, *totals.squares.values(), *(totals.gradients or {}).values()]
     probes = Probes(model, trained)
-    with scoring_state(model), probes, counted(model, mode, gpu=False, beside=held) as live:
+    with scoring_state(model), probes, counted(model, mode, held, gpu=False) as live:
         inputs = made(taken(model, batch))
         probes.start(next(iter(inputs.values())).shape[0], torch.device("cpu"), inputs)
         losses = _losses(model, inputs)
         probes.backward([losses], totals)
-    return live.peak()
+    return live
 
 
-def _one_by_one(model: Any, mode: FakeTensorMode, batch: Shapes, held: list[Tensor]) -> int:
+def _one_by_one(model: Any, mode: FakeTensorMode, batch: Shapes, held: list[Tensor]) -> LiveBytes:
     def given_up(parameter: Tensor) -> None:
         parameter.grad = None
 
-    with scoring_state(model), counted(model, mode, gpu=False, beside=held) as live:
-        handles = [p.register_post_accumulate_grad_hook(given_up) for p in model.parameters() if p.requires_grad]
-        _losses(model, made(taken(model, first_rows(batch, 1)))).sum().backward()  # type: ignore[no-untyped-call]
-    for handle in handles:
-        handle.remove()
-    return live.peak()
+    with ExitStack() as stack:
+        stack.enter_context(scoring_state(model))
+        live = stack.enter_context(counted(model, mode, held, gpu=False))
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                stack.callback(parameter.register_post_accumulate_grad_hook(given_up).remove)
+        _losses(model, made(taken(model, first_rows(batch, 1)))).sum().backward()
+    return live
 
 
 def _losses(model: Any, inputs: dict[str, Tensor]) -> Tensor:
     """One an example, as scoring takes them from the logits; every token is taken to count."""
-    outputs = model(**{name: tensor for name, tensor in inputs.items() if name not in LABELS})
-    logits, labels = outputs.logits, next(inputs[name] for name in LABELS if name in inputs)
+    outputs: Any = model(**{name: tensor for name, tensor in inputs.items() if name not in LABELS})
+    logits: Tensor = outputs.logits
+    labels = next(inputs[name] for name in LABELS if name in inputs)
     if loss_type_of(model) in TOKENWISE:
         losses = F.cross_entropy(
             logits.flatten(0, 1).float(), labels.new_zeros(logits.shape[:2]).flatten(), reduction="none"
