@@ -60,9 +60,12 @@ def cases() -> list[Case]:
     }
     llama = {
         "model": {"name": f"{folder}/models/stories260K"},
-        "dataset": {"load_args": [f"{folder}/data/gsm8k"], "max_train_samples": 24, "max_validation_samples": 4},
+        "dataset": {
+            "load_args": [f"{folder}/data/rotten_tomatoes"], "task": "causal_lm", "text_column": "text",
+            "max_train_samples": 24, "max_validation_samples": 4,
+        },
         "fish_tuning": {"methods_to_run": ["lora", "lora-fish"]},
-    }
+    }  # fmt: skip
     size = "training.args_override.per_device_train_batch_size="
     bf16, checkpoints = "training.args_override.bf16=true", "training.args_override.activation_checkpointing=true"
     base = "peft=[{method: base, args: {target_modules: [query, value]}}]"

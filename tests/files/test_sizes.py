@@ -17,7 +17,7 @@ from fish_tuning.files.sizes import Described, delta_size, mask_size, safetensor
 @pytest.mark.parametrize("number", [0, 1, 7, 130])
 def test_safetensors_files(number: int) -> None:
     dtypes = [torch.float32, torch.bfloat16, torch.int64, torch.uint8, torch.bool, torch.float16, torch.int32]
-    tensors = {f"a.{i}.ä\"b": torch.zeros(i, 2, dtype=dtypes[i % len(dtypes)]) for i in range(number)}
+    tensors = {f'a.{i}.ä"b': torch.zeros(i, 2, dtype=dtypes[i % len(dtypes)]) for i in range(number)}
     described = {name: Described(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     for metadata in (None, {"format": "pt"}, {"k": '{"quoted": "\\\\"}'}):
         assert safetensors_size(described, metadata) == len(save(tensors, metadata=metadata))

@@ -25,11 +25,12 @@ from fish_tuning.files.sizes import Described, delta_size, mask_size, safetensor
 
 # What torch.save adds for each tensor: its record's header, padding to 64 bytes, and its entry in the directory.
 _RECORD = 265
+_ARCHIVE = 1200  # and for the whole file
 
 
 @dataclass(frozen=True)
 class Files:
-    """Bytes on disk. `adapter` and `mask` are exact; `checkpoint` is both with the optimizer's state.
+    """Bytes on disk. `adapter` and `mask` are exact; `checkpoint` is both with the optimizer's state, to some kB.
 
     `mask` is None for an arm that has none, `adapter` where PEFT cannot say what it would save.
     """
@@ -80,6 +81,8 @@ class Work:
 def measure(work: Work) -> Measured:
     """Sizes from the shapes of the tensors, and the peak of a pass that is done on tensors without memory."""
     model, kept = work.model, work.kept
+    if work.quantization is not None:
+        quantize_like(model, work.quantization)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     held = [Trained(kept.get(name, parameter.numel()), parameter.dtype) for name, parameter in trained.items()]
     state = optimizer_state(work.args.optim, held)
@@ -87,9 +90,6 @@ def measure(work: Work) -> Measured:
     files = _files(model, kept, state, failures)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     make_fake(model, mode)
-    with mode:
-        if work.quantization is not None:
-            quantize_like(model, work.quantization)
     calibration = None
     if work.score is not None:
         try:
@@ -152,7 +152,7 @@ def _files(model: Any, kept: Mapping[str, int], state: OptimizerState, failures:
     """Of a model without weights, before anything in it is masked."""
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
     mask = mask_size(shapes) if kept else None
-    optimizer = state.nbytes + _RECORD * state.tensors
+    optimizer = state.nbytes + _RECORD * state.tensors + _ARCHIVE
     if not isinstance(model, PeftModel):
         trained = {name: _described(p) for name, p in model.named_parameters() if p.requires_grad}
         whole = safetensors_size(_whole(model), {"format": "pt"})

@@ -27,6 +27,8 @@ class Quantization(NamedTuple):
         entry_overhead: bytes an entry for the scales of its block.
         row_overhead: bytes a row for its scale.
         left_out: names of modules that stay as they are, beside the head.
+        compute: the dtype that layers compute in; None for that of their inputs.
+        prepared: whether PEFT makes all that is not quantised fp32.
         measured: whether these are the sizes that the method's library makes; else they are assumed.
     """
 
@@ -35,6 +37,8 @@ class Quantization(NamedTuple):
     entry_overhead: float
     row_overhead: int
     left_out: tuple[str, ...]
+    compute: torch.dtype | None
+    prepared: bool
     measured: bool
 
     def nbytes(self, rows: int, columns: int) -> int:
@@ -43,9 +47,11 @@ class Quantization(NamedTuple):
 
 
 def quantization_of(*found: Any) -> Quantization | None:
-    """The first quantisation that is given, as a mapping or a configuration of transformers; None where none is."""
+    """The first quantisation given, as a mapping, a configuration of transformers or a section of a file; else None."""
     for given in found:
-        settings = given.to_dict() if hasattr(given, "to_dict") else given
+        settings = given
+        for plain in ("to_dict", "model_dump"):
+            settings = getattr(given, plain)() if hasattr(given, plain) else settings
         if isinstance(settings, Mapping) and settings:
             return _read(settings)
     return None
@@ -61,9 +67,11 @@ def _read(settings: Mapping[str, Any]) -> Quantization | None:
         scale = 4 / block
         if settings.get("bnb_4bit_use_double_quant"):
             scale = (1 + 4 / 256) / block
-        return Quantization("bitsandbytes 4-bit", 4, scale, 0, left_out, measured=True)
+        named = str(settings.get("bnb_4bit_compute_dtype") or "float32").removeprefix("torch.")
+        compute = getattr(torch, named, torch.float32)
+        return Quantization("bitsandbytes 4-bit", 4, scale, 0, left_out, compute, prepared=True, measured=True)
     if in_8:
-        return Quantization("bitsandbytes 8-bit", 8, 0, 4, left_out, measured=True)
+        return Quantization("bitsandbytes 8-bit", 8, 0, 4, left_out, None, prepared=True, measured=True)
     bits = next((settings[key] for key in _BITS if isinstance(settings.get(key), int | float)), None)
     if method == "bitsandbytes" and bits is None:
         return None
@@ -71,11 +79,13 @@ def _read(settings: Mapping[str, Any]) -> Quantization | None:
         bits = 8 if "8" in method or "8" in str(settings.get("quant_type", "")) else 4
     group = next((settings[key] for key in _GROUP if isinstance(settings.get(key), int)), 128)
     overhead = 4 / group if group > 0 else 0  # a scale and a zero point of 16 bits
-    return Quantization(f"{method} {bits}-bit", float(bits), overhead, 0, left_out, measured=False)
+    return Quantization(
+        f"{method} {bits}-bit", float(bits), overhead, 0, left_out, None, prepared=False, measured=False
+    )
 
 
-def quantize_like(model: Any, quantization: Quantization) -> set[int]:
-    """Have the frozen linear layers of a model without weights do as quantised ones; the ids of their weights now.
+def quantize_like(model: Any, quantization: Quantization) -> None:
+    """Have the frozen linear layers of a model without weights do as quantised ones.
 
     Their weights become bytes, and each pass through them makes the whole weight for a moment, as dequantising does.
     """
@@ -89,7 +99,7 @@ def quantize_like(model: Any, quantization: Quantization) -> set[int]:
         if name != "base_layer"
         for module in child.modules()
     }
-    changed = set()
+    changed: set[int] = set()
     for name, module in base.named_modules():
         if not isinstance(module, nn.Linear) or id(module) in inside or module is output:
             continue
@@ -97,7 +107,20 @@ def quantize_like(model: Any, quantization: Quantization) -> set[int]:
             continue
         if not module.weight.requires_grad:
             changed.add(id(_replace(module, quantization)))
-    return changed
+    if quantization.prepared:
+        _make_whole(model, changed)
+
+
+def _make_whole(model: nn.Module, quantized: set[int]) -> None:
+    """Of fp32, as PEFT's prepare_model_for_kbit_training leaves what is not quantised."""
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None or id(parameter) in quantized or parameter.dtype.itemsize != 2:
+                continue
+            if id(parameter) not in made:
+                made[id(parameter)] = nn.Parameter(parameter.detach().float(), requires_grad=parameter.requires_grad)
+            module._parameters[name] = made[id(parameter)]
 
 
 def tuner_layers(model: nn.Module) -> list[nn.Module]:
@@ -111,10 +134,12 @@ def _replace(module: nn.Linear, quantization: Quantization) -> nn.Parameter:
     module._parameters["weight"] = weight
 
     def forward(x: Tensor) -> Tensor:
+        given = x.dtype
         if torch.is_autocast_enabled("cpu"):
-            x = x.to(torch.get_autocast_dtype("cpu"))
-        output: Tensor = _Dequantized.apply(x, rows, columns)  # type: ignore[no-untyped-call]
-        return output if module.bias is None else output + module.bias.to(output.dtype)
+            given = torch.get_autocast_dtype("cpu")
+        output: Tensor = _Dequantized.apply(x.to(quantization.compute or given), rows, columns)  # type: ignore[no-untyped-call]
+        output = output.to(given)
+        return output if module.bias is None else output + module.bias.to(given)
 
     vars(module)["forward"] = forward
     return weight

@@ -10,9 +10,8 @@ from fish_tuning.experiments.costs.experiment_costs import ArmCosts, ExperimentC
 from fish_tuning.experiments.report.tables import human_bytes, plain_table
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from rich.console import Console
+    from rich.table import Table
 
 LEGEND = (
     "Exact: parameters, weights, gradients, optimizer, files, and what is sent in a ring. Estimated (~): activations, "
