@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from tiny import llama, lora
+from peft import prepare_model_for_kbit_training
+from tiny import causal_batch, llama, llama_config, lora
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM
 
 from fish_tuning.experiments.costs.fake_models import make_fake
+from fish_tuning.experiments.costs.live_bytes import LiveBytes
 from fish_tuning.experiments.costs.quantized import quantization_of, quantize_like
 from fish_tuning.experiments.costs.training_pass import training_pass
 from fish_tuning.files.sizes import Described
@@ -74,11 +77,47 @@ def test_weights_shrink_and_the_rest_stays() -> None:
     assert all(kept[name].nbytes == before[name].nbytes for name in before if "down_proj" in name)
 
 
-def test_a_pass_goes_through_them() -> None:
-    batch = {name: Described(torch.long, (4, 40)) for name in ("input_ids", "attention_mask", "labels")}
-    args = SimpleNamespace(bf16=True, fp16=False, activation_checkpointing=False)
-    plain, small = (training_pass(*model(how), batch, args, gpu=True).peak() for how in (False, True))
-    assert 0 < small < plain  # autocast keeps copies of whole weights, and none of those that are made anew
+def quantized_for_real(folder: Path, asked: BitsAndBytesConfig) -> tuple[Any, list[torch.Tensor]]:
+    """A model as transformers and PEFT load it in few bits, and all that it keeps."""
+    loaded = LlamaForCausalLM.from_pretrained(folder, quantization_config=asked, dtype=torch.bfloat16, device_map="cpu")
+    made = lora(prepare_model_for_kbit_training(loaded, use_gradient_checkpointing=False))
+    held = [*made.parameters(), *made.buffers()]
+    for module in made.modules():
+        weight = getattr(module, "weight", None)
+        state = getattr(weight, "quant_state", None)
+        held += [] if state is None else [state.absmax, *([state.state2.absmax] if state.nested else [])]
+        held += [weight.SCB] if getattr(weight, "SCB", None) is not None else []
+    return made, held
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("how", [{"load_in_4bit": True}, {"load_in_8bit": True}])
+def test_the_peak_is_that_of_a_real_step(tmp_path: Path, how: dict[str, bool], bf16: bool) -> None:
+    pytest.importorskip("bitsandbytes")
+    llama(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path)
+    asked = BitsAndBytesConfig(**how)
+    real, held = quantized_for_real(tmp_path, asked)
+    with torch.device("meta"):
+        config = llama_config(hidden_size=64, intermediate_size=128)
+        said = lora(AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16))
+    found = quantization_of(asked)
+    assert found is not None
+    quantize_like(said, found)
+    memories = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in held}
+    assert sum(tensor.nbytes for tensor in (*said.parameters(), *said.buffers())) == sum(memories.values())
+
+    batch, args = causal_batch((60, 40, 50)), SimpleNamespace(bf16=bf16, fp16=False, activation_checkpointing=False)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    make_fake(said, mode)
+    shapes = {name: Described(tensor.dtype, tuple(tensor.shape)) for name, tensor in batch.items()}
+    planned = training_pass(said, mode, shapes, args, gpu=False)  # type: ignore[arg-type]
+    real.train()
+    with LiveBytes(held) as live:
+        inputs = {name: tensor.clone() for name, tensor in batch.items()}
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = real(**inputs).loss
+        loss.backward()
+    assert planned.peak() == pytest.approx(live.peak(), rel=0.1)
 
 
 def test_what_is_not_quantised_is_fp32() -> None:

@@ -71,7 +71,7 @@ def _read(settings: Mapping[str, Any]) -> Quantization | None:
         compute = getattr(torch, named, torch.float32)
         return Quantization("bitsandbytes 4-bit", 4, scale, 0, left_out, compute, prepared=True, measured=True)
     if in_8:
-        return Quantization("bitsandbytes 8-bit", 8, 0, 4, left_out, None, prepared=True, measured=True)
+        return Quantization("bitsandbytes 8-bit", 8, 0, 4, left_out, torch.float16, prepared=True, measured=True)
     bits = next((settings[key] for key in _BITS if isinstance(settings.get(key), int | float)), None)
     if method == "bitsandbytes" and bits is None:
         return None
@@ -134,9 +134,7 @@ def _replace(module: nn.Linear, quantization: Quantization) -> nn.Parameter:
     module._parameters["weight"] = weight
 
     def forward(x: Tensor) -> Tensor:
-        given = x.dtype
-        if torch.is_autocast_enabled("cpu"):
-            given = torch.get_autocast_dtype("cpu")
+        given = x.dtype  # autocast does not reach into such layers
         output: Tensor = _Dequantized.apply(x.to(quantization.compute or given), rows, columns)  # type: ignore[no-untyped-call]
         output = output.to(given)
         return output if module.bias is None else output + module.bias.to(given)
@@ -151,7 +149,8 @@ class _Dequantized(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, rows: int, columns: int) -> Tensor:
         ctx.shape = rows, columns
-        return F.linear(x, x.new_empty(rows, columns))
+        with torch.autocast("cpu", enabled=False):
+            return F.linear(x, x.new_empty(rows, columns))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
