@@ -266,6 +266,9 @@ def plan_command(config: str, overrides: list[str], how: HowPlanned) -> int:
     except FishTuningError as error:
         _tell(f"error: {error}", err=True)
         return WRONG_USE
+    except ImportError as error:  # of what the file asks a model for, such as an attention of another package
+        _tell(f"error: a package is missing: {error}", err=True)
+        return WRONG_USE
     except OSError as error:
         return _told_full(error, "Make room for the data set that is read.")
     except KeyboardInterrupt:

@@ -75,6 +75,8 @@ EXACT = [
     ("head", []),
     ("base", [BASE]),
     ("base-fish", [BASE]),
+    ("prefix_tuning", ["peft=[{method: prefix_tuning, args: {num_virtual_tokens: 4}}]"]),
+    ("ia3", ["peft=[{method: ia3}]"]),
 ]
 
 

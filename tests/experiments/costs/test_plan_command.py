@@ -61,6 +61,7 @@ def test_json_has_all_in_bytes(file: str) -> None:
         (["model.name=/nowhere/at/all"], "there is no folder"),
         (["training.args_override.per_device_train_batch_size=0"], "per_device_train_batch_size"),
         (["--extension", "no_such_module"], "no_such_module"),
+        (["model.config_overrides._attn_implementation=flash_attention_2"], "a package is missing: FlashAttention2"),
     ],
 )
 def test_wrong_use_is_exit_code_2(file: str, arguments: list[str], said: str) -> None:
@@ -68,6 +69,13 @@ def test_wrong_use_is_exit_code_2(file: str, arguments: list[str], said: str) ->
     assert done.exit_code == 2
     assert said in done.stderr
     assert "Traceback" not in done.output
+
+
+def test_what_is_assumed_is_told(file: str) -> None:
+    done = plan(file, "training.args_override.optim=adafactor", "training.args_override.gradient_accumulation_steps=4")
+    assert done.exit_code == 0
+    assert "note: optim=adafactor: 1 number an entry at most is assumed." in done.stdout
+    assert "note: Gradients are accumulated over 4 batches." in done.stdout
 
 
 def test_a_missing_file_is_exit_code_2() -> None:

@@ -85,11 +85,12 @@ def measure(work: Work) -> Measured:
         quantize_like(model, work.quantization)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     held = [Trained(kept.get(name, parameter.numel()), parameter.dtype) for name, parameter in trained.items()]
-    state = optimizer_state(work.args.optim, held)
+    state = optimizer_state(optimizer_name(work.args), held)
     failures: list[str] = []
-    files = _files(model, kept, state, failures)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     make_fake(model, mode)
+    with mode:
+        files = _files(model, kept, state, failures)
     calibration = None
     if work.score is not None:
         try:
@@ -108,6 +109,10 @@ def measure(work: Work) -> Measured:
         failures.append(f"activations could not be traced ({_reason(error)})")
     positions = sum(tensor.nbytes for tensor in beside if tensor.dtype is torch.int32)
     return Measured(sizes, positions, state, files, live, calibration, tuple(failures))
+
+
+def optimizer_name(args: TrainingArguments) -> str:
+    return str(getattr(args.optim, "value", args.optim))
 
 
 def spread(kept: int, sizes: Mapping[str, int]) -> dict[str, int]:
@@ -143,7 +148,7 @@ def _sizes(model: nn.Module, beside: list[Any], held: list[Trained], state: Opti
         gradients=trained,
         optimizer=state.nbytes,
         copies=4 * low,
-        step=step_bytes(work.args.optim, held, work.gpu),
+        step=step_bytes(optimizer_name(work.args), held, work.gpu),
         accumulates=work.args.gradient_accumulation_steps,
     )
 

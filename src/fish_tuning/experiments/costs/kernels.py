@@ -40,6 +40,15 @@ class GpuKernels(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+class NoChance(TorchFunctionMode):
+    """While this is entered, a single random number is 0.5, so that code can look at it: LoHa leaves modules out so."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.rand and args == (1,):
+            return torch.tensor([0.5])
+        return func(*args, **(kwargs or {}))
+
+
 def _in_32_bits(value: Any) -> Any:
     low = isinstance(value, Tensor) and value.is_floating_point() and value.dtype.itemsize < 4
     return value.float() if low else value

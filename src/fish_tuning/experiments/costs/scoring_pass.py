@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 from torch.nn import functional as F
 
 from fish_tuning.experiments.costs.batches import LABELS, Shapes, first_rows, made, taken
@@ -15,6 +15,7 @@ from fish_tuning.experiments.costs.live_bytes import LiveBytes
 from fish_tuning.experiments.costs.repeated_layers import of_all_layers
 from fish_tuning.experiments.costs.training_pass import counted
 from fish_tuning.scores.batches import one_by_one_is_as_fast
+from fish_tuning.scores.expansion import with_expansion_if_possible
 from fish_tuning.scores.losses import TOKENWISE, loss_type_of
 from fish_tuning.scores.named import MEAN_GRADIENT, SCORES
 from fish_tuning.scores.probes import Probes
@@ -49,7 +50,10 @@ def scoring_peak(
     signed = MEAN_GRADIENT in needs
 
     def scored() -> LiveBytes:
-        return _scored(model, mode, batch, held, signed)
+        try:
+            return _scored(model, mode, batch, held, signed)
+        except DynamicOutputShapeException:  # which rows of an embedding a batch reads, its values say
+            return _warmed_up(model, mode, batch, held)
 
     def warmed_up() -> LiveBytes:
         return _warmed_up(model, mode, batch, held)
@@ -83,9 +87,12 @@ def _scored(model: Any, mode: FakeTensorMode, batch: Shapes, held: list[Tensor],
     probes = Probes(model, trained)
     with scoring_state(model), probes, counted(model, mode, held, gpu=False) as live:
         inputs = made(taken(model, batch))
-        probes.start(next(iter(inputs.values())).shape[0], torch.device("cpu"), inputs)
-        losses = _losses(model, inputs)
-        probes.backward([losses], totals)
+
+        def attempt() -> list[Tensor]:
+            probes.start(next(iter(inputs.values())).shape[0], torch.device("cpu"), inputs)
+            return [_losses(model, inputs)]
+
+        probes.backward(with_expansion_if_possible(attempt, probes), totals)
     return live
 
 

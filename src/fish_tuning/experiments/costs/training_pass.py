@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import TrainingArguments
 
 from fish_tuning.experiments.costs.batches import Shapes, made, taken
-from fish_tuning.experiments.costs.kernels import GpuKernels
+from fish_tuning.experiments.costs.kernels import GpuKernels, NoChance
 from fish_tuning.experiments.costs.live_bytes import LiveBytes
 from fish_tuning.experiments.costs.repeated_layers import Peaks, of_all_layers
 
@@ -84,6 +84,7 @@ def counted(model: nn.Module, mode: FakeTensorMode, held: Iterable[Tensor], *, g
         warnings.simplefilter("ignore")  # of shapes, which nobody runs
         stack.enter_context(mode)
         stack.enter_context(live)
+        stack.enter_context(NoChance())
         if gpu:
             stack.enter_context(GpuKernels())
         yield live
