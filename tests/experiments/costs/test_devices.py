@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from tiny import bert, classification_batch, lora, random_mask
 from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import ProfilerActivity, profile
 
 from fish_tuning import apply_mask
 from fish_tuning.experiments.costs.devices import STRATEGIES, Sizes, device_costs, traffic
@@ -92,6 +93,17 @@ def process_group(tmp_path: Path) -> Iterator[None]:
     dist.init_process_group("gloo", store=store, rank=0, world_size=1, timeout=datetime.timedelta(seconds=60))
     yield
     dist.destroy_process_group()
+
+
+def test_ddp_keeps_as_much_again_as_the_gradients(process_group: None) -> None:
+    model = lora(bert())
+    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        engine = DistributedDataParallel(model)
+    events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+    assert sum(event.nbytes() for event in events if event.name() == "[memory]") == trained
+    assert device_costs(replace(SIZES, gradients=trained), "ddp", 2, 500, peak).buckets == trained
+    del engine
 
 
 def test_ddp_sends_the_gradients_of_the_trained_values(process_group: None) -> None:

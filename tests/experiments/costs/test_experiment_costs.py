@@ -80,6 +80,7 @@ EXACT = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("arm", "changes"), EXACT)
 def test_what_is_called_exact_is(experiment: Experiment, tmp_path: Path, arm: str, changes: list[str]) -> None:
     config = experiment(*changes)

@@ -59,7 +59,9 @@ def scoring_peak(
         return _warmed_up(model, mode, batch, held)
 
     scores = 4 * entries * (2 if signed else 1)
-    peak = scores + (2 * weights if warmup_steps else 0) + of_all_layers(model, scored).peak()
+    # In fp16 each batch may overflow, and be done again from a copy of the scores so far.
+    again = scores if any(parameter.dtype is torch.float16 for parameter in model.parameters()) else 0
+    peak = scores + again + (2 * weights if warmup_steps else 0) + of_all_layers(model, scored).peak()
     if warmup_steps:
         # Two numbers an entry in fp32, fp32 copies of what has 16 bits, and what a step makes new of all at once.
         state = 8 * entries + 4 * low
