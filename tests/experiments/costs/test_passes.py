@@ -13,6 +13,8 @@ from tiny import bert, causal_batch, classification_batch, image_batch, llama, l
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fish_tuning import apply_mask
+from fish_tuning.experiments.costs import repeated_layers
+from fish_tuning.experiments.costs.arm_costs import spread
 from fish_tuning.experiments.costs.fake_models import make_fake, mask_fake
 from fish_tuning.experiments.costs.live_bytes import LiveBytes
 from fish_tuning.experiments.costs.repeated_layers import DEPTHS, Extrapolated, first_layers, of_all_layers
@@ -128,6 +130,25 @@ def test_few_layers_tell_of_many(checkpoints: bool) -> None:
     assert said.most_activations == pytest.approx(found.most_activations, rel=0.01)
 
 
+def test_few_masked_layers_tell_of_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch, kept = shapes(causal_batch((24, 9))), 1009  # which no number of tensors divides
+
+    def peaks() -> Any:
+        model = lora(llama(num_hidden_layers=sum(DEPTHS) + 3))
+        sizes = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
+        model, mode, _ = faked(model)
+        with mode:
+            beside = mask_fake(model, spread(kept, sizes))
+        return training_pass(model, mode, batch, arguments(), gpu=False, beside=beside)
+
+    few = peaks()
+    assert isinstance(few, Extrapolated)
+    monkeypatch.setattr(repeated_layers, "like_layers", lambda model: None)
+    whole = peaks()
+    assert isinstance(whole, LiveBytes)
+    assert few.peak() == pytest.approx(whole.peak(), rel=0.01)
+
+
 def test_layers_that_are_not_on_a_line_are_all_run() -> None:
     model = torch.nn.Module()
     model.layers = torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in range(20))
@@ -137,10 +158,10 @@ def test_layers_that_are_not_on_a_line_are_all_run() -> None:
         number = len(model.layers)
         runs.append(number)
         with LiveBytes() as live:
-            torch.zeros(number**2)
+            torch.zeros(100 * number**2)
         return live
 
-    assert of_all_layers(model, run).peak() == 4 * 20**2
+    assert of_all_layers(model, run).peak() == 400 * 20**2
     assert runs == [*DEPTHS, 20]
     with first_layers(model.layers, 2):
         assert len(model.layers) == 2

@@ -12,6 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from fish_tuning.sparse.masked_tensors import small_groups
 from fish_tuning.sparse.whole_tensors import whole_tensors
 
+VALUES = "_values"  # after a masked tensor's name: the parameter that trains in its place
+
 
 def make_fake(model: nn.Module, mode: FakeTensorMode) -> None:
     """Put fake tensors on the CPU in the place of all tensors of a model, in place; tied ones stay tied."""
@@ -67,7 +69,7 @@ def _train_entries(members: list[Any], kept: Mapping[str, int]) -> list[Tensor]:
     for (_, module, local, _), own, tensor in zip(members, values, whole, strict=True):
         del module._parameters[local]
         vars(module)[local] = tensor
-        module.register_parameter(f"{local}_values", own)
+        module.register_parameter(local + VALUES, own)
     return [*indices, *([] if joined is None else [joined])]
 
 
