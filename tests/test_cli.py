@@ -147,7 +147,7 @@ def test_version() -> None:
     assert CliRunner().invoke(app, ["--version"]).output == f"fish-tuning {fish_tuning.__version__}\n"
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["plan", "--help"]])
 def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     code = (
         "import sys\nfrom fish_tuning.cli import app\n"

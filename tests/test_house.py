@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from house import LABORATORY, MODULES
 
 # From the bottom; a room may use those before it, and itself.
-ROOMS = ("config", "data", "models", "records", "compare", "masks", "report", "run")
+ROOMS = ("config", "data", "models", "records", "compare", "masks", "report", "run", "costs")
 
 
 def imports(name: str, *, at_once: bool = False) -> Iterator[str]:

@@ -54,6 +54,17 @@ class How(NamedTuple):
 HERE = How()
 
 
+class HowPlanned(NamedTuple):
+    """What an experiment is planned for; the options of `fish-tuning plan`."""
+
+    devices: str = "1,2,4,8"
+    strategy: str = "ddp"
+    on: str | None = None
+    tokens: int | None = None
+    as_json: bool = False
+    extensions: tuple[str, ...] = ()
+
+
 MOST_OF_TITLE = 80  # characters
 
 
@@ -113,6 +124,36 @@ def run(
     """
     how = How(dry_run, shard, engine, workers, tuple(extension or ()))
     raise typer.Exit(run_command(config, overrides or [], how))
+
+
+@app.command()
+def plan(
+    config: Annotated[str, typer.Argument(help="An experiment file, or the name of a shipped one.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Changes to the file, as those of run.")
+    ] = None,
+    devices: Annotated[str, typer.Option(metavar="N,N", help="How many devices share a training.")] = "1,2,4,8",
+    strategy: Annotated[str, typer.Option(help="How they share it: ddp, fsdp, zero2 or zero3.")] = "ddp",
+    on: Annotated[
+        str | None, typer.Option(help="cpu or cuda, whose kernels to plan for; by default what would train here.")
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option(help="Length of the longest text; by default that of the training set's.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="All of it in bytes, as JSON.")] = False,
+    extension: Annotated[
+        list[str] | None,
+        typer.Option(metavar="MODULE", help="A module or Python file of yours that registers what the file names."),
+    ] = None,
+) -> None:
+    """Show what each arm needs before anything is trained: memory, traffic and files.
+
+    The data is read; of the model nothing but its configuration is, and no weights are made.
+
+    Exit code: 0, or 2 when the configuration cannot work.
+    """
+    how = HowPlanned(devices, strategy, on, tokens, as_json, tuple(extension or ()))
+    raise typer.Exit(plan_command(config, overrides or [], how))
 
 
 @app.command()
@@ -217,6 +258,60 @@ def run_command(config: str, overrides: list[str], how: How = HERE) -> int:
         if launch.leads:
             _tell("interrupted before the first run", err=True)
         return INTERRUPTED
+
+
+def plan_command(config: str, overrides: list[str], how: HowPlanned) -> int:
+    """What `fish-tuning plan` does. Returns the exit code."""
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    from fish_tuning.errors import FishTuningError
+
+    try:
+        with warnings.catch_warnings():
+            if not sys.warnoptions:
+                warnings.simplefilter("ignore", FutureWarning)
+            _plan(config, overrides, how)
+    except FishTuningError as error:
+        _tell(f"error: {error}", err=True)
+        return WRONG_USE
+    except ImportError as error:  # of what the file asks a model for, such as an attention of another package
+        _tell(f"error: a package is missing: {error}", err=True)
+        return WRONG_USE
+    except OSError as error:
+        return _told_full(error, "Make room for the data set that is read.")
+    except KeyboardInterrupt:
+        _tell("interrupted", err=True)
+        return INTERRUPTED
+    return OK
+
+
+def _plan(config_name: str, overrides: list[str], how: HowPlanned) -> None:
+    import json
+
+    from fish_tuning.experiments.config.extensions import load_extensions
+    from fish_tuning.experiments.config.loading import load_experiments
+
+    load_extensions(how.extensions)
+    experiments = load_experiments(config_name, overrides)  # before torch is imported: a wrong key is told at once
+
+    from fish_tuning.experiments.costs.experiment_costs import check_options, experiment_costs, parse_devices, plannable
+    from fish_tuning.experiments.costs.tables import show_costs
+    from fish_tuning.experiments.run.plan import plan_experiment
+
+    devices, found = parse_devices(how.devices), []
+    check_options(devices, how.strategy, how.on, how.tokens)  # before data and model are read
+    for config in experiments:
+        config = plannable(config, how.on)
+        planned = plan_experiment(config)
+        found.append(
+            experiment_costs(config, planned, devices=devices, strategy=how.strategy, kind=how.on, tokens=how.tokens)
+        )
+    if how.as_json:
+        _tell(json.dumps([costs.to_dict() for costs in found], indent=1))
+        return
+    for costs in found:
+        show_costs(_console(), costs)
 
 
 def _told_full(error: OSError, way_out: str) -> int:

@@ -51,10 +51,15 @@ def write_sealed(
         raise MaskError(f"{str(path)!r} is a folder; give the name of the {kind} file to write.")
     if not path.parent.is_dir():
         raise MaskError(f"There is no folder {str(path.parent)!r} to write the {kind} file {path.name!r} to.")
-    form = f"{_KEY}.{kind}.{_VERSION}"
     described = dict(sorted(described.items()))
-    header = {"format": form, "sha256": _checksum(form, described, tensors), "tensors": described}
-    write_atomically(path, safetensors.torch.save(dict(tensors), metadata={_KEY: json.dumps(header)}))
+    metadata = sealed_metadata(kind, described, _checksum(f"{_KEY}.{kind}.{_VERSION}", described, tensors))
+    write_atomically(path, safetensors.torch.save(dict(tensors), metadata=metadata))
+
+
+def sealed_metadata(kind: str, described: Mapping[str, Any], checksum: str) -> dict[str, str]:
+    """What the header of a file of this kind holds beside its tensors."""
+    header = {"format": f"{_KEY}.{kind}.{_VERSION}", "sha256": checksum, "tensors": dict(described)}
+    return {_KEY: json.dumps(header)}
 
 
 def read_sealed(path: str | os.PathLike[str], kind: str) -> Sealed:

@@ -7,7 +7,7 @@ numbers are written into it once a step, not at every read. In the state dict th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -221,22 +221,16 @@ def mask_tensor(module: nn.Module, local: str, selected: Tensor) -> None:
 
 def group_small(model: nn.Module) -> None:
     """Have neighbouring small tensors hand on their gradients in one go, which costs less than one by one."""
-    groups: list[list[NamedMaskedTensor]] = []
-    open_groups: dict[Any, tuple[int, list[NamedMaskedTensor]]] = {}  # by what members must share: entries and members
     tensors = list(masked_tensors(model))
     adapters = adapters_of(model, [tensor.name for tensor in tensors])
-    for tensor in tensors:
-        dense = tensor.frozen
-        size, members = dense.numel(), [tensor]
-        if size <= _SMALL and tensor.masked.values is not None:
-            key = adapters[tensor.name], dense.dtype, dense.device, dense.dim() > 1
-            entries, others = open_groups.get(key, (0, []))
-            if others and entries + size <= _TOGETHER:
-                size, members = entries + size, others
-                members.append(tensor)
-            open_groups[key] = size, members
-        if len(members) == 1:
-            groups.append(members)
+    keys = [
+        None
+        if tensor.masked.values is None
+        else (adapters[tensor.name], tensor.frozen.dtype, tensor.frozen.device, tensor.frozen.dim() > 1)
+        for tensor in tensors
+    ]
+    places = small_groups([tensor.frozen.numel() for tensor in tensors], keys)
+    groups = [[tensors[place] for place in group] for group in places]
     for members in groups:
         group = Group([tensor.masked for tensor in members])
         if len(members) > 1 and not any(isinstance(tensor.masked.tensor, Tensor) for tensor in members):  # all new
@@ -244,6 +238,23 @@ def group_small(model: nn.Module) -> None:
             for tensor in members:
                 tensor.module._parameters[tensor.local] = tensor.masked.values
         group.bind()  # now, because compiled models cannot
+
+
+def small_groups(sizes: Sequence[int], keys: Sequence[Any]) -> list[list[int]]:
+    """The places of tensors of these sizes that go together: small neighbours of one key; those of key None, alone."""
+    groups: list[list[int]] = []
+    open_groups: dict[Any, tuple[int, list[int]]] = {}  # by key: entries and members
+    for place, (size, key) in enumerate(zip(sizes, keys, strict=True)):
+        members = [place]
+        if size <= _SMALL and key is not None:
+            entries, others = open_groups.get(key, (0, []))
+            if others and entries + size <= _TOGETHER:
+                size, members = entries + size, others
+                members.append(place)
+            open_groups[key] = size, members
+        if len(members) == 1:
+            groups.append(members)
+    return groups
 
 
 def unmask_tensor(tensor: NamedMaskedTensor, trains: bool) -> None:

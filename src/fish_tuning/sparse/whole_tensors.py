@@ -195,10 +195,7 @@ class Group:
         if training:
             joined = self.joined[1] if self.joined is not None and len(training) == len(tensors) else None
             indices, frozen = [each.index for _, each in training], [each.frozen for _, each in training]
-            with torch.inference_mode(False), torch.enable_grad():
-                made = _Selected.apply(indices, joined, frozen, *[each.values for _, each in training])  # type: ignore[no-untyped-call]
-            # Autograd runs what was made last first; this is to run as soon as it can, and let dense gradients go.
-            made[0].grad_fn._set_sequence_nr(_AT_ONCE)
+            made = whole_tensors(indices, joined, frozen, [each.values for _, each in training])
             for (place, _), tensor in zip(training, made, strict=True):
                 tensors[place] = tensor
         return tensors
@@ -283,6 +280,20 @@ class Group:
             member.frozen = place.copy_(member.frozen).data  # with a count of changes of its own
         index = torch.cat([member.index + start for member, start in zip(self.members, starts, strict=False)])
         self.joined = memory, index
+
+
+def whole_tensors(
+    indices: list[Tensor], joined: Tensor | None, frozen: list[Tensor], values: list[Any]
+) -> tuple[Tensor, ...]:
+    """The `frozen` tensors, whose gradients at the entries `indices` go to the `values`.
+
+    `joined` are the entries of them all, counted over one tensor after another, where they hand on in one go.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        made: tuple[Any, ...] = _Selected.apply(indices, joined, frozen, *values)  # type: ignore[no-untyped-call]
+    # Autograd runs what was made last first; this is to run as soon as it can, and let dense gradients go.
+    made[0].grad_fn._set_sequence_nr(_AT_ONCE)
+    return made
 
 
 class _Selected(torch.autograd.Function):
