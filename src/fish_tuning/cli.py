@@ -239,6 +239,7 @@ def run_command(config: str, overrides: list[str], how: How = HERE) -> int:
     launch = this_launch()
     if launch.number > 1:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DDP's advice comes once a run and process
+        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # every process scores, so every one needs the weights
     if not launch.leads:
         logging.getLogger("fish_tuning").setLevel(logging.ERROR)  # process 0 tells the same
     try:

@@ -36,12 +36,14 @@ def short_grace(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(together_module, "GRACE_SECONDS", 0.3)
 
 
-def in_two_threads(trains: tuple[Train, Train], *orders: Order) -> tuple[list[RunRecord | Exception], Any]:
+def in_two_threads(
+    trains: tuple[Train, Train], *orders: Order, forget: Callable[[int], None] = lambda rank: None
+) -> tuple[list[RunRecord | Exception], Any]:
     """What process 0 gets of each order, and what process 1 ends with."""
     store = dist.HashStore()  # type: ignore[attr-defined]
 
     def lead() -> list[RunRecord | Exception]:
-        leader, results = Together(trains[0], Launch(0, 2), store), []
+        leader, results = Together(trains[0], Launch(0, 2), store, lambda: forget(0)), []
         for order in orders:
             try:
                 results.append(leader(order))
@@ -52,7 +54,7 @@ def in_two_threads(trains: tuple[Train, Train], *orders: Order) -> tuple[list[Ru
 
     def follow() -> Exception | None:
         try:
-            Together(trains[1], Launch(1, 2, 1), store).follow()
+            Together(trains[1], Launch(1, 2, 1), store, lambda: forget(1)).follow()
         except ProcessesLost as error:
             return error
         return None
@@ -94,7 +96,10 @@ def test_what_fails_in_all_has_failed_and_the_next_follows() -> None:
 
 
 def test_what_fails_elsewhere_is_told_with_its_process() -> None:
-    results, end = in_two_threads((noting([]), noting([], lambda order: order == FIRST)), FIRST, SECOND)
+    forgotten: list[int] = []
+    trains = noting([]), noting([], lambda order: order == FIRST)
+    results, end = in_two_threads(trains, FIRST, SECOND, forget=forgotten.append)
+    assert sorted(forgotten) == [0, 1], "or one would score where the other has kept its scores"
     assert str(results[0]) == "Process 1 of 2: ArithmeticError: it broke"
     assert isinstance(results[1], RunRecord)
     assert end is None

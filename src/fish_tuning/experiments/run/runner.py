@@ -78,12 +78,12 @@ def run_experiment(
     with RunProgress(len(shard.part(plan.arms, config.seeds)), shown=launch.leads) as progress:
         context = make_context(config, plan, progress)
         trials = trials_of(context)
-        train: Train = Trainings(context, trials)
+        train = Trainings(context, trials)
         try:
             if launch.number == 1:
                 return _Session(context, trials, progress, train, on_run, shard, since).run()
             context.join(launch)
-            together = Together(train, launch)
+            together = Together(train, launch, forget=train.forget)
             if not launch.leads:
                 together.follow()
                 return []

@@ -12,7 +12,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -40,10 +40,13 @@ class Together:
         train: does a training in this process.
         launch: which process this is.
         store: where they tell each other; `meet()` by default.
+        forget: called where a training failed in any process: what one keeps for the next training, all must keep.
     """
 
-    def __init__(self, train: Train, launch: Launch, store: Any = None) -> None:
-        self._train, self._launch = train, launch
+    def __init__(
+        self, train: Train, launch: Launch, store: Any = None, forget: Callable[[], None] = lambda: None
+    ) -> None:
+        self._train, self._launch, self._forget = train, launch, forget
         self._store = meet() if store is None else store
         self._number = 0
 
@@ -90,6 +93,8 @@ class Together:
             elsewhere = self._outcomes(number, "" if error is None else _text(error))
         except ProcessesLost as lost:
             raise lost from error
+        if error is not None or elsewhere:
+            self._forget()
         if error is not None:
             raise error
         if record is None or elsewhere:

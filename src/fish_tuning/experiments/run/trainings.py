@@ -59,6 +59,10 @@ class Trainings:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
 
+    def forget(self) -> None:
+        """Let go of scores that were kept for other arms."""
+        self._calibrations = {}
+
     def _run(self, order: Order) -> RunRecord:
         if not self._used_once:
             # The Trainer collects garbage when it starts: up to half a second, in which nothing is trained, to look
