@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import os
 import re
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from types import MethodType
@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import nn
 
+from fish_tuning.errors import MaskError
 from fish_tuning.files.mask_file import MASK_FILE_NAME, save_mask
 from fish_tuning.sparse.adapter_names import adapters_of, idle_names
 from fish_tuning.sparse.masked_tensors import (
@@ -28,6 +29,7 @@ from fish_tuning.sparse.masked_tensors import (
     trained_names,
     unmask_tensor,
 )
+from fish_tuning.sparse.sharding import splitting_engine_of, whole_state_dict_of
 
 _BEFORE = "_fish_tuning_before_"  # holds what the object itself had under the method's name, if anything
 
@@ -89,14 +91,40 @@ def _without_mask(model: nn.Module) -> nn.Module:
 def _save_pretrained(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """The object's own save_pretrained, once the mask is written: weights without it would pass for unmasked ones."""
     original = _original(self, "save_pretrained")
-    given = inspect.signature(original).bind(*args, **kwargs).arguments
+    bound = inspect.signature(original).bind(*args, **kwargs)
+    given = bound.arguments
     folder = Path(next(iter(given.values())))
+    others = given if "state_dict" in given else given.get("kwargs", {})
+    if others.get("state_dict") is not None:
+        others["state_dict"] = with_whole_tensors(self, others["state_dict"])
+    elif engine := splitting_engine_of(self):
+        raise MaskError(
+            f"The model is split by {engine}, so this process has only a part of what is to be saved. On every process, take "
+            f"the whole state dict ({whole_state_dict_of(engine)}), and give it to "
+            "save_pretrained(folder, state_dict=..., is_main_process=rank == 0). A Trainer's save_model does so."
+        )
     if given.get("is_main_process", True) and not folder.is_file():
         # A Trainer's checkpoint counts from the moment that this file is there, which it writes last.
         if re.fullmatch(r"checkpoint-\d+", folder.name):
             (folder / "trainer_state.json").unlink(missing_ok=True)
         _write_masks(self, folder, given.get("selected_adapters"))
-    return original(*args, **kwargs)
+    return original(*bound.args, **bound.kwargs)
+
+
+def with_whole_tensors(model: nn.Module, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """A state dict of whole tensors, where an engine that gathers parameters has put the selected entries alone."""
+    made = dict(state_dict)
+    for tensor in masked_tensors(model):
+        stored = made.get(tensor.name)
+        if stored is None or stored.shape == tensor.masked.shape:
+            continue
+        if stored.numel() != len(tensor.masked.index):
+            raise MaskError(
+                f"state_dict has {tensor.name!r} in the shape {tuple(stored.shape)}; what is saved needs all of it, "
+                f"{tuple(tensor.masked.shape)}. Gather the state dict from all processes."
+            )
+        made[tensor.name] = tensor.masked.dense_of(stored)
+    return made
 
 
 def _write_masks(model: nn.Module, folder: Path, selected_adapters: Iterable[str] | None) -> None:

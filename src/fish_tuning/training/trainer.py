@@ -18,6 +18,7 @@ from fish_tuning.sparse.adapter_names import idle_names
 from fish_tuning.sparse.applying import apply_mask, synchronize_mask, take_off_trained
 from fish_tuning.sparse.masked_tensors import get_mask, mark_replaced, replaced_parameters, trains_masked
 from fish_tuning.sparse.replacing import Choice, replace_mask
+from fish_tuning.sparse.sharding import engine_of
 from fish_tuning.training.checkpoints import check_mask, checkpoint_folders, find_fault, last_checkpoint, same_selection
 from fish_tuning.training.head_rate import set_head_learning_rate
 from fish_tuning.training.reporting import report_figures
@@ -92,7 +93,9 @@ class FishMaskCallback(TrainerCallback):
                 "was replaced (model_init? FishTuningTrainer masks what it makes), or the mask was removed. Pass model "
                 "and callback when making the Trainer."
             )
-        if optimizer is not None and (held.isdisjoint(trained) or held & replaced_parameters(model)):
+        # DeepSpeed's optimizer holds pieces of memory; the parameters themselves tell that it has taken them.
+        others = held.isdisjoint(trained) and not all(engine_of(p) for p in model.parameters() if p.requires_grad)
+        if optimizer is not None and (others or held & replaced_parameters(model)):
             raise MaskError(
                 "The optimizer holds parameters that a mask has replaced: it was made before the mask was applied. "
                 "Call apply_mask(model, mask) first, then make the optimizer."

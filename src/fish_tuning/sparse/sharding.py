@@ -1,0 +1,77 @@
+"""What engines that spread a model over devices make of its parameters: FSDP (both versions) and DeepSpeed's ZeRO."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_FSDP2, _FSDP1 = "FSDP2 (fully_shard)", "FSDP1 (FullyShardedDataParallel)"
+_ZERO3, _ZERO12 = "DeepSpeed ZeRO-3", "DeepSpeed ZeRO-1 or ZeRO-2"
+_WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+# How each gives the whole state dict, on all processes at once, which save_pretrained then takes.
+_WHOLE_STATE_DICT = {
+    _FSDP2: "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)) of "
+    "torch.distributed.checkpoint.state_dict",
+    _FSDP1: "the FSDP model's state_dict() with StateDictType.FULL_STATE_DICT",
+    _ZERO3: "engine._zero3_consolidated_16bit_state_dict()",
+}
+
+
+def engine_of(parameter: Tensor) -> str | None:
+    """The engine that has taken a parameter; None where none has. DDP leaves no trace on it."""
+    if is_sharded(parameter):
+        return _FSDP2
+    if getattr(parameter, "_fsdp_flattened", False):
+        return _FSDP1
+    if hasattr(parameter, "ds_id"):
+        return _ZERO3
+    return _ZERO12 if hasattr(parameter, "_hp_mapping") else None
+
+
+def splitting_engine_of(model: nn.Module) -> str | None:
+    """The engine that leaves this process only a part of what trains; None where all of it is here now."""
+    for parameter in model.parameters():
+        engine = engine_of(parameter) if parameter.requires_grad else None
+        here = engine == _ZERO3 and parameter.numel() == full_shape(parameter).numel()  # gathered, for the moment
+        if engine not in (None, _ZERO12) and not here:
+            return engine
+    return None
+
+
+def whole_state_dict_of(engine: str) -> str:
+    """In words, where an engine's users get the state dict of a whole model from."""
+    return _WHOLE_STATE_DICT[engine]
+
+
+def is_sharded(tensor: Any) -> bool:
+    """Whether it is a DTensor, of which each device has a part."""
+    return hasattr(tensor, "full_tensor")
+
+
+def whole(tensor: Any) -> Tensor:
+    """The whole of a DTensor, on every process, all of which must ask for it; any other tensor as it is."""
+    gathered: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor
+    return gathered
+
+
+def shard_like(tensor: Tensor, other: Any) -> Tensor:
+    """This process's part of a tensor that all processes have, spread as the DTensor `other` is."""
+    from torch.distributed.tensor import distribute_tensor
+
+    tensor = tensor.to(other.device)
+    return distribute_tensor(tensor, other.device_mesh, other.placements, src_data_rank=None)
+
+
+def full_shape(parameter: Tensor) -> torch.Size:
+    """The shape of a parameter whose memory ZeRO-3 may have given up."""
+    shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
+    return shape
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name without the wrappers that FSDP1 and activation checkpointing put into the model."""
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
