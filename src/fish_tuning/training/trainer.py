@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import FSDP_MODEL_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from fish_tuning.errors import MaskError
@@ -18,7 +20,7 @@ from fish_tuning.sparse.adapter_names import idle_names
 from fish_tuning.sparse.applying import apply_mask, synchronize_mask, take_off_trained
 from fish_tuning.sparse.masked_tensors import get_mask, mark_replaced, replaced_parameters, trains_masked
 from fish_tuning.sparse.replacing import Choice, replace_mask
-from fish_tuning.sparse.sharding import engine_of
+from fish_tuning.sparse.sharding import engine_of, is_sharded, load_whole_tensors
 from fish_tuning.training.checkpoints import check_mask, checkpoint_folders, find_fault, last_checkpoint, same_selection
 from fish_tuning.training.head_rate import set_head_learning_rate
 from fish_tuning.training.reporting import report_figures
@@ -241,6 +243,15 @@ class FishTuningTrainer(Trainer):
             check_mask(folder, cast(nn.Module, self.model))
         self._mask_callback.resumed_from = folder
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        # torch's way to a full state dict under FSDP2 copies whole tensors into the parameters, which are their entries.
+        file = Path(resume_from_checkpoint, f"{FSDP_MODEL_NAME}.bin")
+        model = self.model if model is None else model
+        if self.is_fsdp_enabled and file.is_file() and any(map(is_sharded, model.parameters())):
+            load_whole_tensors(model, torch.load(file, map_location="cpu", weights_only=True, mmap=True))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if self.args.should_save and not isinstance(self.model, PreTrainedModel | PeftModel):
