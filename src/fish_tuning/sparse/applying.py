@@ -40,8 +40,8 @@ def apply_mask(model: nn.Module, mask: Mapping[str, Tensor]) -> None:
     then `set_adapter` the next.
 
     Args:
-        model: the model, changed in place, on every rank, before an engine (DDP, FSDP, DeepSpeed) takes it. With several
-            processes call `synchronize_mask` after it.
+        model: the model, changed in place, before an engine (DDP, FSDP, DeepSpeed) takes it. With several processes do
+            it on every rank, and call `synchronize_mask` after it.
         mask: {name as in `model.named_parameters()`: bool tensor of the tensor's shape}, true where it trains.
 
     Raises:
@@ -56,9 +56,10 @@ def apply_mask(model: nn.Module, mask: Mapping[str, Tensor]) -> None:
         >>> count_trainable_parameters(model)
         3
     """
+    mask = {plain_name(name): selected for name, selected in mask.items()}
     _check(model, mask)
     for name, parameter in list(model.named_parameters()):
-        selected = mask.get(name)
+        selected = mask.get(plain_name(name))
         module, local = _owner(model, name)
         if selected is not None and not selected.all():
             mask_tensor(module, local, selected)
@@ -90,7 +91,9 @@ def take_off_trained(model: nn.Module) -> dict[str, Tensor]:
     trained, whole = trained_names(model), get_mask(model)
     idle = idle_names(model, whole)
     _take_off(
-        model, [tensor for tensor in masked_tensors(model) if tensor.name in trained], left_dense_shapes(model).keys() - idle
+        model,
+        [tensor for tensor in masked_tensors(model) if tensor.name in trained],
+        left_dense_shapes(model).keys() - idle,
     )
     return {name: mask for name, mask in whole.items() if name not in idle}
 
@@ -156,10 +159,10 @@ def _check(model: nn.Module, mask: Mapping[str, Tensor]) -> None:
     parameters = {plain_name(name): parameter for name, parameter in model.named_parameters()}
     shared = _shared_names(model)
     for name, selected in mask.items():
-        if f"module.{name}" in parameters:
+        if name not in parameters and f"module.{name}" in parameters:
             raise MaskError(
-                f"{type(model).__name__} wraps the model that the mask is of. Apply the mask to that model itself, before it is "
-                "wrapped, and make the optimizer after that."
+                f"{type(model).__name__} wraps the model that the mask is of. Apply the mask to that model itself, "
+                "before it is wrapped, and make the optimizer after that."
             )
         if name not in parameters:
             raise MaskError(

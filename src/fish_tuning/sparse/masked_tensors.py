@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
+from fish_tuning.errors import MaskError
 from fish_tuning.sparse.adapter_names import adapters_of, check_adapter, idle_names
 from fish_tuning.sparse.sharding import full_shape, is_sharded, plain_name, shard_like, whole
 from fish_tuning.sparse.whole_tensors import Group, MaskedTensor
@@ -153,6 +154,9 @@ def _access(local: str) -> tuple[Any, Any, Any]:
             if group.scattered:
                 return masked.read_with(own["_parameters"][local])  # by which ZeRO-3 sees who needs it
             if is_dynamo_compiling():
+                if hasattr(values, "_hp_mapping"):
+                    # ZeRO changes the values after its optimizer's step, which a compiled model would not see.
+                    raise MaskError("A masked model under DeepSpeed ZeRO-1 or ZeRO-2 cannot be compiled.")
                 return masked.read()
             # This is done at every read, and what it looks at is mostly the group's, which the last read has just used.
             if group.settled and group.flat._version == group.seen and tensor._version == masked.written:
@@ -331,8 +335,8 @@ class _TakeLoaded:
     def __call__(self, module: nn.Module, incompatible_keys: Any) -> None:
         masked: MaskedTensor = vars(module)[_STATE + self.local]
         values = module._parameters.get(self.local)
-        others = values is None or is_sharded(values)
-        if values is not masked.values and not others and values.numel() == len(masked.index):
+        own = values is None or values is masked.values or is_sharded(values)
+        if not own and values is not None and values.numel() == len(masked.index):
             masked.move(lambda tensor: tensor, values)
         masked.group.stale, masked.group.settled = True, False
 

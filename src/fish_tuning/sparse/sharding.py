@@ -8,35 +8,38 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_FSDP2, _FSDP1 = "FSDP2 (fully_shard)", "FSDP1 (FullyShardedDataParallel)"
-_ZERO3, _ZERO12 = "DeepSpeed ZeRO-3", "DeepSpeed ZeRO-1 or ZeRO-2"
+FSDP2, FSDP1 = "FSDP2 (fully_shard)", "FSDP1 (FullyShardedDataParallel)"
+ZERO3, ZERO12 = "DeepSpeed ZeRO-3", "DeepSpeed ZeRO-1 or ZeRO-2"
 _WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 # How each gives the whole state dict, on all processes at once, which save_pretrained then takes.
 _WHOLE_STATE_DICT = {
-    _FSDP2: "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)) of "
+    FSDP2: "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)) of "
     "torch.distributed.checkpoint.state_dict",
-    _FSDP1: "the FSDP model's state_dict() with StateDictType.FULL_STATE_DICT",
-    _ZERO3: "engine._zero3_consolidated_16bit_state_dict()",
+    FSDP1: "the FSDP model's state_dict() with StateDictType.FULL_STATE_DICT",
+    ZERO3: "engine._zero3_consolidated_16bit_state_dict()",
 }
 
 
 def engine_of(parameter: Tensor) -> str | None:
     """The engine that has taken a parameter; None where none has. DDP leaves no trace on it."""
     if is_sharded(parameter):
-        return _FSDP2
+        return FSDP2
     if getattr(parameter, "_fsdp_flattened", False):
-        return _FSDP1
+        return FSDP1
     if hasattr(parameter, "ds_id"):
-        return _ZERO3
-    return _ZERO12 if hasattr(parameter, "_hp_mapping") else None
+        return ZERO3
+    return ZERO12 if hasattr(parameter, "_hp_mapping") else None
 
 
-def splitting_engine_of(model: nn.Module) -> str | None:
-    """The engine that leaves this process only a part of what trains; None where all of it is here now."""
+def splitting_engine_of(model: nn.Module, though_gathered: bool = True) -> str | None:
+    """The engine that leaves each process a part of what trains; None where none does.
+
+    Without `though_gathered`, None as well where ZeRO-3 has brought all of it here for the moment.
+    """
     for parameter in model.parameters():
         engine = engine_of(parameter) if parameter.requires_grad else None
-        here = engine == _ZERO3 and parameter.numel() == full_shape(parameter).numel()  # gathered, for the moment
-        if engine not in (None, _ZERO12) and not here:
+        here = engine == ZERO3 and parameter.numel() == full_shape(parameter).numel()
+        if engine not in (None, ZERO12) and (though_gathered or not here):
             return engine
     return None
 
@@ -70,7 +73,9 @@ def load_whole_tensors(model: nn.Module, state_dict: Mapping[str, Tensor]) -> No
     held = dict(model.named_parameters())
     # A masked tensor has another shape than its parameter; its module takes it apart.
     parts = {
-        name: shard_like(tensor, held[name]) if is_sharded(held.get(name)) and held[name].shape == tensor.shape else tensor
+        name: shard_like(tensor, held[name])
+        if is_sharded(held.get(name)) and held[name].shape == tensor.shape
+        else tensor
         for name, tensor in state_dict.items()
     }
     model.load_state_dict(parts, strict=False)
