@@ -139,7 +139,8 @@ def synchronize_mask(model: nn.Module) -> None:
         )
     for tensor, digest in zip(tensors, ranks[0][1], strict=True):
         # NCCL sends no memory of the host, where an engine that moves parameters leaves what is none.
-        sent = tensor.frozen.cuda() if dist.get_backend() == "nccl" else tensor.frozen
+        nccl = torch.cuda.is_available() and dist.get_backend() == "nccl"
+        sent = tensor.frozen.cuda() if nccl else tensor.frozen
         dist.broadcast(sent, src=0)
         if sent is not tensor.frozen:
             tensor.frozen.copy_(sent)

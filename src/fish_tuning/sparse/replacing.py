@@ -20,7 +20,7 @@ from fish_tuning.sparse.masked_tensors import (
     trained_names,
     trains_masked,
 )
-from fish_tuning.sparse.sharding import engine_of
+from fish_tuning.sparse.sharding import training_engine_of
 
 Choice = Callable[[nn.Module], Mapping[str, Tensor]]
 
@@ -60,7 +60,7 @@ def replace_mask(model: nn.Module, mask: Mapping[str, Tensor] | Choice, optimize
     optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
     if not trains_masked(model):
         raise MaskError("No mask is applied to what trains, so there is none to replace. Call apply_mask(model, mask).")
-    if engine := next(filter(None, map(engine_of, model.parameters())), None):
+    if engine := training_engine_of(model):
         raise MaskError(
             f"The model is in the hands of {engine}, which goes on with the entries that it was given. Another choice "
             "while training needs one process or DDP."

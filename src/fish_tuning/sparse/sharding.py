@@ -31,6 +31,11 @@ def engine_of(parameter: Tensor) -> str | None:
     return ZERO12 if hasattr(parameter, "_hp_mapping") else None
 
 
+def training_engine_of(model: nn.Module) -> str | None:
+    """The engine that has taken what trains of a model; None where none has."""
+    return next((engine for p in model.parameters() if p.requires_grad and (engine := engine_of(p))), None)
+
+
 def splitting_engine_of(model: nn.Module, though_gathered: bool = True) -> str | None:
     """The engine that leaves each process a part of what trains; None where none does.
 

@@ -22,7 +22,15 @@ from fish_tuning.sparse.applying import apply_mask, synchronize_mask, take_off_t
 from fish_tuning.sparse.ddp import together
 from fish_tuning.sparse.masked_tensors import get_mask, mark_replaced, replaced_parameters, trains_masked
 from fish_tuning.sparse.replacing import Choice, replace_mask
-from fish_tuning.sparse.sharding import FSDP2, ZERO3, engine_of, is_sharded, load_whole_tensors, plain_name
+from fish_tuning.sparse.sharding import (
+    FSDP2,
+    ZERO3,
+    engine_of,
+    is_sharded,
+    load_whole_tensors,
+    plain_name,
+    training_engine_of,
+)
 from fish_tuning.training.checkpoints import check_mask, checkpoint_folders, find_fault, last_checkpoint, same_selection
 from fish_tuning.training.head_rate import set_head_learning_rate
 from fish_tuning.training.reporting import report_figures
@@ -109,7 +117,7 @@ class FishMaskCallback(TrainerCallback):
         folder = self.resumed_from or _checkpoint_folder(args, state)
         if state.global_step and folder.is_dir():
             check_mask(folder, model)
-        engine = next(filter(None, map(engine_of, model.parameters())), None)
+        engine = training_engine_of(model)
         if self.reselect_every and engine:
             raise MaskError(
                 f"reselect_every={self.reselect_every}: {engine} goes on with the entries that it was given. Train in "
