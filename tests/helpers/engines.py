@@ -20,7 +20,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from transformers.models.bert.modeling_bert import BertLayer
 
-NEEDS_DEEPSPEED = "DeepSpeed is missing: pip install deepspeed"
+NEEDS_DEEPSPEED = "DeepSpeed is missing: pip install 'fish-tuning[deepspeed]'"
 
 
 def adamw(model: nn.Module) -> torch.optim.Optimizer:
