@@ -23,8 +23,10 @@ from fish_tuning.sparse.ddp import together
 from fish_tuning.sparse.masked_tensors import get_mask, mark_replaced, replaced_parameters, trains_masked
 from fish_tuning.sparse.replacing import Choice, replace_mask
 from fish_tuning.sparse.sharding import (
+    FSDP1,
     FSDP2,
     ZERO3,
+    ZERO12,
     engine_of,
     is_sharded,
     load_whole_tensors,
@@ -299,7 +301,7 @@ def _check_engine(args: TrainingArguments, engine: str) -> None:
             "load_best_model_at_end=True: under FSDP2, torch cannot load the best step's whole tensors into a masked "
             "model. Leave it out, and load the best checkpoint's adapter afterwards."
         )
-    if args.torch_compile:
+    if args.torch_compile and engine in (ZERO12, FSDP1):
         raise MaskError(
             f"torch_compile=True: a compiled model does not see what {engine} does to the selected entries, and would "
             "go on with old ones. Leave one of the two out."
