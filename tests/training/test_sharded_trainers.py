@@ -137,7 +137,7 @@ REFUSED = {
 def refusal(make: Any, wrong: dict[str, Any]) -> str:
     try:
         make(**wrong).train()
-    except MaskError as error:
+    except (MaskError, ValueError) as error:
         return str(error)
     return "accepted"
 
