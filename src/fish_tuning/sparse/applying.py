@@ -18,7 +18,7 @@ from fish_tuning.sparse.masked_tensors import (
     NamedMaskedTensor,
     get_mask,
     group_small,
-    left_dense_names,
+    left_dense_shapes,
     mask_tensor,
     masked_tensors,
     trained_names,
@@ -26,6 +26,7 @@ from fish_tuning.sparse.masked_tensors import (
     unmask_tensor,
 )
 from fish_tuning.sparse.overrides import override_methods, restore_methods
+from fish_tuning.sparse.sharding import engine_of, full_shape, plain_name, splitting_engine_of
 
 
 def apply_mask(model: nn.Module, mask: Mapping[str, Tensor]) -> None:
@@ -39,13 +40,13 @@ def apply_mask(model: nn.Module, mask: Mapping[str, Tensor]) -> None:
     then `set_adapter` the next.
 
     Args:
-        model: the model, changed in place. For DDP pass the very module that is wrapped, on every rank, and call
-            `synchronize_mask` after it.
+        model: the model, changed in place, before an engine (DDP, FSDP, DeepSpeed) takes it. With several processes do
+            it on every rank, and call `synchronize_mask` after it.
         mask: {name as in `model.named_parameters()`: bool tensor of the tensor's shape}, true where it trains.
 
     Raises:
-        MaskError: unknown names, wrong shapes or dtypes, tensors that are not trainable, or a mask that is
-            applied already to what trains. The model is then unchanged.
+        MaskError: unknown names, wrong shapes or dtypes, tensors that are not trainable or that an engine has taken
+            already, or a mask that is applied already to what trains. The model is then unchanged.
 
     Example:
         >>> import torch
@@ -55,14 +56,15 @@ def apply_mask(model: nn.Module, mask: Mapping[str, Tensor]) -> None:
         >>> count_trainable_parameters(model)
         3
     """
+    mask = {plain_name(name): selected for name, selected in mask.items()}
     _check(model, mask)
     for name, parameter in list(model.named_parameters()):
-        selected = mask.get(name)
+        selected = mask.get(plain_name(name))
         module, local = _owner(model, name)
         if selected is not None and not selected.all():
             mask_tensor(module, local, selected)
         elif parameter.requires_grad:
-            vars(module).setdefault(LEFT_DENSE, set()).add(local)
+            vars(module).setdefault(LEFT_DENSE, {})[local] = full_shape(parameter)
     group_small(model)
     override_methods(model)
 
@@ -75,7 +77,7 @@ def remove_mask(model: nn.Module, adapter_name: str | None = None) -> None:
 
     Raises MaskError when the model has no such adapter.
     """
-    tensors, forgotten = list(masked_tensors(model)), left_dense_names(model)
+    tensors, forgotten = list(masked_tensors(model)), set(left_dense_shapes(model))
     if adapter_name is not None:
         check_adapter(model, adapter_name)
         adapters = adapters_of(model, [*(tensor.name for tensor in tensors), *forgotten])
@@ -89,19 +91,26 @@ def take_off_trained(model: nn.Module) -> dict[str, Tensor]:
     trained, whole = trained_names(model), get_mask(model)
     idle = idle_names(model, whole)
     _take_off(
-        model, [tensor for tensor in masked_tensors(model) if tensor.name in trained], left_dense_names(model) - idle
+        model,
+        [tensor for tensor in masked_tensors(model) if tensor.name in trained],
+        left_dense_shapes(model).keys() - idle,
     )
     return {name: mask for name, mask in whole.items() if name not in idle}
 
 
 def _take_off(model: nn.Module, tensors: Iterable[NamedMaskedTensor], forgotten: Iterable[str]) -> None:
     """Unmask these tensors, and forget that masks left those others dense."""
+    if engine := splitting_engine_of(model):
+        raise MaskError(
+            f"The model is split by {engine}, so this process has not all that its mask trains and cannot take it off. "
+            "Save the adapter, load it into a model that is not split, and go on with that one."
+        )
     trained = trained_names(model)
     for tensor in tensors:
         unmask_tensor(tensor, tensor.name in trained)
     for name in forgotten:
         module, local = _owner(model, name)
-        vars(module)[LEFT_DENSE].discard(local)
+        vars(module)[LEFT_DENSE].pop(local, None)
     restore_methods(model)
 
 
@@ -129,7 +138,12 @@ def synchronize_mask(model: nn.Module) -> None:
             "save_mask it and load_mask it on the others."
         )
     for tensor, digest in zip(tensors, ranks[0][1], strict=True):
-        dist.broadcast(tensor.frozen, src=0)
+        # NCCL sends no memory of the host, where an engine that moves parameters leaves what is none.
+        nccl = torch.cuda.is_available() and dist.get_backend() == "nccl"
+        sent = tensor.frozen.cuda() if nccl else tensor.frozen
+        dist.broadcast(sent, src=0)
+        if sent is not tensor.frozen:
+            tensor.frozen.copy_(sent)
         tensor.masked.digest = digest
 
 
@@ -143,19 +157,30 @@ def _check(model: nn.Module, mask: Mapping[str, Tensor]) -> None:
         raise MaskError("The model has a mask already. Call remove_mask(model) before applying another.")
     if reason := refusal({type(module).__name__ for module in model.modules()}, "masked"):
         raise MaskError(reason)
-    parameters = dict(model.named_parameters())
+    parameters = {plain_name(name): parameter for name, parameter in model.named_parameters()}
     shared = _shared_names(model)
     for name, selected in mask.items():
+        if name not in parameters and f"module.{name}" in parameters:
+            raise MaskError(
+                f"{type(model).__name__} wraps the model that the mask is of. Apply the mask to that model itself, "
+                "before it is wrapped, and make the optimizer after that."
+            )
         if name not in parameters:
             raise MaskError(
                 f"The mask names {name!r}, which the model does not have.{did_you_mean(name, parameters)} A mask fits "
                 "the model whose scores it was made from."
             )
-        parameter = parameters[name]
-        if selected.dtype != torch.bool or selected.shape != parameter.shape:
+        parameter, shape = parameters[name], full_shape(parameters[name])
+        if (engine := engine_of(parameter)) and not (selected.dtype == torch.bool and selected.all()):
+            raise MaskError(
+                f"{engine} has taken {name!r} already, and would go on with the whole tensor. Call "
+                "apply_mask(model, mask) before the model is wrapped, sharded or given to the engine, and make the "
+                "optimizer after that."
+            )
+        if selected.dtype != torch.bool or selected.shape != shape:
             raise MaskError(
                 f"The mask of {name!r} is {selected.dtype} of shape {tuple(selected.shape)}; the tensor needs "
-                f"torch.bool of shape {tuple(parameter.shape)}."
+                f"torch.bool of shape {tuple(shape)}."
             )
         if not parameter.requires_grad:
             raise MaskError(f"{name!r} is in the mask but not trainable (requires_grad=False).")

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
+from fish_tuning.errors import MaskError
 from fish_tuning.sparse.adapter_names import adapters_of, check_adapter, idle_names
+from fish_tuning.sparse.sharding import full_shape, is_sharded, plain_name, shard_like, whole
 from fish_tuning.sparse.whole_tensors import Group, MaskedTensor
 
 Mask = dict[str, Tensor]
@@ -25,7 +27,7 @@ _SMALL = 2**16
 _TOGETHER = 2**18  # entries of a group at most, since their dense gradients are kept until all are there
 _GONE = object()
 _classes: dict[tuple[type[nn.Module], frozenset[str]], type[nn.Module]] = {}
-# Attribute of a module: the names of its trainable parameters that the mask left as they are.
+# Attribute of a module: the names and shapes of its trainable parameters that the mask left as they are.
 LEFT_DENSE = "_fish_tuning_left_dense"
 
 
@@ -37,8 +39,9 @@ def get_mask(model: nn.Module, adapter_name: str | None = None) -> Mask:
     Raises MaskError when the model has no such adapter.
     """
     mask = {tensor.name: tensor.masked.selected() for tensor in masked_tensors(model)}
+    shapes = left_dense_shapes(model)  # which an engine that splits the model may have taken away
     for name, parameter in dense_parameters(model).items():
-        mask[name] = torch.ones_like(parameter, dtype=torch.bool, requires_grad=False)
+        mask[name] = torch.ones(shapes.get(name, full_shape(parameter)), dtype=torch.bool, device=parameter.device)
     if adapter_name is None:
         return mask
     check_adapter(model, adapter_name)
@@ -84,17 +87,18 @@ def dense_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
     Those that a mask left dense stay among them while their PEFT adapter is not the active one.
     """
-    values = {id(tensor.masked.values) for tensor in masked_tensors(model)}
-    idle = idle_names(model, left_dense_names(model))
-    return {n: p for n, p in model.named_parameters() if (p.requires_grad or n in idle) and id(p) not in values}
+    masked = {tensor.name for tensor in masked_tensors(model)}  # by name, since FSDP2 puts others for the values
+    idle = idle_names(model, left_dense_shapes(model))
+    named = ((plain_name(name), parameter) for name, parameter in model.named_parameters())
+    return {n: p for n, p in named if (p.requires_grad or n in idle) and n not in masked}
 
 
-def left_dense_names(model: nn.Module) -> set[str]:
+def left_dense_shapes(model: nn.Module) -> dict[str, torch.Size]:
     """The trainable parameters that masks left as they were, those of adapters that are not active too."""
     return {
-        f"{path}.{local}" if path else local
+        plain_name(f"{path}.{local}" if path else local): shape
         for path, module in model.named_modules()
-        for local in vars(module).get(LEFT_DENSE, ())
+        for local, shape in vars(module).get(LEFT_DENSE, {}).items()
     }
 
 
@@ -147,14 +151,19 @@ def _access(local: str) -> tuple[Any, Any, Any]:
             group, tensor = masked.group, masked.tensor
             if group.managed:
                 return values
+            if group.scattered:
+                return masked.read_with(own["_parameters"][local])  # by which ZeRO-3 sees who needs it
             if is_dynamo_compiling():
+                if hasattr(values, "_hp_mapping"):
+                    # ZeRO changes the values after its optimizer's step, which a compiled model would not see.
+                    raise MaskError("A masked model under DeepSpeed ZeRO-1 or ZeRO-2 cannot be compiled.")
                 return masked.read()
             # This is done at every read, and what it looks at is mostly the group's, which the last read has just used.
             if group.settled and group.flat._version == group.seen and tensor._version == masked.written:
                 return tensor
             return masked.read()
         if local in own:  # a copy that DataParallel made
-            return masked.read_with(own[local])
+            return masked.read_with(own[local], copy=True)
         if values is None or values is _GONE:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {local!r}")
         return masked.read_with(values)
@@ -290,8 +299,14 @@ class _DenseStateDict:
             return
         stored = state_dict.get(prefix + self.local)
         own = module._parameters.get(self.local) is masked.values and not masked.group.managed
-        if stored is None or own:
+        if own and masked.group.scattered and masked.values is not None and not masked.values.numel():
+            # ZeRO-3's checkpoints hold the values apart. In this shape nobody takes it for the tensor.
+            state_dict[prefix + self.local] = masked.unselected()
+        elif stored is None or own:
             state_dict[prefix + self.local] = _own_memory(masked.read().detach())
+        elif is_sharded(stored):
+            dense = torch.empty(masked.shape, device="meta") if stored.is_meta else masked.dense_of(stored)
+            state_dict[prefix + self.local] = shard_like(dense, stored)
         elif stored.numel() == len(masked.index):
             state_dict[prefix + self.local] = masked.dense_of(stored)
 
@@ -304,19 +319,22 @@ class _SplitStateDict:
 
     def __call__(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
         masked: MaskedTensor = vars(module)[_STATE + self.local]
-        dense = state_dict.get(prefix + self.local)
-        if not isinstance(dense, Tensor) or dense.shape != masked.shape or self.local not in module._parameters:
+        name, own = prefix + self.local, module._parameters.get(self.local)
+        dense = state_dict.get(name)
+        if not isinstance(dense, Tensor) or self.local not in module._parameters:
+            return
+        if own is not None and not own.numel() and dense.shape == (masked.shape.numel() - len(masked.index),):
+            masked.put_unselected(dense)  # the values come by ZeRO-3's own ways
+            state_dict[name] = own.detach()
+        if dense.shape != masked.shape:
             return  # torch says what does not fit
-        if masked.frozen.is_meta:
-            masked.frozen = dense.detach().clone(memory_format=torch.contiguous_format)
-            masked.group.bind()
-        else:
-            masked.frozen.data.copy_(dense)
+        dense = whole(dense)
+        masked.put_dense(dense)
         if masked.values is None:
-            del state_dict[prefix + self.local]
+            del state_dict[name]
         else:
-            entries = dense.detach().flatten()[masked.index.to(dense.device).long()]
-            state_dict[prefix + self.local] = entries.view(masked.values.shape)
+            entries = masked.entries_of(dense)
+            state_dict[name] = shard_like(entries, own) if is_sharded(own) else entries
 
 
 class _TakeLoaded:
@@ -328,7 +346,8 @@ class _TakeLoaded:
     def __call__(self, module: nn.Module, incompatible_keys: Any) -> None:
         masked: MaskedTensor = vars(module)[_STATE + self.local]
         values = module._parameters.get(self.local)
-        if values is not masked.values and values is not None and values.numel() == len(masked.index):
+        own = values is None or values is masked.values or is_sharded(values)
+        if not own and values is not None and values.numel() == len(masked.index):
             masked.move(lambda tensor: tensor, values)
         masked.group.stale, masked.group.settled = True, False
 
@@ -337,4 +356,4 @@ def masked_tensors(model: nn.Module) -> Iterator[NamedMaskedTensor]:
     """Every masked tensor of `model`, by the name that it has without the mask."""
     for path, module in model.named_modules():
         for local, masked in _own_masked_tensors(module):
-            yield NamedMaskedTensor(f"{path}.{local}" if path else local, module, local, masked)
+            yield NamedMaskedTensor(plain_name(f"{path}.{local}" if path else local), module, local, masked)

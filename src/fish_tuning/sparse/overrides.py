@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import os
 import re
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from types import MethodType
@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import nn
 
+from fish_tuning.errors import MaskError
 from fish_tuning.files.mask_file import MASK_FILE_NAME, save_mask
 from fish_tuning.sparse.adapter_names import adapters_of, idle_names
 from fish_tuning.sparse.masked_tensors import (
@@ -28,6 +29,7 @@ from fish_tuning.sparse.masked_tensors import (
     trained_names,
     unmask_tensor,
 )
+from fish_tuning.sparse.sharding import FSDP1, splitting_engine_of, whole_state_dict_of
 
 _BEFORE = "_fish_tuning_before_"  # holds what the object itself had under the method's name, if anything
 
@@ -89,14 +91,58 @@ def _without_mask(model: nn.Module) -> nn.Module:
 def _save_pretrained(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """The object's own save_pretrained, once the mask is written: weights without it would pass for unmasked ones."""
     original = _original(self, "save_pretrained")
-    given = inspect.signature(original).bind(*args, **kwargs).arguments
+    bound = inspect.signature(original).bind(*args, **kwargs)
+    given = bound.arguments
     folder = Path(next(iter(given.values())))
+    others = given if "state_dict" in given else given.get("kwargs", {})
+    if any("_fsdp_wrapped_module" in name for name, _ in self.named_modules()):
+        raise MaskError(
+            "Parts of the model are wrapped by FSDP1 (FullyShardedDataParallel), whose names keep save_pretrained from "
+            "finding the adapter's tensors: it would leave them out without a word. Load the whole state dict "
+            f"({whole_state_dict_of(FSDP1)}) into a model that is not wrapped, and save that; or use FSDP2."
+        )
+    if others.get("state_dict") is not None:
+        if given.get("is_main_process", True):
+            _check_complete(self, others["state_dict"])
+        others["state_dict"] = with_whole_tensors(self, others["state_dict"])
+    elif engine := splitting_engine_of(self, though_gathered=False):
+        raise MaskError(
+            f"The model is split by {engine}, so this process has only a part of what is to be saved. On every "
+            f"process, take the whole state dict ({whole_state_dict_of(engine)}), and on the first give it to "
+            "save_pretrained(folder, state_dict=...). A Trainer's save_model does so."
+        )
     if given.get("is_main_process", True) and not folder.is_file():
         # A Trainer's checkpoint counts from the moment that this file is there, which it writes last.
         if re.fullmatch(r"checkpoint-\d+", folder.name):
             (folder / "trainer_state.json").unlink(missing_ok=True)
         _write_masks(self, folder, given.get("selected_adapters"))
-    return original(*args, **kwargs)
+    return original(*bound.args, **bound.kwargs)
+
+
+def _check_complete(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
+    missing = [name for name in trained_names(model) if name not in state_dict]
+    if missing and splitting_engine_of(model):
+        raise MaskError(
+            f"state_dict has no {min(missing)!r}, so what has been trained would not be saved. Gather it from all "
+            "processes; with DeepSpeed ZeRO-3, set stage3_gather_16bit_weights_on_model_save to true in its "
+            "configuration (accelerate calls it zero3_save_16bit_model)."
+        )
+
+
+def with_whole_tensors(model: nn.Module, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """A state dict of whole tensors, where an engine that gathers parameters has put the selected entries alone."""
+    made = dict(state_dict)
+    for tensor in masked_tensors(model):
+        stored = made.get(tensor.name)
+        if stored is None or stored.shape == tensor.masked.shape:
+            continue
+        if stored.numel() != len(tensor.masked.index):
+            raise MaskError(
+                f"state_dict has {tensor.name!r} in the shape {tuple(stored.shape)}; what is saved needs all of it, "
+                f"{tuple(tensor.masked.shape)}. Gather the state dict from all processes."
+            )
+        made[tensor.name] = tensor.masked.dense_of(stored)
+    return made
 
 
 def _write_masks(model: nn.Module, folder: Path, selected_adapters: Iterable[str] | None) -> None:

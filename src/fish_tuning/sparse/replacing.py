@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from fish_tuning.errors import MaskError
 from fish_tuning.sparse.applying import apply_mask, take_off_trained
+from fish_tuning.sparse.ddp import renew_ddp
 from fish_tuning.sparse.masked_tensors import (
     Mask,
     dense_parameters,
@@ -19,12 +20,13 @@ from fish_tuning.sparse.masked_tensors import (
     trained_names,
     trains_masked,
 )
+from fish_tuning.sparse.sharding import training_engine_of
 
 Choice = Callable[[nn.Module], Mapping[str, Tensor]]
 
 
 def replace_mask(model: nn.Module, mask: Mapping[str, Tensor] | Choice, optimizer: Optimizer) -> Mask:
-    """Train other entries from here on; call it between two steps of the optimizer.
+    """Train other entries from here on; call it between two steps of the optimizer, under DDP in all processes.
 
     Entries of both masks keep their values and their optimizer state (momenta, second moments), new ones start with
     state zero, as LIFT does (arXiv 2506.00772), and those that leave keep the value that they were trained to, frozen.
@@ -42,8 +44,8 @@ def replace_mask(model: nn.Module, mask: Mapping[str, Tensor] | Choice, optimize
         The mask that now trains.
 
     Raises:
-        MaskError: no mask is applied, the new one does not fit, or the optimizer's state is of another kind (that of
-            Adafactor of a whole matrix); the model then has the mask that it had.
+        MaskError: no mask is applied, the new one does not fit, the optimizer's state is of another kind (that of
+            Adafactor of a whole matrix), or FSDP or DeepSpeed has the model; it then has the mask that it had.
 
     Example:
         >>> import torch
@@ -58,6 +60,11 @@ def replace_mask(model: nn.Module, mask: Mapping[str, Tensor] | Choice, optimize
     optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
     if not trains_masked(model):
         raise MaskError("No mask is applied to what trains, so there is none to replace. Call apply_mask(model, mask).")
+    if engine := training_engine_of(model):
+        raise MaskError(
+            f"The model is in the hands of {engine}, which goes on with the entries that it was given. Another choice "
+            "while training needs one process or DDP."
+        )
     before = _trained(model)
     _check_state(before, optimizer)
     earlier = take_off_trained(model)
@@ -69,6 +76,7 @@ def replace_mask(model: nn.Module, mask: Mapping[str, Tensor] | Choice, optimize
         raise
     finally:
         _move(before, _trained(model), model, optimizer)
+        renew_ddp(model)
     mark_replaced(model)
     return chosen
 

@@ -31,7 +31,12 @@ class Watched(Tensor):
     def data(self, value: Tensor) -> None:
         increment_version(self)
         self.held = True
+        if value.numel() != self.numel():
+            self._resized()
         DATA.__set__(self, value)
+
+    def _resized(self) -> None:
+        """Its memory is given up, or comes back."""
 
     @property
     def requires_grad(self) -> bool:
@@ -57,6 +62,7 @@ class Whole(Watched):
 
 class _Settles(Protocol):
     settled: bool
+    scattered: bool
 
 
 class Values(Watched, nn.Parameter):
@@ -73,6 +79,11 @@ class Values(Watched, nn.Parameter):
         if group is not None:
             group.settled = False
         return self
+
+    def _resized(self) -> None:
+        group = self.masked_group() if self.masked_group is not None else None
+        if group is not None:
+            group.scattered, group.settled = True, False
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return Values, (DATA.__get__(self), self.requires_grad)

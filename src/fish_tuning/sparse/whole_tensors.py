@@ -19,6 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils.hooks import RemovableHandle
 
 from fish_tuning.errors import MaskError
+from fish_tuning.sparse.sharding import is_sharded, whole
 from fish_tuning.sparse.values import DATA, Values, Whole
 
 # Groups whose values' memory others may hold, such as an engine that trains a copy of the parameters.
@@ -64,6 +65,8 @@ class MaskedTensor:
 
     def read(self) -> Tensor:
         """The whole tensor, whatever has happened to it or to the values."""
+        if self.group.scattered:
+            return self.read_with(self.values)  # type: ignore[no-any-return]
         if self.tensor is None:
             self.group.bind()
         if is_dynamo_compiling():
@@ -89,22 +92,53 @@ class MaskedTensor:
             DATA.__set__(self.tensor, self.frozen)
         values.copy_(self.frozen.view(-1).index_select(0, self.index).view_as(values))
 
-    def read_with(self, values: Any) -> Any:
-        """What a read gives while something else stands in the place of the values, as sharding engines have it."""
-        if not isinstance(values, Tensor) or values.numel() != len(self.index) or hasattr(values, "full_tensor"):
-            return values  # another parameter, or a part of it on each device, which FSDP wants to see as it is
+    def read_with(self, values: Any, copy: bool = False) -> Any:
+        """What a read gives while an engine moves the values: the whole tensor, where the values are there.
+
+        Else they themselves: another parameter, a part of them on each device, or memory that is given up, which the
+        engine wants to see as it is. `copy` for those of a replica on another device.
+        """
+        if not isinstance(values, Tensor) or values.numel() != len(self.index) or is_sharded(values):
+            return values
         if not values.untyped_storage().nbytes():
-            return values  # FSDP has given its memory up
+            return values
         index, frozen = self.index.to(values.device), self.frozen.to(values.device)
+        if not copy:
+            self.index, self.frozen = index, frozen
         frozen.data.view(-1).index_copy_(0, index.long(), values.detach().flatten().to(frozen.dtype))
-        return _Selected.apply([index], None, [frozen], values)[0]  # type: ignore[no-untyped-call]
+        made = _Selected.apply([index], None, [frozen], values)[0]  # type: ignore[no-untyped-call]
+        if made.grad_fn is not None:
+            made.grad_fn._set_sequence_nr(_AT_ONCE)
+        return made
 
     def dense_of(self, values: Any) -> Tensor:
         """The whole tensor with these values, in memory of its own."""
-        values = values.full_tensor() if hasattr(values, "full_tensor") else values
-        dense = self.frozen.detach().clone()
-        dense.view(-1).index_copy_(0, self.index.long(), values.detach().flatten().to(dense))
+        values = whole(values)
+        dense = self.frozen.detach().to(values.device, copy=True)
+        dense.view(-1).index_copy_(0, self.index.to(values.device).long(), values.detach().flatten().to(dense))
         return dense
+
+    def unselected(self) -> Tensor:
+        """The entries that do not train, one after another."""
+        return self.frozen.detach().flatten()[~self.selected().flatten().to(self.frozen.device)]
+
+    def put_unselected(self, entries: Tensor) -> None:
+        positions = (~self.selected().flatten()).nonzero()[:, 0].to(self.frozen.device)
+        self.frozen.data.view(-1).index_copy_(0, positions, entries.to(self.frozen))
+
+    def put_dense(self, dense: Tensor) -> None:
+        """Take the frozen entries of this tensor."""
+        if self.frozen.is_meta:
+            self.frozen = dense.detach().clone(memory_format=torch.contiguous_format)
+            self.index = self.index.to(dense.device)
+            if not self.group.scattered:
+                self.group.bind()
+        else:
+            self.frozen.data.copy_(dense)
+
+    def entries_of(self, dense: Tensor) -> Tensor:
+        """The selected entries of this tensor, in the shape of the values."""
+        return dense.detach().flatten()[self.index.to(dense.device).long()].view(-1, *(1,) * (dense.dim() > 1))
 
     def move(self, change: Any, values: nn.Parameter | None) -> None:
         """Follow the module to another device or dtype, where its parameter is `values`."""
@@ -112,7 +146,8 @@ class MaskedTensor:
         if frozen is self.frozen and values is self.values:
             return
         self.frozen = frozen.contiguous()
-        self.index = self.index.to(change(self.index).device)  # its numbers stay, even where memory is given up
+        device = change(self.index).device  # its numbers stay, even where memory is given up
+        self.index = self.index if device.type == "meta" else self.index.to(device)
         self.values = values
         self.tensor, self.group.settled = None, False
         if self.group.is_together():  # the last of the group: what is compiled cannot do this when it reads
@@ -147,6 +182,9 @@ class Group:
         # Whether FSDP (its first version) moves the values: their memory is its own, and it looks for them where the
         # tensor is read. While it gathers them for a forward pass, it puts other tensors in their place.
         self.managed = False
+        # Whether an engine gives up the values' memory, one by one, and brings it back when it is needed (ZeRO-3): each
+        # read then writes the values of its own tensor.
+        self.scattered = False
         self.settled = False  # whether `flat` and the count tell all that a read must know of the values
         for member in members:
             member.group = self
@@ -214,7 +252,7 @@ class Group:
 
         Past autograd, which need not see a change of what it saved where an optimizer has stepped since.
         """
-        if self.managed:
+        if self.managed or self.scattered:
             return
         members = self.with_values
         parameters: list[Any] = [member.values for member in members]

@@ -85,4 +85,4 @@ def _head(model: nn.Module, head: Sequence[str] | None) -> list[Tensor]:
     named: list[Tensor] = [parameter for name, parameter in parameters.items() if HEAD in name]
     if named or not is_masked(model) or isinstance(model, PeftModel):
         return named
-    return [parameter for name, parameter in dense_parameters(model).items() if name in parameters]
+    return [parameter for parameter in dense_parameters(model).values() if parameter.requires_grad]

@@ -6,9 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
+import torch
+from accelerate.state import AcceleratorState  # type: ignore[import-untyped]
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import FSDP_MODEL_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from fish_tuning.errors import MaskError
@@ -16,8 +19,20 @@ from fish_tuning.files.atomic import sync_folder, write_atomically
 from fish_tuning.files.mask_file import MASK_FILE_NAME, load_mask, save_mask
 from fish_tuning.sparse.adapter_names import idle_names
 from fish_tuning.sparse.applying import apply_mask, synchronize_mask, take_off_trained
+from fish_tuning.sparse.ddp import together
 from fish_tuning.sparse.masked_tensors import get_mask, mark_replaced, replaced_parameters, trains_masked
 from fish_tuning.sparse.replacing import Choice, replace_mask
+from fish_tuning.sparse.sharding import (
+    FSDP1,
+    FSDP2,
+    ZERO3,
+    ZERO12,
+    engine_of,
+    is_sharded,
+    load_whole_tensors,
+    plain_name,
+    training_engine_of,
+)
 from fish_tuning.training.checkpoints import check_mask, checkpoint_folders, find_fault, last_checkpoint, same_selection
 from fish_tuning.training.head_rate import set_head_learning_rate
 from fish_tuning.training.reporting import report_figures
@@ -37,11 +52,12 @@ class FishMaskCallback(TrainerCallback):
             of `load_mask(f"{checkpoint}/fish_mask.safetensors")`.
         choose: `choose(model) -> mask` of the same number of entries, from the model as trained, whose mask is off
             meanwhile: `lambda model: create_mask_from_fisher(calculate_scores(model, loader, warmup_steps=0), ...)`.
+            Under DDP it runs in every process, and all must come to the same mask; calculate_scores shares its work.
 
     Raises:
         MaskError: when the mask does not fit the model, when training starts with an optimizer that was made before
             the mask was applied, when it resumes a checkpoint of another mask, or when a new choice has another number
-            of entries or comes in several processes.
+            of entries, differs between processes, or comes under FSDP or DeepSpeed.
 
     Example:
         >>> trainer = SFTTrainer(model=peft_model, ..., callbacks=[FishMaskCallback(mask)])  # doctest: +SKIP
@@ -54,7 +70,7 @@ class FishMaskCallback(TrainerCallback):
             raise MaskError("reselect_every and choose belong together: how often, and how. Give both or neither.")
         if reselect_every is not None and (not isinstance(reselect_every, int) or reselect_every < 1):
             raise MaskError(f"reselect_every={reselect_every!r} must be a whole number of at least 1.")
-        self.mask = dict(mask)
+        self.mask = {plain_name(name): selected for name, selected in mask.items()}
         self.reselect_every, self.choose = reselect_every, choose
         self.resumed_from: Path | None = None  # where it is not in the Trainer's own folder
 
@@ -92,7 +108,9 @@ class FishMaskCallback(TrainerCallback):
                 "was replaced (model_init? FishTuningTrainer masks what it makes), or the mask was removed. Pass model "
                 "and callback when making the Trainer."
             )
-        if optimizer is not None and (held.isdisjoint(trained) or held & replaced_parameters(model)):
+        # DeepSpeed's optimizer holds pieces of memory; the parameters themselves tell that it has taken them.
+        others = held.isdisjoint(trained) and not all(engine_of(p) for p in model.parameters() if p.requires_grad)
+        if optimizer is not None and (others or held & replaced_parameters(model)):
             raise MaskError(
                 "The optimizer holds parameters that a mask has replaced: it was made before the mask was applied. "
                 "Call apply_mask(model, mask) first, then make the optimizer."
@@ -101,11 +119,14 @@ class FishMaskCallback(TrainerCallback):
         folder = self.resumed_from or _checkpoint_folder(args, state)
         if state.global_step and folder.is_dir():
             check_mask(folder, model)
-        if self.reselect_every and args.world_size > 1:
+        engine = training_engine_of(model)
+        if self.reselect_every and engine:
             raise MaskError(
-                f"reselect_every={self.reselect_every}: {args.world_size} processes would each choose by their own "
-                "examples. Train in one process, or without it."
+                f"reselect_every={self.reselect_every}: {engine} goes on with the entries that it was given. Train in "
+                "one process or with DDP, or without it."
             )
+        if engine:
+            _check_engine(args, engine)
         if self.reselect_every and args.load_best_model_at_end:
             raise MaskError(
                 f"reselect_every={self.reselect_every} with load_best_model_at_end=True: the best step's weights may "
@@ -124,7 +145,9 @@ class FishMaskCallback(TrainerCallback):
     ) -> None:
         due = bool(self.reselect_every) and state.global_step % (self.reselect_every or 1) == 0
         if due and state.global_step < state.max_steps:
-            self.mask = replace_mask(model, self._chosen, optimizer)
+            with together():
+                self.mask = replace_mask(model, self._chosen, optimizer)
+            synchronize_mask(model)
 
     def _chosen(self, model: nn.Module) -> Mapping[str, Tensor]:
         if self.choose is None:
@@ -239,6 +262,15 @@ class FishTuningTrainer(Trainer):
         self._mask_callback.resumed_from = folder
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        # torch's way with a full state dict under FSDP2 copies whole tensors into parameters, which are their entries.
+        file = Path(resume_from_checkpoint, f"{FSDP_MODEL_NAME}.bin")
+        model = self.model if model is None else model
+        if self.is_fsdp_enabled and file.is_file() and any(map(is_sharded, model.parameters())):
+            load_whole_tensors(model, torch.load(file, map_location="cpu", weights_only=True, mmap=True))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if self.args.should_save and not isinstance(self.model, PreTrainedModel | PeftModel):
             # The others have it from their save_pretrained. Before the weights, as there.
@@ -253,6 +285,27 @@ class FishTuningTrainer(Trainer):
         if self.is_world_process_zero() and mask.is_file():
             write_atomically(Path(self.args.output_dir or "", MASK_FILE_NAME), mask.read_bytes())
         super()._push_from_checkpoint(checkpoint_folder)
+
+
+def _check_engine(args: TrainingArguments, engine: str) -> None:
+    """Refuse at once what would fail at the first checkpoint or at the end, or would train with stale values."""
+    plugin = getattr(AcceleratorState(), "deepspeed_plugin", None)
+    zero = plugin.deepspeed_config.get("zero_optimization", {}) if plugin is not None else {}
+    if engine == ZERO3 and args.save_strategy != "no" and not zero.get("stage3_gather_16bit_weights_on_model_save"):
+        raise MaskError(
+            "DeepSpeed ZeRO-3 without stage3_gather_16bit_weights_on_model_save: no checkpoint would hold an adapter. "
+            "Set it to true in DeepSpeed's configuration (accelerate calls it zero3_save_16bit_model)."
+        )
+    if engine == FSDP2 and args.load_best_model_at_end:
+        raise MaskError(
+            "load_best_model_at_end=True: under FSDP2, torch cannot load the best step's whole tensors into a masked "
+            "model. Leave it out, and load the best checkpoint's adapter afterwards."
+        )
+    if args.torch_compile and engine in (ZERO12, FSDP1):
+        raise MaskError(
+            f"torch_compile=True: a compiled model does not see what {engine} does to the selected entries, and would "
+            "go on with old ones. Leave one of the two out."
+        )
 
 
 def _checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:

@@ -1,0 +1,99 @@
+"""What engines that spread a model over devices make of its parameters: FSDP (both versions) and DeepSpeed's ZeRO."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+FSDP2, FSDP1 = "FSDP2 (fully_shard)", "FSDP1 (FullyShardedDataParallel)"
+ZERO3, ZERO12 = "DeepSpeed ZeRO-3", "DeepSpeed ZeRO-1 or ZeRO-2"
+_WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+# How each gives the whole state dict, on all processes at once, which save_pretrained then takes.
+_WHOLE_STATE_DICT = {
+    FSDP2: "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)) of "
+    "torch.distributed.checkpoint.state_dict",
+    FSDP1: "the FSDP model's state_dict() with StateDictType.FULL_STATE_DICT",
+    ZERO3: "engine._zero3_consolidated_16bit_state_dict()",
+}
+
+
+def engine_of(parameter: Tensor) -> str | None:
+    """The engine that has taken a parameter; None where none has. DDP leaves no trace on it."""
+    if is_sharded(parameter):
+        return FSDP2
+    if getattr(parameter, "_fsdp_flattened", False):
+        return FSDP1
+    if hasattr(parameter, "ds_id"):
+        return ZERO3
+    return ZERO12 if hasattr(parameter, "_hp_mapping") else None
+
+
+def training_engine_of(model: nn.Module) -> str | None:
+    """The engine that has taken what trains of a model; None where none has."""
+    return next((engine for p in model.parameters() if p.requires_grad and (engine := engine_of(p))), None)
+
+
+def splitting_engine_of(model: nn.Module, though_gathered: bool = True) -> str | None:
+    """The engine that leaves each process a part of what trains; None where none does.
+
+    Without `though_gathered`, None as well where ZeRO-3 has brought all of it here for the moment.
+    """
+    for parameter in model.parameters():
+        engine = engine_of(parameter) if parameter.requires_grad else None
+        here = engine == ZERO3 and parameter.numel() == full_shape(parameter).numel()
+        if engine not in (None, ZERO12) and (though_gathered or not here):
+            return engine
+    return None
+
+
+def whole_state_dict_of(engine: str) -> str:
+    """In words, where an engine's users get the state dict of a whole model from."""
+    return _WHOLE_STATE_DICT[engine]
+
+
+def is_sharded(tensor: Any) -> bool:
+    """Whether it is a DTensor, of which each device has a part."""
+    return hasattr(tensor, "full_tensor")
+
+
+def whole(tensor: Any) -> Tensor:
+    """The whole of a DTensor, on every process, all of which must ask for it; any other tensor as it is."""
+    gathered: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor
+    return gathered
+
+
+def shard_like(tensor: Tensor, other: Any) -> Tensor:
+    """This process's part of a tensor that all processes have, spread as the DTensor `other` is."""
+    from torch.distributed.tensor import distribute_tensor
+
+    tensor = tensor.to(other.device)
+    return distribute_tensor(tensor, other.device_mesh, other.placements, src_data_rank=None)
+
+
+def load_whole_tensors(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
+    """Load whole tensors, which every process has, into a model that FSDP2 has sharded; names may be missing."""
+    held = dict(model.named_parameters())
+    # A masked tensor has another shape than its parameter; its module takes it apart.
+    parts = {
+        name: shard_like(tensor, held[name])
+        if is_sharded(held.get(name)) and held[name].shape == tensor.shape
+        else tensor
+        for name, tensor in state_dict.items()
+    }
+    model.load_state_dict(parts, strict=False)
+
+
+def full_shape(parameter: Tensor) -> torch.Size:
+    """The shape of a parameter whose memory ZeRO-3 may have given up."""
+    shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
+    return shape
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name without the wrappers that FSDP1 and activation checkpointing put into the model."""
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name

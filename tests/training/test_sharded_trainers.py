@@ -1,0 +1,236 @@
+"""Masked models in Trainers under accelerate's engines, in two processes: trained, saved, resumed as in one process."""
+
+from __future__ import annotations
+
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import DistributedType
+from engines import NEEDS_DEEPSPEED, deepspeed_config, deepspeed_on_the_cpu, entries_of_state
+from peft import PeftModel
+from processes import in_two_processes
+from tiny import (
+    Rows,
+    assert_only_selected_moved,
+    assert_same_tensors,
+    bert,
+    classification_batch,
+    lora,
+    random_mask,
+    rebatch,
+    tensors,
+)
+from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
+
+from fish_tuning import (
+    FishMaskCallback,
+    FishTuningTrainer,
+    MaskError,
+    calculate_scores,
+    create_mask_from_fisher,
+    last_checkpoint,
+    load_mask,
+)
+
+DATA = Rows(classification_batch((5, 9, 3, 9, 6, 8, 9, 9)))
+STEPS = 4
+
+
+def base() -> Any:
+    return bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+
+
+def model_of(seed: int = 0) -> PeftModel:
+    return lora(base(), seed=seed, lora_dropout=0.0)
+
+
+def mask_of(model: nn.Module) -> dict[str, Tensor]:
+    return random_mask(model, 0.2, dense=["classifier"])
+
+
+def settings(engine: str) -> dict[str, Any]:
+    if engine == "FSDP2":
+        return {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": ["BertLayer"]}}
+    if engine.startswith("ZeRO"):
+        return {"deepspeed": deepspeed_config(int(engine[-1]))}
+    return {}
+
+
+def trainer_in(folder: Path, engine: str, model: PeftModel, processes: int = 2, **others: Any) -> Trainer:
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    more = {name: others.pop(name) for name in ("reselect_every", "choose") if name in others}
+    defaults: dict[str, Any] = {
+        "output_dir": str(folder), "max_steps": STEPS, "save_strategy": "steps", "save_steps": 2, "weight_decay": 0.1,
+        "per_device_train_batch_size": 8 // processes, "learning_rate": 0.02, "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.0, "report_to": [], "logging_strategy": "no", "disable_tqdm": True, "use_cpu": True,
+        "ddp_backend": "gloo" if processes > 1 else None,
+    }  # fmt: skip
+    args = TrainingArguments(**(defaults | settings(engine) | others))
+    if engine == "ZeRO-3":  # by the callback alone, as SFTTrainer has it
+        return Trainer(
+            model=model, args=args, train_dataset=DATA, eval_dataset=DATA, callbacks=[FishMaskCallback(mask_of(model))]
+        )
+    return FishTuningTrainer(model=model, args=args, train_dataset=DATA, eval_dataset=DATA, mask=mask_of(model), **more)
+
+
+def fsdp_on_the_cpu() -> None:
+    """accelerate shards on accelerators alone; on the CPU it would take DDP without a word."""
+    make = AcceleratorState.__init__
+
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        make(self, *args, **kwargs)
+        plugin = kwargs.get("fsdp_plugin") or vars(self).get("fsdp_plugin")
+        if plugin is not None:
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, plugin
+            self.device = torch.device("cpu")
+
+    AcceleratorState.__init__ = __init__
+
+
+def engine_worker(rank: int, folder: Path, engines: list[str]) -> dict[str, Any]:
+    if "FSDP2" in engines:
+        fsdp_on_the_cpu()
+    else:
+        deepspeed_on_the_cpu()
+    return {engine: trained_and_resumed(rank, folder / engine, engine) for engine in engines}
+
+
+def trained_and_resumed(rank: int, folder: Path, engine: str) -> dict[str, Any]:
+    refusals = [refusal(partial(trainer_in, folder / "refused", engine, model_of()), wrong) for wrong in WRONG[engine]]
+    trainer = trainer_in(folder / "out", engine, model_of())
+    trainer.train()
+    trainer.save_model(str(folder / "adapter"))
+    dist.barrier()
+    if rank == 0:
+        shutil.rmtree(folder / "out" / f"checkpoint-{STEPS}")
+    dist.barrier()
+    # Drawn apart: what does not train has to come from the checkpoint as well.
+    resumed = trainer_in(folder / "out", engine, model_of(seed=1))
+    resumed.train(resume_from_checkpoint=last_checkpoint(folder / "out"))
+    resumed.save_model(str(folder / "resumed"))
+    return {"entries of state": entries_of_state(trainer.optimizer), "refusals": refusals}
+
+
+WRONG: dict[str, list[dict[str, Any]]] = {
+    "FSDP2": [
+        {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2},
+        {"reselect_every": 1, "choose": mask_of},
+    ],
+    "ZeRO-2": [{"torch_compile": True}],
+    "ZeRO-3": [{"deepspeed": deepspeed_config(3, stage3_gather_16bit_weights_on_model_save=False)}],
+}
+REFUSED = {
+    "FSDP2": ["load_best_model_at_end=True: under FSDP2", "reselect_every=1: FSDP2"],
+    "ZeRO-2": ["torch_compile=True: a compiled model"],
+    "ZeRO-3": ["without stage3_gather_16bit_weights_on_model_save"],
+}
+
+
+def refusal(make: Any, wrong: dict[str, Any]) -> str:
+    try:
+        make(**wrong).train()
+    except (MaskError, ValueError) as error:
+        return str(error)
+    return "accepted"
+
+
+@pytest.fixture(scope="module", params=["FSDP2", "DeepSpeed"])
+def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]]:
+    if request.param == "DeepSpeed":
+        pytest.importorskip("deepspeed", reason=NEEDS_DEEPSPEED)
+    engines = ["FSDP2"] if request.param == "FSDP2" else ["ZeRO-2", "ZeRO-3"]
+    folder = tmp_path_factory.mktemp("engines")
+    return folder, in_two_processes(engine_worker, folder, engines)
+
+
+def in_one_process(folder: Path) -> dict[str, Tensor]:
+    model = model_of()
+    trainer_in(folder, "none", model, processes=1, save_strategy="no").train()
+    return tensors(model)
+
+
+@pytest.mark.slow
+def test_what_a_trainer_trains_saves_and_resumes_is_that_of_one_process(
+    results: tuple[Path, list[Any]], tmp_path: Path
+) -> None:
+    folder, ranks = results
+    alone, mask = in_one_process(tmp_path), mask_of(model_of())
+    k = sum(int(selected.sum()) for selected in mask.values())
+    for engine in ranks[0]:
+        for name in ("adapter", "resumed", f"out/checkpoint-{STEPS}"):
+            stock = tensors(PeftModel.from_pretrained(base(), folder / engine / name))
+            torch.testing.assert_close(stock, alone, rtol=0, atol=1e-6)
+            assert_only_selected_moved(tensors(model_of()), stock, mask)
+            assert_same_tensors(load_mask(folder / engine / name / "fish_mask.safetensors"), mask)
+        held = sum(rank[engine]["entries of state"] for rank in ranks)
+        assert 2 * k <= held <= 2 * (k + len(mask))  # ZeRO fills up to a multiple of the processes
+
+
+@pytest.mark.slow
+def test_what_an_engine_cannot_do_is_refused_before_it_trains(results: tuple[Path, list[Any]]) -> None:
+    for rank in results[1]:
+        for engine, told in rank.items():
+            assert len(told["refusals"]) == len(REFUSED[engine])
+            for text, part in zip(told["refusals"], REFUSED[engine], strict=True):
+                assert part in text
+
+
+# Choosing again under DDP
+
+
+def by_scores(model: nn.Module) -> dict[str, Tensor]:
+    batches = rebatch(DATA.batch, 2)
+    scores = calculate_scores(model, batches, warmup_steps=0)
+    k = sum(int(selected.sum()) for selected in mask_of(model_of()).values())
+    return create_mask_from_fisher(scores, num_trainable=k, names_to_exclude=["classifier"])
+
+
+def by_rank(model: nn.Module) -> dict[str, Tensor]:
+    return {
+        name: selected if selected.all() else selected.flatten().roll(dist.get_rank()).view_as(selected)
+        for name, selected in mask_of(model).items()
+    }
+
+
+def failing_on_one(model: nn.Module) -> dict[str, Tensor]:
+    if dist.get_rank() == 1:
+        raise ValueError("no data here")
+    return mask_of(model)
+
+
+def reselecting(rank: int, folder: Path) -> dict[str, Any]:
+    model = model_of()
+    trainer: Any = trainer_in(folder / "ddp", "none", model, save_strategy="no", reselect_every=2, choose=by_scores)
+    trainer.train()
+    told = {}
+    for choose in (by_rank, failing_on_one):
+        make = partial(trainer_in, folder / "refused", "none", model_of(), save_strategy="no")
+        told[choose.__name__] = refusal(make, {"reselect_every": 1, "choose": choose})
+    return {"trained": tensors(model), "mask": trainer.mask, "told": told}
+
+
+@pytest.mark.slow
+def test_processes_choose_again_together(tmp_path: Path) -> None:
+    ranks = in_two_processes(reselecting, tmp_path)
+    assert_same_tensors(ranks[0]["mask"], ranks[1]["mask"])
+    assert_same_tensors(ranks[0]["trained"], ranks[1]["trained"])
+    alone = model_of()
+    trainer: Any = trainer_in(
+        tmp_path, "none", alone, processes=1, save_strategy="no", reselect_every=2, choose=by_scores
+    )
+    trainer.train()
+    assert_same_tensors(trainer.mask, ranks[0]["mask"])
+    first = mask_of(model_of())
+    assert any(not torch.equal(selected, first[name]) for name, selected in trainer.mask.items())
+    torch.testing.assert_close(ranks[0]["trained"], tensors(alone), rtol=0, atol=1e-6)
+    for told in (rank["told"] for rank in ranks):
+        assert "different masks" in told["by_rank"]
+    assert "Process 1 of 2 failed: ValueError: no data here" in ranks[0]["told"]["failing_on_one"]
