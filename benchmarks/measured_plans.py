@@ -1,6 +1,6 @@
 """What `fish-tuning plan` says beside what a training measures: weights, optimizer, peak, calibration and files.
 
-    FISH_TUNING_DATA=folder python benchmarks/bench_plan.py [--only NAME]
+    FISH_TUNING_DATA=folder python benchmarks/measured_plans.py [--only NAME]
 
 Arms of small experiments are trained by the Trainer of their task on a CPU, two epochs. Memory is what torch's own CPU
 allocator tells its profiler, allocation by allocation; it sees what kernels use inside themselves, too. Without real
@@ -18,8 +18,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 import yaml
-from common import machine, print_table
+from common import Place, print_table
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import TrainerCallback
@@ -177,7 +178,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="cases whose names hold this text")
     asked = parser.parse_args()
-    print(machine("cpu"), "\n")
+    print(Place(torch.device("cpu")).describe(), "\n")
     rows, missed = [], 0
     for case in cases():
         if asked.only not in case.name:
