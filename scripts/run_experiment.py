@@ -20,11 +20,16 @@ def main(
         bool, typer.Option("--dry-run", help="Show what each arm would train, and train nothing.")
     ] = False,
 ) -> None:
-    """Run an experiment: every arm with every seed, then a table, pictures and a conclusion."""
+    """Run an experiment: every arm with every seed, then tables, pictures and a sentence."""
     raise typer.Exit(run_command(config, overrides or [], How(dry_run)))
 
 
 if __name__ == "__main__":
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    app = typer.Typer(
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
     app.command()(main)
     app()

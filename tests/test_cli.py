@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import json
+import logging
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,6 +18,8 @@ from typer.testing import CliRunner, Result
 import fish_tuning
 from fish_tuning.cli import app
 from fish_tuning.errors import ConfigurationError
+from fish_tuning.experiments.config.loading import shipped_experiments
+from fish_tuning.experiments.config.schema import experiment_schema
 from fish_tuning.experiments.records.run_record import ArmPlan, RunRecord
 from fish_tuning.experiments.report.results_files import write_report
 
@@ -49,7 +53,7 @@ def invoke(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Res
             return plan
 
         def run_experiment(
-            config: Any, plan: Any, on_run: Callable[[RunRecord, bool], None], shard: Any, since: float
+            config: Any, plan: Any, on_run: Callable[[RunRecord, bool], None], *_: Any
         ) -> list[RunRecord]:
             if isinstance(runs, BaseException):
                 raise runs
@@ -78,7 +82,7 @@ def test_run_prints_table_notes_files_and_conclusion(invoke: Callable[..., Resul
         "0.502 [0.500, 0.504]",
         "note: a note of the plan",
         "results/digits/results.md, results/digits/metric.png",
-        "lora-fish reaches accuracy 0.602",
+        "On this data set lora-fish is not told apart from lora, lora-fish-rand and lora-fish-rev (Every",
     ):
         assert text in result.output
     assert (tmp_path / "results/digits/results.json").is_file()
@@ -143,11 +147,168 @@ def test_configs_lists_the_shipped_experiments() -> None:
     assert lines["digits"].strip()
 
 
+def test_a_shipped_experiment_is_printed_and_copied_but_never_over_a_file(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shipped = shipped_experiments()["digits"].read_text()
+    assert CliRunner().invoke(app, ["configs", "digits"]).output == shipped
+    assert CliRunner().invoke(app, ["configs", "digits", "--copy", "mine.yaml"]).output == "written: mine.yaml\n"
+    assert Path("mine.yaml").read_text() == shipped
+    Path("mine.yaml").write_text("mine: all\n")
+    again = CliRunner().invoke(app, ["configs", "digits", "--copy", "mine.yaml"])
+    assert (again.exit_code, Path("mine.yaml").read_text()) == (2, "mine: all\n")
+    assert "mine.yaml is there already, and is not overwritten" in again.stderr
+    Path("folder").mkdir()
+    assert CliRunner().invoke(app, ["configs", "digits", "--copy", "folder"]).exit_code == 0
+    assert Path("folder/digits.yaml").read_text() == shipped
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["digts"], "is no shipped experiment; shipped are"),
+        (["digts"], "Did you mean 'digits'?"),
+        (["--copy", "x.yaml"], "--copy needs the name of a shipped experiment"),
+        (["digits", "--copy", "no/such/folder.yaml"], "cannot write no/such/folder.yaml: No such file or directory"),
+    ],
+)
+def test_a_shipped_experiment_that_cannot_be_shown_is_told(arguments: list[str], expected: str) -> None:
+    done = CliRunner().invoke(app, ["configs", *arguments])
+    assert done.exit_code == 2
+    assert expected in done.stderr
+
+
+def test_a_mistyped_file_gets_its_neighbour(invoke: Callable[..., Result], tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub/reviews.yaml").write_text("")
+    assert "Did you mean 'sub/reviews.yaml'?" in invoke("run", "sub/reviws.yaml").stderr
+    assert "Did you mean 'sub/reviews.yaml'?" in invoke("run", "sub/reviews").stderr
+    assert "Did you mean 'digits'?" in invoke("run", "digts.yaml").stderr
+    (tmp_path / "digits.yaml").write_text("")
+    assert "Did you mean 'digits.yaml'?" in invoke("run", "digts.yaml").stderr
+
+
+def test_the_schema_is_printed() -> None:
+    done = CliRunner().invoke(app, ["schema"])
+    assert done.exit_code == 0
+    assert json.loads(done.stdout) == experiment_schema()
+
+
 def test_version() -> None:
     assert CliRunner().invoke(app, ["--version"]).output == f"fish-tuning {fish_tuning.__version__}\n"
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["plan", "--help"]])
+@pytest.mark.parametrize("command", [[], ["run"], ["plan"], ["configs"], ["inspect"], ["report"], ["init"], ["schema"]])
+def test_h_is_help(command: list[str]) -> None:
+    short, long = (CliRunner().invoke(app, [*command, option]) for option in ("-h", "--help"))
+    assert short.exit_code == 0
+    assert "Usage" in short.output
+    assert short.output == long.output
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("fish-tuning run dig", ["digits"]),
+        ("fish-tuning configs paper-gsm", ["paper-gsm8k"]),
+        ("fish-tuning plan dig", ["digits"]),
+        ("fish-tuning run ./min", ["./mine.yaml"]),
+        ("fish-tuning run su", ["sub/"]),
+    ],
+)
+def test_shells_complete_files_and_shipped_names(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, words: str, expected: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text("")
+    (tmp_path / "minutes.txt").write_text("")
+    (tmp_path / "sub").mkdir()
+    asked = {"_FISH_TUNING_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": "2"}
+    done = CliRunner().invoke(app, [], env=asked, prog_name="fish-tuning")
+    assert done.output.split() == expected
+
+
+def test_quiet_tells_only_what_failed(invoke: Callable[..., Result]) -> None:
+    done = invoke("run", "digits", "--quiet", runs=[record("lora", 1, 0.5)])
+    assert (done.exit_code, done.output) == (0, "")
+    failed = invoke("run", "digits", "-q", runs=[record("lora", 1, 0.5), record("lora-fish", 1, None)])
+    assert (failed.exit_code, failed.stdout) == (1, "")
+    assert failed.stderr == "lora-fish, seed 1: failed: RuntimeError: it broke\n"
+    wrong = invoke("run", "digits", "-q", plan=ConfigurationError("no such column"))
+    assert (wrong.exit_code, wrong.output) == (2, "error: no such column\n")
+    assert invoke("run", "digits", "-q", "--dry-run").output == ""
+
+
+def test_verbose_tells_the_library_s_log_and_leaves_it_as_it_was(
+    invoke: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = logging.getLogger("fish_tuning")
+    before = library.level, library.propagate, list(library.handlers)
+
+    class Talks(list[RunRecord]):
+        def __iter__(self) -> Any:
+            logging.getLogger("fish_tuning.scores").debug("12 examples one at a time \x1b[31m")
+            return super().__iter__()
+
+    quiet, loud = (invoke("run", "digits", *more, runs=Talks([record("lora", 1, 0.5)])) for more in ([], ["-v"]))
+    assert "one at a time" not in quiet.output
+    assert "fish_tuning.scores: 12 examples one at a time \\x1b[31m" in loud.stderr
+    assert "one at a time" not in loud.stdout
+    assert (library.level, library.propagate, library.handlers) == before
+    both = invoke("run", "digits", "-v", "-q")
+    assert (both.exit_code, both.stderr) == (
+        2,
+        "error: --quiet and --verbose cannot go together; leave one of them out.\n",
+    )
+
+
+def test_json_is_all_that_stands_on_standard_output(invoke: Callable[..., Result], tmp_path: Path) -> None:
+    class Prints(list[RunRecord]):
+        def __iter__(self) -> Any:
+            print("a library's remark")  # noqa: T201
+            return super().__iter__()
+
+    runs = Prints([record(arm, seed, 0.5) for arm in ("lora", "lora-fish") for seed in (1, 2)])
+    done = invoke("run", "digits", "seeds=[1,2]", "--json", runs=runs)
+    assert done.exit_code == 0
+    (found,) = json.loads(done.stdout)
+    written = json.loads((tmp_path / "results/digits/results.json").read_text())
+    assert {key: found[key] for key in ("experiment", "runs", "summary", "comparisons")} == {
+        key: written[key] for key in ("experiment", "runs", "summary", "comparisons")
+    }
+    assert found["files"][0] == "results/digits/results.json"
+    assert all((tmp_path / file).is_file() for file in found["files"])
+    for text in ("a library's remark", "lora-fish, seed 2: accuracy 0.5000", "note: a note of the plan", "written: "):
+        assert text in done.stderr
+    silent = invoke("run", "digits", "seeds=[1,2]", "--json", "--quiet", runs=[record("lora", 1, None)])
+    assert (silent.exit_code, len(json.loads(silent.stdout)[0]["runs"])) == (1, 1)
+    assert silent.stderr == "lora, seed 1: failed: RuntimeError: it broke\n"
+
+
+def test_json_of_a_dry_run_is_the_plan_and_of_wrong_use_nothing(invoke: Callable[..., Result]) -> None:
+    done = invoke("run", "digits", "--json", "--dry-run")
+    (found,) = json.loads(done.stdout)
+    assert [arm["trainable_parameters"] for arm in found["arms"]] == [3397, 3397]
+    assert found["notes"] == ["a note of the plan"]
+    wrong = invoke("run", "digitz", "--json")
+    assert (wrong.exit_code, wrong.stdout) == (2, "")
+
+
+def test_what_c_code_prints_is_no_part_of_the_document() -> None:
+    code = (
+        "import os, subprocess\nfrom fish_tuning.cli.output import stdout_kept\n"
+        "with stdout_kept(True) as out:\n"
+        "    os.write(1, b'from below, ')\n    subprocess.run(['echo', 'from a child'])\n    out.write('[]')\n"
+        "print(' and on')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("[] and on\n", "from below, from a child\n")
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["run", "--help"], ["plan", "--help"], ["init", "--help"], ["configs"], ["schema"]]
+)
 def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     code = (
         "import sys\nfrom fish_tuning.cli import app\n"
@@ -155,8 +316,8 @@ def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
         f"print('heavy:', [name for name in {HEAVY!r} if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "Usage" in done.stdout
-    assert done.stdout.endswith("heavy: []\n")
+    heavy = {"configs": ["yaml"], "schema": ["yaml"]}.get(arguments[0], [])
+    assert done.stdout.endswith(f"heavy: {heavy}\n")
 
 
 def test_a_wrong_key_is_told_without_importing_torch() -> None:

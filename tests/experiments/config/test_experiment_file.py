@@ -18,6 +18,7 @@ from fish_tuning.experiments.config.loading import (
     parse_override,
     shipped_experiments,
 )
+from fish_tuning.experiments.config.sections import DatasetConfig
 from fish_tuning.experiments.config.training_keys import training_argument_types
 from fish_tuning.experiments.config.yaml_files import parse
 
@@ -263,6 +264,26 @@ def test_several_data_sets_are_several_experiments(experiment: Path) -> None:
         load_experiment(experiment, [two])
     with pytest.raises(ConfigurationError, match="dataset lists 'cola' twice"):
         load_experiments(experiment, ["dataset=[{load_args: [glue, cola]}, {load_args: [mine/cola]}]"])
+
+
+@pytest.mark.parametrize(
+    ("file", "task"),
+    [
+        ("mydata.csv", "mydata"),
+        ("data/reviews.jsonl", "reviews"),
+        ("reviews/train.csv", "reviews"),
+        ("reviews/Training.parquet", "reviews"),
+        ("data/reviews-train.csv", "reviews"),
+        ("reviews_train.csv", "reviews"),
+        ("reviews.train.csv", "reviews"),
+        ("trainees.csv", "trainees"),
+        ("train.csv", "data"),
+        ("../train.csv", "data"),
+        (".csv", "csv"),
+    ],
+)
+def test_the_task_of_files_is_called_after_the_first(file: str, task: str) -> None:
+    assert DatasetConfig(data_files={"train": file, "validation": "other.csv"}).task_name == task
 
 
 def test_methods_bring_their_arms(experiment: Path) -> None:

@@ -64,6 +64,7 @@ def test_single_files_are_splits(tmp_path: Path, ending: str) -> None:
     ("names", "message"),
     [
         (("train.csv", "gone.csv"), r"there is no file '.*gone\.csv'"),
+        (("reviews.csv", "gone-revews.csv"), r"there is no file .*\. Did you mean '.*/reviews\.csv'\?"),
         (("train.csv", "dev.jsonl"), "must be of one format"),
         (("train.txt", "train.txt"), r"which the name's end tells: \.csv, \.tsv, \.json"),
     ],

@@ -401,6 +401,24 @@ def test_the_command(tmp_path: Path) -> None:
     assert picture.is_file()
 
 
+def test_the_command_as_json(tmp_path: Path) -> None:
+    folders = [saved(lora(1, 8, 0, 3), tmp_path / "a"), saved(lora(2, 4, 1, 3), tmp_path / "b")]
+    done = CliRunner().invoke(app, ["inspect", *folders, "--json", "--picture", str(tmp_path / "kept.png")])
+    assert done.exit_code == 0
+    found = json.loads(done.stdout)
+    first = found["masks"][0]
+    assert (first["path"], first["entries"], first["kept_entries"]) == (f"{folders[0]}/fish_mask.safetensors", 32, 12)
+    assert (first["masked_tensors"], first["dense_tensors"], first["dense_entries"]) == (4, 2, 8)
+    assert first["kept"][0] == {"layer": 0, "module": "query.lora_A", "kept": 1, "total": 8}
+    (pair,) = found["overlaps"]
+    assert (pair["masks"], pair["kept"], pair["both"], pair["total"]) == ([1, 2], [12, 10], 8, 32)
+    assert pair["by_chance"] == pytest.approx(12 * 10 / 32)
+    assert pair["by_chance_per_tensor"] == pytest.approx((1 * 2 + 8 * 4 + 0 * 1 + 3 * 3) / 8)
+    assert found["files"] == [str(tmp_path / "kept.png")]
+    wrong = CliRunner().invoke(app, ["inspect", str(tmp_path / "no"), "--json"])
+    assert (wrong.exit_code, wrong.stdout) == (2, "")
+
+
 def test_its_help_imports_nothing_heavy() -> None:
     code = (
         "import sys\nfrom fish_tuning.cli import app\ntry: app(['inspect', '--help'])\nexcept SystemExit: pass\n"

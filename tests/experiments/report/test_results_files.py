@@ -11,10 +11,18 @@ from pathlib import Path
 import pytest
 from fakes import SEEDS, experiment, failed, kept, ok, scores
 
-from fish_tuning.experiments.compare.conclusions import conclusion
+from fish_tuning.experiments.compare.conclusions import conclusion, differences
 from fish_tuning.experiments.compare.summaries import summarize
+from fish_tuning.experiments.records.run_record import RunRecord
 from fish_tuning.experiments.report.results_files import report_notes, write_report
-from fish_tuning.experiments.report.tables import console_tables, fact_text, human_bytes, table_rows
+from fish_tuning.experiments.report.tables import (
+    console_tables,
+    difference_rows,
+    difference_table,
+    fact_text,
+    human_bytes,
+    table_rows,
+)
 
 RUNS = [*scores("lora", [0.5, 0.6, 0.7]), *scores("lora-fish", [0.6, 0.7, 0.8], kept=kept(1, 9))]
 RUN_KEYS = {
@@ -76,7 +84,7 @@ def test_a_metric_that_is_not_a_number_leaves_valid_json(tmp_path: Path) -> None
     written = write_report(experiment(), {}, runs, tmp_path)
     assert "NaN" not in written[0].read_text()
     assert json.loads(written[0].read_text())["runs"][0]["value"] is None
-    assert "over 2 paired seeds" in written[2].read_text()
+    assert "| too few seeds | 2 |" in written[2].read_text()
 
 
 def test_table_has_the_columns_in_order() -> None:
@@ -129,38 +137,50 @@ def test_facts_read_well() -> None:
     assert [fact_text(value) for value in (True, None, 12345, [])] == ["true", "none", "12,345", "none"]
 
 
-def test_conclusion_of_a_significant_difference() -> None:
-    dense = [0.50, 0.51, 0.52, 0.53, 0.54, 0.55, 0.56, 0.57]
-    better = [value + 0.1 + shift / 1000 for shift, value in enumerate(dense)]
-    text = conclusion([*scores("lora", dense), *scores("lora-fish", better), *scores("lora-fish-rev", [0.1] * 8)])
-    assert text.startswith("lora-fish reaches accuracy 0.638 and lora 0.535, each with 1,000 trainable parameters.")
-    assert "The mean difference over 8 paired seeds is +0.103, 95 % interval corrected for all comparisons" in text
-    assert "[+0.101, +0.106]: significantly above zero on this data set." in text
-    assert "The mean difference to as many entries chosen in reverse over 8 paired seeds is +0.5" in text
-    assert text.endswith("The other arms: lora-fish-rev 0.100.")
-    worse = conclusion([*scores("lora", better), *scores("lora-fish", dense)])
-    assert "significantly below zero" in worse
+DENSE = [0.50, 0.51, 0.52, 0.53, 0.54, 0.55, 0.56, 0.57]
+BETTER = [value + 0.1 + shift / 1000 for shift, value in enumerate(DENSE)]
 
 
-def test_conclusion_calls_nothing_a_win_that_is_not_significant() -> None:
+def cells(runs: list[RunRecord]) -> list[list[str]]:
+    return difference_rows(differences(runs))[1]
+
+
+def test_differences_are_a_table_and_the_conclusion_one_sentence() -> None:
+    runs = [*scores("lora", DENSE), *scores("lora-fish", BETTER), *scores("lora-fish-rev", [0.1] * 8)]
+    assert cells(runs) == [
+        ["lora-fish", "lora", "+0.103", "[+0.101, +0.106]", "better", "8"],
+        ["lora-fish-rev", "lora", "-0.435", "[-0.455, -0.415]", "worse", "8"],
+        ["lora-fish", "lora-fish-rev", "+0.538", "[+0.516, +0.561]", "better", "8"],
+    ]
+    assert conclusion(runs) == "On this data set lora-fish is significantly ahead of lora and lora-fish-rev."
+    worse = conclusion([*scores("lora", BETTER), *scores("lora-fish", DENSE)])
+    assert worse == "On this data set lora-fish is significantly behind lora."
+
+
+def test_what_is_told_of_differences_is_their_verdicts() -> None:
+    runs = [*scores("lora", DENSE), *scores("lora-fish", BETTER), *scores("lora-fish-rand", [0.8, 0.3] * 4)]
+    compared = differences(runs)
+    assert [each.verdict for each in compared] == ["better", "no difference shown", "no difference shown"]
+    for each in compared:  # the interval leaves out zero if and only if the verdict says so
+        assert each.low is not None
+        assert each.high is not None
+        assert (each.low > 0 or each.high < 0) == (each.verdict in ("better", "worse"))
+    assert conclusion(runs) == (
+        "On this data set lora-fish is significantly ahead of lora, and not told apart from lora-fish-rand."
+    )
+
+
+def test_nothing_is_called_a_win_that_is_not_significant() -> None:
     few = [*scores("lora", [0.5, 0.6]), *scores("lora-fish", [0.6, 0.701])]
+    assert cells(few) == [["lora-fish", "lora", "+0.100", "-", "too few seeds", "2"]]
     text = conclusion(few)
-    assert "and this run does not tell them apart: 2 seeds; at least 3 are needed." in text
-    noise = conclusion([*scores("lora", [0.5] * 6), *scores("lora-fish", [0.8, 0.3, 0.75, 0.4, 0.7, 0.35])])
-    assert "it holds zero" in noise
-    assert "does not tell them apart" in noise
-    equal = conclusion([*scores("lora", [0.5] * 3), *scores("lora-fish", [0.5] * 3)])
-    assert "0.000: every pair is equal." in equal
-    assert not any("above" in each or "below" in each for each in (text, noise, equal))
-
-
-def test_conclusion_calls_nothing_a_win_with_two_seeds() -> None:
-    half = scores("lora-fish", [0.9, 0.91], trainable_parameters=500)
-    text = conclusion([*scores("lora", [0.5, 0.6]), *half])
-    assert "with half the trainable parameters of lora (500 against 1,000)" in text
-    assert "+0.355, and this run does not tell them apart: 2 seeds; at least 3 are needed." in text
-    assert "above" not in text
-    assert "[" not in text
+    assert text == "On this data set lora-fish is not told apart from lora (2 seeds; at least 3 are needed)."
+    noise = [*scores("lora", [0.5] * 6), *scores("lora-fish", [0.8, 0.3, 0.75, 0.4, 0.7, 0.35])]
+    assert cells(noise)[0][4] == "no difference shown"
+    assert conclusion(noise) == "On this data set lora-fish is not told apart from lora."
+    equal = [*scores("lora", [0.5] * 3), *scores("lora-fish", [0.5] * 3)]
+    assert cells(equal)[0][2:5:2] == ["0.000", "all pairs equal"]
+    assert conclusion(equal) == "On this data set lora-fish is equal, in every pair, to lora."
 
 
 def test_conclusion_of_counts_is_against_every_dense_arm_of_that_size() -> None:
@@ -171,25 +191,50 @@ def test_conclusion_of_counts_is_against_every_dense_arm_of_that_size() -> None:
         *scores("pool-fish@n64", better, kept_parameters=64),
         *scores("pool-fish-rand@n64", dense, kept_parameters=64),
     ]
-    text = conclusion(runs)
-    assert text.startswith("pool-fish@n64 reaches accuracy 0.712. The mean difference to value1 (0.508)")
-    assert "The mean difference to output1 (0.608)" in text
-    assert "as many entries chosen at random (0.508)" in text
-    assert text.count("significantly above zero") == 3
+    assert conclusion(runs) == (
+        "On this data set pool-fish@n64 is significantly ahead of value1, output1 and pool-fish-rand@n64."
+    )
     alone = conclusion(scores("pool-fish@n64", better, kept_parameters=64))
     assert "No dense arm of that size" in alone
+
+
+def test_of_many_arms_the_conclusion_counts() -> None:
+    runs = [*scores("lora", DENSE), *scores("lora-fish@0.5", BETTER), *scores("lora-fish@0.1", DENSE[::-1])]
+    assert conclusion(runs) == (
+        "On this data set, of the 2 differences of arms that scores choose, 1 are significantly above zero, 0 below, "
+        "and 1 are not told apart from it."
+    )
 
 
 def test_conclusion_without_a_pair() -> None:
     assert "nothing to compare" in conclusion([ok("lora", 1, 0.5), failed("lora-fish", 1)])
     assert "nothing to compare" in conclusion([])
+    assert "Only the head alone" in conclusion([ok("head", 1, 0.5)])
     apart = conclusion([ok("lora", 1, 0.5), ok("lora-fish", 2, 0.9)])
     assert "No seed finished in both" in apart
 
 
 def test_conclusion_pairs_runs_whose_records_name_their_task_and_those_that_do_not() -> None:
     runs = [ok("lora", 1, 0.5, task="sst2", model="m"), ok("lora-fish", 1, 0.6), failed("lora-fish", 2)]
-    assert "over 1 paired seed is +0.100" in conclusion(runs)
+    assert cells(runs) == [["lora-fish", "lora", "+0.100", "-", "too few seeds", "1"]]
+
+
+@pytest.mark.parametrize(
+    ("method", "budget", "width"), [("lora", "", 80), ("serial_adapter", "@0.005", 80), ("lora", "@0.05", 70)]
+)
+def test_differences_fit_the_terminal(method: str, budget: str, width: int) -> None:
+    from rich.console import Console
+
+    arms = {f"{method}{selection}{budget if selection else ''}" for selection in ("", "-fish", "-fish-rand")}
+    runs = [run for arm in sorted(arms) for run in scores(arm, DENSE if arm == method else BETTER)]
+    runs += scores(f"{method}-fish-rev{budget}", [0.8, 0.3] * 4)
+    output = io.StringIO()
+    Console(file=output, width=width, force_terminal=False).print(difference_table(differences(runs), width))
+    text = output.getvalue()
+    assert text.isascii()
+    assert max(map(len, text.splitlines())) <= width
+    for cell in (f"{method}-fish-rand{budget}", "[+0.101, +0.106]", "difference", "better", "equal"):
+        assert cell in text
 
 
 def test_notes_say_why_there_is_no_interval() -> None:

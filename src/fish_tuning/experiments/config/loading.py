@@ -13,10 +13,12 @@ from pydantic import ValidationError
 from fish_tuning.errors import ConfigurationError, did_you_mean
 from fish_tuning.experiments.config.config_errors import readable
 from fish_tuning.experiments.config.experiment import ExperimentConfig
+from fish_tuning.experiments.config.neighbours import nearest_file
 from fish_tuning.experiments.config.secrets import redacted, remember, remember_literal, scrubbed
 from fish_tuning.experiments.config.texts import text_problems, visible
 from fish_tuning.experiments.config.yaml_files import MOST_DEPTH, parse, read_mapping
 
+SUFFIXES = (".yaml", ".yml")  # of experiment files
 _VARIABLE = re.compile(r"\$\{(\w+)(?::-((?:[^}$]|\$(?!\{))*))?\}")  # a default holds no ${, which also keeps this quick
 
 
@@ -41,11 +43,17 @@ def load_experiments(path_or_name: str | os.PathLike[str], overrides: Sequence[s
         ConfigurationError: a missing file, a syntax error, an unknown key or a value that is not allowed.
     """
     path = _find(os.fspath(path_or_name))
-    data = merge(read_mapping(config_directory() / "base_config.yaml"), read_mapping(path))
-    for override in overrides:
-        data = merge(data, parse_override(override))
-    data = expand_variables({"name": path.stem} | data)
+    data = {"name": path.stem} | read_mapping(path)
     source = f"{path} with {' '.join(overrides)}" if overrides else str(path)
+    return experiments_of(data, source, overrides)
+
+
+def experiments_of(data: Mapping[str, Any], source: str, overrides: Sequence[str] = ()) -> list[ExperimentConfig]:
+    """As `load_experiments`, from what a file holds; `source` is named in errors."""
+    merged = merge(read_mapping(config_directory() / "base_config.yaml"), data)
+    for override in overrides:
+        merged = merge(merged, parse_override(override))
+    data = dict(expand_variables(merged))
     if not isinstance(data.get("dataset"), list):
         return [_validated(data, source)]
     experiments = [_validated({**data, "dataset": dataset}, source) for dataset in data["dataset"]]
@@ -84,6 +92,16 @@ def config_directory() -> Path:
 def shipped_experiments() -> dict[str, Path]:
     """The shipped experiments by name."""
     return {path.stem: path for path in sorted((config_directory() / "experiments").glob("*.yaml"))}
+
+
+def shipped_file(name: str) -> Path:
+    """The file of a shipped experiment. Raises ConfigurationError, which names the nearest, where there is none."""
+    shipped = shipped_experiments()
+    if found := shipped.get(name.removesuffix(".yaml")):
+        return found
+    raise ConfigurationError(
+        f"{visible(name)!r} is no shipped experiment; shipped are {', '.join(shipped)}.{did_you_mean(name, shipped)}"
+    )
 
 
 def describe(path: Path) -> str:
@@ -173,5 +191,5 @@ def _find(path_or_name: str) -> Path:
     what = "is a folder" if path.is_dir() else "is neither a file nor a shipped experiment"
     raise ConfigurationError(
         f"{path_or_name!r} {what}; give a YAML file or a shipped name; shipped are {', '.join(shipped)}."
-        f"{did_you_mean(path.stem, shipped)}"
+        f"{nearest_file(path, SUFFIXES, shipped)}"
     )

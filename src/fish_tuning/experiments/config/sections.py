@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import PurePath
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from fish_tuning.experiments.config.section import Section, checked_arguments, p
 from fish_tuning.experiments.config.task_kinds import BUILT_IN, task_kinds
 from fish_tuning.experiments.config.texts import MOST_BYTES_OF_TITLE, check_path
 
+_SPLIT_AT_END = re.compile(r"(^|[-_.])(train(ing)?|validation|valid|val|dev|test)$", re.I)
 UNNAMED_CONFIGURATIONS = ("main", "default", "plain_text")  # of a data set that has but one
 
 
@@ -139,9 +141,12 @@ class DatasetConfig(Section):
 
     @property
     def task_name(self) -> str:
-        """What the data set is called in tables and folders: the last part of its name, or of its configuration's."""
+        """What the data set is called in tables and folders: the last part of its name, or of its configuration's.
+
+        Single files are called like the first of them, or like its folder where it is named after its split alone.
+        """
         named = [name for name in self.load_args[1:] if name not in UNNAMED_CONFIGURATIONS] or self.load_args
-        last = named[0] if named else PurePath(next(iter(self.data_files.values()))).parent.name
+        last = named[0] if named else _name_of_file(PurePath(next(iter(self.data_files.values()))))
         name = PurePath(last).name.removeprefix("builtin:").lstrip(".")  # never a folder above, nor a hidden one
         return name if 0 < len(name.encode()) <= MOST_BYTES_OF_TITLE else "data"
 
@@ -182,6 +187,13 @@ class DatasetConfig(Section):
         if isinstance(value, list) and len(value) not in (1, 2):
             raise ValueError("must be the name of a text column, or a list of two")
         return value
+
+
+def _name_of_file(path: PurePath) -> str:
+    """`reviews` for reviews.csv, reviews-train.csv and reviews/train.csv."""
+    stem = path.name.partition(".")[0] if not path.name.startswith(".") else path.stem
+    name = _SPLIT_AT_END.sub("", stem)
+    return name or path.parent.name
 
 
 class TrainingConfig(Section):

@@ -11,6 +11,7 @@ from datasets import DatasetDict, load_dataset
 from datasets.exceptions import DatasetNotFoundError, DatasetsError
 
 from fish_tuning.errors import ConfigurationError, did_you_mean
+from fish_tuning.experiments.config.neighbours import nearest_file
 from fish_tuning.experiments.config.sections import DatasetConfig
 from fish_tuning.experiments.data.builtin import resolve_builtin
 
@@ -41,7 +42,7 @@ def load_splits(config: DatasetConfig) -> Splits:
     Where `dataset.validation_split` is a share, that much of the training split is held out, the same for every seed.
     Raises ConfigurationError with the key to set when the data cannot be loaded or a split is missing or empty.
     """
-    splits = _load(config)
+    splits = load_all(config)
     train = find("dataset.train_split", config.train_split, TRAIN_SPLITS, list(splits), "split")
     if isinstance(config.validation_split, float):
         splits = _hold_out(splits, train, config.validation_split)
@@ -87,7 +88,8 @@ def find(key: str, asked: str | None, usual: Sequence[str], found: Sequence[str]
     )
 
 
-def _load(config: DatasetConfig) -> DatasetDict:
+def load_all(config: DatasetConfig) -> DatasetDict:
+    """Every split of the data. Raises ConfigurationError when it cannot be loaded."""
     load_args = config.load_args
     if config.data_files:
         return _load_files(config.data_files)
@@ -124,7 +126,8 @@ def _load_files(files: Mapping[str, str]) -> DatasetDict:
     paths = {split: os.path.expanduser(path) for split, path in files.items()}
     missing = [path for path in paths.values() if not Path(path).is_file()]
     if missing:
-        raise ConfigurationError(f"dataset.data_files: there is no file {missing[0]!r} (from {os.curdir!r}).")
+        hint = nearest_file(Path(missing[0]), FILE_FORMATS)
+        raise ConfigurationError(f"dataset.data_files: there is no file {missing[0]!r} (from {os.curdir!r}).{hint}")
     formats = {FILE_FORMATS.get(Path(path).suffix.lower()) for path in paths.values()}
     if len(formats) != 1 or None in formats:
         raise ConfigurationError(

@@ -143,6 +143,11 @@ def build_base_model(
     return prepared(base)
 
 
+def model_to_look_at(config: ExperimentConfig, model_config: Any, task: Task) -> Any:
+    """The model with the task's head, without weights and without an adapter."""
+    return _without_weights(config, model_config, task)
+
+
 def _without_weights(config: ExperimentConfig, model_config: Any, task: Task, device: str = "meta") -> Any:
     with torch.device(device):
         return _auto_class(task).from_config(copy.deepcopy(model_config), dtype=getattr(torch, config.model.dtype))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from itertools import combinations
 from math import ceil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fish_tuning.errors import ConfigurationError
 from fish_tuning.experiments.masks.mask_files import HEAD, Inspected, read_mask, short_names
@@ -50,6 +52,49 @@ def inspect_masks(console: Console, paths: Sequence[str], picture: str | None = 
                 console.print(f"note: {a + 1}, {b + 1}: {pair.left_out} tensors that only one has are left out.")
     if drawn is not None:
         console.print(f"written: {drawn}", soft_wrap=True)
+
+
+def masks_as_json(paths: Sequence[str], picture: str | None = None) -> str:
+    """The same as one JSON document, and the picture drawn when a file is named.
+
+    `masks` holds of each mask its path, counts, and `kept` by layer and module type; `overlaps` of each pair their
+    numbers (from 1), how many entries both keep, and how many that would be by chance and by chance per tensor.
+    """
+    masks = [read_mask(path) for path in paths]
+    pairs = {(a, b): overlap(masks[a], masks[b]) for a, b in combinations(range(len(masks)), 2)}
+    drawn = _draw(masks, Path(picture)) if picture is not None else None
+    data = {
+        "masks": [_mask_data(mask) for mask in masks],
+        "overlaps": [
+            {
+                "masks": [a + 1, b + 1],
+                "kept": list(pair.kept),
+                "total": pair.total,
+                "both": pair.both,
+                "by_chance": pair.by_chance,
+                "by_chance_per_tensor": pair.by_tensor,
+                "tensors_left_out": pair.left_out,
+            }
+            for (a, b), pair in pairs.items()
+        ],
+        "files": [] if drawn is None else [str(drawn)],
+    }
+    return json.dumps(data, indent=2)
+
+
+def _mask_data(mask: Inspected) -> dict[str, Any]:
+    shares = kept_shares(mask.masked)
+    kept, total = _sums(shares)
+    return {
+        "path": str(mask.path),
+        "note": mask.note or None,
+        "masked_tensors": len(mask.masked),
+        "entries": total,
+        "kept_entries": kept,
+        "dense_tensors": len(mask.dense),
+        "dense_entries": sum(mask.tensors[name].numel() for name in mask.dense),
+        "kept": [asdict(share) for share in shares],
+    }
 
 
 def describe(mask: Inspected, width: int) -> list[str | Table]:

@@ -12,14 +12,21 @@ from pathlib import Path
 from typing import Any
 
 from fish_tuning.experiments.compare.comparisons import Comparison, choice_pairs, compare
-from fish_tuning.experiments.compare.conclusions import conclusion
+from fish_tuning.experiments.compare.conclusions import conclusion, differences
 from fish_tuning.experiments.compare.references import nothing_learned, unlearned_note, with_references
 from fish_tuning.experiments.compare.summaries import FEWEST_FOR_INTERVAL, ArmSummary, summarize
 from fish_tuning.experiments.config.arm_names import HEAD_ALONE, ArmName
 from fish_tuning.experiments.config.experiment import ExperimentConfig
 from fish_tuning.experiments.config.secrets import redacted, scrubbed
 from fish_tuning.experiments.records.run_record import RunRecord, scrubbed_record
-from fish_tuning.experiments.report.tables import fact_text, harmless, markdown_table, table_rows
+from fish_tuning.experiments.report.tables import (
+    DIFFERENCE_TEXTS,
+    difference_rows,
+    fact_text,
+    harmless,
+    markdown_table,
+    table_rows,
+)
 from fish_tuning.files.atomic import write_atomically
 
 FILES = ("results.json", "results.csv", "results.md")  # beside the pictures
@@ -34,14 +41,13 @@ def write_report(
     Pictures are drawn once all runs are there (drawing takes longer than writing). Returns the paths written.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
-    summary = summarize(runs)
     pictures: dict[Path, str] = {}
     if len(runs) >= _planned(config, plan_facts):
         from fish_tuning.experiments.report.pictures.folder import draw_pictures
 
         pictures = draw_pictures(plan_facts.get("arms") or config.arms, runs, output_dir)
     texts = {
-        "results.json": _json(config, plan_facts, runs, summary),
+        "results.json": json.dumps(results_data(config, plan_facts, runs), indent=2) + "\n",
         "results.csv": _csv(config.name, runs),
         "results.md": _markdown(config, plan_facts, runs, pictures),
     }
@@ -101,26 +107,25 @@ def _rate_notes(config: ExperimentConfig, chosen: Mapping[str, float]) -> list[s
     return notes
 
 
-def _json(
-    config: ExperimentConfig, facts: Mapping[str, Any], runs: Sequence[RunRecord], summary: Sequence[ArmSummary]
-) -> str:
+def results_data(config: ExperimentConfig, facts: Mapping[str, Any], runs: Sequence[RunRecord]) -> dict[str, Any]:
+    """What results.json holds; see docs/configuration.md."""
     data = {
         "experiment": config.name,
         "config": redacted(config.model_dump(mode="json")),
         "facts": redacted(dict(facts)),
         "runs": [scrubbed_record(run).to_dict() for run in runs],
-        "summary": [asdict(arm) for arm in summary],
+        "summary": [asdict(arm) for arm in summarize(runs)],
         "comparisons": [asdict(each) for each in compared(runs)],
     }
-    return json.dumps(_finite(data), indent=2) + "\n"
+    return dict(finite(data))
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """JSON has no NaN and no infinity: they become null."""
     if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -143,8 +148,10 @@ def _markdown(
         f"# {config.name}",
         _list(f"{key}: {fact_text(value)}" for key, value in _settings(config, facts).items()),
         markdown_table(headers, rows),
-        conclusion(runs),
     ]
+    if found := differences(runs):
+        parts += ["## Differences", markdown_table(*difference_rows(found), left=DIFFERENCE_TEXTS)]
+    parts.append(conclusion(runs))
     notes = report_notes(config, facts, summary)
     if nothing_learned(runs):
         notes.insert(0, unlearned_note(str(facts.get("task") or "the task"), runs))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from fish_tuning.experiments.compare.numbers import number
+from fish_tuning.experiments.compare.comparisons import Comparison
+from fish_tuning.experiments.compare.numbers import number, signed
 from fish_tuning.experiments.compare.summaries import ArmSummary
 
 if TYPE_CHECKING:
@@ -75,9 +76,9 @@ def human_bytes(size: int | None) -> str:
     return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
 
 
-def markdown_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """The first column to the left, the others, which are numbers, to the right."""
-    lines = [headers, ["---"] + ["---:"] * (len(headers) - 1), *rows]
+def markdown_table(headers: Sequence[str], rows: Sequence[Sequence[str]], *, left: Collection[int] = (0,)) -> str:
+    """Columns of words (`left`, by number) to the left, the others, which are numbers, to the right."""
+    lines = [headers, ["---" if column in left else "---:" for column in range(len(headers))], *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)
 
 
@@ -86,7 +87,13 @@ def harmless(cell: Any) -> Any:
     return f"'{cell}" if isinstance(cell, str) and cell[:1] in ("=", "+", "-", "@", "\t", "\r") else cell
 
 
-def plain_table(headers: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> Table:
+def plain_table(
+    headers: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    title: str | None = None,
+    *,
+    left: Collection[int] = (0,),
+) -> Table:
     """A table for the terminal in plain ASCII, which any terminal and any log shows as it is."""
     from rich.box import Box
     from rich.table import Table
@@ -106,9 +113,9 @@ def plain_table(headers: Sequence[str], rows: Sequence[Sequence[str]], title: st
     table.padding = (0, 1, 0, 0)  # with the space of the rule: two between columns
     for column, header in enumerate(headers):
         # Headers wrap at words. A score and its interval stay on one line; a remark in parentheses may go below.
-        cells = [row[column].partition(" (")[0] for row in rows]
+        cells = [line for row in rows for line in row[column].partition(" (")[0].split("\n")]
         width = max(map(len, [*header.split(), *cells]))
-        table.add_column(Text(header), justify="right" if column else "left", width=width, overflow="fold")
+        table.add_column(Text(header), justify="left" if column in left else "right", width=width, overflow="fold")
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     return table
@@ -118,7 +125,7 @@ def console_tables(summary: Sequence[ArmSummary], width: int, title: str | None 
     """The results for a terminal of that many columns: one table, or two where one does not fit."""
     headers, rows = table_rows(summary)
     whole = plain_table(headers, rows, title=title)
-    if sum(column.width or 0 for column in whole.columns) + 2 * (len(headers) - 1) <= width:  # two between columns
+    if _width(whole) <= width:
         return [whole]
     results, costs = range(3), (0, *range(3, len(headers)))
     measured = [row for row in rows if {row[i] for i in costs[1:]} != {"-"}]
@@ -126,6 +133,43 @@ def console_tables(summary: Sequence[ArmSummary], width: int, title: str | None 
         plain_table([headers[i] for i in columns], [[row[i] for i in columns] for row in shown], title=title)
         for columns, shown, title in ((results, rows, title), (costs, measured, None))
     ]
+
+
+DIFFERENCE_TEXTS = (0, 1, 4)  # columns of words
+
+
+def difference_rows(compared: Sequence[Comparison]) -> tuple[list[str], list[list[str]]]:
+    """The headers and one row of cells for each difference."""
+    headers = ["arm", "baseline", "difference", "95 % interval, corrected", "verdict", "seeds"]
+    return headers, [[each.arm, each.baseline, *_difference(each)] for each in compared]
+
+
+def _difference(each: Comparison) -> list[str]:
+    mean = "-" if each.mean_difference is None else signed(each.mean_difference)
+    interval = "-" if each.low is None or each.high is None else f"[{signed(each.low)}, {signed(each.high)}]"
+    return [mean, interval, each.verdict, str(each.n)]
+
+
+def difference_table(compared: Sequence[Comparison], width: int) -> Table:
+    """The differences for a terminal of that many columns; where names are long, an arm stands above its baseline."""
+    headers, rows = difference_rows(compared)
+    beside = _with_verdicts_wrapped(plain_table(headers, rows, left=DIFFERENCE_TEXTS), width)
+    if _width(beside) <= width:
+        return beside
+    rows = [[f"{arm}\n- {baseline}", *cells] for arm, baseline, *cells in rows]
+    return _with_verdicts_wrapped(plain_table(["arm\n- baseline", *headers[2:]], rows, left=(0, 3)), width)
+
+
+def _with_verdicts_wrapped(table: Table, width: int) -> Table:
+    """The table with as much room for its last column but one as `width` leaves, and at least for its longest word."""
+    verdict = table.columns[-2]
+    words = max(len(word) for cell in (verdict.header, *verdict.cells) for word in str(cell).split())
+    verdict.width = max(words, min(verdict.width or 0, (verdict.width or 0) + width - _width(table)))
+    return table
+
+
+def _width(table: Table) -> int:
+    return sum(column.width or 0 for column in table.columns) + 2 * (len(table.columns) - 1)  # two between columns
 
 
 def plan_rows(arms: Sequence[Any]) -> tuple[list[str], list[list[str]]]:

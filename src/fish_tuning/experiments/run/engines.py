@@ -48,6 +48,7 @@ def run_on_ray(
     shard: Shard = WHOLE,
     since: float | None = None,
     extensions: Sequence[str] = (),
+    shows_progress: bool = True,
 ) -> None:
     """Do the runs of an experiment on a Ray cluster: the one at RAY_ADDRESS, else one on this machine.
 
@@ -63,6 +64,7 @@ def run_on_ray(
         shard: the part of the runs to do.
         since: see `run_experiment`.
         extensions: modules that register what the experiment names; workers import them too.
+        shows_progress: see `run_experiment`.
 
     Raises:
         FishTuningError: workers died more often than their runs can explain.
@@ -82,7 +84,7 @@ def run_on_ray(
     work = ray.remote(max_retries=MOST_DEATHS * runs + 1, **share)(_work)
     began = time.time() if since is None else since
     tasks = [work.remote(data, shard, began, remembered(), list(extensions)) for _ in range(number)]
-    with RunProgress(runs) as progress:
+    with RunProgress(runs, shown=shows_progress) as progress:
         before = _written(folder)
         while tasks:
             done, tasks = ray.wait(tasks, timeout=POLL_SECONDS)
@@ -105,7 +107,7 @@ def _work(
     from fish_tuning.experiments.run.runner import run_experiment
 
     config = ExperimentConfig.model_validate(data)
-    run_experiment(config, plan_experiment(config), shard=Shard(*shard), since=since)
+    run_experiment(config, plan_experiment(config), shard=Shard(*shard), since=since, shows_progress=False)
 
 
 def _written(folder: Path) -> set[tuple[str, float]]:

@@ -46,6 +46,7 @@ def run_experiment(
     on_run: OnRun | None = None,
     shard: Shard = WHOLE,
     since: float | None = None,
+    shows_progress: bool = True,
 ) -> list[RunRecord]:
     """Run what is not finished yet and write the report after every run.
 
@@ -63,6 +64,7 @@ def run_experiment(
         shard: the part of the runs to do; the others are left alone, and reported where they are finished.
         since: when the work began, as `time.time()` gives it; now if not given. Runs that failed since then, in this or
             another process, are not tried again; nor are those that have killed two processes since then.
+        shows_progress: a bar on a terminal, else a line now and then, on standard error.
 
     Processes of one launch (torchrun, accelerate) do every training together: process 0 decides and writes, the others
     follow it.
@@ -75,7 +77,7 @@ def run_experiment(
         ProcessesLost: one of the launch's processes has ended, or failed alone.
     """
     launch = this_launch()
-    with RunProgress(len(shard.part(plan.arms, config.seeds)), shown=launch.leads) as progress:
+    with RunProgress(len(shard.part(plan.arms, config.seeds)), shown=shows_progress and launch.leads) as progress:
         context = make_context(config, plan, progress)
         trials = trials_of(context)
         train = Trainings(context, trials)

@@ -1,0 +1,140 @@
+"""What all commands share: the app, exit codes, and how things are told."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+OK, FAILED, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
+
+# Set before the libraries are imported; what the user has set stays.
+_QUIET = {
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+}
+
+app = typer.Typer(
+    name="fish-tuning",
+    help="Compare LoRA with LoRA whose parameters are chosen by Fisher information.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},  # of every command
+)
+
+
+def main() -> None:
+    """The `fish-tuning` command."""
+    app()
+
+
+def tell(text: str, *, err: bool = False) -> None:
+    """Print what a terminal cannot take for a command, and without values that came from the environment."""
+    from fish_tuning.experiments.config.secrets import scrubbed
+    from fish_tuning.experiments.config.texts import visible
+
+    typer.echo(visible(scrubbed(text)), err=err)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from fish_tuning import __version__
+
+        tell(f"fish-tuning {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+def shipped_names(incomplete: str) -> list[str]:
+    """For the shell: the shipped experiments that begin like this."""
+    from fish_tuning.experiments.config.loading import shipped_experiments
+
+    return [name for name in shipped_experiments() if name.startswith(incomplete)]
+
+
+def files_and_shipped_names(incomplete: str) -> list[str]:
+    """For the shell: YAML files and folders that begin like this, then the shipped experiments."""
+    from pathlib import Path
+
+    typed = Path(incomplete).name if not incomplete.endswith("/") else ""
+    before = incomplete.removesuffix(typed)
+    try:
+        found = sorted(path for path in Path(before or ".").expanduser().iterdir() if path.name.startswith(typed))
+    except OSError:
+        found = []
+    shown = [path for path in found if typed.startswith(".") or not path.name.startswith(".")]
+    folders = [f"{before}{path.name}/" for path in shown if path.is_dir()]
+    files = [f"{before}{path.name}" for path in shown if path.suffix in (".yaml", ".yml") and path.is_file()]
+    return [*files, *folders, *shipped_names(incomplete)]
+
+
+ConfigArgument = Annotated[
+    str,
+    typer.Argument(help="An experiment file, or the name of a shipped one.", autocompletion=files_and_shipped_names),
+]
+ExtensionOption = Annotated[
+    list[str] | None,
+    typer.Option(metavar="MODULE", help="A module or Python file of yours that registers what the file names."),
+]
+
+
+def quiet_libraries() -> None:
+    """Before the libraries are imported: keep them from telling what no user of the command can act on."""
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    # Where bitsandbytes is installed it warns of a faster kernel at every start, wanted or not.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+@contextmanager
+def errors_told(full_disk: str) -> Iterator[None]:
+    """What goes wrong in a command as one message and an exit code; `full_disk`: the way out of a full disk."""
+    from fish_tuning.errors import FishTuningError
+
+    try:
+        yield
+    except FishTuningError as error:
+        tell(f"error: {error}", err=True)
+        raise typer.Exit(WRONG_USE) from None
+    except OSError as error:
+        raise typer.Exit(told_full(error, full_disk)) from None
+    except KeyboardInterrupt:
+        tell("interrupted", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def told_full(error: OSError, way_out: str) -> int:
+    """Tell of a full disk; any other error is raised."""
+    from fish_tuning.files.atomic import DISK_FULL
+
+    if error.errno not in DISK_FULL:
+        raise error
+    tell(f"error: the disk is full ({error}). {way_out}", err=True)
+    return FAILED
+
+
+def console(*, err: bool = False) -> Console:
+    """The terminal; in a file or a pipe, whose width is unknown, nothing is cut."""
+    from fish_tuning.experiments.report.terminal import PlainConsole
+
+    made = PlainConsole(markup=False, highlight=False, emoji=False, stderr=err)
+    if not made.is_terminal:
+        made.width = 100
+    return made

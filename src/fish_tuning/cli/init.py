@@ -1,0 +1,71 @@
+"""`fish-tuning init`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fish_tuning.cli.application import ExtensionOption, app, errors_told, quiet_libraries, tell
+
+STDOUT = "-"
+
+
+@app.command()
+def init(
+    model: Annotated[str, typer.Argument(help="A model's name on the hub, its folder, or builtin:digits-vit.")],
+    data: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="DATA [KEY=VALUE]...",
+            help="A data set's name on the hub and maybe a configuration, a folder, or a csv, tsv, json, jsonl or "
+            "parquet file; then what is known better than found, e.g. dataset.text_column=title.",
+        ),
+    ],
+    output: Annotated[
+        str | None,
+        typer.Option(
+            "--output", "-o", metavar="FILE", help="What to write; - for standard output, DATA.yaml by default."
+        ),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace FILE where it is there already.")] = False,
+    extension: ExtensionOption = None,
+) -> None:
+    """Write an experiment file for a model and data at hand, with what was found in them beside every key.
+
+    Exit code: 0, 1 when the disk is full, or 2 when nothing that runs can be made of the two, or FILE is there already.
+    """
+    quiet_libraries()
+    with errors_told("Make room, or write elsewhere with --output."):
+        _init(model, data, output, force, tuple(extension or ()))
+
+
+def _init(model: str, data: list[str], output: str | None, force: bool, extensions: tuple[str, ...]) -> None:
+    import warnings
+
+    from fish_tuning.experiments.config.extensions import load_extensions
+    from fish_tuning.experiments.config.new_files import refuse_old, write_new
+    from fish_tuning.experiments.config.schema import SCHEMA_FILE
+
+    way_out = "Name another with --output, or replace it with --force."
+    if output not in (None, STDOUT) and not force:
+        refuse_old(Path(str(output)).expanduser(), way_out)  # before the data is read
+    load_extensions(extensions)
+
+    from fish_tuning.experiments.run.draft import draft_experiment
+
+    source = [word for word in data if "=" not in word]
+    folder = Path() if output in (None, STDOUT) else Path(str(output)).expanduser().parent
+    modeline = [f"yaml-language-server: $schema={SCHEMA_FILE}"] if (folder / SCHEMA_FILE).is_file() else []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        draft = draft_experiment(model, source, [word for word in data if "=" in word], modeline)
+    if output == STDOUT:
+        tell(draft.text.removesuffix("\n"))
+        return
+    file = write_new(Path(output or f"{draft.name}.yaml").expanduser(), draft.text, way_out, force=force)
+    for note in draft.notes:
+        tell(f"note: {note}")
+    tell(f"written: {file}")
+    tell(f"check it with: fish-tuning run {file} --dry-run")

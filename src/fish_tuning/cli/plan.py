@@ -1,0 +1,112 @@
+"""`fish-tuning plan`."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from typing import Annotated, NamedTuple
+
+import typer
+
+from fish_tuning.cli.application import (
+    INTERRUPTED,
+    OK,
+    WRONG_USE,
+    ConfigArgument,
+    ExtensionOption,
+    app,
+    console,
+    quiet_libraries,
+    tell,
+    told_full,
+)
+
+
+class HowPlanned(NamedTuple):
+    """What an experiment is planned for; the options of `fish-tuning plan`."""
+
+    devices: str = "1,2,4,8"
+    strategy: str = "ddp"
+    on: str | None = None
+    tokens: int | None = None
+    as_json: bool = False
+    extensions: tuple[str, ...] = ()
+
+
+@app.command()
+def plan(
+    config: ConfigArgument,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Changes to the file, as those of run.")
+    ] = None,
+    devices: Annotated[str, typer.Option(metavar="N,N", help="How many devices share a training.")] = "1,2,4,8",
+    strategy: Annotated[str, typer.Option(help="How they share it: ddp, fsdp, zero2 or zero3.")] = "ddp",
+    on: Annotated[
+        str | None, typer.Option(help="cpu or cuda, whose kernels to plan for; by default what would train here.")
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option(help="Length of the longest text; by default that of the training set's.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="All of it in bytes, as JSON.")] = False,
+    extension: ExtensionOption = None,
+) -> None:
+    """Show what each arm needs before anything is trained: memory, traffic and files.
+
+    The data is read; of the model nothing but its configuration is, and no weights are made.
+
+    Exit code: 0, or 2 when the configuration cannot work.
+    """
+    how = HowPlanned(devices, strategy, on, tokens, as_json, tuple(extension or ()))
+    raise typer.Exit(plan_command(config, overrides or [], how))
+
+
+def plan_command(config: str, overrides: list[str], how: HowPlanned) -> int:
+    """What `fish-tuning plan` does. Returns the exit code."""
+    quiet_libraries()
+    from fish_tuning.errors import FishTuningError
+
+    try:
+        with warnings.catch_warnings():
+            if not sys.warnoptions:
+                warnings.simplefilter("ignore", FutureWarning)
+            _plan(config, overrides, how)
+    except FishTuningError as error:
+        tell(f"error: {error}", err=True)
+        return WRONG_USE
+    except ImportError as error:  # of what the file asks a model for, such as an attention of another package
+        tell(f"error: a package is missing: {error}", err=True)
+        return WRONG_USE
+    except OSError as error:
+        return told_full(error, "Make room for the data set that is read.")
+    except KeyboardInterrupt:
+        tell("interrupted", err=True)
+        return INTERRUPTED
+    return OK
+
+
+def _plan(config_name: str, overrides: list[str], how: HowPlanned) -> None:
+    import json
+
+    from fish_tuning.experiments.config.extensions import load_extensions
+    from fish_tuning.experiments.config.loading import load_experiments
+
+    load_extensions(how.extensions)
+    experiments = load_experiments(config_name, overrides)  # before torch is imported: a wrong key is told at once
+
+    from fish_tuning.experiments.costs.experiment_costs import check_options, experiment_costs, parse_devices, plannable
+    from fish_tuning.experiments.costs.tables import show_costs
+    from fish_tuning.experiments.run.plan import plan_experiment
+
+    devices, found = parse_devices(how.devices), []
+    check_options(devices, how.strategy, how.on, how.tokens)  # before data and model are read
+    for config in experiments:
+        config = plannable(config, how.on)
+        planned = plan_experiment(config)
+        found.append(
+            experiment_costs(config, planned, devices=devices, strategy=how.strategy, kind=how.on, tokens=how.tokens)
+        )
+    if how.as_json:
+        tell(json.dumps([costs.to_dict() for costs in found], indent=1))
+        return
+    for costs in found:
+        show_costs(console(), costs)
