@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
+from fish_tuning.cli_sharing import register as register_sharing
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -178,6 +180,9 @@ def report(
     for note in notes:
         _tell(f"note: {note}")
     _tell(f"written: {', '.join(map(str, written))}")
+
+
+register_sharing(app, _tell)
 
 
 def main() -> None:

@@ -82,7 +82,7 @@ def complete_adapter(
     if processing_class is not None:
         processing_class.save_pretrained(str(folder))
     elif name is not None and not any((folder / each).is_file() for each in _ONE_OF):
-        _copy_processing(getattr(base, "name_or_path", name), facts.revision, folder)
+        copy_processing(getattr(base, "name_or_path", name), facts.revision, folder)
     facts = replace(facts, base_model=name)
     if users_card(folder / CARD) is None:
         card = card_text(_described(model, base, config, folder), facts)
@@ -135,7 +135,7 @@ def _write_model_config(base: Any, folder: Path) -> None:
     write_atomically(folder / "config.json", (json.dumps(content, indent=2, sort_keys=True) + "\n").encode())
 
 
-def _copy_processing(name: str, revision: str | None, folder: Path) -> None:
+def copy_processing(name: str, revision: str | None, folder: Path) -> None:
     """The files of the base model's own tokenizer or image processor, from where they lie on this machine."""
     for file in PROCESSING_FILES:
         local = Path(os.path.expanduser(name), file)

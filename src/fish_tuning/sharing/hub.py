@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils._validators import validate_repo_id
 
@@ -85,9 +85,14 @@ def push_adapter(
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if _has_users_card(repo_id, revision, token):
             (copy / CARD).unlink(missing_ok=True)
-        done = api.upload_folder(
-            repo_id=repo_id,
-            folder_path=copy,
+        # Not upload_folder, which may make several commits: an adapter is on the hub as a whole, or not at all.
+        done = api.create_commit(
+            repo_id,
+            [
+                CommitOperationAdd(file.relative_to(copy).as_posix(), file)
+                for file in sorted(copy.rglob("*"))
+                if file.is_file()
+            ],
             commit_message=commit_message or f"Upload the adapter {folder.name}",
             commit_description=commit_description,
             revision=revision,
