@@ -96,6 +96,8 @@ def completed(model: Any, folder: Path, adapters: Mapping[str, str]) -> Iterator
     PEFT adds to whatever card lies in the folder, the path of the base model among it.
     """
     own = users_card(folder / CARD)
+    if own is None:
+        (folder / CARD).unlink(missing_ok=True)  # ours, which is written anew; with PEFT's additions it would be none
     yield
     if own is not None:
         write_atomically(folder / CARD, own)

@@ -11,6 +11,7 @@ from typing import Any
 
 import transformers
 from peft import PeftModel
+from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedModel
 
 from fish_tuning.errors import ConfigurationError, MaskError
@@ -71,7 +72,7 @@ def load_adapter(
     base = _base(path, settings, None if base_model is None else os.fspath(base_model), {**given, **kwargs})
     try:
         model = PeftModel.from_pretrained(base, str(path), adapter_name=adapter_name, is_trainable=is_trainable)
-    except (RuntimeError, ValueError, KeyError, OSError) as error:
+    except (RuntimeError, ValueError, KeyError, OSError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ConfigurationError(
             f"The adapter in {str(path)!r} does not fit {type(base).__name__}: {reason}"
@@ -134,7 +135,7 @@ def _base(folder: Path, settings: Mapping[str, Any], asked: str | None, kwargs: 
             **config,
             **kwargs,
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ConfigurationError(
             f"The adapter's base model {name!r} cannot be loaded: {reason} Give its place or name with base_model=..."
