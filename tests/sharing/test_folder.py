@@ -205,6 +205,14 @@ def test_checkpoints_stand_alone(classifier: Any, base_folder: Path, tmp_path: P
     assert sum(int(mask.sum()) for mask in get_mask(model).values()) == sum(
         int(mask.sum()) for mask in get_mask(classifier).values()
     )
+    trainer.save_model()
+    trainer.state.log_history.append({"eval_loss": 0.5, "eval_runtime": 3.0, "step": 1})
+    trainer.create_model_card(model_name="Mine", dataset="me/reviews")  # which Trainer would fill by itself
+    card = (tmp_path / "README.md").read_text()
+    assert "# Mine" in card
+    assert "loss 0.5 on the evaluation set, with one seed." in card
+    assert "| chosen entries |" in card
+    assert "runtime" not in card
     resumed = FishTuningTrainer(model, args, mask=load_mask(tmp_path / "checkpoint-1"), train_dataset=rows)
     resumed.train(resume_from_checkpoint=True)
 

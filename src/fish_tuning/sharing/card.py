@@ -63,10 +63,13 @@ class CardFacts:
 
 @dataclass(frozen=True)
 class Described:
-    """What the adapter itself tells: by the card's rows, how its PEFT class is called, and its labels."""
+    """What the adapter itself tells: the first rows of the card's table, how it is loaded, and what it is."""
 
     rows: Mapping[str, str]
     loading: str
+    what: str = "An ordinary PEFT adapter"
+    library_name: str = "peft"
+    is_masked: bool = False
     pipeline_tag: str | None = None
     tags: tuple[str, ...] = ()
 
@@ -149,9 +152,13 @@ def _metadata(described: Described, facts: CardFacts) -> str:
         datasets=[facts.dataset] if facts.dataset and is_hub_name(facts.dataset) else None,
         eval_results=results,
         model_name=facts.title if results else None,
-        library_name="peft",
+        library_name=described.library_name,
         pipeline_tag=described.pipeline_tag,
-        tags=["fish-tuning", *([f"base_model:adapter:{base}"] if on_hub else []), *described.tags],
+        tags=[
+            "fish-tuning",
+            *([f"base_model:adapter:{base}"] if on_hub and described.library_name == "peft" else []),
+            *described.tags,
+        ],
         **license_,
     )
     text: str = data.to_yaml() + "\n"
@@ -190,10 +197,8 @@ def _parts(described: Described, facts: CardFacts) -> list[str]:
     table = "\n".join(["| | |", "|---|---|", *(f"| {_cell(name)} | {_cell(text)} |" for name, text in rows.items())])
     return [
         f"# {_cell(facts.title)}",
-        f"An adapter of which chosen entries were trained and all others kept their start ([FISH-Tuning]({PAPER})); "
-        "made with fish-tuning. It is an ordinary PEFT adapter."
-        if "chosen entries" in described.rows
-        else "An adapter, made with fish-tuning. All of its entries were trained.",
+        f"{described.what}, made with fish-tuning"
+        + (f": only chosen entries of it were trained ([FISH-Tuning]({PAPER}))." if described.is_masked else "."),
         table,
         f"## Result\n\n{facts.result}" if facts.result else "",
         f"## Use\n\n{described.loading}",

@@ -23,7 +23,7 @@ from fish_tuning.files.delta_file import DELTA_FILE_NAME
 from fish_tuning.files.mask_file import MASK_FILE_NAME, load_mask
 from fish_tuning.sharing.card import CARD, CardFacts, Described, card_text, is_hub_name, users_card
 from fish_tuning.sharing.tasks import task_kind, task_type
-from fish_tuning.sharing.usage import usage
+from fish_tuning.sharing.usage import OWN_METHODS, usage
 from fish_tuning.sparse.masked_tensors import count_trainable_parameters
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -158,21 +158,29 @@ def _described(model: Any, base: Any, config: Any, folder: Path) -> Described:
     if trained:
         rows["trained entries"] = f"{trained:,} in all"
     rows["versions"] = ", ".join(_versions())
-    method = str(getattr(config.peft_type, "value", config.peft_type)).lower() if config is not None else "base weights"
-    tags = (method,) if config is not None else ()
-    return Described(rows, usage(base, config, masked=bool(mask)), kind and kind.pipeline_tag, tags)
+    loading, tag = usage(base, config, masked=bool(mask)), kind and kind.pipeline_tag
+    if config is None:
+        what = "Weights of a base model, as their difference from it"
+        return Described(rows, loading, what, "transformers", bool(chosen), tag)
+    method = _method(config)
+    what = f"A {method} adapter" if method in OWN_METHODS else "An ordinary PEFT adapter"
+    return Described(rows, loading, what, "peft", bool(chosen), tag, (method.lower(),))
 
 
 def _adapter_rows(config: Any) -> Iterable[tuple[str, str]]:
     if config is None:
         yield "method", "the base model's own weights, saved as their difference"
         return
-    yield "method", str(getattr(config.peft_type, "value", config.peft_type))
+    yield "method", _method(config)
     for name in ("r", "lora_alpha", "num_virtual_tokens", "bottleneck_size", "target_modules", "modules_to_save"):
         value = getattr(config, name, None)
         if value:
             values = sorted(value) if isinstance(value, set | list | tuple) else [value]
             yield name, ", ".join(f"`{each}`" if isinstance(each, str) else str(each) for each in values)
+
+
+def _method(config: Any) -> str:
+    return str(getattr(config.peft_type, "value", config.peft_type))
 
 
 def _versions() -> Iterator[str]:

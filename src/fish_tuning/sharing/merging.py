@@ -54,9 +54,8 @@ def merge_adapter(folder: str | os.PathLike[str], output: str | os.PathLike[str]
     kind = task_kind(merged)
     auto_class = type(merged).__name__
     usage = f'```python\nfrom transformers import {auto_class}\n\nmodel = {auto_class}.from_pretrained("...")\n```'
-    described = Described(
-        {"made of": f"the base model and an adapter ({method}), merged"}, usage, kind and kind.pipeline_tag
-    )
+    rows = {"made of": f"the base model and an adapter ({method}), merged"}
+    described = Described(rows, usage, "A whole model", "transformers", pipeline_tag=kind and kind.pipeline_tag)
     facts = CardFacts(title="Merged FISH-Tuning model", base_model=str(base_name), revision=settings.get("revision"))
     with whole_folder(output) as unfinished:
         merged.save_pretrained(str(unfinished))

@@ -68,8 +68,8 @@ def _rows(context: Context, arm: ArmPlan, seed: int, args: TrainingArguments) ->
         rows["budget"] = f"{arm.kept:,} of the {arm.pool:,} entries of the pool ({arm.kept / arm.pool:.2%})"
         rows["start"] = config.start(config.method_of(arm.arm), scores=scored)
     rows["trained as a whole"] = f"{arm.dense:,} entries of the head" if arm.dense else ""
-    length = f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
-    rows["training"] = f"{length}, learning rate {args.learning_rate:g}, batches of {args.train_batch_size}" + (
+    length = f"max_steps {args.max_steps}" if args.max_steps > 0 else f"num_train_epochs {args.num_train_epochs:g}"
+    rows["training"] = f"{length}, learning_rate {args.learning_rate:g}, batches of {args.train_batch_size}" + (
         f" in each of {args.world_size} processes" if args.world_size > 1 else ""
     )
     return rows
