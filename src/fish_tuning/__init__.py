@@ -29,6 +29,11 @@ if TYPE_CHECKING:
     from fish_tuning.scores.layer_rules import register_rule
     from fish_tuning.scores.moments import Moments, measure_moments
     from fish_tuning.scores.named import Evidence, register_score
+    from fish_tuning.sharing.card import CardFacts
+    from fish_tuning.sharing.folder import complete_adapter
+    from fish_tuning.sharing.hub import pull_adapter, push_adapter
+    from fish_tuning.sharing.loading import load_adapter
+    from fish_tuning.sharing.merging import merge_adapter
     from fish_tuning.sparse.adapter_names import rename_adapter
     from fish_tuning.sparse.applying import apply_mask, remove_mask, synchronize_mask
     from fish_tuning.sparse.compact import save_compact_adapter
@@ -83,6 +88,13 @@ _PUBLIC = {
     "merge_delta": "sparse.delta",
     "create_shira_config": "sparse.shira",
     "save_compact_adapter": "sparse.compact",
+    # share it
+    "CardFacts": "sharing.card",
+    "complete_adapter": "sharing.folder",
+    "load_adapter": "sharing.loading",
+    "merge_adapter": "sharing.merging",
+    "pull_adapter": "sharing.hub",
+    "push_adapter": "sharing.hub",
     # methods of your own
     "PeftMethod": "peft_methods",
     "register_peft_method": "peft_methods",
@@ -97,6 +109,7 @@ _PUBLIC = {
 }
 
 __all__ = [
+    "CardFacts",
     "ConfigurationError",
     "Delta",
     "Evidence",
@@ -114,16 +127,21 @@ __all__ = [
     "apply_mask",
     "calculate_fisher_information",
     "calculate_scores",
+    "complete_adapter",
     "count_trainable_parameters",
     "create_mask_from_fisher",
     "create_shira_config",
     "get_mask",
     "is_masked",
     "last_checkpoint",
+    "load_adapter",
     "load_delta",
     "load_mask",
     "measure_moments",
+    "merge_adapter",
     "merge_delta",
+    "pull_adapter",
+    "push_adapter",
     "register_peft_method",
     "register_rule",
     "register_score",

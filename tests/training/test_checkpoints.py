@@ -73,7 +73,7 @@ def cut(name: str, length: int = -5) -> Callable[[Path], None]:
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
-    "empty folder": (lambda folder: [path.unlink() for path in folder.iterdir()] and None, "half-written"),
+    "empty folder": (lambda folder: shutil.rmtree(folder) or folder.mkdir(), "half-written"),
     "no state": (lambda folder: (folder / "trainer_state.json").unlink(), "has no trainer_state.json.*half-written"),
     "half a state": (cut("trainer_state.json"), r"trainer_state\.json' is damaged or half-written"),
     "half the weights": (cut("adapter_model.safetensors"), r"adapter_model\.safetensors' is damaged"),

@@ -5,8 +5,10 @@ One module a command; `application` holds what they share: the app, exit codes, 
 
 from __future__ import annotations
 
-from fish_tuning.cli import configs, init, inspect, plan, report, run, schema
+from fish_tuning.cli import configs, init, inspect, plan, report, run, schema, sharing
 from fish_tuning.cli.application import app, main
 from fish_tuning.cli.run import HERE, How, run_command
 
-__all__ = ["HERE", "How", "app", "configs", "init", "inspect", "main", "plan", "report", "run", "run_command", "schema"]
+__all__ = [
+    "HERE", "How", "app", "configs", "init", "inspect", "main", "plan", "report", "run", "run_command", "schema", "sharing",
+]  # fmt: skip

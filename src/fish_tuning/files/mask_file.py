@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -39,13 +40,28 @@ def save_mask(mask: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
 
 
 def load_mask(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """Read a mask that `save_mask` wrote.
+    """Read a mask that `save_mask` wrote; `path` is its file, or the folder of an adapter or a checkpoint with one.
 
     Raises MaskError when the file is missing, is something else, or is not as it was written.
     """
+    path = _file_in(path)
     shapes, packed = sealed = read_sealed(path, "mask")
     _check(os.fspath(path), sealed)
     return {name: _unpack(packed[name], shape).to(device) for name, shape in shapes.items()}
+
+
+def _file_in(path: str | os.PathLike[str]) -> str:
+    """The mask's file, where a folder is given."""
+    folder = Path(path)
+    if not folder.is_dir() or (folder / MASK_FILE_NAME).is_file():
+        return os.fspath(folder / MASK_FILE_NAME if folder.is_dir() else path)
+    below = sorted(str(found.parent) for depth in ("*", "*/*") for found in folder.glob(f"{depth}/{MASK_FILE_NAME}"))
+    hint = (
+        f" Folders below have one; give one of {', '.join(map(repr, below[:5]))}{', ...' if len(below) > 5 else ''}."
+        if below
+        else " An adapter that was trained without a mask has none; get_mask and save_mask write one."
+    )
+    raise MaskError(f"The folder {os.fspath(path)!r} has no {MASK_FILE_NAME}.{hint}")
 
 
 def _pack(selected: Tensor) -> Tensor:

@@ -1,5 +1,5 @@
-"""Methods that do more while a mask is applied: `save_pretrained` writes it, `set_adapter` reaches its values, and what
-unloads an adapter takes it off.
+"""Methods that do more while a mask is applied: `save_pretrained` writes it and what the adapter needs to stand alone,
+`push_to_hub` carries them, `set_adapter` reaches its values, and what unloads an adapter takes it off.
 
 They are attributes of the very objects, so that neither a class nor another model knows of them: copies have their own,
 and when the mask goes, they go.
@@ -11,6 +11,7 @@ import inspect
 import os
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from types import MethodType
@@ -39,6 +40,8 @@ def override_methods(model: nn.Module) -> None:
         # A tuner passes on what it does not have to its model; only what is a class's own is its method.
         if hasattr(type(module), "save_pretrained") and is_masked(module):
             _override(module, "save_pretrained", _save_pretrained)
+            if hasattr(module, "peft_config") and hasattr(type(module), "push_to_hub"):
+                _override(module, "push_to_hub", _push_to_hub)
         for name in ("merge_and_unload", "unload"):
             if hasattr(type(module), name) and is_masked(module):
                 _override(module, name, _merge_and_unload if name == "merge_and_unload" else _unload)
@@ -116,6 +119,8 @@ def _save_pretrained(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if re.fullmatch(r"checkpoint-\d+", folder.name):
             (folder / "trainer_state.json").unlink(missing_ok=True)
         _write_masks(self, folder, given.get("selected_adapters"))
+        with _completed(self, folder, given.get("selected_adapters")):
+            return original(*bound.args, **bound.kwargs)
     return original(*bound.args, **bound.kwargs)
 
 
@@ -143,6 +148,29 @@ def with_whole_tensors(model: nn.Module, state_dict: Mapping[str, Any]) -> dict[
             )
         made[tensor.name] = tensor.masked.dense_of(stored)
     return made
+
+
+def _completed(model: nn.Module, folder: Path, selected_adapters: Iterable[str] | None) -> AbstractContextManager[None]:
+    """While adapters are saved: put beside them what they need to stand alone."""
+    from peft import PeftModel
+
+    if not isinstance(model, PeftModel):
+        return nullcontext()  # a whole model stands alone by itself
+    from fish_tuning.sharing.folder import completed
+
+    chosen = list(model.peft_config) if selected_adapters is None else list(selected_adapters)
+    return completed(model, folder, {name: "" if name == "default" else name for name in chosen})
+
+
+def _push_to_hub(self: nn.Module, repo_id: str, **kwargs: Any) -> Any:
+    """As transformers', which would put an empty card in the place of the adapter's."""
+    from peft import PeftModel
+
+    if not isinstance(self, PeftModel):
+        return _original(self, "push_to_hub")(repo_id, **kwargs)
+    from fish_tuning.sharing.hub import push_model
+
+    return push_model(self, repo_id, **kwargs)
 
 
 def _write_masks(model: nn.Module, folder: Path, selected_adapters: Iterable[str] | None) -> None:

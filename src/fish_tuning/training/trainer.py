@@ -17,6 +17,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from fish_tuning.errors import MaskError
 from fish_tuning.files.atomic import sync_folder, write_atomically
 from fish_tuning.files.mask_file import MASK_FILE_NAME, load_mask, save_mask
+from fish_tuning.sharing.card import CardFacts
+from fish_tuning.sharing.folder import ADAPTER_CONFIG, MODEL_CONFIG, complete_adapter
 from fish_tuning.sparse.adapter_names import idle_names
 from fish_tuning.sparse.applying import apply_mask, synchronize_mask, take_off_trained
 from fish_tuning.sparse.ddp import together
@@ -281,10 +283,41 @@ class FishTuningTrainer(Trainer):
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         # Trainer copies the files that it knows from the checkpoint to the folder that it pushes.
-        mask = Path(checkpoint_folder, MASK_FILE_NAME)
-        if self.is_world_process_zero() and mask.is_file():
-            write_atomically(Path(self.args.output_dir or "", MASK_FILE_NAME), mask.read_bytes())
+        for name in (MASK_FILE_NAME, f"{MODEL_CONFIG}/config.json"):
+            beside = Path(checkpoint_folder, name)
+            if self.is_world_process_zero() and beside.is_file():
+                copy = Path(self.args.output_dir or "", name)
+                copy.parent.mkdir(exist_ok=True)
+                write_atomically(copy, beside.read_bytes())
         super()._push_from_checkpoint(checkpoint_folder)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """The adapter's own card with this training's figures; a user's stays. Trainer's, of a model without PEFT."""
+        folder = Path(self.args.output_dir or "")
+        if not isinstance(self.model, PeftModel) or not (folder / ADAPTER_CONFIG).is_file():
+            return super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            complete_adapter(self.model, folder, processing_class=self.processing_class, facts=self._facts(kwargs))
+        return None
+
+    def _facts(self, asked: Mapping[str, Any]) -> CardFacts:
+        """What `create_model_card` was asked to tell, and what this training was."""
+        args, history = self.args, self.state.log_history
+        measured = next((entry for entry in reversed(history) if any(key.startswith("eval_") for key in entry)), {})
+        slow = ("runtime", "samples_per_second", "steps_per_second")
+        told = {k.removeprefix("eval_"): v for k, v in measured.items() if k.startswith("eval_")}
+        figures = [f"{k} {v:.4g}" for k, v in told.items() if isinstance(v, float) and not k.endswith(slow)]
+        dataset = asked.get("dataset")
+        return CardFacts(
+            title=asked.get("model_name") or CardFacts.title,
+            base_model=asked.get("finetuned_from"),
+            dataset=dataset if isinstance(dataset, str) else None,
+            rows={
+                "training": f"{self.state.global_step} steps, learning_rate {args.learning_rate:g}, batches of "
+                f"{args.train_batch_size}, seed {args.seed}"
+            },
+            result=f"{', '.join(figures)} on the evaluation set, with one seed." if figures else "",
+        )
 
 
 def _check_engine(args: TrainingArguments, engine: str) -> None:

@@ -94,7 +94,7 @@ def test_a_full_disk_stops_the_experiment_and_keeps_what_is_finished(
 ) -> None:
     save = arms.save
 
-    def full(model: object, mask: object, folder: Path, whole_state: object) -> arms.Saved:
+    def full(model: object, mask: object, folder: Path, *more: object) -> arms.Saved:
         if "fish" in folder.name:  # as safetensors tells of it
             raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
         return save(model, mask, folder)  # type: ignore[arg-type]

@@ -23,6 +23,7 @@ from fish_tuning.experiments.records.record_files import Digests, adapter_digest
 from fish_tuning.experiments.records.run_record import ArmPlan, RunRecord
 from fish_tuning.experiments.run.adalora import AdaLoraSchedule, entries_left
 from fish_tuning.experiments.run.calibration import Calibration, calibrate, score
+from fish_tuning.experiments.run.cards import run_facts
 from fish_tuning.experiments.run.context import Context
 from fish_tuning.experiments.run.loggers import open_loggers
 from fish_tuning.experiments.run.measure import PeakMemory, Stopwatch, optimizer_state_bytes
@@ -35,6 +36,8 @@ from fish_tuning.masks.budgets import matching_names
 from fish_tuning.masks.create import create_mask_from_fisher
 from fish_tuning.masks.selections import SELECTIONS
 from fish_tuning.peft_methods import ADALORA
+from fish_tuning.sharing.card import CardFacts
+from fish_tuning.sharing.folder import complete_adapter
 from fish_tuning.sparse.delta import save_delta
 from fish_tuning.sparse.masked_tensors import Mask, count_trainable_parameters
 from fish_tuning.training.trainer import FishMaskCallback
@@ -74,7 +77,10 @@ def run_arm(
     mask = trained.mask  # the last one, where entries were chosen again
     saved = Saved()
     if args.process_index == 0 and not context.is_trial:
-        saved = save(model, mask, adapter_folder(context.folder, arm.arm, seed), trained.whole_state)
+        about = About(
+            context.plan.processing_class, run_facts(context, arm, seed, args, trained.metrics[context.plan.metric])
+        )
+        saved = save(model, mask, adapter_folder(context.folder, arm.arm, seed), trained.whole_state, about)
     return _record(context, arm, seed, args, mask, trained, saved, calibration, initial_state), calibration
 
 
@@ -200,10 +206,27 @@ class Saved(NamedTuple):
     adapter_bytes: int | None = None
 
 
-def save(model: Any, mask: Mask | None, folder: Path, whole_state: dict[str, Any] | None = None) -> Saved:
+class About(NamedTuple):
+    """What lies beside an adapter that its model does not know."""
+
+    processing_class: Any = None
+    facts: CardFacts | None = None
+
+
+NOTHING_MORE = About()
+
+
+def save(
+    model: Any,
+    mask: Mask | None,
+    folder: Path,
+    whole_state: dict[str, Any] | None = None,
+    about: About = NOTHING_MORE,
+) -> Saved:
     """Put the adapter, as PEFT writes it, with its mask in the place of an earlier one, whole or not at all.
 
-    A model without PEFT leaves a delta of its weights. `whole_state` is the model's, where it does not hold it whole.
+    What it needs to stand alone lies beside it: labels, tokenizer, card. A model without PEFT leaves a delta of its
+    weights. `whole_state` is the model's, where it does not hold it whole.
     """
     with whole_folder(folder) as unfinished:
         if isinstance(model, PeftModel):
@@ -214,6 +237,7 @@ def save(model: Any, mask: Mask | None, folder: Path, whole_state: dict[str, Any
             save_delta(model, unfinished / DELTA_FILE_NAME)
         if mask is not None:
             save_mask(mask, unfinished / MASK_FILE_NAME)
+        complete_adapter(model, unfinished, processing_class=about.processing_class, facts=about.facts)
         weights = ADAPTER_FILE if isinstance(model, PeftModel) else DELTA_FILE_NAME
         size = (unfinished / weights).stat().st_size
         digests = adapter_digests(unfinished)

@@ -1,0 +1,210 @@
+"""The model card of an adapter: what it is of, how it was made, how to use it. No dates and no local paths."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_from_cache
+
+CARD = "README.md"
+PAPER = "https://arxiv.org/abs/2504.04050"
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+# The card's own digest: whoever changes a word of it has written it.
+_MARK = re.compile(r"<!-- Written by fish-tuning \(([0-9a-f]{12})\);[^\n]*-->\n\n")
+_FOLDER_NOTE = " (a folder, not a model of the hub; put its own name in its place)"
+_NO_LICENSE = "# license:  # the base model's card names none that is known here; set the adapter's own\n"
+
+CITATION = """\
+```bibtex
+@article{xue2025fishtuning,
+  title   = {FISH-Tuning: Enhancing PEFT Methods with Fisher Information},
+  author  = {Xue, Kang and Dong, Ming and Tu, Xinhui and He, Tingting},
+  journal = {arXiv preprint arXiv:2504.04050},
+  year    = {2025}
+}
+
+@software{fish_tuning,
+  title   = {fish-tuning: Fisher-scored sparse masks for PEFT adapters},
+  author  = {{The fish-tuning authors}},
+  version = {VERSION},
+  license = {MIT}
+}
+```"""
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What a model card tells beside what the adapter's own files tell. All of it may be left out.
+
+    Args:
+        title: of the card; "FISH-Tuning adapter" by default.
+        base_model, revision: as they were named when the model was loaded; by default what the model knows of itself.
+        dataset: what was trained on, a hub's name or a folder, of which the card tells the last part.
+        rows: more of how it was made, by what it is ("score": "fisher, on 128 examples"); in the card's table.
+        metric, value: what was measured, and the number.
+        result: a sentence on that number.
+    """
+
+    title: str = "FISH-Tuning adapter"
+    base_model: str | None = None
+    revision: str | None = None
+    dataset: str | None = None
+    rows: Mapping[str, str] = field(default_factory=dict)
+    metric: str | None = None
+    value: float | None = None
+    result: str = ""
+
+
+@dataclass(frozen=True)
+class Described:
+    """What the adapter itself tells: the first rows of the card's table, how it is loaded, and what it is."""
+
+    rows: Mapping[str, str]
+    loading: str
+    what: str = "An ordinary PEFT adapter"
+    library_name: str = "peft"
+    is_masked: bool = False
+    pipeline_tag: str | None = None
+    tags: tuple[str, ...] = ()
+
+
+def is_local(name: str) -> bool:
+    """Whether the name is of a folder or file here, not of the hub."""
+    return name.startswith((".", "~", "/")) or "\\" in name or Path(os.path.expanduser(name)).exists()
+
+
+def public_name(name: str) -> str:
+    """A name that tells nothing of this machine: a local folder's last part."""
+    return Path(os.path.expanduser(name).replace("\\", "/")).resolve().name if is_local(name) else name
+
+
+def is_hub_name(name: str) -> bool:
+    return not is_local(name) and bool(_HUB_NAME.fullmatch(name))
+
+
+def users_card(path: Path) -> bytes | None:
+    """The card at `path` where a user wrote it, or changed ours; None where there is none, or PEFT's unfilled one."""
+    if not path.is_file():
+        return None
+    content = path.read_bytes()
+    return None if _split(content) is not None or _is_unfilled(content) else content
+
+
+def card_text(described: Described, facts: CardFacts) -> str:
+    """The whole card, metadata first. The same facts always give the same text."""
+    body = "\n\n".join(part for part in _parts(described, facts) if part) + "\n"
+    return _marked(_metadata(described, facts), body)
+
+
+def with_base_model(content: bytes, name: str) -> bytes:
+    """Our card of an adapter whose base model was a folder, with that model's name on the hub; a user's as it is."""
+    parts = _split(content)
+    if parts is None or _FOLDER_NOTE not in parts[1]:
+        return content
+    metadata, body = parts
+    body = re.sub(rf"`[^`]*`([^`|]*(?:`[^`]*`)?){re.escape(_FOLDER_NOTE)}", rf"`{name}`\1", body, count=1)
+    return _marked(f"base_model: {name}\n{metadata}", body).encode()
+
+
+def _marked(metadata: str, body: str) -> str:
+    mark = hashlib.sha256((metadata + body).encode()).hexdigest()[:12]
+    told = "once a word of it is changed, it is never written over."
+    return f"---\n{metadata}---\n\n<!-- Written by fish-tuning ({mark}); {told} -->\n\n{body}"
+
+
+def _split(content: bytes) -> tuple[str, str] | None:
+    """Metadata and text of a card that is ours, word for word; else None."""
+    text = content.decode(errors="replace").replace("\r\n", "\n")
+    mark = _MARK.search(text)
+    if mark is None:
+        return None
+    metadata, body = text[: mark.start()], text[mark.end() :]
+    metadata = metadata.removeprefix("---\n").removesuffix("\n").removesuffix("---\n")
+    ours = hashlib.sha256((metadata + body).encode()).hexdigest()[:12] == mark[1]
+    return (metadata, body) if ours else None
+
+
+def _is_unfilled(content: bytes) -> bool:
+    """Whether this is the template that PEFT writes beside every adapter, with nothing filled in."""
+    text = content.decode(errors="replace")
+    return "# Model Card for Model ID" in text and text.count("[More Information Needed]") > 20
+
+
+def _metadata(described: Described, facts: CardFacts) -> str:
+    base = facts.base_model
+    on_hub = base is not None and is_hub_name(base)
+    license_: dict[str, Any] = _license(base, facts.revision) if base else {}
+    results = None
+    if facts.metric and facts.value is not None and facts.dataset:
+        name = public_name(facts.dataset)
+        results = [EvalResult(
+            task_type=described.pipeline_tag or "other", dataset_type=name, dataset_name=name,
+            metric_type=facts.metric, metric_value=round(facts.value, 6),
+        )]  # fmt: skip
+    data = ModelCardData(
+        base_model=base if on_hub else None,
+        datasets=[facts.dataset] if facts.dataset and is_hub_name(facts.dataset) else None,
+        eval_results=results,
+        model_name=facts.title if results else None,
+        library_name=described.library_name,
+        pipeline_tag=described.pipeline_tag,
+        tags=[
+            "fish-tuning",
+            *([f"base_model:adapter:{base}"] if on_hub and described.library_name == "peft" else []),
+            *described.tags,
+        ],
+        **license_,
+    )
+    text: str = data.to_yaml() + "\n"
+    return text if license_ else text + _NO_LICENSE
+
+
+def _license(base: str, revision: str | None) -> dict[str, str]:
+    """The licence that the base model's card names, where that card is here; nothing is downloaded."""
+    folder = Path(os.path.expanduser(base))
+    found: Any = folder / CARD if folder.is_dir() else None
+    if found is None and is_hub_name(base):
+        found = try_to_load_from_cache(base, CARD, revision=revision)
+    if not isinstance(found, str | Path) or not Path(found).is_file():
+        return {}
+    try:
+        data = ModelCard.load(Path(found)).data
+    except Exception:  # another's file, which need be no card; YAML's errors are of a package that is not ours
+        return {}
+    kept = {name: getattr(data, name, None) for name in ("license", "license_name", "license_link")}
+    texts = {name: value for name, value in kept.items() if isinstance(value, str)}
+    return texts if "license" in texts else {}
+
+
+def _parts(described: Described, facts: CardFacts) -> list[str]:
+    from fish_tuning import __version__
+
+    base = facts.base_model
+    rows = dict(described.rows)
+    if base:
+        local = _FOLDER_NOTE if is_local(base) else ""
+        at = f", revision `{facts.revision}`" if facts.revision else ""
+        rows = {"base model": f"`{public_name(base)}`{at}{local}"} | rows
+    if facts.dataset:
+        rows["data set"] = f"`{public_name(facts.dataset)}`"
+    rows |= facts.rows
+    table = "\n".join(["| | |", "|---|---|", *(f"| {_cell(name)} | {_cell(text)} |" for name, text in rows.items())])
+    return [
+        f"# {_cell(facts.title)}",
+        f"{described.what}, made with fish-tuning"
+        + (f": only chosen entries of it were trained ([FISH-Tuning]({PAPER}))." if described.is_masked else "."),
+        table,
+        f"## Result\n\n{facts.result}" if facts.result else "",
+        f"## Use\n\n{described.loading}",
+        f"## Citation\n\n{CITATION.replace('VERSION', __version__)}",
+    ]
+
+
+def _cell(text: str) -> str:
+    return " ".join(str(text).split()).replace("|", "\\|")

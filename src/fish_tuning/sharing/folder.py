@@ -1,0 +1,194 @@
+"""What is put beside an adapter so that its folder works alone: task type, labels, tokenizer, card.
+
+The labels lie in a folder of their own, as the base model's `config.json` with the adapter's labels. Beside the adapter
+that file would have transformers look for whole weights there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import try_to_load_from_cache
+
+from fish_tuning.errors import MaskError
+from fish_tuning.files.atomic import write_atomically
+from fish_tuning.files.delta_file import DELTA_FILE_NAME
+from fish_tuning.files.mask_file import MASK_FILE_NAME, load_mask
+from fish_tuning.sharing.card import CARD, CardFacts, Described, card_text, is_hub_name, users_card
+from fish_tuning.sharing.tasks import task_kind, task_type
+from fish_tuning.sharing.usage import OWN_METHODS, usage
+from fish_tuning.sparse.masked_tensors import count_trainable_parameters
+
+ADAPTER_CONFIG = "adapter_config.json"
+MODEL_CONFIG = "model_config"  # a folder that AutoConfig.from_pretrained(..., subfolder="model_config") reads
+# Of tokenizers and image processors, as transformers names them.
+PROCESSING_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    "vocab.txt", "vocab.json", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model",
+    "preprocessor_config.json", "processor_config.json",
+)  # fmt: skip
+_ONE_OF = ("tokenizer_config.json", "preprocessor_config.json", "processor_config.json")
+
+
+def complete_adapter(
+    model: Any,
+    folder: str | os.PathLike[str],
+    adapter_name: str = "default",
+    *,
+    processing_class: Any = None,
+    facts: CardFacts | None = None,
+) -> None:
+    """Put beside a saved adapter what it needs to stand alone; the adapter's weights and its mask stay as they are.
+
+    `save_pretrained` of a masked model does this by itself. Call it for an adapter without a mask, or to give the
+    tokenizer and more facts for the card. In `folder` there are then, beside PEFT's files:
+
+    - `task_type` in `adapter_config.json`, where PEFT has one for the model and it changes nothing of the adapter,
+      and the base model's `revision`, where `facts` give one;
+    - `model_config/config.json`, the base model's configuration with this adapter's label names;
+    - the tokenizer or image processor: `processing_class`, else the base model's files where they are on this machine;
+    - `README.md`, the model card. One that a user has written or changed is left as it is.
+
+    Args:
+        model: the PEFT model that was saved, or the base model whose delta was.
+        folder: where the adapter lies.
+        adapter_name: which of the model's adapters it is.
+        processing_class: the tokenizer or image processor.
+        facts: what the card is to tell beside what the adapter's own files tell.
+
+    Raises:
+        MaskError: there is no adapter, and no delta, in the folder.
+
+    Example:
+        >>> complete_adapter(model, "adapter", processing_class=tokenizer)  # doctest: +SKIP
+    """
+    folder, base = Path(folder), base_of(model)
+    facts = facts or CardFacts()
+    if not (folder / ADAPTER_CONFIG).is_file() and not (folder / DELTA_FILE_NAME).is_file():
+        raise MaskError(f"The folder {str(folder)!r} has neither {ADAPTER_CONFIG} nor {DELTA_FILE_NAME}.")
+    name = facts.base_model or getattr(base, "name_or_path", "") or None
+    config = getattr(model, "peft_config", {}).get(adapter_name)
+    if config is not None:
+        facts = replace(facts, revision=facts.revision or config.revision)
+        _complete_config(folder / ADAPTER_CONFIG, task_type(base, config), facts.revision)
+    _write_model_config(base, folder / MODEL_CONFIG)
+    if processing_class is not None:
+        processing_class.save_pretrained(str(folder))
+    elif name is not None and not any((folder / each).is_file() for each in _ONE_OF):
+        copy_processing(getattr(base, "name_or_path", name), facts.revision, folder)
+    facts = replace(facts, base_model=name)
+    if users_card(folder / CARD) is None:
+        card = card_text(_described(model, base, config, folder), facts)
+        write_atomically(folder / CARD, card.encode())
+
+
+@contextmanager
+def completed(model: Any, folder: Path, adapters: Mapping[str, str]) -> Iterator[None]:
+    """While PEFT saves adapters (their subfolders by their names): complete them when it has, and keep a user's card.
+
+    PEFT adds to whatever card lies in the folder, the path of the base model among it.
+    """
+    own = users_card(folder / CARD)
+    if own is None:
+        (folder / CARD).unlink(missing_ok=True)  # ours, which is written anew; with PEFT's additions it would be none
+    yield
+    if own is not None:
+        write_atomically(folder / CARD, own)
+    for adapter, subfolder in adapters.items():
+        if (folder / subfolder / ADAPTER_CONFIG).is_file():
+            complete_adapter(model, folder / subfolder, adapter)
+
+
+def base_of(model: Any) -> Any:
+    """The model below the adapter."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _complete_config(file: Path, kind: str | None, revision: str | None) -> None:
+    before = json.loads(file.read_bytes())
+    after = dict(before)
+    if kind is not None and before.get("task_type") is None:
+        after |= {"task_type": kind, "auto_mapping": None}
+    if revision is not None and before.get("revision") is None:
+        after["revision"] = revision
+    if after != before:
+        write_atomically(file, json.dumps(after, indent=2, sort_keys=True).encode())
+
+
+def _write_model_config(base: Any, folder: Path) -> None:
+    config: Any = getattr(base, "config", None)
+    if not hasattr(config, "to_json_string"):
+        return  # no model of transformers
+    content = json.loads(config.to_json_string(use_diff=True))
+    content.pop("_name_or_path", None)
+    content["architectures"] = [type(base).__name__]
+    # Said in any case: what is as transformers has it by default is left out of the difference.
+    for name in ("id2label", "label2id"):
+        if getattr(config, name, None):
+            content[name] = {str(key): value for key, value in getattr(config, name).items()}
+    folder.mkdir(exist_ok=True)
+    write_atomically(folder / "config.json", (json.dumps(content, indent=2, sort_keys=True) + "\n").encode())
+
+
+def copy_processing(name: str, revision: str | None, folder: Path) -> None:
+    """The files of the base model's own tokenizer or image processor, from where they lie on this machine."""
+    for file in PROCESSING_FILES:
+        local = Path(os.path.expanduser(name), file)
+        cached = try_to_load_from_cache(name, file, revision=revision) if is_hub_name(name) else None
+        found = local if local.is_file() else cached
+        if isinstance(found, str | Path) and not (folder / file).exists():
+            shutil.copyfile(found, folder / file)
+
+
+def _described(model: Any, base: Any, config: Any, folder: Path) -> Described:
+    kind, rows = task_kind(base), dict(_adapter_rows(config))
+    mask = load_mask(folder / MASK_FILE_NAME) if (folder / MASK_FILE_NAME).is_file() else {}
+    chosen = [selected for selected in mask.values() if not selected.all()]
+    trained = sum(int(selected.sum()) for selected in mask.values()) or count_trainable_parameters(model)
+    if chosen:
+        kept, pool = sum(int(s.sum()) for s in chosen), sum(s.numel() for s in chosen)
+        rows["chosen entries"] = f"{kept:,} of the {pool:,} in masked tensors ({kept / pool:.2%})"
+    if trained:
+        rows["trained entries"] = f"{trained:,} in all"
+    rows["versions"] = ", ".join(_versions())
+    loading, tag = usage(base, config, masked=bool(mask)), kind and kind.pipeline_tag
+    if config is None:
+        what = "Weights of a base model, as their difference from it"
+        return Described(rows, loading, what, "transformers", bool(chosen), tag)
+    method = _method(config)
+    what = f"A {method} adapter" if method in OWN_METHODS else "An ordinary PEFT adapter"
+    return Described(rows, loading, what, "peft", bool(chosen), tag, (method.lower(),))
+
+
+def _adapter_rows(config: Any) -> Iterable[tuple[str, str]]:
+    if config is None:
+        yield "method", "the base model's own weights, saved as their difference"
+        return
+    yield "method", _method(config)
+    for name in ("r", "lora_alpha", "num_virtual_tokens", "bottleneck_size", "target_modules", "modules_to_save"):
+        value = getattr(config, name, None)
+        if value:
+            values = sorted(value) if isinstance(value, set | list | tuple) else [value]
+            yield name, ", ".join(f"`{each}`" if isinstance(each, str) else str(each) for each in values)
+
+
+def _method(config: Any) -> str:
+    return str(getattr(config.peft_type, "value", config.peft_type))
+
+
+def _versions() -> Iterator[str]:
+    import peft
+    import torch
+    import transformers
+
+    import fish_tuning
+
+    for package in (fish_tuning, torch, transformers, peft):
+        yield f"{package.__name__.replace('_', '-')} {package.__version__}"

@@ -1,0 +1,173 @@
+"""From an adapter's folder to its model, in one call: base model, labels, adapter, and the mask to go on training."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import transformers
+from peft import PeftModel
+from safetensors import SafetensorError
+from transformers import AutoConfig, PreTrainedModel
+
+from fish_tuning.errors import ConfigurationError, MaskError
+from fish_tuning.files.mask_file import MASK_FILE_NAME, load_mask
+from fish_tuning.sharing.card import is_local
+from fish_tuning.sharing.folder import ADAPTER_CONFIG, MODEL_CONFIG
+from fish_tuning.sharing.hub import fetched
+from fish_tuning.sharing.usage import OWN_METHODS
+from fish_tuning.sparse.adapter_names import rename_adapter
+from fish_tuning.sparse.applying import apply_mask
+
+_AUTO_CLASSES = {
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+}
+
+
+def load_adapter(
+    folder: str | os.PathLike[str],
+    *,
+    is_trainable: bool = False,
+    base_model: str | os.PathLike[str] | None = None,
+    adapter_name: str = "default",
+    revision: str | None = None,
+    token: str | bool | None = None,
+    **kwargs: Any,
+) -> PeftModel:
+    """The PEFT model of a saved adapter: its base model, with its label names, and the adapter on it.
+
+    With `is_trainable=True` the adapter trains on as it was trained: the mask that lies beside it is applied, and what
+    the mask does not name stays frozen. Without a mask it trains as PEFT has it.
+
+    Args:
+        folder: an adapter's folder, a Trainer's checkpoint, or a repository of the hub.
+        is_trainable: whether to go on training; else the model is in evaluation mode and nothing in it trains.
+        base_model: the base model's name or folder; the one that the adapter names by default.
+        adapter_name: what the adapter is to be called in the model.
+        revision: of the adapter's repository on the hub.
+        token: for the hub, as huggingface_hub takes it; its own by default.
+        **kwargs: for the base model's `from_pretrained`, such as `dtype`, `device_map` or `quantization_config`.
+
+    Raises:
+        ConfigurationError: no adapter there, a base model that cannot be found or read, or one whose tensors do not
+            fit.
+        MaskError: a damaged mask, or one that does not fit the adapter.
+
+    Example:
+        >>> model = load_adapter("results/x/adapters/lora-fish-seed42")  # doctest: +SKIP
+    """
+    path = fetched(folder, revision=revision, token=token)
+    settings = read_adapter_config(path)
+    if settings.get("peft_type") in OWN_METHODS:
+        importlib.import_module("fish_tuning.adapters")  # makes PEFT know them
+    given = {} if token is None else {"token": token}
+    base = _base(path, settings, None if base_model is None else os.fspath(base_model), {**given, **kwargs})
+    try:
+        model = PeftModel.from_pretrained(base, str(path), adapter_name=adapter_name, is_trainable=is_trainable)
+    except (RuntimeError, ValueError, KeyError, OSError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigurationError(
+            f"The adapter in {str(path)!r} does not fit {type(base).__name__}: {reason}"
+        ) from error
+    if is_trainable and (path / MASK_FILE_NAME).is_file():
+        _apply(model, load_mask(path), adapter_name)
+    return model if is_trainable else model.eval()
+
+
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """The content of `adapter_config.json`. Raises ConfigurationError where there is none that can be read."""
+    file = folder / ADAPTER_CONFIG
+    if not file.is_file():
+        below = sorted(str(found.parent) for found in folder.glob(f"*/{ADAPTER_CONFIG}"))
+        hint = f" Folders below have one, e.g. {below[0]!r}." if below else ""
+        raise ConfigurationError(f"There is no adapter in {str(folder)!r}: it has no {ADAPTER_CONFIG}.{hint}")
+    try:
+        content = json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ConfigurationError(f"{str(file)!r} is not readable JSON: {error}") from error
+    if not isinstance(content, dict) or "peft_type" not in content:
+        raise ConfigurationError(f"{str(file)!r} is no adapter's configuration: it has no peft_type.")
+    return content
+
+
+def _apply(model: Any, mask: Mapping[str, Any], adapter_name: str) -> None:
+    if adapter_name != "default" and not any(name in mask for name, _ in model.named_parameters()):
+        mask = rename_adapter(mask, "default", adapter_name)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and name not in mask:
+            parameter.requires_grad_(False)  # as it was while the mask was made: a factor that was left at its start
+    try:
+        apply_mask(model, mask)
+    except MaskError as error:
+        raise MaskError(f"The mask beside the adapter does not fit it: {error}") from error
+
+
+def _base(folder: Path, settings: Mapping[str, Any], asked: str | None, kwargs: Mapping[str, Any]) -> Any:
+    name = asked or settings.get("base_model_name_or_path")
+    if not name:
+        raise ConfigurationError(
+            f"{str(folder / ADAPTER_CONFIG)!r} names no base model. Give load_adapter(..., base_model=...)."
+        )
+    name = os.path.expanduser(name)
+    if is_local(name) and not Path(name).is_dir():
+        raise ConfigurationError(
+            f"The adapter's base model {name!r} is a folder that is not here. Give its place, or its name on the hub: "
+            "base_model=..."
+        )
+    revision = None if asked else settings.get("revision")
+    own = folder / MODEL_CONFIG
+    config = {"config": AutoConfig.from_pretrained(str(own))} if (own / "config.json").is_file() else {}
+    kind = _model_class(settings, config.get("config"))
+    try:
+        base, loading = kind.from_pretrained(
+            name,
+            revision=revision or "main",
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **config,
+            **kwargs,
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ConfigurationError(
+            f"The adapter's base model {name!r} cannot be loaded: {reason} Give its place or name with base_model=..."
+        ) from error
+    _check_fit(base, name, settings, loading)
+    return base
+
+
+def _check_fit(base: Any, name: str, settings: Mapping[str, Any], loading: Mapping[str, Any]) -> None:
+    """Refuse weights of another shape, which transformers replaces by random ones, unless the adapter brings them."""
+    heads = tuple(settings.get("modules_to_save") or ())
+    wrong = {tensor for tensor, *_ in loading["mismatched_keys"]}
+    lost = sorted(tensor for tensor in wrong if not any(f".{head}." in f".{tensor}" for head in heads))
+    if lost:
+        raise ConfigurationError(
+            f"The weights of {name!r} are not those that the adapter was made on: {lost[0]!r} has another shape in "
+            f"{type(base).__name__}. Give the base model it was made on with base_model=..."
+        )
+
+
+def _model_class(settings: Mapping[str, Any], config: Any) -> Any:
+    """The class that the base model had: by its own name, else transformers' class for the task."""
+    architectures = list(getattr(config, "architectures", None) or [])
+    mapping = settings.get("auto_mapping") or {}
+    for name in (*architectures[:1], mapping.get("base_model_class")):
+        kind = getattr(transformers, name, None) if isinstance(name, str) else None
+        if isinstance(kind, type) and issubclass(kind, PreTrainedModel):
+            return kind
+    if settings.get("task_type") in _AUTO_CLASSES:
+        return getattr(transformers, _AUTO_CLASSES[settings["task_type"]])
+    raise ConfigurationError(
+        f"The adapter does not say what its base model is for: {ADAPTER_CONFIG} has no task_type of "
+        f"{', '.join(_AUTO_CLASSES)}, and there is no {MODEL_CONFIG}/config.json. Load the base model, then "
+        "PeftModel.from_pretrained(base, folder)."
+    )

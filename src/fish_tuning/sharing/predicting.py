@@ -1,0 +1,190 @@
+"""Predictions of a saved adapter on texts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from fish_tuning.errors import ConfigurationError
+from fish_tuning.sharing.folder import PROCESSING_FILES
+from fish_tuning.sharing.hub import fetched
+from fish_tuning.sharing.loading import load_adapter, read_adapter_config
+from fish_tuning.sharing.rows import Row, text_columns
+from fish_tuning.sharing.tasks import task_kind
+
+# What a prediction adds to a row.
+PREDICTION, PROBABILITY = "prediction", "probability"
+_FITTING = ("text-classification", "token-classification", "text-generation")
+
+
+def predict(
+    folder: str | os.PathLike[str],
+    rows: Sequence[Row],
+    *,
+    columns: Sequence[str] = (),
+    batch_size: int = 16,
+    max_length: int | None = None,
+    max_new_tokens: int = 256,
+    chat_template: bool | None = None,
+    **loading: Any,
+) -> list[Row]:
+    """The rows, each with what the adapter in `folder` predicts for it, on the GPU where there is one.
+
+    Classes give `prediction` (the label's name), `probability` and `probability_<label>`; numbers give `prediction`;
+    tagged words, which are the text's parts between blanks, give a list of labels and one of probabilities; a causal
+    language model gives the text that it writes, always taking the most probable token.
+
+    Args:
+        folder: an adapter's folder, or a repository of the hub.
+        rows: with a column of texts, or two for pairs.
+        columns: the columns to read; found from the rows by default.
+        batch_size: rows at a time.
+        max_length: tokens that a text is cut to; as many as the model takes by default.
+        max_new_tokens: that a language model may write.
+        chat_template: whether a text is put into the tokenizer's chat template; where there is one by default.
+        **loading: for `load_adapter`: `base_model`, `revision`, `token`, `dtype`, ...
+
+    Raises:
+        ConfigurationError: a model for something else, or rows without texts.
+
+    Example:
+        >>> predict("adapter", [{"text": "a fine film"}])  # doctest: +SKIP
+        [{'text': 'a fine film', 'prediction': 'positive', 'probability': 0.93, ...}]
+    """
+    names = text_columns(rows, columns)
+    taken = {name for row in rows for name in row if name == PREDICTION or name.startswith(PROBABILITY)}
+    if taken:
+        raise ConfigurationError(f"The rows have a column {sorted(taken)[0]!r} already. Rename it, or take it out.")
+    model = load_adapter(folder, **loading)
+    kind = task_kind(model.get_base_model())
+    if kind is None or kind.pipeline_tag not in _FITTING:
+        raise ConfigurationError(
+            f"{type(model.get_base_model()).__name__} is for something else than what predict does: "
+            f"{', '.join(_FITTING)}."
+        )
+    tokenizer = _tokenizer(folder, model, loading)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if not getattr(model, "hf_device_map", None):
+        model.to(device)
+    texts = [tuple(row[name] for name in names) for row in rows]
+    if kind.pipeline_tag != "text-classification" and len(names) != 1:
+        raise ConfigurationError(f"One column of texts is needed, not {', '.join(names)}. Name it with --text-column.")
+    found: list[Row] = []
+    with torch.inference_mode():
+        for start in range(0, len(texts), batch_size):
+            batch = texts[start : start + batch_size]
+            if kind.pipeline_tag == "text-generation":
+                found += _generated(model, tokenizer, [text for (text,) in batch], max_new_tokens, chat_template)
+            elif kind.pipeline_tag == "token-classification":
+                found += _tagged(model, tokenizer, [text.split() for (text,) in batch], max_length)
+            else:
+                found += _classified(model, tokenizer, batch, max_length)
+    return [{**row, **prediction} for row, prediction in zip(rows, found, strict=True)]
+
+
+def _classified(model: Any, tokenizer: Any, texts: Sequence[tuple[str, ...]], max_length: int | None) -> Iterator[Row]:
+    columns = [list(column) for column in zip(*texts, strict=True)]
+    encoded = tokenizer(*columns, return_tensors="pt", padding=True, **_cut(model, tokenizer, max_length))
+    logits = model(**encoded.to(model.device)).logits
+    logits = (logits[0] if isinstance(logits, tuple) else logits).float().cpu()
+    config = model.config
+    if config.problem_type == "regression" or config.num_labels == 1:
+        for numbers in logits.tolist():
+            yield {PREDICTION: numbers[0] if len(numbers) == 1 else numbers}
+        return
+    several = config.problem_type == "multi_label_classification"
+    for shares in (logits.sigmoid() if several else logits.softmax(-1)).tolist():
+        named = {config.id2label[number]: share for number, share in enumerate(shares)}
+        if several:
+            yield {PREDICTION: [name for name, share in named.items() if share > 0.5], **_each(named)}
+        else:
+            best = max(named, key=named.__getitem__)
+            yield {PREDICTION: best, PROBABILITY: named[best], **_each(named)}
+
+
+def _each(named: dict[str, float]) -> Row:
+    return {f"{PROBABILITY}_{name}": share for name, share in named.items()}
+
+
+def _tagged(model: Any, tokenizer: Any, words: Sequence[list[str]], max_length: int | None) -> Iterator[Row]:
+    encoded = tokenizer(
+        list(words),
+        is_split_into_words=True,
+        return_tensors="pt",
+        padding=True,
+        **_cut(model, tokenizer, max_length),
+    )
+    shares: Tensor = model(**encoded.to(model.device)).logits.float().softmax(-1).cpu()
+    for number, row in enumerate(words):
+        first: dict[int, int] = {}
+        for position, word in enumerate(encoded.word_ids(number)):
+            if word is not None:
+                first.setdefault(word, position)
+        best = [shares[number, first[word]].max(-1) for word in range(len(row)) if word in first]
+        if len(best) < len(row):
+            raise ConfigurationError(f"A text of {len(row)} words is longer than the model takes; split it.")
+        yield {
+            PREDICTION: [model.config.id2label[int(each.indices)] for each in best],
+            PROBABILITY: [float(each.values) for each in best],
+        }
+
+
+def _generated(
+    model: Any, tokenizer: Any, texts: Sequence[str], max_new_tokens: int, chat_template: bool | None
+) -> Iterator[Row]:
+    has_template = bool(getattr(tokenizer, "chat_template", None))
+    if chat_template and not has_template:
+        raise ConfigurationError("The tokenizer has no chat template.")
+    if has_template if chat_template is None else chat_template:
+        ids = [
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=True, return_dict=True
+            )["input_ids"]
+            for text in texts
+        ]
+    else:
+        ids = [_without_end(tokenizer(text)["input_ids"], tokenizer) for text in texts]
+    encoded = tokenizer.pad({"input_ids": ids}, return_tensors="pt", padding_side="left").to(model.device)
+    out = model.generate(
+        input_ids=encoded["input_ids"],
+        attention_mask=encoded["attention_mask"],
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    for written in out[:, encoded["input_ids"].shape[1] :]:
+        yield {PREDICTION: tokenizer.decode(written, skip_special_tokens=True).strip()}
+
+
+def _without_end(ids: list[int], tokenizer: Any) -> list[int]:
+    """Of a tokenizer that ends every text: the model is to write on."""
+    return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
+
+
+def _cut(model: Any, tokenizer: Any, max_length: int | None) -> dict[str, Any]:
+    most = getattr(model.config, "max_position_embeddings", None) or 10**9
+    return {"truncation": True, "max_length": max_length or min(tokenizer.model_max_length, most)}
+
+
+def _tokenizer(folder: str | os.PathLike[str], model: Any, loading: dict[str, Any]) -> Any:
+    """The adapter's own, else the base model's."""
+    hub = {name: loading[name] for name in ("revision", "token") if loading.get(name) is not None}
+    path = fetched(folder, **hub)
+    own = any((path / name).is_file() for name in PROCESSING_FILES)
+    base = loading.get("base_model") or read_adapter_config(path).get("base_model_name_or_path")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(path) if own else base)
+    except (OSError, ValueError, KeyError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ConfigurationError(
+            f"There is no tokenizer in {str(path)!r} that can be read: {reason} Save it there: "
+            "tokenizer.save_pretrained(folder)."
+        ) from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    return tokenizer

@@ -1,0 +1,125 @@
+"""Texts to predict on, from a csv, tsv, json, jsonl or txt file or the command line, and predictions to a file."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fish_tuning.errors import ConfigurationError, did_you_mean
+from fish_tuning.files.atomic import write_atomically
+
+READ = (".csv", ".tsv", ".json", ".jsonl", ".txt")
+WRITTEN = (".csv", ".json", ".jsonl")
+TEXT = "text"  # the column of a text that has no name
+# Columns of answers, which a file to predict on may have too.
+_ANSWERS = ("label", "labels", "target", "class", "score", "completion", "response", "answer", "output", "id", "idx")
+
+Row = dict[str, Any]
+
+
+def read_rows(source: str) -> list[Row]:
+    """The rows of the file `source`, or `source` itself as the text of one row.
+
+    Raises ConfigurationError for a file that is not there, of another kind, damaged or empty.
+    """
+    file = Path(source)
+    suffix = file.suffix.lower()
+    if not _is_file(file):
+        if suffix in READ and not any(map(str.isspace, source)):
+            raise ConfigurationError(f"There is no file {source!r}.")
+        if not source.strip():
+            raise ConfigurationError("The text to predict on is empty.")
+        return [{TEXT: source}]
+    if suffix not in READ:
+        raise ConfigurationError(f"{source!r} cannot be read: {suffix or 'no ending'} is none of {', '.join(READ)}.")
+    try:
+        rows = _parsed(file.read_text(encoding="utf-8-sig"), suffix)
+    except (ValueError, RecursionError, csv.Error) as error:
+        raise ConfigurationError(f"{source!r} is not readable as {suffix[1:]}: {error}") from error
+    if not rows:
+        raise ConfigurationError(f"{source!r} has no rows.")
+    return rows
+
+
+def text_columns(rows: Sequence[Row], asked: Sequence[str] = ()) -> tuple[str, ...]:
+    """The one or two columns whose texts the model reads: those asked for, else the only ones that can be meant."""
+    found = list(dict.fromkeys(name for row in rows for name in row))
+    for name in asked:
+        if name not in found:
+            raise ConfigurationError(
+                f"There is no column {name!r}; found: {', '.join(found)}.{did_you_mean(name, found)}"
+            )
+    chosen = tuple(asked) or tuple(
+        name for name in found if name.lower() not in _ANSWERS and all(isinstance(row.get(name), str) for row in rows)
+    )
+    if len(chosen) not in (1, 2):
+        raise ConfigurationError(
+            f"One or two columns of texts are needed, found {len(chosen)} ({', '.join(chosen) or 'none'}) among "
+            f"{', '.join(found)}. Name them with --text-column."
+        )
+    for name in chosen:
+        wrong = next((number for number, row in enumerate(rows, 1) if not isinstance(row.get(name), str)), None)
+        if wrong is not None:
+            raise ConfigurationError(f"The column {name!r} has no text in row {wrong}.")
+    return chosen
+
+
+def check_output(file: Path) -> None:
+    """Refuse a file to write that could not be written, before anything is predicted."""
+    if file.suffix.lower() not in WRITTEN:
+        raise ConfigurationError(f"{str(file)!r} cannot be written: it must end with {', '.join(WRITTEN)}.")
+    if not file.absolute().parent.is_dir():
+        raise ConfigurationError(f"There is no folder {str(file.parent)!r} to write {file.name!r} to.")
+
+
+def written(rows: Sequence[Row], suffix: str) -> str:
+    """The rows as the text of a file with this ending."""
+    if suffix == ".json":
+        return json.dumps(list(rows), indent=2, ensure_ascii=False) + "\n"
+    if suffix == ".jsonl":
+        return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({name: _cell(value) for name, value in row.items()} for row in rows)
+    return text.getvalue()
+
+
+def write_rows(rows: Sequence[Row], file: Path) -> None:
+    """Write the file, whole or not at all."""
+    write_atomically(file, written(rows, file.suffix.lower()).encode())
+
+
+def _cell(value: Any) -> Any:
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, list | dict) else value
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a long text is no possible name
+        return False
+
+
+def _parsed(text: str, suffix: str) -> list[Row]:
+    if suffix == ".txt":
+        return [{TEXT: line} for line in text.splitlines() if line.strip()]
+    if suffix in (".csv", ".tsv"):
+        reader = csv.DictReader(io.StringIO(text), delimiter="\t" if suffix == ".tsv" else ",", strict=True)
+        rows = [dict(row) for row in reader]
+        if any(None in row for row in rows):
+            raise ValueError("a row has more cells than there are names of columns")
+        return rows
+    if suffix == ".json":
+        content = json.loads(text)
+        content = content if isinstance(content, list) else [content]
+    else:
+        content = [json.loads(line) for line in text.splitlines() if line.strip()]
+    rows = [{TEXT: row} if isinstance(row, str) else row for row in content]
+    if not all(isinstance(row, dict) for row in rows):
+        raise ValueError("each row must be an object with columns, or a text")
+    return rows

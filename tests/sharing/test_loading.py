@@ -1,0 +1,133 @@
+"""load_adapter, and load_mask of a folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from folders import write_bert
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
+from tiny import assert_same_tensors, random_mask, text_batch
+from transformers import AutoModelForSequenceClassification
+
+from fish_tuning import (
+    ConfigurationError,
+    MaskError,
+    apply_mask,
+    count_trainable_parameters,
+    get_mask,
+    is_masked,
+    load_adapter,
+    load_mask,
+)
+from fish_tuning.adapters import SerialAdapterConfig
+
+INPUTS = {name: tensor % 19 for name, tensor in text_batch().items()}
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        out: torch.Tensor = model.eval()(**INPUTS).logits
+    return out
+
+
+def test_it_computes_the_same(classifier: Any, adapter: Path) -> None:
+    model = load_adapter(adapter)
+    assert torch.equal(logits(model), logits(classifier))
+    assert model.config.id2label == {0: "bad", 1: "fair", 2: "good"}
+    assert not is_masked(model)
+    assert count_trainable_parameters(model) == 0
+
+
+def test_it_trains_on_with_its_mask(classifier: Any, adapter: Path) -> None:
+    model = load_adapter(adapter, is_trainable=True)
+    assert_same_tensors(dict(sorted(get_mask(model).items())), dict(sorted(get_mask(classifier).items())))
+    assert count_trainable_parameters(model) == count_trainable_parameters(classifier)
+
+
+def test_the_mask_fits_the_model_of_stock_peft(classifier: Any, adapter: Path, base_folder: Path) -> None:
+    base = AutoModelForSequenceClassification.from_pretrained(base_folder, num_labels=3)
+    model = PeftModel.from_pretrained(base, adapter, is_trainable=True)
+    apply_mask(model, load_mask(adapter))
+    assert count_trainable_parameters(model) == count_trainable_parameters(classifier)
+
+
+def test_under_another_name_too(classifier: Any, adapter: Path) -> None:
+    model = load_adapter(adapter, is_trainable=True, adapter_name="mine")
+    assert count_trainable_parameters(model) == count_trainable_parameters(classifier)
+
+
+def test_what_was_frozen_stays_frozen(classifier: Any, adapter: Path) -> None:
+    mask = load_mask(adapter)
+    frozen = [name for name in mask if ".lora_A." in name]
+    from fish_tuning import save_mask
+
+    save_mask({name: tensor for name, tensor in mask.items() if name not in frozen}, adapter / "fish_mask.safetensors")
+    model = load_adapter(adapter, is_trainable=True)
+    assert not [name for name in frozen if model.get_parameter(name).requires_grad]
+
+
+def test_a_method_that_peft_lacks(base_folder: Path, tmp_path: Path) -> None:
+    base = AutoModelForSequenceClassification.from_pretrained(base_folder, num_labels=3)
+    model = get_peft_model(base, SerialAdapterConfig(task_type="SEQ_CLS", bottleneck_size=4))
+    apply_mask(model, random_mask(model, dense=["classifier"]))
+    model.save_pretrained(tmp_path / "serial")
+    assert torch.equal(logits(load_adapter(tmp_path / "serial")), logits(model))
+    assert "import fish_tuning.adapters" in (tmp_path / "serial" / "README.md").read_text()
+
+
+def test_a_base_model_elsewhere(classifier: Any, adapter: Path, base_folder: Path, tmp_path: Path) -> None:
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(tmp_path / "gone")
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigurationError, match=r"is a folder that is not here. .* base_model="):
+        load_adapter(adapter)
+    assert torch.equal(logits(load_adapter(adapter, base_model=base_folder)), logits(classifier))
+
+
+def test_another_base_model_is_refused(adapter: Path, tmp_path: Path) -> None:
+    other = write_bert(tmp_path / "wide", hidden_size=32)
+    with pytest.raises(ConfigurationError, match="not those that the adapter was made on"):
+        load_adapter(adapter, base_model=other)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "adapter_config.json").unlink(), "it has no adapter_config.json"),
+        (lambda folder: (folder / "adapter_config.json").write_text("{"), "is not readable JSON"),
+        (lambda folder: (folder / "adapter_config.json").write_text("[]"), "is no adapter's configuration"),
+        (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"cut"), "does not fit|cannot be"),
+        (shutil.rmtree, "There is no folder"),
+    ],
+)
+def test_damage_is_told(damage: Any, message: str, adapter: Path) -> None:
+    damage(adapter)
+    with pytest.raises(ConfigurationError, match=message):
+        load_adapter(adapter)
+
+
+def test_a_damaged_mask_is_told_where_it_matters(adapter: Path) -> None:
+    file = adapter / "fish_mask.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + bytes([file.read_bytes()[-1] ^ 1]))
+    load_adapter(adapter)
+    with pytest.raises(MaskError, match="damaged"):
+        load_adapter(adapter, is_trainable=True)
+
+
+def test_load_mask_takes_a_folder(adapter: Path, tmp_path: Path) -> None:
+    assert_same_tensors(load_mask(adapter), load_mask(adapter / "fish_mask.safetensors"))
+    with pytest.raises(MaskError, match=r"has no fish_mask.safetensors. Folders below have one; give one of .*adapter"):
+        load_mask(adapter.parent)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(MaskError, match="was trained without a mask"):
+        load_mask(tmp_path / "empty")
+
+
+def test_the_weights_are_peft_s_own(classifier: Any, adapter: Path) -> None:
+    assert all("classifier" in name or "lora_" in name for name in load_file(adapter / "adapter_model.safetensors"))

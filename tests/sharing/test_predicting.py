@@ -1,0 +1,197 @@
+"""Predictions on files and texts, and the merged model."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PrefixTuningConfig, get_peft_model
+from tiny import lora, random_mask, vit
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    pipeline,
+)
+from typer.testing import CliRunner, Result
+
+from fish_tuning import ConfigurationError, apply_mask, complete_adapter
+from fish_tuning.adapters import SerialAdapterConfig
+from fish_tuning.cli import app
+from fish_tuning.sharing.predicting import predict
+from fish_tuning.sharing.rows import read_rows, text_columns
+
+TEXTS = ["good film", "bad story was awful", "plot"]
+
+
+def invoke(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def expected(model: Any, folder: Path) -> list[list[float]]:
+    encoded = AutoTokenizer.from_pretrained(folder)(TEXTS, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        shares: list[list[float]] = model(**encoded).logits.softmax(-1).tolist()
+    return shares
+
+
+def test_a_file_of_texts_gets_labels_and_probabilities(classifier: Any, adapter: Path, tmp_path: Path) -> None:
+    file, out = tmp_path / "in.csv", tmp_path / "out.csv"
+    file.write_text("id,text,label\n" + "".join(f"{n},{text},good\n" for n, text in enumerate(TEXTS)))
+    done = invoke("predict", adapter, file, "--output", out, "--batch-size", 2)
+    assert done.exit_code == 0, done.output
+    rows = list(csv.DictReader(out.open()))
+    for row, shares in zip(rows, expected(classifier, adapter), strict=True):
+        found = [float(row[f"probability_{name}"]) for name in ("bad", "fair", "good")]
+        assert found == pytest.approx(shares, abs=1e-5)
+        assert row["prediction"] == ["bad", "fair", "good"][shares.index(max(shares))]
+        assert float(row["probability"]) == max(found)
+    assert [row["id"] for row in rows] == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl", "txt", "tsv"])
+def test_every_kind_of_file(suffix: str, adapter: Path, tmp_path: Path) -> None:
+    file = tmp_path / f"in.{suffix}"
+    rows = [{"text": text} for text in TEXTS]
+    file.write_text({
+        "json": json.dumps(rows), "jsonl": "\n".join(map(json.dumps, rows)),
+        "txt": "\n\n".join(TEXTS), "tsv": "text\n" + "\n".join(TEXTS),
+    }[suffix])  # fmt: skip
+    assert read_rows(str(file)) == rows
+
+
+def test_a_text_alone_is_told_on_the_terminal(adapter: Path) -> None:
+    done = invoke("predict", adapter, "a very good film")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout.splitlines()[-1])["prediction"] in ("bad", "fair", "good")
+
+
+def test_pairs_and_numbers(base_folder: Path, tmp_path: Path) -> None:
+    base = AutoModelForSequenceClassification.from_pretrained(base_folder, num_labels=1)
+    model = get_peft_model(base, LoraConfig(task_type="SEQ_CLS", target_modules=["query"])).eval()
+    model.save_pretrained(tmp_path / "number")
+    complete_adapter(model, tmp_path / "number")
+    (row,) = predict(tmp_path / "number", [{"one": "good", "two": "bad film"}])
+    encoded = AutoTokenizer.from_pretrained(base_folder)("good", "bad film", return_tensors="pt")
+    assert row["prediction"] == pytest.approx(model(**encoded).logits.item(), abs=1e-6)
+
+
+def test_tagged_words(base_folder: Path, tmp_path: Path) -> None:
+    base = AutoModelForTokenClassification.from_pretrained(base_folder, id2label={0: "O", 1: "PER"})
+    model = get_peft_model(base, LoraConfig(target_modules=["query"], modules_to_save=["classifier"])).eval()
+    apply_mask(model, random_mask(model, dense=["classifier"]))
+    model.save_pretrained(tmp_path / "tags")
+    assert json.loads((tmp_path / "tags" / "adapter_config.json").read_text())["task_type"] == "TOKEN_CLS"
+    rows = predict(tmp_path / "tags", [{"text": "good film it was"}, {"text": "plot"}])
+    encoded = AutoTokenizer.from_pretrained(base_folder)("good film it was", return_tensors="pt")
+    tags = model(**encoded).logits[0, 1:-1].argmax(-1).tolist()
+    assert rows[0]["prediction"] == [["O", "PER"][tag] for tag in tags]
+    assert [len(row["probability"]) for row in rows] == [4, 1]
+
+
+def test_a_language_model_writes(language_adapter: Path, llama_folder: Path) -> None:
+    rows = predict(language_adapter, [{"text": "good film"}, {"text": "bad"}], max_new_tokens=3)
+    alone = predict(language_adapter, [{"text": "bad"}], max_new_tokens=3)
+    assert rows[1] == alone[0]  # whatever padding the batch gave it
+    assert len(rows[0]["prediction"].split()) <= 3
+
+
+def test_a_chat_template_is_used_where_there_is_one(language_adapter: Path) -> None:
+    from folders import CHAT_TEMPLATE
+
+    tokenizer = AutoTokenizer.from_pretrained(language_adapter)
+    plain = predict(language_adapter, [{"text": "good film"}], max_new_tokens=3)
+    with pytest.raises(ConfigurationError, match="no chat template"):
+        predict(language_adapter, [{"text": "good film"}], chat_template=True)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(language_adapter)
+    written = "<|user|> good film </s> <|assistant|>"
+    assert predict(language_adapter, [{"text": "good film"}], max_new_tokens=3) == [
+        {"text": "good film"} | {"prediction": row["prediction"]}
+        for row in predict(language_adapter, [{"text": written}], max_new_tokens=3, chat_template=False)
+    ]
+    assert predict(language_adapter, [{"text": "good film"}], max_new_tokens=3, chat_template=False) == plain
+
+
+@pytest.mark.parametrize(
+    ("content", "name", "message"),
+    [
+        ("a,b,c\nx,y,z\n", "in.csv", "found 3 (a, b, c)"),
+        ("number\n", "in.csv", "has no rows"),
+        ("a\nx,y\n", "in.csv", "more cells than there are names"),
+        ("[1, 2]", "in.json", "each row must be an object"),
+        ("{", "in.jsonl", "is not readable as jsonl"),
+        ("text,prediction\nx,y\n", "in.csv", "have a column 'prediction' already"),
+        ("x", "in.pdf", "is none of .csv"),
+    ],
+)
+def test_what_cannot_be_read_is_exit_code_2(
+    content: str, name: str, message: str, adapter: Path, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_text(content)
+    options = [] if "prediction" not in content else ["--text-column", "text"]
+    done = invoke("predict", adapter, tmp_path / name, *options)
+    assert (done.exit_code, "Traceback" in done.output) == (2, False)
+    assert message in done.stderr
+
+
+def test_a_missing_file_is_no_text(adapter: Path, tmp_path: Path) -> None:
+    done = invoke("predict", adapter, "reviews.csv")
+    assert "There is no file 'reviews.csv'" in done.stderr
+    done = invoke("predict", adapter, "good", "--output", tmp_path / "out.xlsx")
+    assert "must end with .csv" in done.stderr
+    assert text_columns([{"label": "a", "text": "b"}]) == ("text",)
+
+
+def test_images_are_refused_by_name(tmp_path: Path) -> None:
+    vit().save_pretrained(tmp_path / "base")
+    from transformers import ViTForImageClassification
+
+    model = lora(ViTForImageClassification.from_pretrained(tmp_path / "base"))
+    model.save_pretrained(tmp_path / "images")
+    complete_adapter(model, tmp_path / "images")
+    with pytest.raises(ConfigurationError, match="ViTForImageClassification is for something else"):
+        predict(tmp_path / "images", [{"text": "good"}])
+
+
+# Merged
+
+
+def test_the_merged_model_is_one_of_transformers(classifier: Any, adapter: Path, tmp_path: Path) -> None:
+    done = invoke("merge", adapter, "--output", tmp_path / "merged")
+    assert done.exit_code == 0, done.output
+    found = pipeline("text-classification", model=str(tmp_path / "merged"), top_k=None)(["good film"])[0]
+    shares = {row["label"]: row["score"] for row in found}
+    assert [shares[name] for name in ("bad", "fair", "good")] == pytest.approx(
+        torch.softmax(
+            classifier(**AutoTokenizer.from_pretrained(adapter)("good film", return_tensors="pt")).logits[0], -1
+        ).tolist(),
+        abs=1e-5,
+    )
+    assert "merged" in (tmp_path / "merged" / "README.md").read_text()
+    again = invoke("merge", adapter, "--output", tmp_path / "merged")
+    assert again.exit_code == 2
+    assert "is there already" in again.stderr
+
+
+@pytest.mark.parametrize("method", ["prefix", "serial"])
+def test_what_cannot_be_merged_is_refused_by_name(
+    method: str, base_folder: Path, llama_folder: Path, tmp_path: Path
+) -> None:
+    if method == "prefix":
+        base = AutoModelForCausalLM.from_pretrained(llama_folder)
+        model = get_peft_model(base, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    else:
+        base = AutoModelForSequenceClassification.from_pretrained(base_folder)
+        model = get_peft_model(base, SerialAdapterConfig(task_type="SEQ_CLS", bottleneck_size=2))
+    model.save_pretrained(tmp_path / "adapter")
+    done = invoke("merge", tmp_path / "adapter", "--output", tmp_path / "merged")
+    assert done.exit_code == 2, done.output
+    assert "cannot be merged" in done.stderr
+    assert {"prefix": "PREFIX_TUNING", "serial": "SERIAL_ADAPTER"}[method] in done.stderr
+    assert not (tmp_path / "merged").exists()
