@@ -10,5 +10,6 @@ from fish_tuning.cli.application import app, main
 from fish_tuning.cli.run import HERE, How, run_command
 
 __all__ = [
-    "HERE", "How", "app", "configs", "init", "inspect", "main", "plan", "report", "run", "run_command", "schema", "sharing",
+    "HERE", "How", "app", "configs", "init", "inspect", "main", "plan", "report", "run", "run_command", "schema",
+    "sharing",
 ]  # fmt: skip
