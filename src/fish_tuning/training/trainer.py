@@ -90,7 +90,7 @@ class FishMaskCallback(TrainerCallback):
             raise MaskError(
                 "The model that is trained has no mask: the callback was added after the Trainer was made, the model "
                 "was replaced (model_init? FishTuningTrainer masks what it makes), or the mask was removed. Pass model "
-                "and callback when making the Trainer."
+                "and callback when making the Trainer, or use add_mask(trainer, mask)."
             )
         if optimizer is not None and (held.isdisjoint(trained) or held & replaced_parameters(model)):
             raise MaskError(
