@@ -189,5 +189,6 @@ def test_the_page_quotes_the_scripts_that_are_run() -> None:
     assert set(re.findall(r"examples/(\w+\.py)", text)) == set(scripts)
     blocks = re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
     assert len(blocks) >= len(scripts)
-    for block in blocks:
+    for block in blocks + re.findall(r"^```yaml\n(.*?)^```$", text, re.DOTALL | re.MULTILINE):
         assert any(block in script for script in scripts.values()), block
+    assert set(re.findall(r"notebooks/(\w+\.ipynb)", text)) == {path.name for path in EXAMPLES.glob("**/*.ipynb")}

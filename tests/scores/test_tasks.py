@@ -194,7 +194,7 @@ def test_a_transformers_model_is_not_given_what_only_the_loss_reads() -> None:
     def loss(outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
         return batch["advantages"] * outputs.logits.square().mean(dim=(1, 2))
 
-    batch |= {"advantages": torch.ones(4), "position_ids": torch.arange(9).expand(4, 9)}
+    batch |= {"advantages": torch.ones(4), "cu_seq_lens_q": torch.zeros(4)}
     calculate_fisher_information(model, [batch], loss_fn=loss, warmup_steps=0, progress=False)
     assert seen
-    assert all("advantages" not in keys and {"input_ids", "position_ids"} <= keys for keys in seen)
+    assert all("advantages" not in keys and {"input_ids", "cu_seq_lens_q"} <= keys for keys in seen)

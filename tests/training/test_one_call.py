@@ -115,6 +115,15 @@ def test_a_mask_added_is_a_mask_given(tmp_path: Path) -> None:
     assert_same_tensors(tensors(models[0]), tensors(models[1]))
 
 
+def test_a_checkpoint_of_another_mask_is_refused(tmp_path: Path) -> None:
+    first, second = (plain(tmp_path, lora(bert()), save_strategy="steps", save_steps=4) for _ in range(2))
+    add_mask(first, random_mask(first.model, seed=0))
+    first.train()
+    add_mask(second, random_mask(second.model, seed=1))
+    with pytest.raises(MaskError, match="was trained with another mask"):
+        second.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+
+
 def test_figures_are_logged_and_checkpoints_hold_the_mask(tmp_path: Path, recorders: list[Recorder]) -> None:
     trainer = plain(tmp_path, save_strategy="steps", save_steps=2, report_to="recorder")
     fish_tune(trainer, num_trainable=80, head_learning_rate=1e-3, progress=False)
