@@ -42,8 +42,10 @@ if TYPE_CHECKING:
     from fish_tuning.sparse.replacing import replace_mask
     from fish_tuning.sparse.shira import create_shira_config
     from fish_tuning.starts.along_gradient import start_along_gradient
+    from fish_tuning.training.calibration import calibration_of
     from fish_tuning.training.checkpoints import last_checkpoint
     from fish_tuning.training.head_rate import set_head_learning_rate
+    from fish_tuning.training.one_call import add_mask, fish_tune
     from fish_tuning.training.reporting import report_figures
     from fish_tuning.training.trainer import FishMaskCallback, FishTuningTrainer
 
@@ -69,6 +71,9 @@ _PUBLIC = {
     # train
     "FishTuningTrainer": "training.trainer",
     "FishMaskCallback": "training.trainer",
+    "calibration_of": "training.calibration",
+    "add_mask": "training.one_call",
+    "fish_tune": "training.one_call",
     "last_checkpoint": "training.checkpoints",
     "report_figures": "training.reporting",
     "set_head_learning_rate": "training.head_rate",
@@ -124,13 +129,16 @@ __all__ = [
     "RecordError",
     "ZeroScoresError",
     "add_delta",
+    "add_mask",
     "apply_mask",
     "calculate_fisher_information",
     "calculate_scores",
+    "calibration_of",
     "complete_adapter",
     "count_trainable_parameters",
     "create_mask_from_fisher",
     "create_shira_config",
+    "fish_tune",
     "get_mask",
     "is_masked",
     "last_checkpoint",

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from tiny import assert_scores_close, bert, lora
+from tiny import assert_scores_close, bert, causal_batch, llama, lora
 from torch import Tensor, nn
 
 from fish_tuning import FisherError, calculate_fisher_information
@@ -148,3 +148,53 @@ def test_groups_that_do_not_come_out_even_are_refused() -> None:
         calculate_fisher_information(bert(), [batch], rows_per_example=5, progress=False)
     with pytest.raises(FisherError, match="whole number of at least 1"):
         calculate_fisher_information(bert(), [batch], rows_per_example=0, loss_fn=preference, progress=False)
+
+
+# What only the loss reads
+
+
+class Strict(nn.Module):
+    """Takes what it names, and nothing else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+class Open(Strict):
+    """Takes anything, and needs a part of it."""
+
+    def forward(self, **inputs: Tensor) -> Tensor:  # type: ignore[override]
+        return self.layer(inputs["x"]) * inputs["weight"][:, None]
+
+
+def weighted(outputs: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+    return batch["weight"] * outputs.square().sum(dim=1)
+
+
+@pytest.mark.parametrize(("kind", "power"), [(Strict, 2), (Open, 6)])
+def test_the_model_gets_what_it_takes_and_the_loss_all(kind: type[Strict], power: int) -> None:
+    model, same = kind(), Strict()
+    same.load_state_dict(model.state_dict())
+    options: dict[str, Any] = {"loss_fn": weighted, "progress": False}
+    batch = {"x": torch.rand(5, 3), "weight": torch.full((5,), 2.0)}
+    alone = calculate_fisher_information(same, [{**batch, "weight": torch.ones(5)}], **options)
+    scores = calculate_fisher_information(model, [batch], **options)
+    assert_scores_close(scores, {name: 2**power * score for name, score in alone.items()})
+
+
+def test_a_transformers_model_is_not_given_what_only_the_loss_reads() -> None:
+    model, batch = lora(llama()), causal_batch()
+    seen: list[set[str]] = []
+    model.get_base_model().register_forward_pre_hook(lambda _, args, kwargs: seen.append(set(kwargs)), with_kwargs=True)
+
+    def loss(outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
+        return batch["advantages"] * outputs.logits.square().mean(dim=(1, 2))
+
+    batch |= {"advantages": torch.ones(4), "cu_seq_lens_q": torch.zeros(4)}
+    calculate_fisher_information(model, [batch], loss_fn=loss, warmup_steps=0, progress=False)
+    assert seen
+    assert all("advantages" not in keys and {"input_ids", "cu_seq_lens_q"} <= keys for keys in seen)

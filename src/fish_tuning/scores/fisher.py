@@ -55,7 +55,8 @@ def calculate_fisher_information(
             plain gradients; what no rule covers, or a rule fails on, goes through the loop, and the log says what went
             where. "loop" forces one backward pass an example: the slow reference.
         loss_fn: `loss_fn(outputs, batch)` giving the (n,) loss of each example, for tasks not known here. It must form
-            each example's loss from that example alone. Only with fisher_type="empirical".
+            each example's loss from that example alone. It gets the whole batch, the model only what its forward pass
+            takes by name. Only with fisher_type="empirical".
         rows_per_example: for a `loss_fn` over groups of rows (a preferred and a rejected answer, an anchor and its
             match): how many neighbouring rows of the batch are one example. `loss_fn` gets all rows and gives a loss a
             group.

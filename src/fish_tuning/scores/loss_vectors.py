@@ -55,6 +55,7 @@ class LossVectors:
         self.likelihood: Likelihood | None = None
         self._finite: list[tuple[int, Tensor]] = []  # the number of an example, and of it and those behind it whether
         self.encoder_decoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+        self.takes = _named_inputs(model) if loss_fn else None
         self.takes_positions = "position_ids" in _forward_parameters(model) and not _numbers_positions(model)
 
     def __call__(self, batch: Batch, first_example: int, parameters: dict[str, Tensor] | None = None) -> list[Tensor]:
@@ -65,6 +66,8 @@ class LossVectors:
         if self.rows_per_example > 1:
             batch = changed(batch, lambda key, value: value.flatten(0, 1) if value.dim() else value)
         inputs = batch if self.encoder_decoder or self.loss_fn else _without_labels(batch)
+        if self.takes is not None:  # what is there for loss_fn alone
+            inputs = {key: value for key, value in inputs.items() if key in self.takes}
         inputs = {**inputs, **self._positions(batch)}
         if self.encoder_decoder and not self.loss_fn:
             check_given_classes(self.model, on_cpu(batch, "labels"), first_example)
@@ -152,6 +155,20 @@ def _without_labels(batch: Batch) -> Batch:
 def _forward_parameters(model: Any) -> set[str]:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     return set(inspect.signature(base.forward).parameters)
+
+
+def _named_inputs(model: Any) -> set[str] | None:
+    """What the forward pass takes by name; None where it takes anything."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not any(
+        parameter.kind is parameter.VAR_KEYWORD for parameter in inspect.signature(base.forward).parameters.values()
+    ):
+        return _forward_parameters(model)
+    if not hasattr(base, "main_input_name"):  # of every model of transformers
+        return None
+    from transformers.utils.generic import TransformersKwargs  # all that their **kwargs may hold
+
+    return _forward_parameters(model) | set(TransformersKwargs.__annotations__)
 
 
 def _numbers_positions(model: nn.Module) -> bool:

@@ -22,7 +22,7 @@ from fish_tuning.scores.losses import FisherType, TokenReduction
 from fish_tuning.scores.prepared import prepared
 from fish_tuning.scores.processes import Processes
 from fish_tuning.scores.scorer import Scorer
-from fish_tuning.scores.scoring_state import scoring_state
+from fish_tuning.scores.scoring_state import random_state_kept, scoring_state
 from fish_tuning.scores.totals import Scores, Totals
 from fish_tuning.scores.validation import check_arguments, check_rows_per_example, check_warmup, device_errors_explained
 from fish_tuning.scores.warmup import WARMUP_EXAMPLES, warmed_up, warmup_steps_needed
@@ -113,7 +113,8 @@ def measure_moments(
     seen, error = 0, None
     try:
         # Kept, since a loader may give others, or none, when it is asked again.
-        first = _at_least(batches, WARMUP_EXAMPLES * steps) if steps else []
+        with random_state_kept(model):  # a loader that shuffles draws from it
+            first = _at_least(batches, WARMUP_EXAMPLES * steps) if steps else []
         with bar, _ready(scorer, trained_on, first, steps, seed, processes, target) as weights:
             for number, batch in enumerate(chain(first, batches)):
                 if processes.takes(number):

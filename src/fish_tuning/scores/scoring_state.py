@@ -31,7 +31,7 @@ def scoring_state(model: nn.Module) -> Iterator[None]:
     """
     modes = {module: module.training for module in model.modules()}
     with ExitStack() as stack:
-        stack.enter_context(_random_state_kept(model))
+        stack.enter_context(random_state_kept(model))
         stack.enter_context(torch.enable_grad())
         try:
             uncompiled(stack)
@@ -65,7 +65,7 @@ def _set(owner: Any, name: str, value: Any, stack: ExitStack) -> None:
 
 
 @contextmanager
-def _random_state_kept(model: nn.Module) -> Iterator[None]:
+def random_state_kept(model: nn.Module) -> Iterator[None]:
     """Of torch on every device, and of Python and NumPy, which data loaders and collators draw from."""
     devices = {parameter.device for parameter in model.parameters() if parameter.device.type not in ("cpu", "meta")}
     kinds = {device.type for device in devices} or {"cuda"}

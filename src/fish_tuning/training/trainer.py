@@ -108,7 +108,7 @@ class FishMaskCallback(TrainerCallback):
             raise MaskError(
                 "The model that is trained has no mask: the callback was added after the Trainer was made, the model "
                 "was replaced (model_init? FishTuningTrainer masks what it makes), or the mask was removed. Pass model "
-                "and callback when making the Trainer."
+                "and callback when making the Trainer, or use add_mask(trainer, mask)."
             )
         # DeepSpeed's optimizer holds pieces of memory; the parameters themselves tell that it has taken them.
         others = held.isdisjoint(trained) and not all(engine_of(p) for p in model.parameters() if p.requires_grad)
