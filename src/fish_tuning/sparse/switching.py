@@ -36,6 +36,10 @@ class _Entries(NamedTuple):
     values: Tensor
 
 
+# {name of a tensor: its module and its name in that}, since finding it by its name took most of a switch's time
+Owners = dict[str, tuple[nn.Module, str]]
+
+
 @dataclass
 class _Adapter:
     """An added adapter. `entries` is None where it has PEFT's adapter `resident` for itself."""
@@ -51,6 +55,7 @@ class _State:
     residents: dict[Hashable, str] = field(default_factory=dict)
     written: dict[str, str] = field(default_factory=dict)  # {resident: the adapter whose entries are in it}
     overwritten: dict[str, list[Tensor | None]] = field(default_factory=dict)  # by resident
+    owners: dict[str, Owners] = field(default_factory=dict)  # by resident
 
 
 def add_sparse_adapter(
@@ -122,6 +127,7 @@ def add_sparse_adapter(
             resident = _free_name(model)
             model = _with_peft_adapter(model, adapter, _start_of(adapter), resident, False)
             state.residents[group] = resident
+            state.owners[resident] = _owners(model, _entries(adapter, resident, every=True))
         resident = state.residents[group]
         state.adapters[name] = _Adapter(resident, _entries(adapter, resident), False)
     setattr(model, _STATE, state)
@@ -140,8 +146,9 @@ def set_sparse_adapter(model: nn.Module, name: str) -> None:
     state, adapter = _found(model, name)
     if adapter.entries is not None and state.written.get(adapter.resident) != name:
         _check_unmerged(model, adapter.entries)
-        _restore(model, state, adapter.resident)
-        state.overwritten[adapter.resident] = [_write(model, entries) for entries in adapter.entries]
+        _restore(state, adapter.resident)
+        owners = state.owners[adapter.resident]
+        state.overwritten[adapter.resident] = [_write(owners, entries) for entries in adapter.entries]
         state.written[adapter.resident] = name
     whole: Any = model
     if whole.active_adapter != adapter.resident:
@@ -163,13 +170,13 @@ def remove_sparse_adapter(model: nn.Module, name: str) -> None:
                 f"The sparse adapter {name!r} is the active one. Call set_sparse_adapter(model, {sharing[0]!r}), or "
                 "another one's name, before removing it."
             )
-        _restore(model, state, adapter.resident)
+        _restore(state, adapter.resident)
     del state.adapters[name]
     if not sharing:
         whole.delete_adapter(adapter.resident)
         state.residents = {group: each for group, each in state.residents.items() if each != adapter.resident}
-        state.written.pop(adapter.resident, None)
-        state.overwritten.pop(adapter.resident, None)
+        for kept in (state.written, state.overwritten, state.owners):
+            kept.pop(adapter.resident, None)
 
 
 def list_sparse_adapters(model: nn.Module) -> list[str]:
@@ -247,12 +254,18 @@ def _free_name(model: nn.Module) -> str:
     return next(name for name in ("default", *(f"sparse_{n}" for n in range(1, len(taken) + 2))) if name not in taken)
 
 
-def _entries(adapter: SparseAdapter, resident: str) -> list[_Entries]:
+def _entries(adapter: SparseAdapter, resident: str, *, every: bool = False) -> list[_Entries]:
+    """What it writes; with `every`, tensors without a trained entry too."""
     return [
         _Entries(_renamed(tensor.name, adapter.adapter_name, resident), tensor.index, tensor.values)
         for tensor in adapter.tensors
-        if tensor.name is not None and (tensor.index is None or len(tensor.index))
+        if tensor.name is not None and (every or tensor.index is None or len(tensor.index))
     ]
+
+
+def _owners(model: nn.Module, entries: list[_Entries]) -> Owners:
+    places = (each.name.rpartition(".") for each in entries)
+    return {f"{path}.{local}": (model.get_submodule(path), local) for path, _, local in places}
 
 
 def _found(model: nn.Module, name: str) -> tuple[_State, _Adapter]:
@@ -263,7 +276,7 @@ def _found(model: nn.Module, name: str) -> tuple[_State, _Adapter]:
             f"{', '.join(map(repr, state.adapters)) or 'none'}."
         )
     adapter = state.adapters[name]
-    if adapter.resident not in adapter_names(model):
+    if adapter.resident not in model.peft_config:  # type: ignore[operator]
         raise MaskError(
             f"PEFT's adapter {adapter.resident!r}, which {name!r} is written into, was deleted. Load it anew."
         )
@@ -282,24 +295,25 @@ def _check_unmerged(model: nn.Module, entries: list[_Entries]) -> None:
             )
 
 
-def _restore(model: nn.Module, state: _State, resident: str) -> None:
+def _restore(state: _State, resident: str) -> None:
     """Give the entries of the adapter that is written now the bits of the start."""
     name = state.written.pop(resident, None)
     if name is None:
         return
     for entries, before in zip(state.adapters[name].entries or (), state.overwritten.pop(resident), strict=True):
         if before is not None:
-            _write(model, entries._replace(values=before))
+            _write(state.owners[resident], entries._replace(values=before))
 
 
-def _write(model: nn.Module, entries: _Entries) -> Tensor | None:
+def _write(owners: Owners, entries: _Entries) -> Tensor | None:
     """Write entries into their tensor; what stood there, or None for a whole tensor, which the next one brings."""
-    parameter = model.get_parameter(entries.name)
+    module, local = owners[entries.name]
+    parameter: Any = module._parameters[local]
     with torch.no_grad():
         if entries.places is None:
             parameter.copy_(entries.values)
             return None
         places = entries.places.to(parameter.device, torch.long)
-        before = parameter.take(places)
+        before: Tensor = parameter.take(places)
         parameter.put_(places, entries.values.to(parameter))
     return before
