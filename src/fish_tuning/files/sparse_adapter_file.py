@@ -224,37 +224,39 @@ def load_sparse_adapter(path: str | os.PathLike[str]) -> SparseAdapter:
         >>> adapter.seed, adapter.num_parameters == sum(int(selected.sum()) for selected in adapter.mask().values())
         (1, True)
     """
-    shown = repr(os.fspath(path))
     _, stored = read_sealed(path, KIND)
     # The checksum has seen all damage; what is looked at here is whether the content can be an adapter at all.
     try:
-        return _parsed(shown, stored)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, zlib.error) as error:
-        raise MaskError(f"{shown} is damaged: its content is no sparse adapter ({error}).") from error
+        return _parsed(os.fspath(path), stored)
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError, zlib.error) as error:
+        raise MaskError(f"{os.fspath(path)!r} is damaged: its content is no sparse adapter ({error}).") from error
 
 
-def _parsed(shown: str, stored: Mapping[str, Tensor]) -> SparseAdapter:
+def _parsed(path: str, stored: Mapping[str, Tensor]) -> SparseAdapter:
     description = _description(stored[_DESCRIPTION])
     reader = _Reader(stored)
     name, config, seed = description["adapter_name"], description["config"], description["seed"]
-    if not isinstance(name, str) or not isinstance(json.loads(config), dict):
+    metadata, digest = description["metadata"], description["digest"]
+    if not isinstance(json.loads(config), dict):
         raise ValueError("its adapter_config.json is no object")
+    if not all(isinstance(text, str) for text in (name, digest, *metadata, *metadata.values())):
+        raise ValueError("its description has something else where texts belong")
     if seed is not None and (type(seed) is not int or not 0 <= seed < SEEDS):
         raise ValueError(f"the seed {seed!r} is impossible")
     tensors = tuple(_tensor(entry, name, seed, reader) for entry in description["tensors"])
     reader.check_end()
     whole = [_WHOLE + tensor.key for tensor in tensors if tensor.start is None]
     values = [_VALUES + dtype for dtype in reader.taken]
-    check_names(shown.strip("'"), [_DESCRIPTION, _PLACES, *whole, *values], stored)
+    check_names(path, [_DESCRIPTION, _PLACES, *whole, *values], stored)
     base = description["base"]
     return SparseAdapter(
         adapter_name=name,
         config=config,
-        metadata=description["metadata"],
+        metadata=metadata,
         seed=seed,
         tensors=tensors,
         base=None if base is None else tuple((layer, tuple(shape), checksum) for layer, shape, checksum in base),
-        digest=description["digest"],
+        digest=digest,
     )
 
 

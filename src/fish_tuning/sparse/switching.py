@@ -158,18 +158,19 @@ def set_sparse_adapter(model: nn.Module, name: str) -> None:
 def remove_sparse_adapter(model: nn.Module, name: str) -> None:
     """Forget an added sparse adapter. Where it was the last one of its start, its PEFT adapter is deleted too.
 
-    Raises MaskError when no sparse adapter of that name is added, or when it is the active one while others are there:
-    set another before. Example: `add_sparse_adapter`.
+    Raises MaskError when no sparse adapter of that name is added, or when it is the active one: set another before, or
+    take all off with `model.unload()`. Example: `add_sparse_adapter`.
     """
     state, adapter = _found(model, name)
     whole: Any = model
     sharing = [other for other, each in state.adapters.items() if each.resident == adapter.resident and other != name]
-    if sharing and state.written.get(adapter.resident) == name:
-        if whole.active_adapter == adapter.resident:
-            raise MaskError(
-                f"The sparse adapter {name!r} is the active one. Call set_sparse_adapter(model, {sharing[0]!r}), or "
-                "another one's name, before removing it."
-            )
+    written = adapter.entries is None or state.written.get(adapter.resident) == name
+    if written and whole.active_adapter == adapter.resident:
+        raise MaskError(
+            f"The sparse adapter {name!r} is the active one. Call set_sparse_adapter(model, ...) with another one's "
+            "name before removing it; model.unload() takes all adapters off (PEFT leaves the active one's head)."
+        )
+    if written and sharing:
         _restore(state, adapter.resident)
     del state.adapters[name]
     if not sharing:
@@ -186,6 +187,10 @@ def list_sparse_adapters(model: nn.Module) -> list[str]:
 
 
 def _check(model: nn.Module, name: str, state: _State) -> None:
+    if not name or "." in name or hasattr(nn.ModuleDict(), name):
+        raise MaskError(
+            f"{name!r} cannot be the name of an adapter in PEFT's layers, which have it already. Give another."
+        )
     if name in state.adapters or name in adapter_names(model):
         raise MaskError(f"The model has an adapter {name!r} already. Give another name.")
     if not isinstance(model, PeftModel) and any(isinstance(module, BaseTunerLayer) for module in model.modules()):
