@@ -57,7 +57,7 @@ SPARSE = SparseAdapter(
         SparseTensor("b", None, torch.Size([4]), torch.bfloat16, None, torch.zeros(0), ZERO),
         SparseTensor("c", "c.default.weight", torch.Size([3]), torch.float16, None, torch.ones(3).half(), None),
     ),
-    base=(("layer", (4, 2), 12), ("packed", (8,), None)),
+    base=(("layer", (4, 2), (12, 3)), ("packed", (8,), (None, None))),
     digest="0" * 64,
 )
 SPARSE = dataclasses.replace(SPARSE, digest=state_digest({each.key: each.dense(7) for each in SPARSE.tensors}))

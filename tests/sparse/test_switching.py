@@ -302,10 +302,19 @@ def test_another_base_is_refused(tmp_path: Path) -> None:
     assert torch.equal(logits(add_sparse_adapter(head, adapter)), expected)
 
 
-def test_the_base_in_sixteen_bits_is_the_base(tmp_path: Path) -> None:
-    adapter, _ = one(1, tmp_path)
-    model = add_sparse_adapter(bert().to(torch.bfloat16), adapter)
-    assert list_sparse_adapters(model) == ["default"]
+@pytest.mark.filterwarnings("ignore::fish_tuning.FishTuningWarning")
+@pytest.mark.parametrize("trained_in", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_base_in_other_bits_is_the_base(trained_in: torch.dtype, tmp_path: Path) -> None:
+    """Several times, since of few numbers a second rounding changes few."""
+    for seed in range(4):
+        model = lora(bert(seed=seed).to(trained_in))
+        apply_mask(model, random_mask(model, dense=["modules_to_save"]))
+        adapter = saved(model, tmp_path)
+        for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+            added = add_sparse_adapter(bert(seed=seed).to(dtype), adapter)
+            assert list_sparse_adapters(added) == ["default"]
+            if {dtype, trained_in} != {torch.bfloat16, torch.float16}:  # these two tell nothing of each other
+                assert_refused(bert(seed=seed + 1).to(dtype), adapter, "has other entries")
 
 
 def test_names_and_files_that_are_refused(tmp_path: Path) -> None:

@@ -92,7 +92,7 @@ class SparseAdapter:
 
     `config` is the text of the ordinary adapter's `adapter_config.json`; `tensors` are in the order of its file, whose
     metadata are `metadata`. `adapter_name` is the adapter's in the names of the mask. `base` tells the base model's
-    adapted layers, (name, shape, checksum of some entries), and is None where the base was not at hand. `digest` is
+    adapted layers, (name, shape, checksums of some entries), and is None where the base was not at hand. `digest` is
     that of the ordinary adapter's tensors.
     """
 
@@ -101,7 +101,7 @@ class SparseAdapter:
     metadata: Mapping[str, str]
     seed: int | None
     tensors: tuple[SparseTensor, ...]
-    base: tuple[tuple[str, tuple[int, ...], int | None], ...] | None
+    base: tuple[tuple[str, tuple[int, ...], tuple[int | None, ...]], ...] | None
     digest: str
 
     @property
@@ -255,7 +255,9 @@ def _parsed(path: str, stored: Mapping[str, Tensor]) -> SparseAdapter:
         metadata=metadata,
         seed=seed,
         tensors=tensors,
-        base=None if base is None else tuple((layer, tuple(shape), checksum) for layer, shape, checksum in base),
+        base=None
+        if base is None
+        else tuple((layer, tuple(shape), tuple(checksums)) for layer, shape, checksums in base),
         digest=digest,
     )
 

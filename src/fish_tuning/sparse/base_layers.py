@@ -15,17 +15,20 @@ from torch import Tensor, nn
 
 from fish_tuning.errors import MaskError
 
-Layer = tuple[str, tuple[int, ...], int | None]
+Layer = tuple[str, tuple[int, ...], tuple[int | None, ...]]
 
 _LOOKED_AT = 64  # entries of a layer's weight, evenly spaced
+# A base may be loaded in fewer bits than it was trained on in: of each weight the checksums are kept of its entries in
+# these dtypes, and those compared that both bases have. Rounded twice, a number may not be what it is rounded once.
+_ROUNDED = (torch.bfloat16, torch.float16)
 # Starts that change the base weights when the adapter is made, so that those before and after it differ.
 _CHANGES_THE_BASE = ("pissa", "olora", "corda", "orthogonal", "loftq", "lora_ga")
 
 
 def base_layers(model: Any, adapter_name: str) -> tuple[Layer, ...]:
-    """(name in the base model, shape of the weight, checksum of some of its entries) of each adapted layer.
+    """(name in the base model, shape of the weight, checksums of some of its entries) of each adapted layer.
 
-    Of the embeddings where an adapter adapts no layer, as prompts do. There is no checksum of quantised weights, nor
+    Of the embeddings where an adapter adapts no layer, as prompts do. There are no checksums of quantised weights, nor
     where the adapter's start changes the weights.
     """
     base = model.get_base_model()
@@ -45,14 +48,14 @@ def base_layers(model: Any, adapter_name: str) -> tuple[Layer, ...]:
     for name, module in adapted.items():
         weight = getattr(module, "weight", None)
         if isinstance(weight, Tensor):
-            layers.append((name, tuple(weight.shape), None if changed else _checksum(weight)))
+            layers.append((name, tuple(weight.shape), (None, None) if changed else _checksums(weight)))
     return tuple(layers)
 
 
 def check_base_layers(base: nn.Module, layers: tuple[Layer, ...], told: object) -> None:
     """Raise MaskError unless the base model has these layers with these entries; `told` is the name of theirs."""
     modules = dict(base.named_modules())
-    for name, shape, checksum in layers:
+    for name, shape, checksums in layers:
         module: Any = modules.get(name)
         if hasattr(module, "get_base_layer"):
             module = module.get_base_layer()
@@ -61,9 +64,9 @@ def check_base_layers(base: nn.Module, layers: tuple[Layer, ...], told: object) 
             fault = f"it has no layer {name!r}"
         elif not _is_plain(weight):
             continue  # packed in few bits: neither its shape nor its entries are the layer's
-        elif checksum is not None and tuple(weight.shape) != shape:
+        elif any(checksums) and tuple(weight.shape) != shape:
             fault = f"{name!r} has a weight of the shape {tuple(weight.shape)}, not {shape}"
-        elif checksum is not None and _checksum(weight) != checksum:
+        elif any(one != other for one, other in zip(checksums, _checksums(weight), strict=True) if one and other):
             fault = f"the weight of {name!r} has other entries"
         else:
             continue
@@ -83,11 +86,16 @@ def _is_plain(weight: Tensor) -> bool:
     return weight.is_floating_point() and not hasattr(weight, "quant_state") and not weight.is_meta
 
 
-def _checksum(weight: Tensor) -> int | None:
-    """Of entries rounded to bfloat16, so that it is the same of a base that was loaded in bfloat16."""
+def _checksums(weight: Tensor) -> tuple[int | None, ...]:
+    """None where they would be of numbers that are rounded already."""
     if not _is_plain(weight) or not weight.numel():
-        return None
-    flat = weight.detach().flatten() if weight.is_contiguous() else weight.detach().reshape(-1)
+        return (None,) * len(_ROUNDED)
     places = torch.linspace(0, weight.numel() - 1, min(_LOOKED_AT, weight.numel()), dtype=torch.float64).long()
-    some = flat[places.to(flat.device)].to("cpu", torch.bfloat16).contiguous()
-    return zlib.crc32(some.view(torch.uint8).numpy().data)
+    some = weight.detach().take(places.to(weight.device)).cpu()
+    return tuple(
+        None if some.element_size() == 2 and some.dtype != dtype else _checksum(some.to(dtype)) for dtype in _ROUNDED
+    )
+
+
+def _checksum(entries: Tensor) -> int:
+    return zlib.crc32(entries.view(torch.uint8).numpy().data) or 1  # 0 would pass for none
