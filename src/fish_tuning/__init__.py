@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     )
     from fish_tuning.files.delta_file import Delta, load_delta
     from fish_tuning.files.mask_file import load_mask, save_mask
+    from fish_tuning.files.sparse_adapter_file import SparseAdapter, load_sparse_adapter
     from fish_tuning.masks.create import create_mask_from_fisher
     from fish_tuning.masks.selections import register_selection
     from fish_tuning.peft_methods import PeftMethod, register_peft_method
@@ -41,7 +42,15 @@ if TYPE_CHECKING:
     from fish_tuning.sparse.masked_tensors import count_trainable_parameters, get_mask, is_masked
     from fish_tuning.sparse.replacing import replace_mask
     from fish_tuning.sparse.shira import create_shira_config
+    from fish_tuning.sparse.sparse_adapters import save_sparse_adapter, write_adapter_folder
+    from fish_tuning.sparse.switching import (
+        add_sparse_adapter,
+        list_sparse_adapters,
+        remove_sparse_adapter,
+        set_sparse_adapter,
+    )
     from fish_tuning.starts.along_gradient import start_along_gradient
+    from fish_tuning.starts.from_seed import start_from_seed
     from fish_tuning.training.calibration import calibration_of
     from fish_tuning.training.checkpoints import last_checkpoint
     from fish_tuning.training.head_rate import set_head_learning_rate
@@ -62,6 +71,7 @@ _PUBLIC = {
     "register_score": "scores.named",
     # start
     "start_along_gradient": "starts.along_gradient",
+    "start_from_seed": "starts.from_seed",
     # select
     "create_mask_from_fisher": "masks.create",
     "register_selection": "masks.selections",
@@ -91,6 +101,14 @@ _PUBLIC = {
     "add_delta": "sparse.delta",
     "remove_delta": "sparse.delta",
     "merge_delta": "sparse.delta",
+    "SparseAdapter": "files.sparse_adapter_file",
+    "save_sparse_adapter": "sparse.sparse_adapters",
+    "load_sparse_adapter": "files.sparse_adapter_file",
+    "add_sparse_adapter": "sparse.switching",
+    "set_sparse_adapter": "sparse.switching",
+    "list_sparse_adapters": "sparse.switching",
+    "remove_sparse_adapter": "sparse.switching",
+    "write_adapter_folder": "sparse.sparse_adapters",
     "create_shira_config": "sparse.shira",
     "save_compact_adapter": "sparse.compact",
     # share it
@@ -127,9 +145,11 @@ __all__ = [
     "Moments",
     "PeftMethod",
     "RecordError",
+    "SparseAdapter",
     "ZeroScoresError",
     "add_delta",
     "add_mask",
+    "add_sparse_adapter",
     "apply_mask",
     "calculate_fisher_information",
     "calculate_scores",
@@ -143,8 +163,10 @@ __all__ = [
     "is_masked",
     "last_checkpoint",
     "load_adapter",
+    "list_sparse_adapters",
     "load_delta",
     "load_mask",
+    "load_sparse_adapter",
     "measure_moments",
     "merge_adapter",
     "merge_delta",
@@ -156,15 +178,20 @@ __all__ = [
     "register_selection",
     "remove_delta",
     "remove_mask",
+    "remove_sparse_adapter",
     "rename_adapter",
     "replace_mask",
     "report_figures",
     "save_compact_adapter",
     "save_delta",
     "save_mask",
+    "save_sparse_adapter",
     "set_head_learning_rate",
+    "set_sparse_adapter",
     "start_along_gradient",
+    "start_from_seed",
     "synchronize_mask",
+    "write_adapter_folder",
 ]
 
 

@@ -1,4 +1,5 @@
-"""Sealed safetensors files: a description, its tensors and a checksum over both. The form of masks and deltas.
+"""Sealed safetensors files: a description, its tensors and a checksum over both. The form of masks, deltas and sparse
+adapters.
 
 All metadata is one JSON text under one key, because the safetensors writer has no fixed order of keys: the same content
 gives the same bytes. The checksum covers the description and each tensor's name, dtype, shape and bytes.
@@ -24,6 +25,7 @@ from fish_tuning.files.atomic import write_atomically
 
 _KEY = "fish_tuning"
 _VERSION = "v2"
+_KINDS = ("mask", "delta", "sparse adapter")
 # Version 1 had a `format` and no checksum; the description of its tensors lay under a key of its own.
 _V1_DESCRIPTION = {"mask": "shapes", "delta": "tensors"}
 
@@ -81,7 +83,10 @@ def read_sealed(path: str | os.PathLike[str], kind: str) -> Sealed:
 
 
 def kind_of(path: str | os.PathLike[str]) -> str | None:
-    """ "mask" or "delta", or None for a safetensors file of others. Raises MaskError when it is no such file."""
+    """ "mask", "delta" or "sparse adapter", or None for a safetensors file of others.
+
+    Raises MaskError when it is no such file.
+    """
     shown = repr(os.fspath(path))
     if not Path(path).is_file():
         raise MaskError(f"There is no file at {shown}.")
@@ -140,11 +145,11 @@ def _header(metadata: Mapping[str, str], shown: str) -> _Header | None:
     else:
         form, described, checksum = metadata.get("format"), None, None
     parts = form.split(".") if isinstance(form, str) else []
-    if len(parts) != 3 or parts[0] != _KEY or parts[1] not in _V1_DESCRIPTION:
+    if len(parts) != 3 or parts[0] != _KEY or parts[1] not in _KINDS:
         return None
     _, kind, version = parts
     if _KEY not in metadata:
-        described = _parsed(metadata.get(_V1_DESCRIPTION[kind], ""), shown)
+        described = _parsed(metadata.get(_V1_DESCRIPTION.get(kind, ""), ""), shown)
     return _Header(kind, version, described, checksum)
 
 

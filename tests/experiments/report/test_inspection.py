@@ -327,7 +327,11 @@ def _nothing_kept(folder: Path) -> list[str]:
         (lambda folder: [str(folder / "gone")], "There is no file or folder at '{}/gone'."),
         (_empty, "The folder '{}' has neither fish_mask.safetensors nor adapter_model.safetensors."),
         (_of_a_run, "nor adapter_model.safetensors. Folders below have masks, e.g. '{}/run'."),
-        (_weights, "'{}/model.safetensors' holds weights, but is neither a mask nor a sparse delta of fish-tuning."),
+        (
+            _weights,
+            "'{}/model.safetensors' holds weights, but is neither a mask, a sparse delta nor a sparse adapter of "
+            "fish-tuning.",
+        ),
         (_text, "'{}/notes.txt' is not a readable safetensors file: "),
         (_no_tensors, "'{}/none/fish_mask.safetensors' holds no tensors."),
         (_other_model, "have no masked tensor in common, so there is nothing to compare: other models or methods?"),

@@ -1,9 +1,9 @@
-"""The files that hold a mask: a mask's own, a sparse delta, an adapter's folder."""
+"""The files that hold a mask: a mask's own, a sparse delta, a sparse adapter, an adapter's folder."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from fish_tuning.files.atomic import recover_folder
 from fish_tuning.files.delta_file import DELTA_FILE_NAME, load_delta
 from fish_tuning.files.mask_file import MASK_FILE_NAME, load_mask
 from fish_tuning.files.sealed import kind_of
+from fish_tuning.files.sparse_adapter_file import load_sparse_adapter
 
 ADAPTER_FILE = "adapter_model.safetensors"  # PEFT's name; importing PEFT for it would take seconds
 HEAD = ".modules_to_save."
@@ -59,16 +60,23 @@ def _read(file: Path) -> Inspected:
     kind = kind_of(file)
     if kind is None:
         raise MaskError(
-            f"{str(file)!r} holds weights, but is neither a mask nor a sparse delta of fish-tuning. For an adapter, "
-            f"give the folder that {ADAPTER_FILE} and {MASK_FILE_NAME} lie in."
+            f"{str(file)!r} holds weights, but is neither a mask, a sparse delta nor a sparse adapter of fish-tuning. "
+            f"For an adapter, give the folder that {ADAPTER_FILE} and {MASK_FILE_NAME} lie in."
         )
-    tensors = load_mask(file) if kind == "mask" else _selected(file)
+    tensors = _READERS[kind](file)
     if not tensors:
         raise MaskError(f"{str(file)!r} holds no tensors.")
     note = "A delta leaves out tensors without a kept entry: shares are of those it has." if kind == "delta" else ""
     return Inspected(
         file, tensors, frozenset(name for name, tensor in tensors.items() if _is_dense(name, tensor)), note
     )
+
+
+_READERS: dict[str, Callable[[Path], dict[str, Tensor]]] = {
+    "mask": load_mask,
+    "delta": lambda file: _selected(file),
+    "sparse adapter": lambda file: load_sparse_adapter(file).mask(),
+}
 
 
 def _is_dense(name: str, tensor: Tensor) -> bool:
