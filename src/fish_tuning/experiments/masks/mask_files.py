@@ -38,7 +38,7 @@ class Inspected:
 
 
 def read_mask(path: str) -> Inspected:
-    """The mask at `path`: a mask file, a sparse delta, or a folder with a mask or a PEFT adapter.
+    """The mask at `path`: a mask file, a sparse delta, a sparse adapter, or a folder with a mask or a PEFT adapter.
 
     Raises MaskError, which names the file, when there is nothing of the kind or it is damaged.
     """
