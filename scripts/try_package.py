@@ -73,7 +73,8 @@ def build(folder: Path) -> tuple[Path, Path]:
 
 
 def check_contents(sdist: Path, wheel: Path) -> None:
-    inside = zipfile.ZipFile(wheel).namelist()
+    with zipfile.ZipFile(wheel) as archive:
+        inside = archive.namelist()
     shipped = {
         f"fish_tuning/configs/{file.relative_to(ROOT / 'configs')}" for file in (ROOT / "configs").rglob("*.yaml")
     }
@@ -82,7 +83,8 @@ def check_contents(sdist: Path, wheel: Path) -> None:
           and {"page.html", "page.css"} <= {name.rpartition("/")[2] for name in inside})  # fmt: skip
     top = {name.split("/")[0] for name in inside}
     check(f"and nothing else: {', '.join(sorted(top))}", all(name.startswith("fish_tuning") for name in top))
-    names = tarfile.open(sdist).getnames()
+    with tarfile.open(sdist) as packed:
+        names = packed.getnames()
     check(
         f"the sdist ({sdist.stat().st_size / 1e3:.0f} kB) has the tests, and no results of the documentation",
         any("/tests/" in name for name in names) and not any("/docs/results" in name for name in names),
