@@ -8,11 +8,11 @@ BIN := $(VENV)/bin
 extras = [$(if $(filter demo,$1),experiments,$1)]
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check faults bench clean
+.PHONY: help all demo test check docs package faults bench clean
 .SECONDARY:
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.stamp-demo  ## install, then compare the four arms on handwritten digits: minutes on a CPU
 	$(BIN)/fish-tuning run configs/experiments/digits.yaml
@@ -25,6 +25,15 @@ check: $(VENV)/.stamp-dev  ## formatting, lint and types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+all: test check docs package  ## every check there is
+
+docs: $(VENV)/.stamp-docs  ## build the site into docs/_build/html; every warning is an error
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+	@echo "docs/_build/html/index.html"
+
+package: $(BIN)/python  ## build wheel and sdist, install them into an empty environment and try them
+	$(BIN)/python scripts/try_package.py
+
 faults: $(VENV)/.stamp-test  ## kill runs, damage files, fill disks, and see what survives; ARGS="--kills 50"
 	$(BIN)/python tests/helpers/faults.py $(ARGS)
 
@@ -33,7 +42,7 @@ bench: $(VENV)/.stamp-demo  ## speed and memory against plain training; prints t
 		exit $$status
 
 clean:  ## remove the virtual environment, caches and builds; results stay
-	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist docs/_build .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.stamp-%: pyproject.toml constraints.txt | $(BIN)/python

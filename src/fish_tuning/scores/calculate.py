@@ -41,14 +41,12 @@ def calculate_scores(
 ) -> dict[str, Tensor]:
     """Scores of every trainable entry by a named score, from one pass over the calibration examples.
 
-    | score | is | source |
-    |---|---|---|
-    | `gain` | g^2 / sqrt(g^2 + s^2 / b): what a step of Adam gains | below |
-    | `fisher` | F, as `calculate_fisher_information` gives it | arXiv 2504.04050, eq. 3 |
-    | `fisher_sampled`, `fisher_expected` | F under labels that the model draws, or expects | arXiv 2111.09839 |
-    | `gradient` | abs(g) | arXiv 2412.13488 |
-    | `sensitivity` | abs(w g) | arXiv 1810.02340 |
-    | `magnitude`, `random` | abs(w), chance; no pass | |
+    - `gain`: g^2 / sqrt(g^2 + s^2 / b), what a step of Adam gains
+    - `fisher`: F, as `calculate_fisher_information` gives it (arXiv 2504.04050, eq. 3)
+    - `fisher_sampled`, `fisher_expected`: F under labels that the model draws, or expects (arXiv 2111.09839)
+    - `gradient`: abs(g) (arXiv 2412.13488)
+    - `sensitivity`: abs(w g) (arXiv 1810.02340)
+    - `magnitude`, `random`: abs(w), chance; neither takes a pass
 
     g is the mean gradient over examples, F the mean of its squares, s^2 = F - g^2 the variance, b the batch size. F
     alone rewards noise: it is g^2 + s^2. `register_score` adds scores.
