@@ -28,12 +28,12 @@ OWN_LOSS = (
 def calibration_of(trainer: Trainer, num_samples: int = 128) -> dict[str, Any]:
     """Arguments for `calculate_fisher_information` or `calculate_scores` that score what a Trainer trains on.
 
-    | Trainer | one example | its loss |
-    |---|---|---|
-    | transformers' own, trl's SFTTrainer | a row | the negative log-likelihood of its labels |
-    | trl's RewardTrainer | a preferred and a rejected answer | -log sigmoid(r+ - r- - margin), as trained |
-    | trl's DPOTrainer | a preferred and a rejected answer | -log sigmoid of beta times the gap of log-ratios |
-    | trl's GRPOTrainer | a completion, drawn by the model | -advantage times its tokens' mean log-likelihood |
+    What one example is, and its loss:
+
+    - transformers' own Trainer, trl's SFTTrainer: a row; the negative log-likelihood of its labels.
+    - trl's RewardTrainer: a preferred and a rejected answer; -log sigmoid(r+ - r- - margin), as trained.
+    - trl's DPOTrainer: a preferred and a rejected answer; -log sigmoid of beta times the gap of log-ratios.
+    - trl's GRPOTrainer: a completion, drawn by the model; -advantage times its tokens' mean log-likelihood.
 
     GRPO's is the gradient that its first step takes, without clip and KL term: these are 0 where training starts, and
     would hide completions once the warm-up before scoring has moved the model. Its completions are generated here, and

@@ -77,7 +77,7 @@ class Classification(Task):
             return 0.0  # numbers are measured by correlations, and with a constant nothing correlates
         commonest = Counter(train["labels"]).most_common(1)[0][0]
         predicted = [commonest] * len(validation)
-        return class_metrics(predicted, validation["labels"], len(self.labels))[self.metric]
+        return class_metrics(predicted, validation["labels"], len(self.labels)).get(self.metric)
 
     def check_labels(self) -> None:
         for split, data, what in (
