@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import SHAPES, machine, median, print_table, synchronize, verdict
+from common import BERT, Place, add_place, median, place_of, print_table, verdict
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import BertConfig, BertModel
 
@@ -47,7 +47,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 def base_model(shape: str) -> Any:
     torch.manual_seed(0)
-    return BertModel(BertConfig(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **SHAPES[shape])).eval()
+    return BertModel(BertConfig(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **BERT[shape])).eval()
 
 
 def first_adapter(shape: str, keep: float, dtype: torch.dtype, folder: Path) -> tuple[SparseAdapter, int, int]:
@@ -98,7 +98,7 @@ def sizes(shape: str) -> list[list[str]]:
 
 def places(shape: str) -> list[list[str]]:
     """Bits a place, in each of the codes that were looked at."""
-    size, rows = RANK * SHAPES[shape].get("hidden_size", 768), []
+    size, rows = RANK * BERT[shape].get("hidden_size", 768), []
     for keep in (0.001, 0.01, 0.1, 0.5):
         bits = dict.fromkeys(("packed", "bitmap", "varint", "int32"), 0)
         count = 0
@@ -115,14 +115,11 @@ def places(shape: str) -> list[list[str]]:
     return rows
 
 
-def timed(device: str, work: Callable[[], Any]) -> tuple[float, Any]:
+def timed(place: Place, work: Callable[[], Any]) -> tuple[float, Any]:
     """Seconds, and what the work gave."""
-    clock = time.process_time if device == "cpu" else time.perf_counter
-    synchronize(device)
-    start = clock()
-    result = work()
-    synchronize(device)
-    return clock() - start, result
+    results: list[Any] = []
+    seconds = place.seconds(lambda: results.append(work()), clock=time.process_time)
+    return seconds, results[0]
 
 
 def milliseconds(seconds: Sequence[float]) -> str:
@@ -131,30 +128,33 @@ def milliseconds(seconds: Sequence[float]) -> str:
 
 def add_all(args: argparse.Namespace, files: list[Path]) -> tuple[Any, list[float]]:
     model: Any = base_model(args.shape).to(args.device)
-    seconds = []
+    place, seconds = place_of(args), []
     for number, file in enumerate(files):
-        second, model = timed(args.device, partial(add_sparse_adapter, model, file, str(number)))
+        second, model = timed(place, partial(add_sparse_adapter, model, file, str(number)))
         seconds.append(second)
     return model.to(args.device), seconds
 
 
 def load_all(args: argparse.Namespace, folders: list[Path]) -> tuple[Any, list[float]]:
-    base = base_model(args.shape).to(args.device)
-    second, model = timed(args.device, lambda: PeftModel.from_pretrained(base, folders[0], adapter_name="0"))
+    place, base = place_of(args), base_model(args.shape).to(args.device)
+    second, model = timed(place, lambda: PeftModel.from_pretrained(base, folders[0], adapter_name="0"))
     seconds = [second]
     for number, folder in enumerate(folders[1:], 1):
-        seconds.append(timed(args.device, lambda f=folder, n=number: model.load_adapter(f, str(n)))[0])
+        seconds.append(timed(place, lambda f=folder, n=number: model.load_adapter(f, str(n)))[0])
     return model, seconds
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", choices=SHAPES, default="bert-base")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--shape", choices=BERT, default="bert-base")
+    add_place(parser)
     parser.add_argument("--sparse", type=int, default=1000)
     parser.add_argument("--ordinary", type=int, default=20)
     args = parser.parse_args()
-    print(f"{args.shape} shape, LoRA r={RANK} on query/key/value; {machine(args.device)}\n")
+    place = place_of(args)
+    if place.dtype != torch.float32:
+        parser.error("--dtype: sizes are of float32 and bfloat16, times of float32 alone; leave it out")
+    print(f"{args.shape} shape, LoRA r={RANK} on query/key/value; {place.describe()}\n")
     table = sizes(args.shape)
     print_table(["dtype", "kept", "ordinary, bytes", "sparse, bytes", "share", "limit", ""], table)
     print()
@@ -175,9 +175,9 @@ def main() -> int:
         sparse, sparse_load = add_all(args, files)
         dense, dense_load = load_all(args, folders)
 
-    sparse_switch = [timed(args.device, lambda n=n: set_sparse_adapter(sparse, str(n)))[0] for n in range(args.sparse)]
+    sparse_switch = [timed(place, lambda n=n: set_sparse_adapter(sparse, str(n)))[0] for n in range(args.sparse)]
     dense_switch = [
-        timed(args.device, lambda n=n: dense.set_adapter(str(n), inference_mode=True))[0]
+        timed(place, lambda n=n: dense.set_adapter(str(n), inference_mode=True))[0]
         for _ in range(3)
         for n in range(args.ordinary)
     ]
