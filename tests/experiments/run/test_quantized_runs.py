@@ -278,8 +278,8 @@ def test_counting_needs_no_bitsandbytes_and_running_names_the_extra(
     with pytest.raises(ConfigurationError, match=r"need the package bitsandbytes, .*'fish-tuning\[quantized\]'"):
         run_experiment(config, plan)
     file = str(tmp_path / "small.yaml")
-    assert cli.run_command(file, [FOUR], cli.How(dry_run=True)) == cli.OK
+    assert cli.run_command(file, [FOUR], cli.How(dry_run=True)) == 0
     assert "quantization: 4 bits (nf4), computed in float32, by bitsandbytes" in capsys.readouterr().out
-    assert cli.run_command(file, [FOUR]) == cli.WRONG_USE
+    assert cli.run_command(file, [FOUR]) == 2
     assert "fish-tuning[quantized]" in capsys.readouterr().err
     assert not (tmp_path / "results").exists()
