@@ -107,6 +107,11 @@ def test_what_it_holds() -> None:
     assert state["b"].dtype == torch.bfloat16
 
 
+def test_a_seeded_start_needs_a_seed() -> None:
+    with pytest.raises(MaskError, match="'a' starts from a seed, and the sparse adapter names none"):
+        Start(True, 1.0, "float32").tensor(None, "a", torch.Size([2]), torch.float32)
+
+
 def test_minus_zero_is_a_start_of_its_own() -> None:
     made = Start(False, -0.0, "float32").tensor(None, "a", torch.Size([2]), torch.float32)
     assert torch.signbit(made).all()

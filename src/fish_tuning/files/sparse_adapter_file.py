@@ -46,8 +46,9 @@ class Start(NamedTuple):
         """The whole tensor at its start."""
         if not self.seeded:
             made = torch.full(shape, self.number, dtype=torch.float64)
+        elif seed is None:
+            raise MaskError(f"{key!r} starts from a seed, and the sparse adapter names none.")
         else:
-            assert seed is not None
             made = torch.from_numpy(uniform(seed, key, self.number, shape.numel())).reshape(shape)
         return made.to(getattr(torch, self.through)).to(dtype)
 
