@@ -9,6 +9,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+if os.environ.get("FISH_TUNING_DEVICE", "cpu") == "cpu":  # what is not asked to compute on a GPU must not find one
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import pytest
 import torch
@@ -43,7 +45,8 @@ def python_environment() -> dict[str, str]:
     import fish_tuning
 
     folders = [str(Path(fish_tuning.__file__).parents[1]), str(Path(__file__).parent / "helpers")]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(folders), "CUDA_VISIBLE_DEVICES": ""}
+    path = os.pathsep.join([*folders, *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "FISH_TUNING_DEVICE": "cpu"}
 
 
 @pytest.fixture

@@ -100,7 +100,8 @@ def batch(family: str = "bert") -> tiny.Batch:
 
 def logits(model: nn.Module, inputs: tiny.Batch) -> torch.Tensor:
     with torch.no_grad():
-        output: torch.Tensor = model(**{key: value for key, value in inputs.items() if key != "labels"}).logits
+        inputs = {key: value.to(next(model.parameters()).device) for key, value in inputs.items() if key != "labels"}
+        output: torch.Tensor = model(**inputs).logits
     return output
 
 

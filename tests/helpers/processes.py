@@ -7,6 +7,7 @@ import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -20,7 +21,8 @@ def in_two_processes(work: Callable[..., Any], folder: Path, *args: Any) -> list
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_process, (port, work, folder, args), nprocs=2)  # type: ignore[no-untyped-call]
+    with mock.patch.dict(os.environ, {"CUDA_VISIBLE_DEVICES": "", "FISH_TUNING_DEVICE": "cpu"}):  # gloo's device
+        torch.multiprocessing.spawn(_process, (port, work, folder, args), nprocs=2)  # type: ignore[no-untyped-call]
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 

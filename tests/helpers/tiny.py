@@ -225,9 +225,13 @@ def tensors(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 
+def on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.cpu() for name, tensor in tensors.items()}
+
+
 def assert_same_tensors(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> None:
     assert one.keys() == other.keys()
-    different = [name for name in one if not torch.equal(one[name], other[name])]
+    different = [name for name in one if not torch.equal(one[name].cpu(), other[name].cpu())]
     assert not different, different
 
 
@@ -236,6 +240,7 @@ def assert_only_selected_moved(
 ) -> None:
     """Every entry that the mask leaves out, and every tensor that it does not name, has the bits it had."""
     assert before.keys() == after.keys()
+    before, after, mask = map(on_cpu, (before, after, mask))
     for name, tensor in before.items():
         moved = tensor != after[name]
         selected = mask.get(name, torch.zeros_like(moved))

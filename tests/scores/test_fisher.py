@@ -701,7 +701,8 @@ def test_on_quantised_base_weights(kind: str, tmp_path: Path, caplog: pytest.Log
     with caplog.at_level(logging.INFO, "fish_tuning"):
         scores = scored(model, rebatch(causal_batch(), 3))
     assert not looped_names(caplog)
-    assert_scores_close(scores, scored(model, causal_batch(), method="loop"))
+    rounding = 1e-5 if DEVICE.type == "cpu" else 1e-4  # of products with 4-bit weights
+    assert_scores_close(scores, scored(model, causal_batch(), method="loop"), rounding)
 
 
 def test_on_eight_bits_to_the_rounding_of_activations(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

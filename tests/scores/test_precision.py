@@ -132,9 +132,9 @@ def test_a_proof_in_tf32_would_refuse_right_rules(monkeypatch: pytest.MonkeyPatc
 
 
 def test_once_proven_rules_score_as_the_user_asked() -> None:
-    torch.set_float32_matmul_precision("high")
     model, batch = lora(bert()), classification_batch()
     reference = reference_fisher(model, batch)
+    torch.set_float32_matmul_precision("high")
     with Tf32() as products:
         once = calculate_fisher_information(model, [batch], progress=False)
     assert not products.lowered

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from device import DEVICE
 from tiny import assert_scores_close, bert, causal_batch, llama, lora
 from torch import Tensor, nn
 
@@ -121,7 +122,8 @@ def preference(outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
 @pytest.mark.parametrize("size", [2, 4, 8])
 @pytest.mark.parametrize("method", ["auto", "loop"])
 def test_pairs_of_rows_are_one_example(method: Any, size: int) -> None:
-    model, batch = lora(bert()).eval(), {"input_ids": ids(8, 7) // 3, "labels": torch.zeros(8, dtype=torch.long)}
+    model, batch = lora(bert()).eval(), {"input_ids": ids(8, 7).to(DEVICE) // 3}
+    batch["labels"] = torch.zeros(8, dtype=torch.long, device=DEVICE)
     batch["attention_mask"] = torch.ones_like(batch["input_ids"])
     batch["attention_mask"][3, 4:] = 0
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]

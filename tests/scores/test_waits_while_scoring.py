@@ -32,7 +32,8 @@ MOST_WAITS = 16
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, Any]:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(SCRIPT.parent), *sys.path])}
+    here = {"CUDA_VISIBLE_DEVICES": "", "FISH_TUNING_DEVICE": "cpu"}  # torch knows one kind of device a process
+    environment = {**os.environ, **here, "PYTHONPATH": os.pathsep.join([str(SCRIPT.parent), *sys.path])}
     run = subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, text=True, env=environment, check=False)
     assert run.returncode == 0, run.stderr[-3000:]
     result: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])

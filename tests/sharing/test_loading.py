@@ -32,7 +32,8 @@ INPUTS = {name: tensor % 19 for name, tensor in text_batch().items()}
 
 def logits(model: Any) -> torch.Tensor:
     with torch.no_grad():
-        out: torch.Tensor = model.eval()(**INPUTS).logits
+        inputs = {name: tensor.to(next(model.parameters()).device) for name, tensor in INPUTS.items()}
+        out: torch.Tensor = model.eval()(**inputs).logits
     return out
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from tiny import assert_same_tensors, bert, classification_batch, lora, only_trainable, random_mask, tensors
+from tiny import assert_same_tensors, bert, classification_batch, lora, on_cpu, only_trainable, random_mask, tensors
 from torch import Tensor, nn
 
 from fish_tuning import FishTuningWarning, MaskError, apply_mask, remove_mask, synchronize_mask
@@ -70,9 +70,9 @@ def linear_delta(rows: list[int], tmp_path: Path, base: nn.Linear, value: float 
 
 
 def test_file_holds_positions_values_and_digests(trained: nn.Module, path: Path) -> None:
-    delta, mask = load_delta(path), random_mask(bert(), 0.1, dense=["classifier"])
+    delta, mask = load_delta(path), on_cpu(random_mask(bert(), 0.1, dense=["classifier"]))
     assert delta.num_parameters == sum(int(selected.sum()) for selected in mask.values())
-    state = trained.state_dict()
+    state = on_cpu(trained.state_dict())
     for name, tensor in delta.tensors.items():
         assert tensor.shape == state[name].shape
         if "classifier" in name:
@@ -338,7 +338,12 @@ def test_ranks_take_over_the_digest_of_rank_0(monkeypatch: pytest.MonkeyPatch) -
     def gather(ranks: list[Any], own: Any) -> None:
         ranks[:] = [(own[0], digests[0]), own]
 
-    fakes = {"is_initialized": lambda: True, "get_world_size": lambda: 2, "all_gather_object": gather}
+    fakes = {
+        "is_initialized": lambda: True,
+        "get_world_size": lambda: 2,
+        "all_gather_object": gather,
+        "get_backend": lambda: "gloo",
+    }
     for name, fake in (fakes | {"broadcast": lambda tensor, src: None}).items():
         monkeypatch.setattr(torch.distributed, name, fake)
     synchronize_mask(second)

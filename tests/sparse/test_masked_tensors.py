@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from device import DEVICE, placed
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from tiny import (
     Batch,
@@ -334,7 +335,7 @@ def test_full_model_saves_as_transformers_does(tmp_path: Path) -> None:
     apply_mask(model, random_mask(model))
     train(model, batch, OPTIMIZERS["adamw-fused"](trainable(model)))
     model.eval().save_pretrained(tmp_path)
-    loaded = BertForSequenceClassification.from_pretrained(tmp_path)
+    loaded = placed(BertForSequenceClassification.from_pretrained(tmp_path))
     assert_same_tensors(loaded.state_dict(), model.state_dict())
     assert torch.equal(loaded(**batch).logits, model(**batch).logits)
 
@@ -426,7 +427,7 @@ def test_base_weights_from_scores_to_delta(pool: str, how: str, tmp_path: Path) 
     save_delta(model.eval(), tmp_path / "delta.safetensors")
     add_delta(base, tmp_path / "delta.safetensors")
     assert load_delta(tmp_path / "delta.safetensors").num_parameters == kept
-    assert torch.equal(base(**rows).logits, model(**rows).logits)
+    assert torch.equal(base(**rows).logits, model.to(DEVICE)(**rows).logits)
     assert_same_tensors(base.state_dict(), model.state_dict())
     remove_delta(base)
     assert_same_tensors(base.state_dict(), before)
@@ -468,10 +469,10 @@ def test_one_dense_gradient_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_gradient_that_is_not_contiguous_is_not_copied() -> None:
-    model = nn.Linear(40, 30, bias=False)
+    model = placed(nn.Linear(40, 30, bias=False))
     mask = random_mask(model, 0.1)
     apply_mask(model, mask)
-    gradient = torch.randn(40, 30).T
+    gradient = torch.randn(40, 30).to(DEVICE).T
     weight = model.weight
     with DenseTensors(model, 40 * 30) as dense:
         weight.backward(gradient)

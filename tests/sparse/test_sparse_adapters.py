@@ -12,7 +12,7 @@ import torch
 from adapter_models import adapted as own_adapted
 from peft import LoraConfig, PeftModel, get_peft_model
 from shelf import CASES, HEAD, adapted, base_model, batch_for, supported
-from tiny import assert_same_tensors, bert, classification_batch, lora, random_mask, tensors
+from tiny import assert_same_tensors, bert, classification_batch, lora, on_cpu, random_mask, tensors
 from torch import Tensor, nn
 
 from fish_tuning import (
@@ -71,6 +71,7 @@ def saved(model: Any, folder: Path, adapter_name: str = "default") -> SparseAdap
 
 
 def logits(model: nn.Module, batch: Any = BATCH) -> Tensor:
+    batch = {key: value.to(next(model.parameters()).device) for key, value in batch.items()}
     with torch.no_grad():  # attention rounds otherwise where it has gradients
         outputs: Tensor = model.eval()(**batch).logits
     return outputs
@@ -129,13 +130,13 @@ def test_own_methods(method: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_frozen_entries_cost_nothing(dtype: torch.dtype, tmp_path: Path) -> None:
     model = trained(seed=65_535, dtype=dtype)
-    adapter, mask, state = saved(model, tmp_path), get_mask(model), tensors(model)
+    adapter, mask, state = saved(model, tmp_path), get_mask(model), on_cpu(tensors(model))
     assert adapter.seed == 65_535
     assert adapter.num_parameters == sum(int(selected.sum()) for selected in mask.values())
     for tensor in adapter.tensors:
         assert tensor.name is not None
         assert tensor.dtype == dtype
-        assert torch.equal(tensor.values.flatten(), state[tensor.name][mask[tensor.name]])
+        assert torch.equal(tensor.values.flatten(), state[tensor.name][mask[tensor.name].cpu()])
     assert_same_tensors(adapter.mask(), mask)
     write_adapter_folder(adapter, tmp_path / "back")
     model.save_pretrained(tmp_path / "ordinary")
@@ -210,7 +211,7 @@ def test_minus_zero_is_not_zero(tmp_path: Path) -> None:
     model.load_state_dict(state)
     adapter = saved(model, tmp_path)
     back = next(tensor for tensor in adapter.tensors if tensor.name == name).dense(adapter.seed)
-    assert torch.equal(torch.signbit(back), torch.signbit(state[name]))
+    assert torch.equal(torch.signbit(back), torch.signbit(state[name].cpu()))
 
 
 def test_what_did_not_train_and_no_mask_names(tmp_path: Path) -> None:

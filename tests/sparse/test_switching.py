@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from device import DEVICE
 from peft import IA3Config, LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from test_sparse_adapters import logits, saved, train, trained
 from tiny import assert_same_tensors, bert, classification_batch, lora, random_mask, tensors
@@ -44,7 +45,8 @@ def one(seed: int, folder: Path, start: int = 7, **config: Any) -> tuple[SparseA
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed))
+                noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed))
+                parameter += 0.1 * noise.to(DEVICE)
     return saved(model, folder), logits(model)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from device import DEVICE
 from folders import word_tokenizer
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import VOCABULARY, assert_only_selected_moved, llama, lora, random_mask, tensors
@@ -97,7 +98,8 @@ def score_train_and_reload(model: PeftModel, base: PreTrainedModel, words: Any, 
     assert sum(value.numel() for value in state) == 2 * k
     trainer.save_model(str(folder / "adapter"))
     loaded = PeftModel.from_pretrained(base, folder / "adapter").eval()
-    ids = words("once upon a time", return_tensors="pt")["input_ids"]
+    ids = words("once upon a time", return_tensors="pt")["input_ids"].to(DEVICE)
+    model.to(DEVICE)
     assert torch.equal(loaded(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
     written = [m.generate(input_ids=ids, max_new_tokens=5, do_sample=False).tolist() for m in (loaded, model)]
     assert written[0] == written[1]

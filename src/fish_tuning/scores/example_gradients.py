@@ -112,7 +112,9 @@ class OfRows:
         rows, inverse = (cells % self.rows).unique(return_inverse=True)
         shape = (self.rows, values.shape[1])
         values = _scatter_add(len(rows), inverse, values)
-        return torch.sparse_coo_tensor(rows[None], values, shape, is_coalesced=True, check_invariants=False)
+        # Said twice, since torch 2.11 warns of sums of sparse tensors where it was not said for the process too.
+        with torch.sparse.check_sparse_tensor_invariants(False):
+            return torch.sparse_coo_tensor(rows[None], values, shape, is_coalesced=True, check_invariants=False)
 
 
 @dataclass(frozen=True)

@@ -265,11 +265,13 @@ class Group:
                 self._find_flat()
             if self.joined is not None:
                 memory, index = self.joined
-                flat = self.flat if self.flat is not None else torch.cat([values.detach() for values in parameters])
+                # An engine that takes a model to its device moves one layer after the other.
+                parts = [values.detach().to(memory.device) for values in parameters] if self.flat is None else []
+                flat = self.flat if self.flat is not None else torch.cat(parts)
                 memory.index_copy_(0, index.long(), flat.view(-1).to(memory.dtype))
             else:
                 for member, values in zip(members, parameters, strict=True):
-                    entries = values.detach().view(-1).to(member.frozen.dtype)
+                    entries = values.detach().view(-1).to(member.frozen.device, member.frozen.dtype)
                     member.frozen.data.view(-1).index_copy_(0, member.index.long(), entries)
         self.stale = False
         self.settled = self.one_count
