@@ -30,6 +30,7 @@ from fish_tuning.experiments.config.experiment import ExperimentConfig
 from fish_tuning.experiments.data.tasks import encode
 from fish_tuning.experiments.models import quantized
 from fish_tuning.experiments.models.building import build_base_model, build_model
+from fish_tuning.experiments.records.record_files import adapter_folder
 from fish_tuning.experiments.records.run_record import RunRecord
 from fish_tuning.experiments.run.context import make_context
 from fish_tuning.experiments.run.plan import Plan, plan_experiment
@@ -217,6 +218,11 @@ def test_a_language_model_is_measured_by_its_answers(experiment: MakeExperiment,
     )  # fmt: skip
     records, _ = run(config)
     assert all("exact_match_number" in record.metrics for record in records)
+    for record in records:  # which trl by itself would train in 16 bits
+        folder = adapter_folder(tmp_path / "results", record.arm, record.seed)
+        saved = load_file(folder / "adapter_model.safetensors")
+        assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
+        assert not any(torch.equal(t, t.bfloat16().float()) for name, t in saved.items() if "lora_A" in name)
 
 
 @pytest.mark.parametrize(
