@@ -188,6 +188,19 @@ def test_no_part_of_a_new_head_is_quantised(experiment: MakeExperiment, tmp_path
 
 
 @pytest.mark.slow
+def test_the_output_layer_of_a_language_model_is_not_quantised_either(
+    experiment: MakeExperiment, tmp_path: Path
+) -> None:
+    model, data = write_llama(tmp_path / "llama"), write_sums(tmp_path / "sums")
+    skips = FOUR.replace("}", ", llm_int8_skip_modules: [v_proj]}")
+    config = experiment(f"model.name={model}", f"dataset.load_args=[{data}]", skips, "training.max_seq_length=32")
+    plan = plan_experiment(config)
+    kinds = weight_types(build_base_model(config, plan.model_config, plan.task, seed=1))
+    assert {name.rpartition(".")[2] for name, kind in kinds.items() if kind == "Parameter"} == {"v_proj", "lm_head"}
+    run(config)
+
+
+@pytest.mark.slow
 def test_a_model_that_is_stored_in_few_bits_is_taken_as_it_is(
     experiment: MakeExperiment, tmp_path: Path, bert_folder: Path
 ) -> None:
