@@ -77,6 +77,7 @@ EXACT = [
     ("base-fish", [BASE]),
     ("prefix_tuning", ["peft=[{method: prefix_tuning, args: {num_virtual_tokens: 4}}]"]),
     ("ia3", ["peft=[{method: ia3}]"]),
+    ("lora-fish", ["fish_tuning.prune_to_ratio_of_baseline=1.0", "lora.fish_rank=2"]),  # the whole pool
 ]
 
 

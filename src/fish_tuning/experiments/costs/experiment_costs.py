@@ -178,7 +178,8 @@ class _Planner:
             scored = any(self.scores(other) for other in self.plan.arms if self._key(other) == key)
             work = Work(
                 model=model,
-                kept=self._kept(arm, model) if _is_masked(arm) else {},
+                kept=self._kept(arm, model) if arm.selection is not None else {},
+                has_mask=arm.selection is not None,
                 args=_arguments(self.config, self.plan, arm),
                 batch=batch,
                 calibration=first_rows(batch, choice.num_samples),
@@ -197,7 +198,7 @@ class _Planner:
 
     def _key(self, arm: ArmPlan) -> Any:
         section = self.config.method_of(arm.arm)
-        return section.name, self.config.variant_of(arm.arm), arm.kept if _is_masked(arm) else None
+        return section.name, self.config.variant_of(arm.arm), None if arm.selection is None else arm.kept
 
     def _kept(self, arm: ArmPlan, model: Any) -> dict[str, int]:
         """Of each tensor that a mask leaves entries out of."""
@@ -205,10 +206,6 @@ class _Planner:
         outside = matching_names(sizes, names_outside_pool(self.config, self.plan.task, arm.method, arm.settings))
         pool = {name: size for name, size in sizes.items() if name not in outside}
         return {name: count for name, count in spread(arm.kept, pool).items() if count < pool[name]}
-
-
-def _is_masked(arm: ArmPlan) -> bool:
-    return arm.selection is not None and arm.kept < arm.pool
 
 
 def _of_arm(arm: ArmPlan, found: Measured, devices: Sequence[int], strategy: str, scored: bool) -> ArmCosts:
