@@ -20,7 +20,7 @@ from fish_tuning.experiments.data.tasks import CausalLM
 from fish_tuning.experiments.models.building import build_meta_model
 from fish_tuning.experiments.records.run_record import ArmPlan
 from fish_tuning.experiments.run.arguments import training_arguments
-from fish_tuning.experiments.run.plan import Plan, names_outside_pool
+from fish_tuning.experiments.run.plan import Plan, names_outside_pool, positions_of
 from fish_tuning.masks.budgets import matching_names
 from fish_tuning.masks.selections import SELECTIONS
 
@@ -88,10 +88,11 @@ def plannable(config: ExperimentConfig, kind: str | None) -> ExperimentConfig:
         return {name: value for name, value in values.items() if name != "tf32"} | half
 
     own = changed(config.training.args_override) | {"use_cpu": True}
+    model = config.model.model_copy(update={"device_map": None, "max_memory": None})  # which name devices of elsewhere
     peft = [section.model_copy(update={"training_args": changed(section.training_args)}) for section in config.peft]
     data = config.dataset.model_copy(update={"training_args": changed(config.dataset.training_args)})
     training = config.training.model_copy(update={"args_override": own})
-    return config.model_copy(update={"training": training, "peft": peft, "dataset": data})
+    return config.model_copy(update={"model": model, "training": training, "peft": peft, "dataset": data})
 
 
 def experiment_costs(
@@ -117,6 +118,11 @@ def experiment_costs(
         ConfigurationError: for values that are not allowed, and as `build_meta_model`.
     """
     check_options(devices, strategy, kind, tokens)
+    positions = positions_of(plan.model_config)
+    if tokens is not None and positions is not None and tokens > positions:
+        raise ConfigurationError(
+            f"--tokens {tokens}: {config.model.name!r} has {positions} positions. Give as many tokens or fewer."
+        )
     first = _arguments(config, plan, plan.arms[0])
     kind = kind or ("cpu" if first.device.type == "cpu" else "cuda")
     planner = _Planner(config, plan, kind == "cuda", tokens)
