@@ -106,8 +106,8 @@ def _warn_of_own_loss(trainer: Any) -> None:
     }
     if found := [reason for reason, holds in reasons.items() if holds]:
         warnings.warn(
-            f"{' and '.join(found)}: the Trainer trains on a loss of its own, and entries are scored by the model's own "
-            f"loss. {OWN_LOSS}", FishTuningWarning, stacklevel=3,
+            f"{' and '.join(found)}: the Trainer trains on a loss of its own, and entries are scored by the model's. "
+            f"{OWN_LOSS}", FishTuningWarning, stacklevel=3,
         )  # fmt: skip
 
 

@@ -140,10 +140,10 @@ def head_names(model: nn.Module) -> list[str]:
 
 
 def _check_new(trainer: Trainer) -> None:
-    if trainer.model_init is not None:
+    if getattr(trainer, "model_init", None) is not None:
         raise MaskError(
-            "The Trainer makes its model anew when it trains (model_init), and that one would have no mask. Pass model= "
-            "to it, or use FishTuningTrainer(model_init=..., mask=...), which masks what it makes."
+            "The Trainer makes its model anew when it trains (model_init), and that one would have no mask. Pass "
+            "model= to it, or use FishTuningTrainer(model_init=..., mask=...), which masks what it makes."
         )
     if trainer.optimizer is not None:
         raise MaskError(
