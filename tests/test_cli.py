@@ -8,6 +8,7 @@ import logging
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -284,6 +285,14 @@ def test_json_is_all_that_stands_on_standard_output(invoke: Callable[..., Result
     silent = invoke("run", "digits", "seeds=[1,2]", "--json", "--quiet", runs=[record("lora", 1, None)])
     assert (silent.exit_code, len(json.loads(silent.stdout)[0]["runs"])) == (1, 1)
     assert silent.stderr == "lora, seed 1: failed: RuntimeError: it broke\n"
+
+
+def test_rates_that_nobody_chose_are_not_told_as_chosen(invoke: Callable[..., Result]) -> None:
+    runs = [replace(record(arm, 1, 0.5), learning_rate=0.01) for arm in ("lora", "dora")]
+    methods = "peft=[{method: lora}, {method: dora, learning_rates: [0.001, 0.01, 0.1]}]"
+    done = invoke("run", "digits", "seeds=[1]", methods, "--json", runs=runs)
+    assert json.loads(done.stdout)[0]["facts"]["learning_rates"] == {"dora": 0.01}
+    assert "among 0.001, 0.01, 0.1: dora 0.01." in " ".join(done.stderr.split())
 
 
 def test_json_of_a_dry_run_is_the_plan_and_of_wrong_use_nothing(invoke: Callable[..., Result]) -> None:

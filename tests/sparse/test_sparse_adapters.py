@@ -270,6 +270,24 @@ def test_folders_that_lack_a_file(missing: str, tmp_path: Path) -> None:
         save_sparse_adapter(tmp_path / "ordinary", tmp_path / "task.safetensors")
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\xff\xfe", "is not readable JSON"),
+        (b'{"peft_type": "LORA"', "is not readable JSON"),
+        (b"[" * 100_000, "is not readable JSON"),
+        (b"[]", "names no peft_type"),
+        (b"{}", "names no peft_type"),
+    ],
+)
+def test_a_folder_whose_configuration_is_damaged(content: bytes, message: str, tmp_path: Path) -> None:
+    trained().save_pretrained(tmp_path / "ordinary")
+    (tmp_path / "ordinary" / "adapter_config.json").write_bytes(content)
+    with pytest.raises(MaskError, match=f"adapter_config.json' .*{message}"):
+        save_sparse_adapter(tmp_path / "ordinary", tmp_path / "task.safetensors")
+    assert not (tmp_path / "task.safetensors").exists()
+
+
 def test_a_folder_whose_mask_is_anothers(tmp_path: Path) -> None:
     model = trained()
     model.save_pretrained(tmp_path / "ordinary")

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fish_tuning import (
     FishTuningTrainer,
+    FishTuningWarning,
     MaskError,
     SparseAdapter,
     add_sparse_adapter,
@@ -346,6 +347,55 @@ def test_names_and_files_that_are_refused(tmp_path: Path) -> None:
     model.delete_adapter("default")
     with pytest.raises(MaskError, match="PEFT's adapter 'default', which 'task 1' is written into, was deleted"):
         set_sparse_adapter(model, "task 1")
+    assert_refused(model, adapter, r"last adapter was deleted. Pass its base model: model.base_model.unload\(\)")
+    again = add_sparse_adapter(model.base_model.unload(), adapter, check_base=False)  # which the merge has rounded
+    torch.testing.assert_close(logits(again), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_what_peft_has_deleted_is_loaded_anew(tmp_path: Path) -> None:
+    adapter, expected = one(1, tmp_path)
+    other, of_other = one(2, tmp_path, start=8)
+    model = add_sparse_adapter(add_sparse_adapter(bert(), adapter, "task 1"), other, "other")
+    model.delete_adapter("default")
+    with pytest.raises(MaskError, match=r"which 'task 1' is written into, was deleted. Load it anew"):
+        set_sparse_adapter(model, "task 1")
+    model = add_sparse_adapter(model, adapter, "task 1")
+    assert list_sparse_adapters(model) == ["other", "task 1"]
+    assert torch.equal(logits(model), expected)
+    set_sparse_adapter(model, "other")
+    assert torch.equal(logits(model), of_other)
+
+
+def test_a_head_of_another_size_is_refused(tmp_path: Path) -> None:
+    adapter, _ = one(1, tmp_path)
+    base = bert(num_labels=5)
+    before = tensors(base)
+    assert_refused(base, adapter, r"a head 'classifier' whose .* has the shape \(3.*\(num_labels=3\)")
+    assert_same_tensors(tensors(base), before)
+    mine, expected = one(2, tmp_path, modules_to_save=["classifier"])
+    other = lora(bert(num_labels=5), init_lora_weights=True)
+    apply_mask(other, random_mask(other, dense=["modules_to_save"]))
+    with pytest.warns(FishTuningWarning, match="nothing can rebuild"):
+        larger = saved(other, tmp_path)
+    model = add_sparse_adapter(bert(), mine, "mine")
+    assert_refused(model, larger, r"a head 'classifier' .*\(num_labels=5\)", name="larger")
+    assert (list(model.peft_config), list_sparse_adapters(model)) == (["default"], ["mine"])
+    assert torch.equal(logits(model), expected)
+
+
+def test_nothing_is_added_or_changed_while_one_is_merged(tmp_path: Path) -> None:
+    first, _ = one(1, tmp_path)
+    same, other = one(2, tmp_path)[0], one(3, tmp_path, start=8)[0]
+    model = add_sparse_adapter(add_sparse_adapter(bert(), first, "first"), other, "other")
+    set_sparse_adapter(model, "first")
+    model.merge_adapter()
+    merged = logits(model)
+    for adapter in (same, other):
+        assert_refused(model, adapter, "is merged into the base weights", name="more", check_base=False)
+    with pytest.raises(MaskError, match="is merged into the base weights"):
+        set_sparse_adapter(model, "other")  # PEFT would unmerge, and round the base
+    assert list_sparse_adapters(model) == ["first", "other"]
+    assert torch.equal(logits(model), merged)
 
 
 def test_a_damaged_file_is_refused(tmp_path: Path) -> None:

@@ -69,6 +69,14 @@ def test_another_adapter_by_name_and_dtype() -> None:
     assert_same_tensors({name: tensor.bfloat16() for name, tensor in second.items()}, rounded)
 
 
+def test_an_adapter_named_like_a_module_of_the_base() -> None:
+    model = lora(bert())
+    model.add_adapter("bert", copy.deepcopy(model.peft_config["default"]))
+    before = adapter(model)
+    start_from_seed(model, 3, "bert")
+    assert_same_tensors(adapter(model), before)
+
+
 @pytest.mark.parametrize("method", ["serial", "unipelt"])
 def test_own_adapters(method: str) -> None:
     one, other = adapted(method), adapted(method)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from tiny import Rows, assert_scores_close, bert, classification_batch, lora, te
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
-from fish_tuning import ConfigurationError, calculate_fisher_information, calibration_of
+from fish_tuning import ConfigurationError, FishTuningWarning, calculate_fisher_information, calibration_of
 
 pytest.importorskip("trl", reason="needs trl: pip install 'fish-tuning[trl]'")
 from trl_trainers import PREFERENCES, make, move, nothing_matters
@@ -157,7 +158,9 @@ def test_several_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_plain_trainer(tmp_path: Path) -> None:
     args = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True)
     trainer = Trainer(lora(bert()), args, train_dataset=Rows(classification_batch()))
-    found = calibration_of(trainer, num_samples=3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FishTuningWarning)
+        found = calibration_of(trainer, num_samples=3)
     assert set(found) == {"calibration_dataloader", "num_samples"}
     scores = calculate_fisher_information(trainer.model, **found, progress=False)
     assert scores.keys() == {name for name, each in trainer.model.named_parameters() if each.requires_grad}
@@ -165,4 +168,28 @@ def test_a_plain_trainer(tmp_path: Path) -> None:
         calibration_of(trainer, num_samples=0)
     trainer.train_dataset = None
     with pytest.raises(ConfigurationError, match="This Trainer has no train_dataset"):
+        calibration_of(trainer)
+
+
+class _OfLogits(Trainer):
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
+        outputs = model(**inputs)
+        loss = outputs.logits.square().mean()
+        return (loss, outputs) if return_outputs else loss
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "settings", "message"),
+    [
+        (_OfLogits, {}, {}, r"_OfLogits\.compute_loss: the Trainer trains on a loss of its own"),
+        (Trainer, {"compute_loss_func": lambda *_, **__: None}, {}, "compute_loss_func: the Trainer trains"),
+        (Trainer, {}, {"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1: the Trainer trains"),
+    ],
+)
+def test_a_loss_that_is_not_the_models_is_told(
+    kind: type[Trainer], arguments: dict[str, Any], settings: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    args = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True, **settings)
+    trainer = kind(lora(bert()), args, train_dataset=Rows(classification_batch()), **arguments)
+    with pytest.warns(FishTuningWarning, match=message):
         calibration_of(trainer)

@@ -203,6 +203,9 @@ def test_wrong_use(tmp_path: Path) -> None:
     with pytest.raises(MaskError, match="has its optimizer already"):
         fish_tune(dense, 0.1)
     assert not is_masked(dense.model)
+    anew = Trainer(model_init=lambda: lora(bert()), args=trainer.args, train_dataset=DATA)
+    with pytest.raises(MaskError, match=r"makes its model anew .* FishTuningTrainer\(model_init=.*, mask=.*\)"):
+        fish_tune(anew, 0.1)
 
 
 def test_the_pool_of_a_model_without_a_head(tmp_path: Path) -> None:

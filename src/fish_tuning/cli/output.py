@@ -155,12 +155,17 @@ def _results_data(config: ExperimentConfig, plan: Plan, runs: list[RunRecord], o
     from fish_tuning.experiments.report.results_files import results_data
     from fish_tuning.experiments.run.facts import report_facts
 
-    facts = report_facts(plan, _chosen_rates(runs))
+    facts = report_facts(plan, _chosen_rates(config, runs))
     return {**results_data(config, facts, runs), "files": [str(path) for path in _written(output_dir)]}
 
 
-def _chosen_rates(runs: list[RunRecord]) -> dict[str, float]:
-    return {run.arm: run.learning_rate for run in runs if run.learning_rate is not None}
+def _chosen_rates(config: ExperimentConfig, runs: list[RunRecord]) -> dict[str, float]:
+    """Of arms that had several to choose from."""
+    return {
+        run.arm: run.learning_rate
+        for run in runs
+        if run.learning_rate is not None and len(config.learning_rates_of(config.method_of(run.arm))) > 1
+    }
 
 
 def _written(output_dir: Path) -> list[Path]:
@@ -207,7 +212,7 @@ def _show_results(
             console.print()
     if nothing_learned(runs):
         console.print(f"note: {unlearned_note(plan.task.name, runs)}")
-    for note in report_notes(config, report_facts(plan, _chosen_rates(runs)), summary):
+    for note in report_notes(config, report_facts(plan, _chosen_rates(config, runs)), summary):
         console.print(f"note: {note}")
     console.print(f"written: {', '.join(map(str, _written(output_dir)))}", soft_wrap=True)
     if notes_alone:

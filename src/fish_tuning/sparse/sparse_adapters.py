@@ -148,7 +148,7 @@ def read_adapter_folder(
                 f"{os.fspath(folder)!r} has no {name}. A sparse adapter is made of a folder that save_pretrained wrote "
                 "while a mask was applied."
             )
-    config = Path(folder, CONFIG_FILE_NAME).read_bytes().decode()
+    config = _config_text(Path(folder, CONFIG_FILE_NAME))
     weights = Path(folder, WEIGHTS_FILE_NAME)
     try:
         with safe_open(weights, framework="pt") as file:
@@ -161,6 +161,18 @@ def read_adapter_folder(
     names = _names_of_keys(mask, state, adapter_name, keys or {})
     seed, tensors = _sparse_tensors(state, mask, names, json.loads(config))
     return SparseAdapter(adapter_name, config, metadata, seed, tensors, base, state_digest(state))
+
+
+def _config_text(path: Path) -> str:
+    """The configuration as it stands, which has to be one of PEFT's."""
+    try:
+        text = path.read_bytes().decode()
+        config = json.loads(text)
+    except (OSError, ValueError, RecursionError) as error:
+        raise MaskError(f"{os.fspath(path)!r} is not readable JSON: {error}") from error
+    if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
+        raise MaskError(f"{os.fspath(path)!r} is no configuration of a PEFT adapter: it names no peft_type.")
+    return text
 
 
 def _of_model(model: Any, adapter_name: str) -> SparseAdapter:

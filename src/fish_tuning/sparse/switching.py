@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -85,7 +85,8 @@ def add_sparse_adapter(
         The PEFT model.
 
     Raises:
-        MaskError: the file is damaged, the name is taken, or the base is another; the model is then unchanged.
+        MaskError: the file is damaged, the name is taken, an adapter is merged, or the base is another or has another
+            number of labels; the model is then unchanged.
 
     Example:
         >>> import copy, tempfile, torch
@@ -112,10 +113,18 @@ def add_sparse_adapter(
     """
     adapter = path_or_adapter if isinstance(path_or_adapter, SparseAdapter) else load_sparse_adapter(path_or_adapter)
     state: _State = getattr(model, _STATE, None) or _State()
+    if isinstance(model, PeftModel):
+        if not model.peft_config:
+            raise MaskError(
+                "The PEFT model's last adapter was deleted. Pass its base model: model.base_model.unload()."
+            )
+        _forget_deleted(model, state)
+        _check_unmerged(model.modules())
     _check(model, name, state)
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
     if check_base and adapter.base is not None:
-        base = model.get_base_model() if isinstance(model, PeftModel) else model
         check_base_layers(base, adapter.base, adapter.peft_config.get("base_model_name_or_path"))
+    _check_heads(base, adapter)
     group = None if is_trainable else _group(adapter)
     if group is None:
         model = _with_peft_adapter(model, adapter, adapter.state_dict(), name, is_trainable)
@@ -144,14 +153,17 @@ def set_sparse_adapter(model: nn.Module, name: str) -> None:
     Example: `add_sparse_adapter`.
     """
     state, adapter = _found(model, name)
+    whole: Any = model
+    moves = whole.active_adapter != adapter.resident
+    if moves:
+        _check_unmerged(model.modules())  # or PEFT would unmerge, which leaves the base weights rounded
     if adapter.entries is not None and state.written.get(adapter.resident) != name:
-        _check_unmerged(model, adapter.entries)
+        _check_unmerged(_modules_above(model, adapter.entries))
         _restore(state, adapter.resident)
         owners = state.owners[adapter.resident]
         state.overwritten[adapter.resident] = [_write(owners, entries) for entries in adapter.entries]
         state.written[adapter.resident] = name
-    whole: Any = model
-    if whole.active_adapter != adapter.resident:
+    if moves:
         whole.set_adapter(adapter.resident, inference_mode=not adapter.trains)
 
 
@@ -200,6 +212,23 @@ def _check(model: nn.Module, name: str, state: _State) -> None:
         )
 
 
+def _check_heads(base: nn.Module, adapter: SparseAdapter) -> None:
+    """Refuse a head of another shape before PEFT has changed the model."""
+    modules = dict(base.named_modules())
+    outside = "base_model." if adapter.is_prompt else "base_model.model."
+    for tensor in adapter.tensors:
+        path, _, local = str(tensor.name).partition(f".modules_to_save.{adapter.adapter_name}.")
+        head: Any = modules.get(path.removeprefix(outside)) if local else None
+        head = getattr(head, "original_module", head)
+        own = None if head is None else dict(head.named_parameters()).get(local)
+        if own is not None and own.shape != tensor.shape:
+            raise MaskError(
+                f"The sparse adapter has a head {path.removeprefix(outside)!r} whose {local} has the shape "
+                f"{tuple(tensor.shape)}; the base model's has {tuple(own.shape)}. Load its own base, with as many "
+                f"labels as the adapter was trained with (num_labels={tensor.shape[0]})."
+            )
+
+
 def _group(adapter: SparseAdapter) -> Hashable | None:
     """What adapters that can share one resident have in common; None for one that needs an adapter for itself."""
     described = []
@@ -238,7 +267,12 @@ def _with_peft_adapter(
         write_unmasked(adapter, tensors, Path(folder))
         if not isinstance(model, PeftModel):
             return PeftModel.from_pretrained(model, folder, adapter_name=name, is_trainable=is_trainable)
-        model.load_adapter(folder, name, is_trainable=is_trainable)
+        try:
+            model.load_adapter(folder, name, is_trainable=is_trainable)
+        except Exception:
+            if name in model.peft_config:
+                model.delete_adapter(name)
+            raise
         return model
 
 
@@ -288,16 +322,30 @@ def _found(model: nn.Module, name: str) -> tuple[_State, _Adapter]:
     return state, adapter
 
 
-def _check_unmerged(model: nn.Module, entries: list[_Entries]) -> None:
+def _forget_deleted(model: Any, state: _State) -> None:
+    """Let go of adapters that were written into what PEFT's delete_adapter has taken off since."""
+    state.adapters = {name: each for name, each in state.adapters.items() if each.resident in model.peft_config}
+    state.residents = {group: each for group, each in state.residents.items() if each in model.peft_config}
+    kept: dict[str, Any]
+    for kept in (state.written, state.overwritten, state.owners):
+        for resident in kept.keys() - model.peft_config.keys():
+            del kept[resident]
+
+
+def _check_unmerged(modules: Iterable[nn.Module]) -> None:
+    if any(getattr(module, "merged_adapters", None) for module in modules):
+        raise MaskError(
+            "An adapter is merged into the base weights, where another cannot take its place. Call "
+            "model.unmerge_adapter() first."
+        )
+
+
+def _modules_above(model: nn.Module, entries: list[_Entries]) -> Iterator[nn.Module]:
     """Of one layer: PEFT merges all of them, and all are looked at in a time that a switch does not have."""
     module, parts = model, entries[0].name.split(".") if entries else []
     for part in parts[:-1]:
         module = module.get_submodule(part)
-        if getattr(module, "merged_adapters", None):
-            raise MaskError(
-                "An adapter is merged into the base weights, where another cannot take its place. Call "
-                "model.unmerge_adapter() first."
-            )
+        yield module
 
 
 def _restore(state: _State, resident: str) -> None:

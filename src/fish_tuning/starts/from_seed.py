@@ -10,7 +10,7 @@ from torch import nn
 from fish_tuning.errors import ConfigurationError
 from fish_tuning.files.seeded import SEEDS, uniform
 from fish_tuning.files.sparse_adapter_file import key_of
-from fish_tuning.sparse.adapter_names import check_adapter
+from fish_tuning.sparse.adapter_names import adapters_of, check_adapter
 from fish_tuning.sparse.masked_tensors import is_masked
 from fish_tuning.sparse.seeded_starts import PROMPT, seeded_bound, starts_at_zero
 
@@ -61,9 +61,7 @@ def start_from_seed(model: nn.Module, seed: int, adapter_name: str | None = None
     prompt = f"prompt_encoder.{adapter_name}.embedding.weight"
     found = False
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if adapter_name not in name.split("."):
-                continue
+        for name, parameter in _own(model, adapter_name):
             key = PROMPT if name == prompt else key_of(name, adapter_name)
             bound = seeded_bound(key, parameter.shape, config)
             if bound is not None:
@@ -78,6 +76,12 @@ def start_from_seed(model: nn.Module, seed: int, adapter_name: str | None = None
             "as (IA)³'s, and needs none, or only PEFT can draw it. LoRA, rsLoRA, DoRA, prefix and prompt tuning, "
             "serial adapters and UniPELT start from a seed."
         )
+
+
+def _own(model: nn.Module, adapter_name: str) -> list[tuple[str, nn.Parameter]]:
+    """The adapter's own parameters: a module of the base model, above another adapter's, may have its name."""
+    parameters = dict(model.named_parameters())
+    return [(name, parameters[name]) for name, of in adapters_of(model, parameters).items() if of == adapter_name]
 
 
 def _check_start(model: nn.Module, config: dict[str, Any], adapter_name: str) -> None:
@@ -95,8 +99,8 @@ def _check_start(model: nn.Module, config: dict[str, Any], adapter_name: str) ->
     if config.get("use_dora"):
         factors = [
             parameter
-            for name, parameter in model.named_parameters()
-            if adapter_name in name.split(".") and starts_at_zero(key_of(name, adapter_name), config)
+            for name, parameter in _own(model, adapter_name)
+            if starts_at_zero(key_of(name, adapter_name), config)
         ]
         if any(bool(factor.any()) for factor in factors):
             raise ConfigurationError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Trainer
 
-from fish_tuning.errors import ConfigurationError
+from fish_tuning.errors import ConfigurationError, FishTuningWarning
 from fish_tuning.scores.loss_vectors import LossFunction
 from fish_tuning.scores.scoring_state import random_state_kept
 
@@ -52,6 +53,10 @@ def calibration_of(trainer: Trainer, num_samples: int = 128) -> dict[str, Any]:
             sigmoid, packed or padding-free rows, which hold several examples, completions whose rewards tell nothing,
             or preferences or completions in several processes.
 
+    Warns:
+        FishTuningWarning: a plain Trainer with a loss of its own (`compute_loss`, `compute_loss_func`,
+            `label_smoothing_factor`), which is not scored.
+
     Example:
         >>> trainer = DPOTrainer(model="...", peft_config=LoraConfig(), ...)  # doctest: +SKIP
         >>> scores = calculate_fisher_information(trainer.model, **calibration_of(trainer))  # doctest: +SKIP
@@ -63,6 +68,7 @@ def calibration_of(trainer: Trainer, num_samples: int = 128) -> dict[str, Any]:
     kind = _kind(trainer)
     _check_rows(trainer)
     if kind is None:
+        _warn_of_own_loss(trainer)
         return {"calibration_dataloader": trainer.get_train_dataloader(), "num_samples": num_samples}
     if trainer.args.world_size > 1:
         raise ConfigurationError(
@@ -87,6 +93,22 @@ def _kind(trainer: Trainer) -> str | None:
             f"{OWN_LOSS}"
         )
     return found
+
+
+def _warn_of_own_loss(trainer: Any) -> None:
+    """Where a Trainer trains on another loss than the model's own."""
+    definer = next(each for each in type(trainer).__mro__ if "compute_loss" in vars(each))
+    reasons = {
+        f"{definer.__name__}.compute_loss": definer.__module__.split(".")[0]
+        not in ("transformers", "trl", "fish_tuning"),
+        "compute_loss_func": getattr(trainer, "compute_loss_func", None) is not None,
+        f"label_smoothing_factor={trainer.args.label_smoothing_factor}": trainer.args.label_smoothing_factor,
+    }
+    if found := [reason for reason, holds in reasons.items() if holds]:
+        warnings.warn(
+            f"{' and '.join(found)}: the Trainer trains on a loss of its own, and entries are scored by the model's. "
+            f"{OWN_LOSS}", FishTuningWarning, stacklevel=3,
+        )  # fmt: skip
 
 
 def _check_rows(trainer: Any) -> None:

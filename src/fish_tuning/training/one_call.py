@@ -37,8 +37,8 @@ def add_mask(trainer: Trainer, mask: Mapping[str, Tensor]) -> None:
         mask: {parameter name: bool tensor}, from `create_mask_from_fisher`.
 
     Raises:
-        MaskError: the mask does not fit the model, the model has one already, or the Trainer has its optimizer already.
-            The Trainer is then unchanged.
+        MaskError: the mask does not fit the model, the model has one already, or the Trainer has its optimizer already
+            or makes its model anew (`model_init`). The Trainer is then unchanged.
 
     Example:
         >>> trainer = SFTTrainer(model="Qwen/Qwen3-0.6B", peft_config=LoraConfig(), ...)  # doctest: +SKIP
@@ -140,6 +140,11 @@ def head_names(model: nn.Module) -> list[str]:
 
 
 def _check_new(trainer: Trainer) -> None:
+    if getattr(trainer, "model_init", None) is not None:
+        raise MaskError(
+            "The Trainer makes its model anew when it trains (model_init), and that one would have no mask. Pass "
+            "model= to it, or use FishTuningTrainer(model_init=..., mask=...), which masks what it makes."
+        )
     if trainer.optimizer is not None:
         raise MaskError(
             "The Trainer has its optimizer already, which holds the whole tensors. Add the mask before train(), to a "

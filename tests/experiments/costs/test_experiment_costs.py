@@ -77,6 +77,7 @@ EXACT = [
     ("base-fish", [BASE]),
     ("prefix_tuning", ["peft=[{method: prefix_tuning, args: {num_virtual_tokens: 4}}]"]),
     ("ia3", ["peft=[{method: ia3}]"]),
+    ("lora-fish", ["fish_tuning.prune_to_ratio_of_baseline=1.0", "lora.fish_rank=2"]),  # the whole pool
 ]
 
 
@@ -183,12 +184,12 @@ def test_a_70_billion_llama_is_planned_in_seconds_without_memory(
 
 
 def test_what_cannot_be_traced_is_told_and_the_rest_is_there(
-    experiment: Experiment, monkeypatch: pytest.MonkeyPatch
+    experiment: Experiment, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     from transformers import BertModel
 
     def forward(*_: Any, **__: Any) -> Any:
-        return torch.ones(1).nonzero().item()
+        return torch.ones(2) + torch.ones(3)
 
     monkeypatch.setattr(BertModel, "forward", forward)
     config = experiment()
@@ -199,6 +200,7 @@ def test_what_cannot_be_traced_is_told_and_the_rest_is_there(
     assert arm.devices[0].traffic > 0
     assert arm.files.mask
     assert any("lora-fish: activations could not be traced" in note for note in costs.notes)
+    assert not caplog.records
     json.dumps(costs.to_dict())
 
 
@@ -210,6 +212,7 @@ def test_what_cannot_be_traced_is_told_and_the_rest_is_there(
         ({"devices": []}, "--devices"),
         ({"devices": [0]}, "--devices"),
         ({"tokens": 0}, "--tokens 0"),
+        ({"tokens": 129}, "--tokens 129: .* has 128 positions"),
     ],
 )
 def test_wrong_options(experiment: Experiment, options: dict[str, Any], said: str) -> None:
@@ -238,6 +241,19 @@ def test_a_gpu_is_planned_for_where_there_is_none(experiment: Experiment, monkey
     assert half.activations is not None
     assert half.activations < (full.activations or 0)
     assert plannable(config, "cpu") is config
+
+
+@pytest.mark.parametrize("place", ["cuda:1", "{bert: 0, classifier: 1}"])
+def test_a_map_of_gpus_is_planned_for_where_there_are_none(
+    experiment: Experiment, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 0)
+    lora = "fish_tuning.methods_to_run=[lora]"
+    plain, mapped = experiment(lora), experiment(lora, f"model.device_map={place}")
+    with pytest.raises(ConfigurationError, match="0 GPUs can be seen"):
+        plan_experiment(mapped)
+    assert costs_of(plannable(mapped, "cuda"), kind="cuda") == costs_of(plannable(plain, "cuda"), kind="cuda")
 
 
 def test_spread() -> None:

@@ -151,3 +151,23 @@ def test_saving_counts_where_the_best_checkpoint_comes_back() -> None:
     assert effective_arguments(arguments) == {"learning_rate": 0.1}
     best = {**arguments, "load_best_model_at_end": True}
     assert effective_arguments(best) == {"save_strategy": "epoch", "learning_rate": 0.1, "load_best_model_at_end": True}
+
+
+@pytest.mark.parametrize(
+    "variables", [{"ACCELERATE_MIXED_PRECISION": "bf16"}, {"ACCELERATE_USE_FSDP": "true"}], ids=str
+)
+def test_what_accelerate_launch_decides_counts(
+    experiment: MakeExperiment, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]
+) -> None:
+    for name in ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_FSDP"):
+        monkeypatch.delenv(name, raising=False)
+    config = experiment()
+    context = make_context(config, plan_experiment(config), TrainerCallback())
+    before = context.keys(context.plan.arms[0], 1, None)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    assert context.keys(context.plan.arms[0], 1, None) == before
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    after = context.keys(context.plan.arms[0], 1, None)
+    assert after.run != before.run
+    assert after.setting != before.setting

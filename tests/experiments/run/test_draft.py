@@ -190,12 +190,15 @@ def test_what_cannot_be_drafted_names_the_key(bert_folder: Path, tmp_path: Path)
 
 
 def test_names_of_columns_and_classes_stay_in_their_lines(bert_folder: Path, tmp_path: Path) -> None:
-    columns = {"no: text # [1]": ["good film", "dull film"] * 8, "label": ["a\nmodel: evil", "yes"] * 8}
+    columns = {"no: text # [1] \U0001f600": ["good film", "dull film"] * 8, "label": ["a\nmodel: evil", "yes"] * 8}
     for split in ("train", "validation"):
         write_split(tmp_path / "odd", split, columns)
     said, plan = planned(draft_experiment(str(bert_folder), [str(tmp_path / "odd")]).text, tmp_path)
     assert said["model"]["name"] == str(bert_folder)
-    assert (said["dataset"]["text_column"], plan.task.labels) == ("no: text # [1]", ("a\nmodel: evil", "yes"))
+    assert (said["dataset"]["text_column"], plan.task.labels) == (
+        "no: text # [1] \U0001f600",
+        ("a\nmodel: evil", "yes"),
+    )
 
 
 @pytest.mark.parametrize(
@@ -209,6 +212,8 @@ def test_names_of_columns_and_classes_stay_in_their_lines(bert_folder: Path, tmp
         "~",
         "x: y",
         "é\n",
+        "a \U0001f600 face",
+        "\x7f\u2028\ufeff",
         "true",
         True,
         None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -116,6 +117,27 @@ def test_workers_get_the_shard_and_no_run_kills_them_for_ever(
     engines.run_on_ray(config, plan_experiment(config), 2, Shard(2, 3), 7.0, ("my_module",))
     assert [call[1:] for call in ray.calls] == [((2, 3), 7.0, {"hf_secret": "${TOKEN}"}, ["my_module"])] * 2
     assert ray.options["max_retries"] == 2 * 2 + 1  # two runs in this shard, of which each may kill two workers
+
+
+def test_runs_that_are_done_anew_count_too(
+    experiment: MakeExperiment, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    written = tmp_path / "results" / "runs" / "lora-seed1.json"
+    written.parent.mkdir(parents=True)
+    written.write_text("{}")
+    os.utime(written, (1, 1))
+
+    class Rewrites(Ray):
+        def wait(self, tasks: list[object], timeout: float) -> tuple[list[object], list[object]]:
+            written.write_text("{}")
+            return super().wait(tasks, timeout)
+
+    finished: list[None] = []
+    monkeypatch.setattr(engines, "_ray", Rewrites)
+    monkeypatch.setattr(engines.RunProgress, "finish", lambda _: finished.append(None))
+    config = experiment("fish_tuning.methods_to_run=[lora]")
+    engines.run_on_ray(config, plan_experiment(config), 1)
+    assert len(finished) == 1
 
 
 def test_workers_do_their_shard_alone(experiment: MakeExperiment, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from transformers import BertConfig, BloomConfig, RobertaConfig
 from fish_tuning.errors import ConfigurationError, FishTuningError
 from fish_tuning.experiments.config.experiment import ExperimentConfig
 from fish_tuning.experiments.config.loading import load_experiment
-from fish_tuning.experiments.run.plan import _positions, plan_experiment
+from fish_tuning.experiments.run.plan import plan_experiment, positions_of
 
 MakeExperiment = Callable[..., ExperimentConfig]
 
@@ -118,9 +118,9 @@ def test_texts_longer_than_the_positions_are_told(experiment: MakeExperiment, tm
 
 
 def test_roberta_has_two_positions_fewer() -> None:
-    assert _positions(RobertaConfig(max_position_embeddings=66)) == 64
-    assert _positions(BertConfig(max_position_embeddings=66)) == 66
-    assert _positions(BloomConfig()) is None
+    assert positions_of(RobertaConfig(max_position_embeddings=66)) == 64
+    assert positions_of(BertConfig(max_position_embeddings=66)) == 66
+    assert positions_of(BloomConfig()) is None
 
 
 def test_a_plan_cannot_be_changed(experiment: MakeExperiment) -> None:

@@ -30,6 +30,7 @@ from fish_tuning.experiments.config.experiment import ExperimentConfig
 from fish_tuning.experiments.data.tasks import encode
 from fish_tuning.experiments.models import quantized
 from fish_tuning.experiments.models.building import build_base_model, build_model
+from fish_tuning.experiments.records.record_files import adapter_folder
 from fish_tuning.experiments.records.run_record import RunRecord
 from fish_tuning.experiments.run.context import make_context
 from fish_tuning.experiments.run.plan import Plan, plan_experiment
@@ -187,6 +188,19 @@ def test_no_part_of_a_new_head_is_quantised(experiment: MakeExperiment, tmp_path
 
 
 @pytest.mark.slow
+def test_the_output_layer_of_a_language_model_is_not_quantised_either(
+    experiment: MakeExperiment, tmp_path: Path
+) -> None:
+    model, data = write_llama(tmp_path / "llama"), write_sums(tmp_path / "sums")
+    skips = FOUR.replace("}", ", llm_int8_skip_modules: [v_proj]}")
+    config = experiment(f"model.name={model}", f"dataset.load_args=[{data}]", skips, "training.max_seq_length=32")
+    plan = plan_experiment(config)
+    kinds = weight_types(build_base_model(config, plan.model_config, plan.task, seed=1))
+    assert {name.rpartition(".")[2] for name, kind in kinds.items() if kind == "Parameter"} == {"v_proj", "lm_head"}
+    run(config)
+
+
+@pytest.mark.slow
 def test_a_model_that_is_stored_in_few_bits_is_taken_as_it_is(
     experiment: MakeExperiment, tmp_path: Path, bert_folder: Path
 ) -> None:
@@ -217,6 +231,11 @@ def test_a_language_model_is_measured_by_its_answers(experiment: MakeExperiment,
     )  # fmt: skip
     records, _ = run(config)
     assert all("exact_match_number" in record.metrics for record in records)
+    for record in records:  # which trl by itself would train in 16 bits
+        folder = adapter_folder(tmp_path / "results", record.arm, record.seed)
+        saved = load_file(folder / "adapter_model.safetensors")
+        assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
+        assert not any(torch.equal(t, t.bfloat16().float()) for name, t in saved.items() if "lora_A" in name)
 
 
 @pytest.mark.parametrize(

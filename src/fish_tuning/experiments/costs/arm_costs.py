@@ -60,6 +60,7 @@ class Work:
     Args:
         model: without weights, in which all of the pool trains; it is used up.
         kept: by the tensors' names; those that train as a whole are not in it.
+        has_mask: whether a mask is saved, also one that leaves nothing out.
         batch, calibration: the largest batch that is trained on, and that is scored.
         score: that its entries are judged by; None where nothing is scored.
         warmup_steps: before they are.
@@ -68,6 +69,7 @@ class Work:
 
     model: Any
     kept: Mapping[str, int]
+    has_mask: bool
     args: TrainingArguments
     batch: Shapes
     calibration: Shapes
@@ -90,7 +92,7 @@ def measure(work: Work) -> Measured:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     make_fake(model, mode)
     with mode:
-        files = _files(model, kept, state, failures)
+        files = _files(work, state, failures)
     calibration = None
     if work.score is not None:
         try:
@@ -153,15 +155,16 @@ def _sizes(model: nn.Module, beside: list[Any], held: list[Trained], state: Opti
     )
 
 
-def _files(model: Any, kept: Mapping[str, int], state: OptimizerState, failures: list[str]) -> Files:
+def _files(work: Work, state: OptimizerState, failures: list[str]) -> Files:
     """Of a model without weights, before anything in it is masked."""
+    model = work.model
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
-    mask = mask_size(shapes) if kept else None
+    mask = mask_size(shapes) if work.has_mask else None
     optimizer = state.nbytes + _RECORD * state.tensors + _ARCHIVE
     if not isinstance(model, PeftModel):
         trained = {name: _described(p) for name, p in model.named_parameters() if p.requires_grad}
         whole = safetensors_size(_whole(model), {"format": "pt"})
-        return Files(delta_size(trained, kept), mask, whole + (mask or 0) + optimizer)
+        return Files(delta_size(trained, work.kept), mask, whole + (mask or 0) + optimizer)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of what is told when it is saved

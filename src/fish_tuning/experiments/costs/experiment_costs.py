@@ -20,7 +20,7 @@ from fish_tuning.experiments.data.tasks import CausalLM
 from fish_tuning.experiments.models.building import build_meta_model
 from fish_tuning.experiments.records.run_record import ArmPlan
 from fish_tuning.experiments.run.arguments import training_arguments
-from fish_tuning.experiments.run.plan import Plan, names_outside_pool
+from fish_tuning.experiments.run.plan import Plan, names_outside_pool, positions_of
 from fish_tuning.masks.budgets import matching_names
 from fish_tuning.masks.selections import SELECTIONS
 
@@ -88,10 +88,11 @@ def plannable(config: ExperimentConfig, kind: str | None) -> ExperimentConfig:
         return {name: value for name, value in values.items() if name != "tf32"} | half
 
     own = changed(config.training.args_override) | {"use_cpu": True}
+    model = config.model.model_copy(update={"device_map": None, "max_memory": None})  # which name devices of elsewhere
     peft = [section.model_copy(update={"training_args": changed(section.training_args)}) for section in config.peft]
     data = config.dataset.model_copy(update={"training_args": changed(config.dataset.training_args)})
     training = config.training.model_copy(update={"args_override": own})
-    return config.model_copy(update={"training": training, "peft": peft, "dataset": data})
+    return config.model_copy(update={"model": model, "training": training, "peft": peft, "dataset": data})
 
 
 def experiment_costs(
@@ -117,6 +118,11 @@ def experiment_costs(
         ConfigurationError: for values that are not allowed, and as `build_meta_model`.
     """
     check_options(devices, strategy, kind, tokens)
+    positions = positions_of(plan.model_config)
+    if tokens is not None and positions is not None and tokens > positions:
+        raise ConfigurationError(
+            f"--tokens {tokens}: {config.model.name!r} has {positions} positions. Give as many tokens or fewer."
+        )
     first = _arguments(config, plan, plan.arms[0])
     kind = kind or ("cpu" if first.device.type == "cpu" else "cuda")
     planner = _Planner(config, plan, kind == "cuda", tokens)
@@ -178,7 +184,8 @@ class _Planner:
             scored = any(self.scores(other) for other in self.plan.arms if self._key(other) == key)
             work = Work(
                 model=model,
-                kept=self._kept(arm, model) if _is_masked(arm) else {},
+                kept=self._kept(arm, model) if arm.selection is not None else {},
+                has_mask=arm.selection is not None,
                 args=_arguments(self.config, self.plan, arm),
                 batch=batch,
                 calibration=first_rows(batch, choice.num_samples),
@@ -197,7 +204,7 @@ class _Planner:
 
     def _key(self, arm: ArmPlan) -> Any:
         section = self.config.method_of(arm.arm)
-        return section.name, self.config.variant_of(arm.arm), arm.kept if _is_masked(arm) else None
+        return section.name, self.config.variant_of(arm.arm), None if arm.selection is None else arm.kept
 
     def _kept(self, arm: ArmPlan, model: Any) -> dict[str, int]:
         """Of each tensor that a mask leaves entries out of."""
@@ -205,10 +212,6 @@ class _Planner:
         outside = matching_names(sizes, names_outside_pool(self.config, self.plan.task, arm.method, arm.settings))
         pool = {name: size for name, size in sizes.items() if name not in outside}
         return {name: count for name, count in spread(arm.kept, pool).items() if count < pool[name]}
-
-
-def _is_masked(arm: ArmPlan) -> bool:
-    return arm.selection is not None and arm.kept < arm.pool
 
 
 def _of_arm(arm: ArmPlan, found: Measured, devices: Sequence[int], strategy: str, scored: bool) -> ArmCosts:

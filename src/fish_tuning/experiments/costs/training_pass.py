@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -82,6 +83,9 @@ def counted(model: nn.Module, mode: FakeTensorMode, held: Iterable[Tensor], *, g
         stack.callback(model.zero_grad)
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")  # of shapes, which nobody runs
+        log = logging.getLogger(FakeTensorMode.__module__)
+        stack.callback(setattr, log, "disabled", log.disabled)
+        log.disabled = True  # it writes out the traceback of what cannot be traced, and a note tells of that
         stack.enter_context(mode)
         stack.enter_context(live)
         stack.enter_context(NoChance())

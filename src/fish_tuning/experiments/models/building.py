@@ -33,7 +33,7 @@ from fish_tuning.experiments.models.base_weights import BaseWeights, train_base_
 from fish_tuning.experiments.models.head_alone import freeze_all_but_head, head_alone_config
 from fish_tuning.experiments.models.peft_methods import peft_config
 from fish_tuning.experiments.models.placement import check_loaded_place, check_modules, loading_place
-from fish_tuning.experiments.models.quantized import loading_arguments, prepared, quantization_of
+from fish_tuning.experiments.models.quantized import kept_whole, loading_arguments, prepared, quantization_of
 from fish_tuning.experiments.models.targets import head_names, linear_names
 from fish_tuning.experiments.models.weights import WEIGHTS_FILES
 from fish_tuning.peft_methods import peft_method
@@ -125,8 +125,12 @@ def build_base_model(
 
     Quantised weights are loaded to `device`, all others to the CPU, unless `model.device_map` says where.
     """
-    quantized = quantization_of(config.model, model_config) is not None
-    head = head_names(_without_weights(config, model_config, task)) if quantized and task.brings_head else []
+    quantization = quantization_of(config.model, model_config)
+    whole = (
+        []
+        if quantization is None
+        else kept_whole(_without_weights(config, model_config, task), quantization, brings_head=task.brings_head)
+    )
     set_seed(seed)
     base, loading = _from_hub(
         _auto_class(task),
@@ -135,8 +139,8 @@ def build_base_model(
         dtype=getattr(torch, config.model.dtype),
         ignore_mismatched_sizes=True,  # a head of another task's size is replaced by a new one
         output_loading_info=True,
-        **loading_arguments(config.model, model_config, head),
-        **loading_place(config.model, device, quantized=quantized),
+        **loading_arguments(config.model, model_config, whole),
+        **loading_place(config.model, device, quantized=quantization is not None),
     )
     _check_loaded(config.model, base, loading)
     check_loaded_place(base)

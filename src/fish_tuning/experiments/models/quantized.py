@@ -13,6 +13,7 @@ from transformers import BitsAndBytesConfig
 from fish_tuning.errors import ConfigurationError
 from fish_tuning.experiments.config.experiment import ExperimentConfig
 from fish_tuning.experiments.config.sections import ModelConfig
+from fish_tuning.experiments.models.targets import head_names
 from fish_tuning.peft_methods import BASE, NEEDS_WHOLE_WEIGHTS
 from fish_tuning.scores.quantized import keep_unpacked
 
@@ -127,11 +128,25 @@ def check_installed(quantization: Quantization | None) -> None:
         )
 
 
+def kept_whole(base: Any, quantization: Quantization, *, brings_head: bool) -> list[str]:
+    """The modules of a model that are never quantised, whatever `llm_int8_skip_modules` says.
+
+    Those of a new head are trained: transformers by itself spares some of them, or none, and PEFT's copy of a quantised
+    one cannot compute. Of a language model's output layer trl takes the weight itself; transformers spares it too,
+    unless it is told what to skip.
+    """
+    if brings_head:
+        return head_names(base)
+    output = base.get_output_embeddings()
+    if quantization.is_stored or not quantization.settings.get(_SKIPPED):
+        return []
+    return [name for name, module in base.named_modules() if module is output]
+
+
 def loading_arguments(model: ModelConfig, model_config: Any, head: Sequence[str]) -> dict[str, Any]:
     """What `from_pretrained` takes to load such weights, its `config` included: a copy, which adapters may change.
 
-    The modules of a new head, which are trained, are never quantised: transformers by itself spares some of them, or
-    none, and PEFT's copy of a quantised one cannot compute.
+    `head` are the modules that stay as they are, from `kept_whole`.
     """
     model_config = copy.deepcopy(model_config)
     quantization = quantization_of(model, model_config)

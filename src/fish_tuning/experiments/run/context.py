@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,6 +93,7 @@ class Context:
         values = {**arguments.to_dict(), "train_batch_size": arguments.train_batch_size}
         if arguments.world_size > 1:
             values |= {"world_size": arguments.world_size}
+        values |= _of_accelerate(arguments)
         return run_keys(self.config, arm, values, {**self.shared, "device": arguments.device.type})
 
     def join(self, launch: Launch) -> None:
@@ -110,6 +112,19 @@ class Context:
 
     def checkpoints(self, arm: ArmPlan, seed: int) -> Path:
         return self.folder / "checkpoints" / run_name(arm.arm, seed)
+
+
+def _of_accelerate(arguments: TrainingArguments) -> dict[str, Any]:
+    """What `accelerate launch` decides by environment variables, where the arguments do not say it."""
+    own = "bf16" if arguments.bf16 else "fp16" if arguments.fp16 else "no"
+    said = {"fsdp": arguments.fsdp, "deepspeed": arguments.deepspeed}
+    engines = [name for name, own in said.items() if not own and _is_on(f"ACCELERATE_USE_{name.upper()}")]
+    precision = getattr(arguments, "mixed_precision", own)
+    return {**({"mixed_precision": precision} if precision != own else {}), **dict.fromkeys(engines, True)}
+
+
+def _is_on(variable: str) -> bool:
+    return os.environ.get(variable, "").lower() in ("1", "true", "yes", "on")
 
 
 def make_context(config: ExperimentConfig, plan: Plan, progress: TrainerCallback) -> Context:

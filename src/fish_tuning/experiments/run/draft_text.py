@@ -13,6 +13,7 @@ from fish_tuning.experiments.config.texts import visible
 WIDTH = 110
 _BLOCKS = ("model", "dataset", "peft", "lora", "fish_tuning", "training", "training.args_override")  # a key a line
 _BARE = re.compile(r"[A-Za-z_][A-Za-z0-9_./-]*")
+_NOT_PRINTABLE = re.compile("[\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]")  # in YAML
 _NO_TEXTS = ("true", "false", "null", "yes", "no", "on", "off", "y", "n", "nan", "inf")
 
 
@@ -59,7 +60,8 @@ def yaml_text(value: Any) -> str:
 def _scalar(value: Any) -> str:
     if isinstance(value, str) and _BARE.fullmatch(value) and value.lower() not in _NO_TEXTS:
         return value
-    return json.dumps(value)
+    # JSON writes a character of two UTF-16 halves as two escapes, which YAML takes for two characters.
+    return _NOT_PRINTABLE.sub(lambda found: f"\\u{ord(found[0]):04x}", json.dumps(value, ensure_ascii=False))
 
 
 def one_line(text: str) -> str:

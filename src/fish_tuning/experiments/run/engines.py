@@ -92,9 +92,10 @@ def run_on_ray(
                 ray.get(done)  # raises what a worker could not handle
             except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError) as error:
                 raise FishTuningError(f"--engine ray: workers die again and again: {error}") from error
-            for _ in range(len(_written(folder)) - len(before)):
+            now = _written(folder)
+            for _ in now - before:  # records that were there, of failures or of other settings, are written anew
                 progress.finish()
-            before = _written(folder)
+            before = now
 
 
 def _work(

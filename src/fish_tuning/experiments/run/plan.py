@@ -138,7 +138,7 @@ def _most_samples(config: ExperimentConfig) -> tuple[str, int]:
 def _check_length(config: ExperimentConfig, task: Task, tokenizer: Any, model_config: Any) -> None:
     """Refuse texts longer than the model's positions; tokenises only where max_seq_length would let such texts pass."""
     asked = config.training.max_seq_length
-    positions = _positions(model_config)
+    positions = positions_of(model_config)
     if positions is None or asked + task.tokens_written <= positions:
         return
     encoded = encode(task, tokenizer, asked)
@@ -157,7 +157,7 @@ def _check_length(config: ExperimentConfig, task: Task, tokenizer: Any, model_co
         )
 
 
-def _positions(model_config: Any) -> int | None:
+def positions_of(model_config: Any) -> int | None:
     """How many tokens the model has positions for; None where it sets no bound."""
     positions = getattr(model_config, "max_position_embeddings", None)
     if not isinstance(positions, int) or positions < 1:  # relative positions only

@@ -11,7 +11,7 @@ from accelerate.utils import gather_object  # type: ignore[import-untyped]
 from datasets import Dataset
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
@@ -30,6 +30,24 @@ def sft_config(args: TrainingArguments) -> SFTConfig:
     return config
 
 
+class _OwnWeights(TrainerCallback):
+    """Gives a model its trained tensors back once the Trainer is made, and before a mask takes them.
+
+    Of a quantised model trl casts them to bfloat16, in which steps as small as a usual learning rate's are lost; scores
+    and starts are of float32, and so are other tasks' adapters.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.weights = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
+
+    def on_init_end(self, *_: Any, model: Any = None, **__: Any) -> None:
+        for name, weight in self.weights.items():
+            parameter = model.get_parameter(name)
+            if parameter.dtype != weight.dtype:
+                parameter.data = weight
+        self.weights = {}
+
+
 class CompletionTrainer(SFTTrainer):
     """An SFTTrainer of rows with `input_ids` and `labels`. `max_new_tokens` above 0 makes it generate answers.
 
@@ -37,10 +55,10 @@ class CompletionTrainer(SFTTrainer):
     answers also the share that matches. They take `prompt_ids` and `reference` of the evaluation rows.
     """
 
-    def __init__(self, *, max_new_tokens: int = 0, **arguments: Any) -> None:
+    def __init__(self, *, max_new_tokens: int = 0, callbacks: Sequence[TrainerCallback] = (), **arguments: Any) -> None:
         self.max_new_tokens = max_new_tokens
         self.rows: Dataset = arguments["eval_dataset"]
-        super().__init__(**arguments)
+        super().__init__(callbacks=[_OwnWeights(arguments["model"]), *callbacks], **arguments)
 
     def evaluation_loop(
         self,
