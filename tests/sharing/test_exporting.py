@@ -236,7 +236,7 @@ def test_the_card_hands_on_what_the_other_told(base_folder: Path, tmp_path: Path
     card = (tmp_path / "small" / "README.md").read_text()
     for text in (
         "# Reviews, exported as a LoRA", "| data set | `rotten_tomatoes` |", "| score | a \\| b |",
-        "This adapter was not measured. What the card of that one told: accuracy 0.81.",
+        "This adapter was not measured. The card of that one told:\n\n> accuracy 0.81.\n\n## Use",
     ):  # fmt: skip
         assert text in card
     assert card.count("| lora_alpha |") == 1

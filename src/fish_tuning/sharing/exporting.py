@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, ModulesToSaveWrap
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from fish_tuning.errors import ConfigurationError
+from fish_tuning.errors import ConfigurationError, FishTuningWarning
 from fish_tuning.files.atomic import whole_folder
 from fish_tuning.sharing.card import CARD, CardFacts, public_name, read_card
 from fish_tuning.sharing.folder import MODEL_CONFIG, PROCESSING_FILES, check_new, complete_adapter
@@ -109,7 +110,9 @@ def export_adapter(
             done = ExportedAdapter(ranks, *lora.errors(), weights.stat().st_size, after)
             _copy_what_lies_beside(path, unfinished)
             del model
-            small = load_adapter(unfinished, **loading)  # what stock PEFT cannot load is never put in its place
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FishTuningWarning)  # which is told of the adapter that came already
+                small = load_adapter(unfinished, **loading)  # what stock PEFT cannot load is never put in its place
             facts = _facts(Path(os.fspath(folder)).name, path, weights, settings, done)
             complete_adapter(small, unfinished, facts=facts)
     return done
@@ -313,8 +316,11 @@ def _facts(name: str, path: Path, weights: Path, settings: Mapping[str, Any], do
         "ranks": ranks_text(done),
         "lost": lost_text(done),
     }
-    told = "not measured. " if done.error else "not measured; it computes what the adapter that it was made of does. "
-    result = f"This adapter was {told}What the card of that one told: {card.result}" if card and card.result else ""
+    result = ""
+    if card and card.result:
+        told = "was not measured" if done.error else "computes the same as the one that it was made of"
+        quoted = "\n".join(f"> {line}".rstrip() for line in card.result.splitlines())
+        result = f"This adapter {told}. The card of that one told:\n\n{quoted}"
     return CardFacts(
         title=f"{card.title if card else 'FISH-Tuning adapter'}, exported as a LoRA of {ranks_text(done)}",
         base_model=settings.get("base_model_name_or_path"),
