@@ -17,6 +17,7 @@ PAPER = "https://arxiv.org/abs/2504.04050"
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 # The card's own digest: whoever changes a word of it has written it.
 _MARK = re.compile(r"<!-- Written by fish-tuning \(([0-9a-f]{12})\);[^\n]*-->\n\n")
+_RESULT = re.compile(r"^## Result\n\n(.*?)\n\n## Use$", re.DOTALL | re.MULTILINE)
 _FOLDER_NOTE = " (a folder, not a model of the hub; put its own name in its place)"
 # Rows of the card's table that the adapter's own files tell.
 OF_THE_FILES = (
@@ -133,12 +134,22 @@ def read_card(content: bytes) -> ReadCard | None:
     body = parts[1]
     title = re.match(r"# ([^\n]*)", body)
     rows = dict(re.findall(r"^\| ([^|\n]+?) \| (.*) \|$", body, re.MULTILINE))
-    result = re.search(r"^## Result\n\n(.*?)\n\n## Use$", body, re.DOTALL | re.MULTILINE)
+    result = _RESULT.search(body)
     return ReadCard(
         title[1] if title else "",
         {name: text.replace("\\|", "|") for name, text in rows.items() if name not in OF_THE_FILES},
         result[1] if result else "",
     )
+
+
+def with_paragraph(content: bytes, paragraph: str) -> bytes:
+    """Our card with this paragraph after its result, in place of the one that was there; a user's as it is."""
+    parts = _split(content)
+    if parts is None or not (found := _RESULT.search(parts[1])):
+        return content
+    metadata, body = parts
+    own = found[1].partition("\n\n")[0]
+    return _marked(metadata, f"{body[: found.start(1)]}{own}\n\n{paragraph}{body[found.end(1) :]}").encode()
 
 
 def _marked(metadata: str, body: str) -> str:
