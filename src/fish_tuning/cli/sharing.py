@@ -91,7 +91,12 @@ def pull(
 @app.command()
 def predict(
     folder: Folder,
-    source: Annotated[str, typer.Argument(metavar="INPUT", help="A csv, tsv, json, jsonl or txt file, or a text.")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="INPUT", help="A csv, tsv, json, jsonl or txt file, a text, an image, or a folder of images."
+        ),
+    ],
     output: Annotated[
         Path | None,
         typer.Option("--output", metavar="FILE", help="A .csv, .json or .jsonl file; else the terminal."),
@@ -100,7 +105,9 @@ def predict(
         list[str] | None, typer.Option(metavar="NAME", help="A column of texts; twice for pairs.")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows at a time.")] = 16,
-    max_length: Annotated[int | None, typer.Option(min=1, help="Tokens that a text is cut to.")] = None,
+    max_length: Annotated[
+        int | None, typer.Option(min=1, help="Tokens that a text is cut to; as in training where that is known.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens that a language model may write.")] = 256,
     chat_template: Annotated[
         bool | None, typer.Option("--chat-template/--no-chat-template", help="By default where there is one.")
