@@ -216,6 +216,7 @@ def test_the_folder_stands_alone(classifier: Any, adapter: Path, tmp_path: Path)
         assert torch.equal(*(load_file(f / "adapter_model.safetensors")[key] for f in (adapter, tmp_path / "small")))
     config = json.loads((tmp_path / "small" / "adapter_config.json").read_text())
     assert (config["task_type"], config["r"], config["modules_to_save"][:1]) == ("SEQ_CLS", 2, ["classifier"])
+    assert config["rank_pattern"] == config["alpha_pattern"] == {}  # all layers are alike
     assert len(config["modules_to_save"]) == len(set(config["modules_to_save"]))
     assert AutoTokenizer.from_pretrained(tmp_path / "small")("good film").input_ids
     assert predict(tmp_path / "small", [{"text": "good film"}])[0]["prediction"] in ("bad", "fair", "good")

@@ -192,6 +192,8 @@ def _smaller(config: Any, model: Any, ranks: dict[str, int], alphas: dict[str, f
         made.rank_pattern = {f"^{re.escape(name)}": rank for name, rank in ranks.items()}
         made.alpha_pattern = {f"^{re.escape(name)}": alpha for name, alpha in alphas.items()}
         made.target_modules = "|".join(map(re.escape, sorted(ranks)))
+    if len(set(ranks.values())) == len(set(alphas.values())) == 1:
+        made.rank_pattern, made.alpha_pattern = {}, {}  # not every server reads them
     if made.modules_to_save:  # PEFT names a task's own head anew whenever it loads an adapter
         made.modules_to_save = list(dict.fromkeys(made.modules_to_save))
     made.exclude_modules = made.layers_to_transform = made.layers_pattern = None
