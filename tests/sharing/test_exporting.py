@@ -39,6 +39,7 @@ from fish_tuning import (
     save_sparse_adapter,
     start_from_seed,
 )
+from fish_tuning.adapters import SerialAdapterConfig
 from fish_tuning.cli import app
 from fish_tuning.sharing.exporting import ExportedAdapter
 from fish_tuning.sharing.low_rank import distance, norm, truncated
@@ -339,6 +340,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: peft.IA3Config(target_modules=["query"], feedforward_modules=[]), "PEFT converts no IA3 layer .* merge",
     ),
     "oft": (lambda: peft.OFTConfig(r=2, oft_block_size=0, target_modules=["query"]), "OFT cannot be exported"),
+    "serial": (lambda: SerialAdapterConfig(bottleneck_size=2), "SERIAL_ADAPTER .* Keep the adapter as it is"),
     "prefix": (lambda: peft.PrefixTuningConfig(num_virtual_tokens=2), "PREFIX_TUNING .* Keep the adapter as it is"),
 }  # fmt: skip
 

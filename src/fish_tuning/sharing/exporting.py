@@ -30,6 +30,7 @@ from fish_tuning.sharing.folder import MODEL_CONFIG, PROCESSING_FILES, check_new
 from fish_tuning.sharing.hub import fetched
 from fish_tuning.sharing.loading import load_adapter, read_adapter_config
 from fish_tuning.sharing.low_rank import distance, norm, truncated
+from fish_tuning.sharing.usage import OWN_METHODS
 from fish_tuning.sparse.compact import PREFIX, Factors, lora_factors, why_whole, write_lora
 from fish_tuning.sparse.sparse_adapters import write_adapter_folder
 
@@ -265,7 +266,11 @@ def _as_stored(tensors: Mapping[str, Tensor], stored: Mapping[str, torch.dtype])
 
 def _refusal(model: PeftModel, kind: str, reason: str) -> ConfigurationError:
     tuner: Any = model.base_model
-    merges = callable(getattr(tuner, "merge_and_unload", None)) and not model.active_peft_config.is_prompt_learning
+    merges = (
+        callable(getattr(tuner, "merge_and_unload", None))
+        and not model.active_peft_config.is_prompt_learning
+        and kind not in OWN_METHODS
+    )
     way_out = (
         "fish-tuning merge FOLDER --output DIR writes it and its base model as one ordinary model."
         if merges
