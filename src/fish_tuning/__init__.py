@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from fish_tuning.scores.moments import Moments, measure_moments
     from fish_tuning.scores.named import Evidence, register_score
     from fish_tuning.sharing.card import CardFacts
+    from fish_tuning.sharing.exporting import ExportedAdapter, export_adapter
     from fish_tuning.sharing.folder import complete_adapter
     from fish_tuning.sharing.hub import pull_adapter, push_adapter
     from fish_tuning.sharing.loading import load_adapter
@@ -114,6 +115,8 @@ _PUBLIC = {
     # share it
     "CardFacts": "sharing.card",
     "complete_adapter": "sharing.folder",
+    "ExportedAdapter": "sharing.exporting",
+    "export_adapter": "sharing.exporting",
     "load_adapter": "sharing.loading",
     "merge_adapter": "sharing.merging",
     "pull_adapter": "sharing.hub",
@@ -136,6 +139,7 @@ __all__ = [
     "ConfigurationError",
     "Delta",
     "Evidence",
+    "ExportedAdapter",
     "FishMaskCallback",
     "FishTuningError",
     "FishTuningTrainer",
@@ -158,6 +162,7 @@ __all__ = [
     "count_trainable_parameters",
     "create_mask_from_fisher",
     "create_shira_config",
+    "export_adapter",
     "fish_tune",
     "get_mask",
     "is_masked",

@@ -10,22 +10,26 @@ from typing import Any
 import pytest
 import torch
 from folders import write_bert
-from peft import PeftModel, get_peft_model
-from safetensors.torch import load_file
+from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from tiny import assert_same_tensors, random_mask, text_batch
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from fish_tuning import (
     ConfigurationError,
+    FishTuningWarning,
     MaskError,
     apply_mask,
+    complete_adapter,
     count_trainable_parameters,
     get_mask,
     is_masked,
     load_adapter,
     load_mask,
+    merge_adapter,
 )
 from fish_tuning.adapters import SerialAdapterConfig
+from fish_tuning.sharing.predicting import predict
 
 INPUTS = {name: tensor % 19 for name, tensor in text_batch().items()}
 
@@ -132,3 +136,76 @@ def test_load_mask_takes_a_folder(adapter: Path, tmp_path: Path) -> None:
 
 def test_the_weights_are_peft_s_own(classifier: Any, adapter: Path) -> None:
     assert all("classifier" in name or "lora_" in name for name in load_file(adapter / "adapter_model.safetensors"))
+
+
+# Tensors that come from nowhere
+
+
+@pytest.fixture
+def without_pooler(base_folder: Path, tmp_path: Path) -> Path:
+    base = tmp_path / "no-pooler"
+    shutil.copytree(base_folder, base)
+    state = load_file(base / "model.safetensors")
+    save_file(
+        {name: tensor for name, tensor in state.items() if "pooler" not in name},
+        base / "model.safetensors",
+        {"format": "pt"},
+    )
+    return base
+
+
+def lora_on(base: Path, folder: Path, **config: Any) -> Path:
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=2)
+    adapted = get_peft_model(model, LoraConfig(target_modules=["query"], **config))
+    adapted.save_pretrained(folder)
+    complete_adapter(adapted, folder)
+    return folder
+
+
+def test_random_tensors_are_told_and_make_no_prediction(without_pooler: Path, tmp_path: Path) -> None:
+    folder = lora_on(without_pooler, tmp_path / "pooled", task_type="SEQ_CLS")
+    message = r"nor the adapter has bert\.pooler\.dense\.bias, bert\.pooler\.dense\.weight: they are new random numbers"
+    with pytest.warns(FishTuningWarning, match=message):
+        load_adapter(folder)
+    with pytest.raises(ConfigurationError, match=message):
+        predict(folder, [{"text": "good film"}])
+    with pytest.raises(ConfigurationError, match=r"train again with these modules in modules_to_save"):
+        merge_adapter(folder, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_head_that_nobody_has_is_told(base_folder: Path, tmp_path: Path) -> None:
+    folder = lora_on(base_folder, tmp_path / "headless")
+    with pytest.warns(FishTuningWarning, match=r"has classifier\.bias, classifier\.weight"):
+        load_adapter(folder)
+
+
+@pytest.mark.filterwarnings("error::fish_tuning.FishTuningWarning")
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"task_type": "SEQ_CLS", "modules_to_save": ["pooler"]},
+        {"modules_to_save": ["classifier", "pooler"]},
+    ],
+)
+def test_what_the_adapter_brings_is_not(config: dict[str, Any], without_pooler: Path, tmp_path: Path) -> None:
+    folder = lora_on(without_pooler, tmp_path / "whole", **config)
+    assert torch.equal(logits(load_adapter(folder)), logits(load_adapter(folder)))
+    assert predict(folder, [{"text": "good film"}])
+
+
+@pytest.mark.filterwarnings("error::fish_tuning.FishTuningWarning")
+def test_tied_weights_and_prompts_bring_all_they_need(base_folder: Path, llama_folder: Path, tmp_path: Path) -> None:
+    base = AutoModelForCausalLM.from_pretrained(llama_folder, tie_word_embeddings=True)
+    base.config.tie_word_embeddings = True
+    base.save_pretrained(tmp_path / "tied")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "tied")
+    model = get_peft_model(base, LoraConfig(target_modules=["q_proj", "embed_tokens"]))
+    model.save_pretrained(tmp_path / "adapter")
+    complete_adapter(model, tmp_path / "adapter")
+    load_adapter(tmp_path / "adapter")
+    head = AutoModelForSequenceClassification.from_pretrained(base_folder, num_labels=2)
+    prefix = get_peft_model(head, PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=2))
+    prefix.save_pretrained(tmp_path / "prefix")
+    complete_adapter(prefix, tmp_path / "prefix")
+    load_adapter(tmp_path / "prefix")

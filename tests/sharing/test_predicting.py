@@ -10,17 +10,22 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
+from PIL import Image
 from tiny import lora, random_mask, vit
 from transformers import (
+    AutoImageProcessor,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     AutoTokenizer,
+    ViTForImageClassification,
+    ViTImageProcessor,
     pipeline,
 )
 from typer.testing import CliRunner, Result
 
-from fish_tuning import ConfigurationError, apply_mask, complete_adapter
+from fish_tuning import ConfigurationError, apply_mask, complete_adapter, load_adapter
 from fish_tuning.adapters import SerialAdapterConfig
 from fish_tuning.cli import app
 from fish_tuning.sharing.predicting import predict
@@ -148,15 +153,78 @@ def test_a_missing_file_is_no_text(adapter: Path, tmp_path: Path) -> None:
     assert text_columns([{"label": "a", "text": "b"}]) == ("text",)
 
 
-def test_images_are_refused_by_name(tmp_path: Path) -> None:
-    vit().save_pretrained(tmp_path / "base")
-    from transformers import ViTForImageClassification
+@pytest.fixture
+def image_adapter(tmp_path: Path) -> Path:
+    base = vit(num_channels=3, id2label={0: "cat", 1: "dog", 2: "owl"})
+    base.save_pretrained(tmp_path / "image-base")
+    ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(tmp_path / "image-base")
+    model = lora(ViTForImageClassification.from_pretrained(tmp_path / "image-base"))
+    model.save_pretrained(tmp_path / "image-adapter")
+    complete_adapter(model, tmp_path / "image-adapter")
+    return tmp_path / "image-adapter"
 
-    model = lora(ViTForImageClassification.from_pretrained(tmp_path / "base"))
-    model.save_pretrained(tmp_path / "images")
-    complete_adapter(model, tmp_path / "images")
-    with pytest.raises(ConfigurationError, match="ViTForImageClassification is for something else"):
-        predict(tmp_path / "images", [{"text": "good"}])
+
+def write_images(folder: Path) -> list[Path]:
+    (folder / "deeper").mkdir(parents=True)
+    files = [folder / "a.png", folder / "b.PNG", folder / "deeper" / "c.jpg"]
+    for number, (file, mode) in enumerate(zip(files, ("L", "RGBA", "RGB"), strict=True)):
+        Image.effect_noise((20 + number, 12), 90).convert(mode).save(file)
+    (folder / "notes.txt").write_text("no image")
+    return files
+
+
+def test_images_of_a_folder_and_alone(image_adapter: Path, tmp_path: Path) -> None:
+    files = write_images(tmp_path / "images")
+    done = invoke("predict", image_adapter, tmp_path / "images", "--output", tmp_path / "out.jsonl", "--batch-size", 2)
+    assert done.exit_code == 0, done.output
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [row["image"] for row in rows] == list(map(str, files))
+    processor = AutoImageProcessor.from_pretrained(image_adapter)
+    with torch.no_grad():
+        pixels = processor(images=[Image.open(file).convert("RGB") for file in files], return_tensors="pt")
+        shares = load_adapter(image_adapter)(**pixels).logits.softmax(-1).tolist()
+    for row, expected in zip(rows, shares, strict=True):
+        assert [row[f"probability_{name}"] for name in ("cat", "dog", "owl")] == pytest.approx(expected, abs=1e-5)
+    alone = invoke("predict", image_adapter, files[1])
+    assert json.loads(alone.stdout.splitlines()[-1])["prediction"] == rows[1]["prediction"]
+    (one,) = predict(image_adapter, [{"image": Image.open(files[0])}])
+    assert one["probability"] == pytest.approx(rows[0]["probability"], abs=1e-5)
+
+
+def test_images_that_cannot_be_read(image_adapter: Path, adapter: Path, tmp_path: Path) -> None:
+    files = write_images(tmp_path / "images")
+    files[0].write_bytes(files[0].read_bytes()[:40])
+    (tmp_path / "empty").mkdir()
+    for arguments, message in (
+        ((image_adapter, tmp_path / "images"), "a.png' is no image that can be read"),
+        ((image_adapter, tmp_path / "empty"), "has no images (.bmp"),
+        ((image_adapter, "gone.png"), "There is no file 'gone.png'"),
+        ((image_adapter, "good film"), "ViTForImageClassification reads images, not text. Give image files"),
+        ((adapter, files[1]), "BertForSequenceClassification reads texts, not image."),
+    ):
+        done = invoke("predict", *arguments)
+        assert (done.exit_code, "Traceback" in done.output) == (2, False), done.output
+        assert message in done.stderr
+    for file in tmp_path.rglob("preprocessor_config.json"):
+        file.unlink()
+    done = invoke("predict", image_adapter, files[1])
+    assert (done.exit_code, "There is no image processor in" in done.stderr) == (2, True), done.output
+
+
+def test_models_for_something_else_are_refused_by_name(base_folder: Path, tmp_path: Path) -> None:
+    model = get_peft_model(AutoModel.from_pretrained(base_folder), LoraConfig(target_modules=["query"]))
+    model.save_pretrained(tmp_path / "features")
+    complete_adapter(model, tmp_path / "features")
+    with pytest.raises(ConfigurationError, match="BertModel is for something else"):
+        predict(tmp_path / "features", [{"text": "good"}])
+
+
+def test_texts_are_cut_to_what_the_tokenizer_beside_the_adapter_says(adapter: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(adapter)
+    tokenizer.model_max_length = 5
+    tokenizer.save_pretrained(adapter)
+    long, cut = ({**predict(adapter, [{"text": text}])[0], "text": ""} for text in ("good film " * 9, "good film good"))
+    assert long == cut
 
 
 # Merged

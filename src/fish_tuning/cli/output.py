@@ -1,4 +1,4 @@
-"""What `fish-tuning run` tells, and where: for people, for a program (`--json`), or only errors (`--quiet`)."""
+"""What `run` and `plan` tell, and where: for people, for a program (`--json`), or only errors (`--quiet`)."""
 
 from __future__ import annotations
 
@@ -72,13 +72,18 @@ class Output:
 
     def finish(self) -> None:
         """Write the document."""
-        import json
-
-        from fish_tuning.experiments.config.secrets import scrubbed
-
         if self.as_json:
-            self.out.write(f"{scrubbed(json.dumps(self.found, indent=2, allow_nan=False))}\n")
-            self.out.flush()
+            write_document(self.found, self.out)
+
+
+def write_document(content: Any, out: Any) -> None:
+    """One JSON document to what `stdout_kept` gives, without values that came from the environment."""
+    import json
+
+    from fish_tuning.experiments.config.secrets import scrubbed
+
+    out.write(f"{scrubbed(json.dumps(content, indent=2, allow_nan=False))}\n")
+    out.flush()
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import typer
 
@@ -20,6 +20,7 @@ from fish_tuning.cli.application import (
     tell,
     told_full,
 )
+from fish_tuning.cli.output import stdout_kept, write_document
 
 
 class HowPlanned(NamedTuple):
@@ -47,7 +48,9 @@ def plan(
     tokens: Annotated[
         int | None, typer.Option(help="Length of the longest text; by default that of the training set's.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="All of it in bytes, as JSON.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="All of it in bytes, as one JSON document on standard output.")
+    ] = False,
     extension: ExtensionOption = None,
 ) -> None:
     """Show what each arm needs before anything is trained: memory, traffic and files.
@@ -66,15 +69,12 @@ def plan_command(config: str, overrides: list[str], how: HowPlanned) -> int:
     from fish_tuning.errors import FishTuningError
 
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), stdout_kept(how.as_json) as out:
             if not sys.warnoptions:
                 warnings.simplefilter("ignore", FutureWarning)
-            _plan(config, overrides, how)
+            _plan(config, overrides, how, out)
     except FishTuningError as error:
         tell(f"error: {error}", err=True)
-        return WRONG_USE
-    except ImportError as error:  # of what the file asks a model for, such as an attention of another package
-        tell(f"error: a package is missing: {error}", err=True)
         return WRONG_USE
     except OSError as error:
         return told_full(error, "Make room for the data set that is read.")
@@ -84,9 +84,7 @@ def plan_command(config: str, overrides: list[str], how: HowPlanned) -> int:
     return OK
 
 
-def _plan(config_name: str, overrides: list[str], how: HowPlanned) -> None:
-    import json
-
+def _plan(config_name: str, overrides: list[str], how: HowPlanned, out: Any) -> None:
     from fish_tuning.experiments.config.extensions import load_extensions
     from fish_tuning.experiments.config.loading import load_experiments
 
@@ -106,7 +104,7 @@ def _plan(config_name: str, overrides: list[str], how: HowPlanned) -> None:
             experiment_costs(config, planned, devices=devices, strategy=how.strategy, kind=how.on, tokens=how.tokens)
         )
     if how.as_json:
-        tell(json.dumps([costs.to_dict() for costs in found], indent=1))
+        write_document([costs.to_dict() for costs in found], out)
         return
     for costs in found:
         show_costs(console(), costs)

@@ -1,4 +1,4 @@
-"""The commands on saved adapters: `fish-tuning push`, `pull`, `predict` and `merge`."""
+"""The commands on saved adapters: `fish-tuning push`, `pull`, `predict`, `merge` and `export`."""
 
 from __future__ import annotations
 
@@ -91,7 +91,12 @@ def pull(
 @app.command()
 def predict(
     folder: Folder,
-    source: Annotated[str, typer.Argument(metavar="INPUT", help="A csv, tsv, json, jsonl or txt file, or a text.")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="INPUT", help="A csv, tsv, json, jsonl or txt file, a text, an image, or a folder of images."
+        ),
+    ],
     output: Annotated[
         Path | None,
         typer.Option("--output", metavar="FILE", help="A .csv, .json or .jsonl file; else the terminal."),
@@ -100,7 +105,9 @@ def predict(
         list[str] | None, typer.Option(metavar="NAME", help="A column of texts; twice for pairs.")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows at a time.")] = 16,
-    max_length: Annotated[int | None, typer.Option(min=1, help="Tokens that a text is cut to.")] = None,
+    max_length: Annotated[
+        int | None, typer.Option(min=1, help="Tokens that a text is cut to; as in training where that is known.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens that a language model may write.")] = 256,
     chat_template: Annotated[
         bool | None, typer.Option("--chat-template/--no-chat-template", help="By default where there is one.")
@@ -150,3 +157,37 @@ def merge(
 
         merge_adapter(folder, output, base_model=base_model, revision=revision)
     tell(f"written: {output}")
+
+
+@app.command()
+def export(
+    folder: Annotated[
+        str, typer.Argument(metavar="FOLDER", help="An adapter's folder, a sparse adapter's file, or a hub name.")
+    ],
+    output: Annotated[str, typer.Argument(metavar="OUT", help="A new or empty folder.")],
+    rank: Annotated[
+        str,
+        typer.Option(
+            metavar="R",
+            help="The highest rank of a layer, such as 4; or, with a point, the share of each layer's squared singular "
+            "values to keep at the lowest rank that does, such as 0.99.",
+        ),
+    ],
+    base_model: BaseModel = None,
+    revision: Revision = None,
+) -> None:
+    """Write an adapter as an ordinary LoRA of a lower rank, which stock PEFT loads, and tell what that lost.
+
+    Exit code: 0, 1 when the disk is full, 2 when the rank cannot be or the method is no LoRA's.
+    """
+    with _notes_told():
+        from fish_tuning.sharing.exporting import export_adapter, lost_text, parse_rank, ranks_text
+
+        done = export_adapter(folder, output, rank=parse_rank(rank), base_model=base_model, revision=revision)
+    tell(f"written: {output} (a LoRA of {ranks_text(done)})")
+    tell(f"lost: {lost_text(done)}")
+    tell(f"bytes of weights: {done.bytes_before:,} before, {done.bytes_after:,} after")
+    if done.bytes_after >= done.bytes_before:
+        tell("note: it is not smaller than what it was made of.")
+    if done.error:
+        tell("note: what that costs on the task was not measured; predict with both and compare.")

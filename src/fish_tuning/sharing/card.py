@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_from_cache
 
@@ -17,7 +17,13 @@ PAPER = "https://arxiv.org/abs/2504.04050"
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 # The card's own digest: whoever changes a word of it has written it.
 _MARK = re.compile(r"<!-- Written by fish-tuning \(([0-9a-f]{12})\);[^\n]*-->\n\n")
+_RESULT = re.compile(r"^## Result\n\n(.*?)\n\n## Use$", re.DOTALL | re.MULTILINE)
 _FOLDER_NOTE = " (a folder, not a model of the hub; put its own name in its place)"
+# Rows of the card's table that the adapter's own files tell.
+OF_THE_FILES = (
+    "base model", "method", "r", "lora_alpha", "num_virtual_tokens", "bottleneck_size", "target_modules",
+    "modules_to_save", "chosen entries", "trained entries", "versions",
+)  # fmt: skip
 _NO_LICENSE = "# license:  # the base model's card names none that is known here; set the adapter's own\n"
 
 CITATION = """\
@@ -110,6 +116,40 @@ def with_base_model(content: bytes, name: str) -> bytes:
     metadata, body = parts
     body = re.sub(rf"`[^`]*`([^`|]*(?:`[^`]*`)?){re.escape(_FOLDER_NOTE)}", rf"`{name}`\1", body, count=1)
     return _marked(f"base_model: {name}\n{metadata}", body).encode()
+
+
+class ReadCard(NamedTuple):
+    """What one of our cards told of how the adapter was made, beside what its own files tell."""
+
+    title: str
+    rows: dict[str, str]
+    result: str
+
+
+def read_card(content: bytes) -> ReadCard | None:
+    """What a card of ours tells; None for one that a user has written or changed."""
+    parts = _split(content)
+    if parts is None:
+        return None
+    body = parts[1]
+    title = re.match(r"# ([^\n]*)", body)
+    rows = dict(re.findall(r"^\| ([^|\n]+?) \| (.*) \|$", body, re.MULTILINE))
+    result = _RESULT.search(body)
+    return ReadCard(
+        title[1] if title else "",
+        {name: text.replace("\\|", "|") for name, text in rows.items() if name not in OF_THE_FILES},
+        result[1] if result else "",
+    )
+
+
+def with_paragraph(content: bytes, paragraph: str) -> bytes:
+    """Our card with this paragraph after its result, in place of the one that was there; a user's as it is."""
+    parts = _split(content)
+    if parts is None or not (found := _RESULT.search(parts[1])):
+        return content
+    metadata, body = parts
+    own = found[1].partition("\n\n")[0]
+    return _marked(metadata, f"{body[: found.start(1)]}{own}\n\n{paragraph}{body[found.end(1) :]}").encode()
 
 
 def _marked(metadata: str, body: str) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
 
-from fish_tuning.errors import MaskError
+from fish_tuning.errors import ConfigurationError, MaskError
 from fish_tuning.files.atomic import write_atomically
 from fish_tuning.files.delta_file import DELTA_FILE_NAME
 from fish_tuning.files.mask_file import MASK_FILE_NAME, load_mask
@@ -106,6 +106,12 @@ def completed(model: Any, folder: Path, adapters: Mapping[str, str]) -> Iterator
             complete_adapter(model, folder / subfolder, adapter)
 
 
+def check_new(folder: Path) -> None:
+    """Refuse a folder with something in it: what is written there is a whole of its own."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigurationError(f"{str(folder)!r} is there already. Give a new folder, or remove it first.")
+
+
 def base_of(model: Any) -> Any:
     """The model below the adapter."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -175,7 +181,7 @@ def _adapter_rows(config: Any) -> Iterable[tuple[str, str]]:
     for name in ("r", "lora_alpha", "num_virtual_tokens", "bottleneck_size", "target_modules", "modules_to_save"):
         value = getattr(config, name, None)
         if value:
-            values = sorted(value) if isinstance(value, set | list | tuple) else [value]
+            values = sorted(set(value)) if isinstance(value, set | list | tuple) else [value]
             yield name, ", ".join(f"`{each}`" if isinstance(each, str) else str(each) for each in values)
 
 

@@ -22,7 +22,7 @@ from fish_tuning.files.atomic import disk_full, recover_folder, whole_folder
 from fish_tuning.files.delta_file import DELTA_FILE_NAME
 from fish_tuning.files.mask_file import MASK_FILE_NAME, load_mask
 from fish_tuning.sharing.card import CARD, is_hub_name, is_local, public_name, users_card, with_base_model
-from fish_tuning.sharing.folder import ADAPTER_CONFIG
+from fish_tuning.sharing.folder import ADAPTER_CONFIG, check_new
 
 # The errors of the HTTP library that this version of huggingface_hub speaks with, whichever it is.
 _TRANSPORT: type[BaseException] = HfHubHTTPError.__bases__[0]
@@ -139,8 +139,7 @@ def pull_adapter(
         >>> pull_adapter("me/my-adapter", "adapter")  # doctest: +SKIP
     """
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigurationError(f"{str(folder)!r} is there already. Give a new folder, or remove it first.")
+    check_new(folder)
     found = _snapshot(repo_id, revision, token)
     with whole_folder(folder) as unfinished:
         shutil.copytree(found, unfinished, dirs_exist_ok=True)

@@ -5,16 +5,19 @@ from __future__ import annotations
 import importlib
 import json
 import os
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import transformers
 from peft import PeftModel
+from peft.utils import load_peft_weights
 from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedModel
 
-from fish_tuning.errors import ConfigurationError, MaskError
+from fish_tuning.errors import ConfigurationError, FishTuningWarning, MaskError
 from fish_tuning.files.mask_file import MASK_FILE_NAME, load_mask
 from fish_tuning.sharing.card import is_local
 from fish_tuning.sharing.folder import ADAPTER_CONFIG, MODEL_CONFIG
@@ -30,6 +33,11 @@ _AUTO_CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
 }
+
+_WAYS_OUT = (
+    "Give the whole base model that it was trained on with base_model=..., or train again with these modules in "
+    "modules_to_save, and their weights lie in the adapter."
+)
 
 
 def load_adapter(
@@ -61,15 +69,46 @@ def load_adapter(
             fit.
         MaskError: a damaged mask, or one that does not fit the adapter.
 
+    Warns:
+        FishTuningWarning: tensors that neither the base model's weights nor the adapter has, such as a pooler or a
+            head; they are random, so the outputs are others at each loading. `predict` and `merge_adapter` refuse.
+
     Example:
         >>> model = load_adapter("results/x/adapters/lora-fish-seed42")  # doctest: +SKIP
     """
+    model, random = _loaded(folder, is_trainable, base_model, adapter_name, revision, token, kwargs)
+    if random:
+        warnings.warn(f"{_random_text(random)} {_WAYS_OUT}", FishTuningWarning, stacklevel=2)
+    return model
+
+
+def load_whole_adapter(folder: str | os.PathLike[str], **loading: Any) -> PeftModel:
+    """`load_adapter` for what random numbers make worthless: refuses where tensors come from nowhere."""
+    names = ("base_model", "revision", "token")
+    given = {name: loading.pop(name, None) for name in names}
+    model, random = _loaded(folder, False, given["base_model"], "default", given["revision"], given["token"], loading)
+    if random:
+        raise ConfigurationError(f"{_random_text(random)} {_WAYS_OUT}")
+    return model
+
+
+def _loaded(
+    folder: str | os.PathLike[str],
+    is_trainable: bool,
+    base_model: str | os.PathLike[str] | None,
+    adapter_name: str,
+    revision: str | None,
+    token: str | bool | None,
+    kwargs: Mapping[str, Any],
+) -> tuple[PeftModel, list[str]]:
+    """The model, and the names of its random tensors: neither the base model's weights nor the adapter has them."""
     path = fetched(folder, revision=revision, token=token)
     settings = read_adapter_config(path)
     if settings.get("peft_type") in OWN_METHODS:
         importlib.import_module("fish_tuning.adapters")  # makes PEFT know them
     given = {} if token is None else {"token": token}
-    base = _base(path, settings, None if base_model is None else os.fspath(base_model), {**given, **kwargs})
+    asked = None if base_model is None else os.fspath(base_model)
+    base, random = _base(path, settings, asked, {**given, **kwargs})
     try:
         model = PeftModel.from_pretrained(base, str(path), adapter_name=adapter_name, is_trainable=is_trainable)
     except (RuntimeError, ValueError, KeyError, OSError, SafetensorError) as error:
@@ -79,7 +118,15 @@ def load_adapter(
         ) from error
     if is_trainable and (path / MASK_FILE_NAME).is_file():
         _apply(model, load_mask(path), adapter_name)
-    return model if is_trainable else model.eval()
+    return model if is_trainable else model.eval(), random
+
+
+def _random_text(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return (
+        f"Neither the base model's weights nor the adapter has {', '.join(names[:3])}{more}: they are new random "
+        "numbers at each loading, not those that the adapter was trained beside."
+    )
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
@@ -110,7 +157,9 @@ def _apply(model: Any, mask: Mapping[str, Any], adapter_name: str) -> None:
         raise MaskError(f"The mask beside the adapter does not fit it: {error}") from error
 
 
-def _base(folder: Path, settings: Mapping[str, Any], asked: str | None, kwargs: Mapping[str, Any]) -> Any:
+def _base(
+    folder: Path, settings: Mapping[str, Any], asked: str | None, kwargs: Mapping[str, Any]
+) -> tuple[Any, list[str]]:
     name = asked or settings.get("base_model_name_or_path")
     if not name:
         raise ConfigurationError(
@@ -140,15 +189,34 @@ def _base(folder: Path, settings: Mapping[str, Any], asked: str | None, kwargs: 
         raise ConfigurationError(
             f"The adapter's base model {name!r} cannot be loaded: {reason} Give its place or name with base_model=..."
         ) from error
-    _check_fit(base, name, settings, loading)
-    return base
+    carried = _carried(folder)
+    _check_fit(base, name, carried, loading)
+    return base, sorted(name for name in loading["missing_keys"] if not carried(name))
 
 
-def _check_fit(base: Any, name: str, settings: Mapping[str, Any], loading: Mapping[str, Any]) -> None:
+def _carried(folder: Path) -> Callable[[str], bool]:
+    """Whether the adapter brings the base model's tensor of this name: a head, trained biases, an embedding."""
+    try:
+        keys = set(load_peft_weights(str(folder), device="cpu"))
+    except (OSError, ValueError, RuntimeError, EOFError, UnpicklingError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigurationError(f"The adapter in {str(folder)!r} cannot be read: {reason}") from error
+
+    def carried(name: str) -> bool:
+        module, _, leaf = name.rpartition(".")
+        # Methods that adapt layers put `model` between; of an adapted layer, its own weights are those of base_layer.
+        return any(
+            f"{prefix}{path}" in keys
+            for prefix in ("base_model.model.", "base_model.")
+            for path in (name, f"{module}.base_layer.{leaf}")
+        )
+
+    return carried
+
+
+def _check_fit(base: Any, name: str, carried: Callable[[str], bool], loading: Mapping[str, Any]) -> None:
     """Refuse weights of another shape, which transformers replaces by random ones, unless the adapter brings them."""
-    heads = tuple(settings.get("modules_to_save") or ())
-    wrong = {tensor for tensor, *_ in loading["mismatched_keys"]}
-    lost = sorted(tensor for tensor in wrong if not any(f".{head}." in f".{tensor}" for head in heads))
+    lost = sorted(tensor for tensor, *_ in loading["mismatched_keys"] if not carried(tensor))
     if lost:
         raise ConfigurationError(
             f"The weights of {name!r} are not those that the adapter was made on: {lost[0]!r} has another shape in "

@@ -9,9 +9,9 @@ from typing import Any
 from fish_tuning.errors import ConfigurationError
 from fish_tuning.files.atomic import whole_folder
 from fish_tuning.sharing.card import CARD, CardFacts, Described, card_text
-from fish_tuning.sharing.folder import PROCESSING_FILES, copy_processing
+from fish_tuning.sharing.folder import PROCESSING_FILES, check_new, copy_processing
 from fish_tuning.sharing.hub import fetched
-from fish_tuning.sharing.loading import load_adapter, read_adapter_config
+from fish_tuning.sharing.loading import load_whole_adapter, read_adapter_config
 from fish_tuning.sharing.tasks import task_kind
 
 
@@ -36,12 +36,11 @@ def merge_adapter(folder: str | os.PathLike[str], output: str | os.PathLike[str]
         >>> merge_adapter("adapter", "merged")  # doctest: +SKIP
     """
     output = Path(output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ConfigurationError(f"{str(output)!r} is there already. Give a new folder, or remove it first.")
+    check_new(output)
     path = fetched(folder, revision=loading.get("revision"), token=loading.get("token"))
     settings = read_adapter_config(path)
     method, base_name = str(settings["peft_type"]), loading.get("base_model") or settings["base_model_name_or_path"]
-    model = load_adapter(folder, **loading)
+    model = load_whole_adapter(folder, **loading)
     if getattr(model.config, "quantization_config", None) is not None:
         raise ConfigurationError("The base model's weights are quantised: merging would round the adapter away.")
     cannot = f"{method} cannot be merged into weights: what it does is no part of a layer's weight. Keep the adapter."

@@ -1,4 +1,4 @@
-"""Predictions of a saved adapter on texts."""
+"""Predictions of a saved adapter on texts and images."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
+from transformers import AutoImageProcessor, AutoTokenizer
 
 from fish_tuning.errors import ConfigurationError
 from fish_tuning.sharing.folder import PROCESSING_FILES
 from fish_tuning.sharing.hub import fetched
-from fish_tuning.sharing.loading import load_adapter, read_adapter_config
-from fish_tuning.sharing.rows import Row, text_columns
+from fish_tuning.sharing.loading import load_whole_adapter, read_adapter_config
+from fish_tuning.sharing.rows import IMAGE, Row, has_images, read_image, text_columns
 from fish_tuning.sharing.tasks import task_kind
 
 # What a prediction adds to a row.
 PREDICTION, PROBABILITY = "prediction", "probability"
-_FITTING = ("text-classification", "token-classification", "text-generation")
+_ON_TEXTS = ("text-classification", "token-classification", "text-generation")
+_ON_IMAGES = ("image-classification",)
 
 
 def predict(
@@ -35,61 +36,80 @@ def predict(
 ) -> list[Row]:
     """The rows, each with what the adapter in `folder` predicts for it, on the GPU where there is one.
 
-    Classes give `prediction` (the label's name), `probability` and `probability_<label>`; numbers give `prediction`;
-    tagged words, which are the text's parts between blanks, give a list of labels and one of probabilities; a causal
-    language model gives the text that it writes, always taking the most probable token.
+    Images are prepared by the adapter's image processor, as in training. Classes give `prediction` (the label's name),
+    `probability` and `probability_<label>`; numbers give `prediction`; tagged words, which are the text's parts between
+    blanks, give a list of labels and one of probabilities; a causal language model gives the text that it writes,
+    always taking the most probable token.
 
     Args:
         folder: an adapter's folder, or a repository of the hub.
-        rows: with a column of texts, or two for pairs.
+        rows: with a column of texts, or two for pairs, or a column `image` of image files or PIL images.
         columns: the columns to read; found from the rows by default.
         batch_size: rows at a time.
-        max_length: tokens that a text is cut to; as many as the model takes by default.
+        max_length: tokens that a text is cut to; by default those of `model_max_length` beside the adapter, which an
+            experiment sets to its `max_seq_length`, or as many as the model takes.
         max_new_tokens: that a language model may write.
         chat_template: whether a text is put into the tokenizer's chat template; where there is one by default.
         **loading: for `load_adapter`: `base_model`, `revision`, `token`, `dtype`, ...
 
     Raises:
-        ConfigurationError: a model for something else, or rows without texts.
+        ConfigurationError: a model for something else, rows without texts or images, or tensors that are random.
 
     Example:
         >>> predict("adapter", [{"text": "a fine film"}])  # doctest: +SKIP
         [{'text': 'a fine film', 'prediction': 'positive', 'probability': 0.93, ...}]
     """
-    names = text_columns(rows, columns)
+    images = has_images(rows, columns)
+    names = (IMAGE,) if images else text_columns(rows, columns)
     taken = {name for row in rows for name in row if name == PREDICTION or name.startswith(PROBABILITY)}
     if taken:
         raise ConfigurationError(f"The rows have a column {sorted(taken)[0]!r} already. Rename it, or take it out.")
-    model = load_adapter(folder, **loading)
-    kind = task_kind(model.get_base_model())
-    if kind is None or kind.pipeline_tag not in _FITTING:
-        raise ConfigurationError(
-            f"{type(model.get_base_model()).__name__} is for something else than what predict does: "
-            f"{', '.join(_FITTING)}."
-        )
-    tokenizer = _tokenizer(folder, model, loading)
+    model = load_whole_adapter(folder, **loading)
+    kind = _kind(model.get_base_model(), images, names)
+    processor = _processor(AutoImageProcessor if images else AutoTokenizer, folder, loading)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if not getattr(model, "hf_device_map", None):
         model.to(device)
-    texts = [tuple(row[name] for name in names) for row in rows]
-    if kind.pipeline_tag != "text-classification" and len(names) != 1:
-        raise ConfigurationError(f"One column of texts is needed, not {', '.join(names)}. Name it with --text-column.")
+    inputs = [tuple(row[name] for name in names) for row in rows]
     found: list[Row] = []
     with torch.inference_mode():
-        for start in range(0, len(texts), batch_size):
-            batch = texts[start : start + batch_size]
-            if kind.pipeline_tag == "text-generation":
-                found += _generated(model, tokenizer, [text for (text,) in batch], max_new_tokens, chat_template)
-            elif kind.pipeline_tag == "token-classification":
-                found += _tagged(model, tokenizer, [text.split() for (text,) in batch], max_length)
+        for start in range(0, len(inputs), batch_size):
+            batch = inputs[start : start + batch_size]
+            if kind == "text-generation":
+                found += _generated(model, processor, [text for (text,) in batch], max_new_tokens, chat_template)
+            elif kind == "token-classification":
+                found += _tagged(model, processor, [text.split() for (text,) in batch], max_length)
+            elif images:
+                pixels = processor(images=[read_image(image) for (image,) in batch], return_tensors="pt")
+                found += _classes(model, pixels)
             else:
-                found += _classified(model, tokenizer, batch, max_length)
+                texts = [list(column) for column in zip(*batch, strict=True)]
+                cut = _cut(model, processor, max_length)
+                found += _classes(model, processor(*texts, return_tensors="pt", padding=True, **cut))
     return [{**row, **prediction} for row, prediction in zip(rows, found, strict=True)]
 
 
-def _classified(model: Any, tokenizer: Any, texts: Sequence[tuple[str, ...]], max_length: int | None) -> Iterator[Row]:
-    columns = [list(column) for column in zip(*texts, strict=True)]
-    encoded = tokenizer(*columns, return_tensors="pt", padding=True, **_cut(model, tokenizer, max_length))
+def _kind(base: Any, images: bool, names: Sequence[str]) -> str:
+    """What the model is for. Refuses one that is for something else, or that reads other inputs than there are."""
+    kind = task_kind(base)
+    if kind is None or kind.pipeline_tag not in (*_ON_TEXTS, *_ON_IMAGES):
+        raise ConfigurationError(
+            f"{type(base).__name__} is for something else than what predict does: {', '.join(_ON_TEXTS + _ON_IMAGES)}."
+        )
+    if images != (kind.pipeline_tag in _ON_IMAGES):
+        wants, way_out = ("texts", f"Name the column of texts, if it is not {IMAGE!r}, with --text-column")
+        if not images:
+            wants, way_out = (
+                "images",
+                f"Give image files, a folder of them, or rows with a column {IMAGE!r} of such files",
+            )
+        raise ConfigurationError(f"{type(base).__name__} reads {wants}, not {', '.join(names)}. {way_out}.")
+    if kind.pipeline_tag != "text-classification" and len(names) != 1:
+        raise ConfigurationError(f"One column of texts is needed, not {', '.join(names)}. Name it with --text-column.")
+    return kind.pipeline_tag
+
+
+def _classes(model: Any, encoded: Any) -> Iterator[Row]:
     logits = model(**encoded.to(model.device)).logits
     logits = (logits[0] if isinstance(logits, tuple) else logits).float().cpu()
     config = model.config
@@ -127,7 +147,11 @@ def _tagged(model: Any, tokenizer: Any, words: Sequence[list[str]], max_length: 
                 first.setdefault(word, position)
         best = [shares[number, first[word]].max(-1) for word in range(len(row)) if word in first]
         if len(best) < len(row):
-            raise ConfigurationError(f"A text of {len(row)} words is longer than the model takes; split it.")
+            most = _cut(model, tokenizer, max_length)["max_length"]
+            raise ConfigurationError(
+                f"A text of {len(row)} words is longer than the {most} tokens that it is cut to. Split it, or set "
+                "--max-length."
+            )
         yield {
             PREDICTION: [model.config.id2label[int(each.indices)] for each in best],
             PROBABILITY: [float(each.values) for each in best],
@@ -171,20 +195,21 @@ def _cut(model: Any, tokenizer: Any, max_length: int | None) -> dict[str, Any]:
     return {"truncation": True, "max_length": max_length or min(tokenizer.model_max_length, most)}
 
 
-def _tokenizer(folder: str | os.PathLike[str], model: Any, loading: dict[str, Any]) -> Any:
-    """The adapter's own, else the base model's."""
+def _processor(auto_class: Any, folder: str | os.PathLike[str], loading: dict[str, Any]) -> Any:
+    """The tokenizer or image processor beside the adapter, else the base model's."""
     hub = {name: loading[name] for name in ("revision", "token") if loading.get(name) is not None}
     path = fetched(folder, **hub)
     own = any((path / name).is_file() for name in PROCESSING_FILES)
     base = loading.get("base_model") or read_adapter_config(path).get("base_model_name_or_path")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path) if own else base)
-    except (OSError, ValueError, KeyError) as error:
+        found = auto_class.from_pretrained(str(path) if own else base)
+    except (OSError, ValueError, KeyError, ImportError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        what = "tokenizer" if auto_class is AutoTokenizer else "image processor"
         raise ConfigurationError(
-            f"There is no tokenizer in {str(path)!r} that can be read: {reason} Save it there: "
-            "tokenizer.save_pretrained(folder)."
+            f"There is no {what} in {str(path)!r} that can be read: {reason} Save it there: "
+            f"{what.replace(' ', '_')}.save_pretrained(folder)."
         ) from error
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-    return tokenizer
+    if auto_class is AutoTokenizer and found.pad_token is None:
+        found.pad_token = found.eos_token or found.unk_token
+    return found

@@ -1,11 +1,11 @@
-"""Texts to predict on, from a csv, tsv, json, jsonl or txt file or the command line, and predictions to a file."""
+"""Texts and images to predict on, from files, folders or the command line, and predictions to a file."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,9 @@ from fish_tuning.files.atomic import write_atomically
 
 READ = (".csv", ".tsv", ".json", ".jsonl", ".txt")
 WRITTEN = (".csv", ".json", ".jsonl")
+IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 TEXT = "text"  # the column of a text that has no name
+IMAGE = "image"  # the column of image files
 # Columns of answers, which a file to predict on may have too.
 _ANSWERS = ("label", "labels", "target", "class", "score", "completion", "response", "answer", "output", "id", "idx")
 
@@ -22,20 +24,30 @@ Row = dict[str, Any]
 
 
 def read_rows(source: str) -> list[Row]:
-    """The rows of the file `source`, or `source` itself as the text of one row.
+    """The rows of the file `source`, an image or the images of a folder, or `source` itself as the text of one row.
 
-    Raises ConfigurationError for a file that is not there, of another kind, damaged or empty.
+    Raises ConfigurationError for a file that is not there, of another kind, damaged or empty, and for a folder without
+    images.
     """
     file = Path(source)
     suffix = file.suffix.lower()
-    if not _is_file(file):
-        if suffix in READ and not any(map(str.isspace, source)):
+    if _is(file, Path.is_dir):
+        images = sorted(path for path in file.rglob("*") if path.suffix.lower() in IMAGES and path.is_file())
+        if not images:
+            raise ConfigurationError(f"The folder {source!r} has no images ({', '.join(IMAGES)}).")
+        return [{IMAGE: str(path)} for path in images]
+    if _is(file, Path.is_file) and suffix in IMAGES:
+        return [{IMAGE: source}]
+    if not _is(file, Path.is_file):
+        if suffix in (*READ, *IMAGES) and not any(map(str.isspace, source)):
             raise ConfigurationError(f"There is no file {source!r}.")
         if not source.strip():
             raise ConfigurationError("The text to predict on is empty.")
         return [{TEXT: source}]
     if suffix not in READ:
-        raise ConfigurationError(f"{source!r} cannot be read: {suffix or 'no ending'} is none of {', '.join(READ)}.")
+        raise ConfigurationError(
+            f"{source!r} cannot be read: {suffix or 'no ending'} is none of {', '.join(READ + IMAGES)}."
+        )
     try:
         rows = _parsed(file.read_text(encoding="utf-8-sig"), suffix)
     except (ValueError, RecursionError, csv.Error) as error:
@@ -43,6 +55,29 @@ def read_rows(source: str) -> list[Row]:
     if not rows:
         raise ConfigurationError(f"{source!r} has no rows.")
     return rows
+
+
+def has_images(rows: Sequence[Row], asked: Sequence[str] = ()) -> bool:
+    """Whether the rows are of images, which stand in a column of that name."""
+    return tuple(asked) in ((), (IMAGE,)) and bool(rows) and all(IMAGE in row for row in rows)
+
+
+def read_image(image: Any) -> Any:
+    """A PIL image in three channels, as training reads it, of a file or of a PIL image.
+
+    Raises ConfigurationError for what is no image that can be read.
+    """
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ConfigurationError("Images are read with Pillow, which is not installed: pip install pillow.") from error
+    if isinstance(image, Image.Image):
+        return image.convert("RGB")
+    try:
+        with Image.open(image) as opened:
+            return opened.convert("RGB")
+    except (OSError, ValueError, TypeError, AttributeError, Image.DecompressionBombError) as error:
+        raise ConfigurationError(f"{str(image)!r} is no image that can be read: {error}") from error
 
 
 def text_columns(rows: Sequence[Row], asked: Sequence[str] = ()) -> tuple[str, ...]:
@@ -98,9 +133,9 @@ def _cell(value: Any) -> Any:
     return json.dumps(value, ensure_ascii=False) if isinstance(value, list | dict) else value
 
 
-def _is_file(path: Path) -> bool:
+def _is(path: Path, kind: Callable[[Path], bool]) -> bool:
     try:
-        return path.is_file()
+        return kind(path)
     except (OSError, ValueError):  # a long text is no possible name
         return False
 

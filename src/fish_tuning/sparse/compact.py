@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
@@ -20,7 +21,8 @@ from fish_tuning.files.atomic import whole_folder
 from fish_tuning.sparse.adapter_names import check_adapter
 
 # Starts that change the base model's weights too, which a smaller adapter could not repeat.
-_CHANGES_THE_BASE = ("pissa", "olora", "corda", "orthogonal", "loftq", "lora_ga")
+CHANGES_THE_BASE = ("pissa", "olora", "corda", "orthogonal", "loftq", "lora_ga")
+PREFIX = "base_model.model."
 
 
 def save_compact_adapter(model: PeftModel, save_directory: str | Path, adapter_name: str = "default") -> dict[str, int]:
@@ -56,73 +58,125 @@ def save_compact_adapter(model: PeftModel, save_directory: str | Path, adapter_n
         {'1': 1}
     """
     check_adapter(model, adapter_name)
-    config: Any = model.peft_config[adapter_name]
-    _check(config, adapter_name)
-    layers = {
-        name.removeprefix("base_model.model."): module
-        for name, module in model.named_modules()
-        if isinstance(module, LoraLayer) and adapter_name in module.r
-    }
-    state: dict[str, Tensor] = get_peft_model_state_dict(model, adapter_name=adapter_name)
-    ranks, alphas = {}, {}
-    for name, layer in layers.items():
-        a, b = _factors(name, state)
-        rows, columns = state[a].shape[0], state[b].shape[1]
-        if rows != columns:
-            raise MaskError(
-                f"{name!r} cannot be made smaller: its A has {rows} rows, its B {columns} columns, as in a "
-                "convolution with groups. Use save_pretrained."
-            )
-        kept = state[a].flatten(1).any(1) & state[b].transpose(0, 1).flatten(1).any(1)
-        rank = int(kept.sum())
-        if not rank:
-            del state[a], state[b]
-            _unwrap(name, state)
-            continue
-        state[a], state[b] = state[a][kept], state[b][:, kept]
-        ranks[name] = rank
-        alphas[name] = layer.scaling[adapter_name] * (math.sqrt(rank) if config.use_rslora else rank)
-    if not ranks:
+    if reason := why_whole(model, adapter_name):
+        raise MaskError(f"The adapter {adapter_name!r} cannot be made smaller: {reason}. Use save_pretrained.")
+    factors, others = lora_factors(model, adapter_name)
+    working = {name: each.working() for name, each in factors.items()}
+    if not any(each.rank for each in working.values()):
         raise MaskError(
-            f"No component of the adapter {adapter_name!r} does anything: in all of its {len(layers)} layers A or B is "
-            "zero. Train it first; save_pretrained saves it as it is."
+            f"No component of the adapter {adapter_name!r} does anything: in all of its {len(working)} layers A or B "
+            "is zero. Train it first; save_pretrained saves it as it is."
         )
     with whole_folder(Path(save_directory)) as folder:
-        _smaller(config, model, ranks, alphas).save_pretrained(str(folder))
-        # Copies: tied weights of the base model, which PEFT saves with adapted embeddings, share memory.
-        tensors = {key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in state.items()}
-        save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-    return ranks
+        return write_lora(model, model.peft_config[adapter_name], working, others, folder)
 
 
-def _check(config: Any, adapter_name: str) -> None:
+class Factors(NamedTuple):
+    """A layer's change of its weight, `scaling` B A: A is (r, ...), B (out, r, ...); and what a file calls the two."""
+
+    a: Tensor
+    b: Tensor
+    scaling: float
+    keys: tuple[str, str] = ("lora_A.weight", "lora_B.weight")
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
+
+    def working(self) -> Factors:
+        """Without the components that are zero in A or in B, which add exactly nothing."""
+        kept = self.a.flatten(1).any(1) & self.b.transpose(0, 1).flatten(1).any(1)
+        return self._replace(a=self.a[kept], b=self.b[:, kept])
+
+
+def why_whole(model: PeftModel, adapter_name: str) -> str | None:
+    """Why an adapter cannot be written as a plain LoRA by its factors alone; None where it can."""
+    config: Any = model.peft_config[adapter_name]
     kind = str(getattr(config.peft_type, "value", config.peft_type))
     init = config.init_lora_weights if kind == "LORA" else None
     if kind != "LORA":
-        reason = f"it is {kind}; only LoRA and rsLoRA are made of rank-1 components"
-    elif config.use_dora or config.lora_bias or config.bias != "none":
-        reason = "DoRA's magnitudes and trained biases belong to whole layers"
-    elif getattr(config, "target_parameters", None):
-        reason = "of target_parameters, row j of A and column j of B are not one component where there are experts"
-    elif isinstance(init, str) and init.startswith(_CHANGES_THE_BASE):
-        reason = f"init_lora_weights={init!r} changes the base weights, which PEFT repeats by the whole adapter"
-    else:
-        return
-    raise MaskError(f"The adapter {adapter_name!r} cannot be made smaller: {reason}. Use save_pretrained.")
+        return f"it is {kind}; only LoRA and rsLoRA are made of rank-1 components"
+    if config.use_dora or config.lora_bias or config.bias != "none":
+        return "DoRA's magnitudes and trained biases belong to whole layers"
+    if getattr(config, "target_parameters", None):
+        return "of target_parameters, row j of A and column j of B are not one component where there are experts"
+    if isinstance(init, str) and init.startswith(CHANGES_THE_BASE):
+        return f"init_lora_weights={init!r} changes the base weights, which PEFT repeats by the whole adapter"
+    variants = {type(variant).__name__ for layer in _layers(model, adapter_name).values()
+                if (variant := getattr(layer, "lora_variant", {}).get(adapter_name)) is not None}  # fmt: skip
+    if variants:
+        return f"{', '.join(sorted(variants))} of PEFT computes something else than B A"
+    return None
 
 
-def _factors(name: str, state: dict[str, Tensor]) -> tuple[str, str]:
-    """The keys of a layer's A, (r, ...), and B, (out, r, ...)."""
-    prefix = f"base_model.model.{name}."
-    for a, b in (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B")):
-        if prefix + a in state:
-            return prefix + a, prefix + b
+def lora_factors(model: PeftModel, adapter_name: str) -> tuple[dict[str, Factors], dict[str, Tensor]]:
+    """The factors of each of a plain LoRA's layers, and all else that its file holds.
+
+    Raises MaskError for convolutions with groups, whose A and B are no factors of one change.
+    """
+    others: dict[str, Tensor] = get_peft_model_state_dict(model, adapter_name=adapter_name)
+    found = {}
+    for name, layer in _layers(model, adapter_name).items():
+        keys = _keys(name, others)
+        a, b = (others.pop(f"{PREFIX}{name}.{key}") for key in keys)
+        if a.shape[0] != b.shape[1]:
+            raise MaskError(
+                f"{name!r} cannot be made smaller: its A has {a.shape[0]} rows, its B {b.shape[1]} columns, as in a "
+                "convolution with groups. Use save_pretrained."
+            )
+        found[name] = Factors(a, b, float(layer.scaling[adapter_name]), keys)
+    return found, others
+
+
+def write_lora(
+    model: PeftModel, config: Any, factors: Mapping[str, Factors], others: Mapping[str, Tensor], folder: Path
+) -> dict[str, int]:
+    """Write a LoRA of these factors, without the layers that have none left, as PEFT reads it.
+
+    Args:
+        model: whose layers they are.
+        config: of a LoRA; its ranks, alphas and targets are set anew.
+        factors: by layer; at least one has a rank above zero.
+        others: all else that the file is to hold, such as `modules_to_save`.
+        folder: to write to.
+
+    Returns:
+        {name of each layer that is left: its rank}.
+    """
+    state, ranks, alphas = dict(others), {}, {}
+    for name, each in factors.items():
+        if not each.rank:
+            _unwrap(name, state)
+            continue
+        state |= {f"{PREFIX}{name}.{key}": tensor for key, tensor in zip(each.keys, (each.a, each.b), strict=True)}
+        ranks[name] = each.rank
+        alphas[name] = each.scaling * (math.sqrt(each.rank) if config.use_rslora else each.rank)
+    _smaller(config, model, ranks, alphas).save_pretrained(str(folder))
+    # Copies: tied weights of the base model, which PEFT saves with adapted embeddings, share memory.
+    tensors = {key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in state.items()}
+    save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+    return ranks
+
+
+def _layers(model: PeftModel, adapter_name: str) -> dict[str, Any]:
+    return {
+        name.removeprefix(PREFIX): module
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer) and adapter_name in module.r
+    }
+
+
+def _keys(name: str, state: Mapping[str, Tensor]) -> tuple[str, str]:
+    """What the state calls a layer's A and B."""
+    for keys in (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B")):
+        if f"{PREFIX}{name}.{keys[0]}" in state:
+            return keys
     raise MaskError(f"The adapter's state has no lora_A of {name!r}; is it a layer of another kind of LoRA?")
 
 
 def _unwrap(name: str, state: dict[str, Tensor]) -> None:
     """A left-out layer's base weights, which PEFT saves of embeddings, by the names they have without an adapter."""
-    prefix = f"base_model.model.{name}."
+    prefix = f"{PREFIX}{name}."
     wrapped = f"{prefix}base_layer."
     for key in [key for key in state if key.startswith(wrapped)]:
         state[prefix + key.removeprefix(wrapped)] = state.pop(key)
@@ -138,6 +192,10 @@ def _smaller(config: Any, model: Any, ranks: dict[str, int], alphas: dict[str, f
         made.rank_pattern = {f"^{re.escape(name)}": rank for name, rank in ranks.items()}
         made.alpha_pattern = {f"^{re.escape(name)}": alpha for name, alpha in alphas.items()}
         made.target_modules = "|".join(map(re.escape, sorted(ranks)))
+    if len(set(ranks.values())) == len(set(alphas.values())) == 1:
+        made.rank_pattern, made.alpha_pattern = {}, {}  # not every server reads them
+    if made.modules_to_save:  # PEFT names a task's own head anew whenever it loads an adapter
+        made.modules_to_save = list(dict.fromkeys(made.modules_to_save))
     made.exclude_modules = made.layers_to_transform = made.layers_pattern = None
     made.init_lora_weights = True
     made.inference_mode = True

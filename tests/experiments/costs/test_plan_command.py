@@ -50,6 +50,23 @@ def test_json_has_all_in_bytes(file: str) -> None:
     assert arm["calibration_peak"] > arm["scores"] > 0
 
 
+def test_json_is_all_that_stands_on_standard_output(file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fish_tuning.experiments.run import plan as planning
+
+    def prints(*arguments: object) -> object:
+        print("a library's remark")  # noqa: T201
+        return real(*arguments)
+
+    real = planning.load_task
+    monkeypatch.setattr(planning, "load_task", prints)
+    done = plan(file, "--json", "fish_tuning.methods_to_run=[lora]")
+    assert json.loads(done.stdout)[0]["strategy"] == "ddp"
+    assert "a library's remark" in done.stderr
+    assert "a library's remark" in plan(file, "fish_tuning.methods_to_run=[lora]").stdout
+    wrong = plan(file, "--json", "--tokens", "0")
+    assert (wrong.exit_code, wrong.stdout) == (2, "")
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -69,6 +86,16 @@ def test_wrong_use_is_exit_code_2(file: str, arguments: list[str], said: str) ->
     assert done.exit_code == 2
     assert said in done.stderr
     assert "Traceback" not in done.output
+
+
+@pytest.mark.parametrize("options", [["--dry-run"], []])
+def test_run_tells_of_a_missing_package_too(file: str, options: list[str]) -> None:
+    override = "model.config_overrides._attn_implementation=flash_attention_2"
+    done = CliRunner().invoke(app, ["run", file, override, *options], catch_exceptions=False)
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: model.name: no model can be made")
+    assert "a package is missing: FlashAttention2" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_what_is_assumed_is_told(file: str) -> None:

@@ -58,6 +58,13 @@ def test_what_is_finished_is_not_repeated(experiment: MakeExperiment) -> None:
         ("lora", 1): True, ("lora-fish", 1): True, ("lora", 2): False, ("lora-fish", 2): False,
     }  # fmt: skip
     assert [record for record in second if record.seed == 1] == first
+    folder, values = Path(experiment().training.output_dir), [r.value or 0 for r in second if r.arm == "lora"]
+    for seed, own in zip((1, 2), values, strict=True):  # cards now tell of both, and the records believe their adapters
+        card = (folder / "adapters" / f"lora-seed{seed}" / "README.md").read_text()
+        assert f"All 2 seeds (1, 2), together: mean accuracy {sum(values) / 2:.4f}; no interval" in card
+        assert f"accuracy {own:.4f} on the 24 examples" in card
+    _, seen = run(experiment("seeds=[1, 2]", "fish_tuning.methods_to_run=[lora, lora-fish]"))
+    assert all(known for *_, known in seen)
 
 
 def test_another_configuration_runs_again_but_only_where_it_counts(experiment: MakeExperiment) -> None:

@@ -201,6 +201,12 @@ def _counting_model(
     with torch.device(device):
         try:
             base = _without_weights(config, model_config, task, device)
+        except ImportError as error:  # of what a configuration asks for, such as an attention of another package
+            raise ConfigurationError(
+                f"model.name: no model can be made from the configuration of {config.model.name!r} with "
+                f"model.config_overrides={config.model.config_overrides}: a package is missing: {_first_line(error)} "
+                "Install it, or ask for something else."
+            ) from error
         except (ValueError, TypeError, RuntimeError, KeyError, ZeroDivisionError) as error:
             raise ConfigurationError(
                 f"model.name: no model can be made from the configuration of {config.model.name!r} with "

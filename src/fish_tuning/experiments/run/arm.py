@@ -23,7 +23,7 @@ from fish_tuning.experiments.records.record_files import Digests, adapter_digest
 from fish_tuning.experiments.records.run_record import ArmPlan, RunRecord
 from fish_tuning.experiments.run.adalora import AdaLoraSchedule, entries_left
 from fish_tuning.experiments.run.calibration import Calibration, calibrate, score
-from fish_tuning.experiments.run.cards import run_facts
+from fish_tuning.experiments.run.cards import as_used, run_facts
 from fish_tuning.experiments.run.context import Context
 from fish_tuning.experiments.run.loggers import open_loggers
 from fish_tuning.experiments.run.measure import PeakMemory, Stopwatch, optimizer_state_bytes
@@ -77,9 +77,7 @@ def run_arm(
     mask = trained.mask  # the last one, where entries were chosen again
     saved = Saved()
     if args.process_index == 0 and not context.is_trial:
-        about = About(
-            context.plan.processing_class, run_facts(context, arm, seed, args, trained.metrics[context.plan.metric])
-        )
+        about = About(as_used(context), run_facts(context, arm, seed, args, trained.metrics[context.plan.metric]))
         saved = save(model, mask, adapter_folder(context.folder, arm.arm, seed), trained.whole_state, about)
     return _record(context, arm, seed, args, mask, trained, saved, calibration, initial_state), calibration
 

@@ -23,6 +23,7 @@ from fish_tuning.experiments.records.record_files import (
 from fish_tuning.experiments.records.run_keys import RunKeys
 from fish_tuning.experiments.records.run_record import ArmPlan, RunRecord
 from fish_tuning.experiments.report.results_files import write_report
+from fish_tuning.experiments.run.cards import tell_all_seeds
 from fish_tuning.experiments.run.context import Context, make_context
 from fish_tuning.experiments.run.facts import report_facts
 from fish_tuning.experiments.run.launch import this_launch
@@ -233,6 +234,7 @@ class _Session:
             weights_fingerprint=shared["weights"],
         )
         write_report(self.context.config, facts, self._in_order(), self.folder)
+        tell_all_seeds(self.context.config, self._in_order(), self.folder)
 
     def _in_order(self) -> list[RunRecord]:
         order = [arm.arm for arm in self.context.plan.arms]
