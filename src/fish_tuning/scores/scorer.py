@@ -62,7 +62,7 @@ class Scorer:
         self.failed: dict[str, str] = {}
         self.proven: set[str] = set()
         self.looked_at: set[str] = set()  # those of which an example was looked at alone
-        self.scale = LossScale(_computes_in_fp16(model, self._device()))
+        self.scale = LossScale(_computes_in_fp16(losses))
         self.probes.state.scale = self.plain.scale = self.scale
         self.begun = False  # whether the totals hold anything
         self.told = False  # whether the log says how tensors are scored
@@ -229,7 +229,7 @@ class Scorer:
         return any(abs(a - b) > LOW_PRECISION_TOLERANCE * max(1.0, abs(a)) for a, b in pairs)
 
     def _low_precision(self) -> bool:
-        return torch.is_autocast_enabled(self._device().type) or any(
+        return bool(self.losses.autocast.dtypes) or any(
             parameter.dtype not in (torch.float32, torch.float64) for parameter in self.losses.model.parameters()
         )
 
@@ -281,6 +281,6 @@ class Scorer:
             logger.info("Fisher information: %d tensors by the loop (%s), e.g. %s.", number, reason, example)
 
 
-def _computes_in_fp16(model: nn.Module, device: torch.device) -> bool:
-    autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) is torch.float16
-    return autocast or any(parameter.dtype is torch.float16 for parameter in model.parameters())
+def _computes_in_fp16(losses: LossVectors) -> bool:
+    dtypes = [*losses.autocast.dtypes.values(), *(parameter.dtype for parameter in losses.model.parameters())]
+    return torch.float16 in dtypes
