@@ -11,7 +11,6 @@ from accelerate.data_loader import prepare_data_loader  # type: ignore[import-un
 from processes import in_two_processes
 from tiny import assert_scores_close, bert, classification_batch, lora, rebatch
 from torch import Tensor
-from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
@@ -37,12 +36,6 @@ def message_of(rank: int, batches: Any, **options: Any) -> str:
     except FisherError as error:
         return str(error)
     return "no error"
-
-
-def sharded_model() -> Any:
-    model = lora(bert())
-    fully_shard(model)
-    return model
 
 
 def worker(rank: int, folder: Path) -> dict[str, Any]:
@@ -89,10 +82,6 @@ def worker(rank: int, folder: Path) -> dict[str, Any]:
             rank, loader(sampler=DistributedSampler(ROWS, shuffle=False)), num_samples=1, warmup_steps=2
         ),  # type: ignore[arg-type]
     }
-    try:
-        calculate_fisher_information(sharded_model(), odd, **options)
-    except FisherError as error:
-        results["sharded"] = str(error)
     return results
 
 
@@ -145,4 +134,3 @@ def test_no_process_waits_for_one_that_failed(results: list[dict[str, Any]]) -> 
 def test_what_cannot_be_shared_out_is_refused(results: list[dict[str, Any]]) -> None:
     for result in results:
         assert "different batches" in result["different"]
-        assert "sharded" in result["sharded"]
