@@ -146,5 +146,9 @@ class FullyShardedDataParallel(nn.Module):
 def test_fsdp_is_scored_only_where_nothing_is_sharded() -> None:
     model = lora(bert())
     assert unwrapped(FullyShardedDataParallel(model, "NO_SHARD")) is model
-    with pytest.raises(FisherError, match=r"sharded by FSDP \(ShardingStrategy.FULL_SHARD\).*before it is wrapped"):
+    with pytest.raises(FisherError, match=r"sharded by FSDP1 \(ShardingStrategy.FULL_SHARD\).*fully_shard"):
         scored(FullyShardedDataParallel(model, "FULL_SHARD"), classification_batch())
+    layers = model.base_model.model.bert.encoder.layer
+    layers[0] = FullyShardedDataParallel(layers[0], "FULL_SHARD")
+    with pytest.raises(FisherError, match="sharded by FSDP1"):
+        scored(model, classification_batch())

@@ -12,7 +12,6 @@ from device import DEVICE
 from processes import in_two_processes
 from tiny import assert_scores_close, bert, classification_batch, lora, rebatch
 from torch import Tensor
-from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
@@ -40,12 +39,6 @@ def message_of(rank: int, batches: Any, **options: Any) -> str:
     except FisherError as error:
         return str(error)
     return "no error"
-
-
-def sharded_model() -> Any:
-    model = lora(bert())
-    fully_shard(model)
-    return model
 
 
 def worker(rank: int, folder: Path) -> dict[str, Any]:
@@ -92,10 +85,6 @@ def worker(rank: int, folder: Path) -> dict[str, Any]:
             rank, loader(sampler=DistributedSampler(ROWS, shuffle=False)), num_samples=1, warmup_steps=2
         ),  # type: ignore[arg-type]
     }
-    try:
-        calculate_fisher_information(sharded_model(), odd, **options)
-    except FisherError as error:
-        results["sharded"] = str(error)
     return results
 
 
@@ -148,4 +137,3 @@ def test_no_process_waits_for_one_that_failed(results: list[dict[str, Any]]) -> 
 def test_what_cannot_be_shared_out_is_refused(results: list[dict[str, Any]]) -> None:
     for result in results:
         assert "different batches" in result["different"]
-        assert "sharded" in result["sharded"]

@@ -58,6 +58,9 @@ def mask_of(model: nn.Module) -> dict[str, Tensor]:
 def settings(engine: str) -> dict[str, Any]:
     if engine == "FSDP2":
         return {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": ["BertLayer"]}}
+    if engine == "FSDP1":  # which asks an accelerator for what a process loads for the others
+        own = {"version": 1, "sync_module_states": False, "cpu_ram_efficient_loading": False}
+        return {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": ["BertLayer"], **own}}
     if engine.startswith("ZeRO"):
         return {"deepspeed": deepspeed_config(int(engine[-1]))}
     return {}
@@ -181,6 +184,34 @@ def test_what_an_engine_cannot_do_is_refused_before_it_trains(results: tuple[Pat
             assert len(told["refusals"]) == len(REFUSED[engine])
             for text, part in zip(told["refusals"], REFUSED[engine], strict=True):
                 assert part in text
+
+
+# FSDP1, which trains, and saves nothing
+
+
+def fsdp1_worker(rank: int, folder: Path) -> dict[str, Any]:
+    fsdp_on_the_cpu()
+    refused = refusal(partial(trainer_in, folder / "refused", "FSDP1", model_of()), {"save_steps": 1})
+    trainer = trainer_in(folder / "out", "FSDP1", model_of(), save_strategy="no")
+    trainer.train()
+    state = trainer.model_wrapped.state_dict()
+    saved = "accepted"
+    try:
+        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(folder / f"alone{rank}", state_dict=state)
+    except MaskError as error:
+        saved = str(error)
+    return {"refused": refused, "state": state, "entries": entries_of_state(trainer.optimizer), "saved": saved}
+
+
+@pytest.mark.slow
+def test_fsdp1_trains_as_one_process_and_is_refused_what_it_cannot_save(tmp_path: Path) -> None:
+    ranks = in_two_processes(fsdp1_worker, tmp_path)
+    alone, k = in_one_process(tmp_path / "alone"), sum(int(m.sum()) for m in mask_of(model_of()).values())
+    torch.testing.assert_close(dict(ranks[0]["state"]), alone, rtol=0, atol=1e-6)
+    assert sum(rank["entries"] for rank in ranks) == 2 * k
+    for rank in ranks:
+        assert "save_strategy='steps': under FSDP1" in rank["refused"]
+        assert "names keep save_pretrained from" in rank["saved"]
 
 
 # Choosing again under DDP

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fish_tuning.devices import moved
 from fish_tuning.errors import FisherError
+from fish_tuning.scores.bare_model import unwrapped
 from fish_tuning.scores.finite import why_not_finite
 from fish_tuning.scores.loss_vectors import LossFunction
 from fish_tuning.scores.losses import FisherType, TokenReduction
@@ -17,6 +18,7 @@ from fish_tuning.scores.moments import Moments, measure_moments
 from fish_tuning.scores.named import MEAN_GRADIENT, MEAN_SQUARE, SCORES, Evidence, Score
 from fish_tuning.scores.prepared import prepared
 from fish_tuning.scores.reading import read
+from fish_tuning.scores.sharded_models import whole_trained_tensors
 from fish_tuning.scores.validation import check_arguments, check_warmup
 
 
@@ -100,10 +102,25 @@ def calculate_scores(
             progress=progress,
             stacklevel=2,
         )
-    model, trainable, _ = prepared(model)
+    with whole_trained_tensors(unwrapped(model)):
+        return _named(chosen, score, prepared(model).model, moments, batch_size, seed, scores_dtype, scores_device)
+
+
+def _named(
+    chosen: Score,
+    name_of_score: str,
+    model: nn.Module,
+    moments: Moments,
+    batch_size: int,
+    seed: int,
+    scores_dtype: torch.dtype,
+    scores_device: torch.device | str | None,
+) -> dict[str, Tensor]:
     scores: dict[str, Tensor] = {}
     finite: dict[str, Tensor] = {}
-    for name, parameter in trainable.items():
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         # Taken out one at a time: scores and moments of a whole model never lie side by side.
         own = {
             need: moment.pop(name)
@@ -112,12 +129,12 @@ def calculate_scores(
         }
         weight = moments.weights.pop(name, parameter.detach())
         evidence = Evidence(name, weight, own, moments.num_samples, batch_size, seed)
-        found = _checked(score, chosen, evidence)
+        found = _checked(name_of_score, chosen, evidence)
         scores[name] = found if chosen.needs else moved(found, scores_device or found.device, scores_dtype)
         finite[name] = found.isfinite().all()
     for name, yes in zip(finite, read(finite.values()), strict=True):
         if not bool(yes):
-            raise _not_finite(model, score, name, scores[name])
+            raise _not_finite(model, name_of_score, name, scores[name])
     return scores
 
 

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from fish_tuning.scores.layer_rules import rule_for
 from fish_tuning.scores.recomputed_layers import RecomputedLayer
+from fish_tuning.scores.sharded_models import is_gathered
 from fish_tuning.scores.tied_layers import TiedLayers
 from fish_tuning.scores.watched_layers import Pass, RuleLayer, WatchedLayer
 
@@ -99,6 +100,8 @@ class Candidates:
         while isinstance(self._modules[prefix], _CONTAINERS) and self._parents[id(self._modules[prefix])] == 1:
             prefix = prefix.rpartition(".")[0]
         module = self._modules[prefix]
+        if is_gathered(module):
+            return None
         # Several modules use a container that is none's alone.
         return None if isinstance(module, _CONTAINERS) or id(module) in self._whole else prefix
 
@@ -111,7 +114,7 @@ class Candidates:
         while prefix:
             module = self._modules[prefix]
             shapes = self._seen.get(id(module), [])
-            if id(module) in self._whole:
+            if id(module) in self._whole or is_gathered(module):
                 return None
             if shapes and all(shape[:1].numel() == state.batch_size or state.relations(shape) for shape in shapes):
                 return prefix

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fish_tuning.errors import FisherError
 from fish_tuning.scores.reading import read
 from fish_tuning.sparse.masked_tensors import masked_tensors
+from fish_tuning.sparse.sharding import local_part
 
 
 def check_finite(model: nn.Module, scores: Mapping[str, Tensor]) -> None:
@@ -32,6 +33,8 @@ def check_finite(model: nn.Module, scores: Mapping[str, Tensor]) -> None:
 def why_not_finite(model: nn.Module) -> str:
     """A sentence on what to look at: the first tensor of the model that is not finite, if there is one."""
     for name, tensor in tensors_of(model):
+        # Of a tensor that is sharded, this process's part: others may not be asking.
+        tensor = local_part(tensor)
         if tensor.is_floating_point() and not tensor.is_meta and not bool(tensor.detach().isfinite().all()):
             return f"The model's tensor {name!r} holds NaN or infinite values."
     return "All of the model's own tensors are finite; check the calibration examples and the model's dtype."

@@ -42,7 +42,8 @@ def calculate_fisher_information(
         model: any model whose forward pass takes the batch as keyword arguments and returns `logits`. All tensors with
             `requires_grad` are scored, in the precision that the weights have: an autocast that accelerate has left in
             the model is off meanwhile, one that you open around the call counts. DDP, DataParallel, `torch.compile` and
-            an FSDP that shards nothing are looked through.
+            an FSDP1 that shards nothing are looked through. A model that FSDP2 (`fully_shard`) has sharded is scored by
+            all processes together, as one that is whole.
         calibration_dataloader: gives mappings of tensors with `labels`, as transformers' collators do; any batch size.
         device: where to compute. The model is moved there. Default: where its first trainable tensor is.
         num_samples: stop after that many examples. Default: all of the loader.
@@ -72,7 +73,7 @@ def calculate_fisher_information(
         split_between_processes: where torch.distributed is initialised (torchrun, accelerate launch), each process of
             the default group scores its share of the examples and all get the same scores, those of one process. All
             must call this, with the same loader, or each with its part (accelerate's, or a DistributedSampler).
-            False: this process scores all by itself, and the others need not call.
+            False: this process scores all by itself, and the others need not call; not where the model is sharded.
         progress: show a progress bar.
 
     Returns:

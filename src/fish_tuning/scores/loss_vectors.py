@@ -27,6 +27,7 @@ from fish_tuning.scores.losses import (
     loss_type_of,
     resolve_likelihood,
 )
+from fish_tuning.scores.mixed_precision import Autocast
 from fish_tuning.scores.reading import read
 
 LossFunction = Callable[[Any, Mapping[str, Tensor]], Tensor]
@@ -51,8 +52,10 @@ class LossVectors:
     ) -> None:
         self.rows_per_example = rows_per_example
         self.model, self.fisher_type, self.token_reduction = model, fisher_type, token_reduction
+        self.autocast = Autocast(model)
         self.loss_fn, self.seed = loss_fn, seed
         self.likelihood: Likelihood | None = None
+        self.in_forward = False  # whether the model was being called when an error came
         self._finite: list[tuple[int, Tensor]] = []  # the number of an example, and of it and those behind it whether
         self.encoder_decoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
         self.takes = _named_inputs(model) if loss_fn else None
@@ -71,8 +74,11 @@ class LossVectors:
         inputs = {**inputs, **self._positions(batch)}
         if self.encoder_decoder and not self.loss_fn:
             check_given_classes(self.model, on_cpu(batch, "labels"), first_example)
-        outputs = self._call(parameters, inputs) if parameters else self.model(**inputs)
-        losses = self._losses(outputs, batch, first_example)
+        with self.autocast.on():
+            self.in_forward = True
+            outputs = self._call(parameters, inputs) if parameters else self.model(**inputs)
+            self.in_forward = False
+            losses = self._losses(outputs, batch, first_example)
         self._finite.append((first_example, torch.stack(losses).detach().isfinite().all(dim=0)))
         return losses
 

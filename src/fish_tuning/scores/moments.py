@@ -11,18 +11,22 @@ from itertools import chain
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from fish_tuning.errors import FisherError, FishTuningWarning
+from fish_tuning.scores.bare_model import unwrapped
 from fish_tuning.scores.batches import Batch, batch_size, calibration_batches
 from fish_tuning.scores.finite import check_finite
+from fish_tuning.scores.lockstep import Lockstep, Share, rounds
 from fish_tuning.scores.loss_vectors import UNREAD, LossFunction, LossVectors
 from fish_tuning.scores.losses import FisherType, TokenReduction
 from fish_tuning.scores.prepared import prepared
 from fish_tuning.scores.processes import Processes
 from fish_tuning.scores.scorer import Scorer
 from fish_tuning.scores.scoring_state import random_state_kept, scoring_state
+from fish_tuning.scores.sharded_models import sharded_by_fsdp2, whole_trained_tensors
 from fish_tuning.scores.totals import Scores, Totals
 from fish_tuning.scores.validation import check_arguments, check_rows_per_example, check_warmup, device_errors_explained
 from fish_tuning.scores.warmup import WARMUP_EXAMPLES, warmed_up, warmup_steps_needed
@@ -99,66 +103,114 @@ def measure_moments(
             f"fisher_type={fisher_type!r}: the mean gradient under the model's own labels is zero but for chance. Use "
             "fisher_type='empirical', or gradients=False."
         )
-    model, trainable, target = prepared(model, device)
-    losses = LossVectors(model, fisher_type, token_reduction, loss_fn, seed, rows_per_example)
-    totals = Totals.zeros(trainable, scores_dtype, scores_device, gradients)
-    scorer = Scorer(model, trainable, losses, method, totals)
-    steps = warmup_steps_needed(model) if warmup_steps is None else warmup_steps
-    processes = Processes(calibration_dataloader, split_between_processes, target)
-    wanted = processes.examples(num_samples)
-    batches = calibration_batches(processes.noted(calibration_dataloader), target, wanted, rows_per_example)
-    bar = tqdm(total=wanted, desc="Fisher information", unit="ex", disable=not progress, leave=False)
-    trained_on = LossVectors(model, "empirical", token_reduction, loss_fn, seed, rows_per_example)
-    weights: Scores = {}
-    seen, error = 0, None
-    try:
-        # Kept, since a loader may give others, or none, when it is asked again.
-        with random_state_kept(model):  # a loader that shuffles draws from it
-            first = _at_least(batches, WARMUP_EXAMPLES * steps) if steps else []
-        with bar, _ready(scorer, trained_on, first, steps, seed, processes, target) as weights:
-            for number, batch in enumerate(chain(first, batches)):
-                if processes.takes(number):
-                    with device_errors_explained(model, target):
-                        scorer.add(losses.trimmed(batch), first_example=processes.first_example(seen))
-                losses.check_finite(unread=UNREAD)
-                for message in scorer.new_failures():
-                    warnings.warn(message, FishTuningWarning, stacklevel=stacklevel + 1)
-                seen += batch_size(batch)
-                bar.update(batch_size(batch))
-            losses.check_finite()
-    except Exception as raised:
-        error = raised
-    processes.agree(error)
-    seen = processes.add_up(totals, seen)
-    if not seen:
-        raise FisherError("The calibration dataloader gave no example.")
-    if num_samples is not None and seen < num_samples:
-        logger.warning("Fisher information: %d examples asked for, the loader gave %d.", num_samples, seen)
-    check_finite(model, totals.squares)
-    return Moments(*totals.means(seen), seen, weights)
+    model = unwrapped(model)
+    with whole_trained_tensors(model):
+        model, trainable, target = prepared(model, device)
+        scored = LossVectors(model, fisher_type, token_reduction, loss_fn, seed, rows_per_example)
+        trained_on = LossVectors(model, "empirical", token_reduction, loss_fn, seed, rows_per_example)
+        scorer = Scorer(
+            model, trainable, scored, method, Totals.zeros(trainable, scores_dtype, scores_device, gradients)
+        )
+        steps = warmup_steps_needed(model) if warmup_steps is None else warmup_steps
+        processes = Processes(calibration_dataloader, split_between_processes, target)
+        wanted = processes.examples(num_samples)
+        batches = calibration_batches(processes.noted(calibration_dataloader), target, wanted, rows_per_example)
+        bar = tqdm(total=wanted, desc="Fisher information", unit="ex", disable=not progress, leave=False)
+        work = _Work(scorer, trained_on, steps, seed, processes, target, bar, stacklevel + 1)
+        together = (
+            sharded_by_fsdp2(model) and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        )
+        if together and processes.number == 1:
+            raise FisherError(
+                "split_between_processes=False: the model is sharded, so no process can score it by itself. Leave it "
+                "out, and call this in all processes."
+            )
+        weights: Scores = {}
+        seen, error = 0, None
+        try:
+            seen, weights = _in_lockstep(work, batches) if together else _by_itself(work, batches)
+        except Exception as raised:
+            error = raised
+        processes.agree(error)
+        seen = processes.add_up(scorer.totals, seen, by_all=together)
+        if not seen:
+            raise FisherError("The calibration dataloader gave no example.")
+        if num_samples is not None and seen < num_samples:
+            logger.warning("Fisher information: %d examples asked for, the loader gave %d.", num_samples, seen)
+        check_finite(model, scorer.totals.squares)
+        return Moments(*scorer.totals.means(seen), seen, weights)
+
+
+@dataclass(frozen=True)
+class _Work:
+    scorer: Scorer
+    trained_on: LossVectors  # in warm-up
+    steps: int
+    seed: int
+    processes: Processes
+    target: torch.device
+    bar: Any
+    stacklevel: int
+
+    def warn(self) -> None:
+        for message in self.scorer.new_failures():
+            warnings.warn(message, FishTuningWarning, stacklevel=self.stacklevel + 2)
+
+
+def _by_itself(work: _Work, batches: Iterator[Batch]) -> tuple[int, Scores]:
+    """This process's share, in its own time; gives how many examples its loader gave, and weights as `_ready`."""
+    scorer, processes, target = work.scorer, work.processes, work.target
+    losses, seen = scorer.losses, 0
+    # Kept, since a loader may give others, or none, when it is asked again.
+    with random_state_kept(losses.model):  # a loader that shuffles draws from it
+        first = _at_least(batches, WARMUP_EXAMPLES * work.steps) if work.steps else []
+    with work.bar, _ready(work, first) as weights:
+        for number, batch in enumerate(chain(first, batches)):
+            if processes.takes(number):
+                with device_errors_explained(losses.model, target):
+                    scorer.add(losses.trimmed(batch), first_example=processes.first_example(seen))
+            losses.check_finite(unread=UNREAD)
+            work.warn()
+            seen += batch_size(batch)
+            work.bar.update(batch_size(batch))
+        losses.check_finite()
+    return seen, weights
+
+
+def _in_lockstep(work: _Work, batches: Iterator[Batch]) -> tuple[int, Scores]:
+    """The same with the other processes, pass by pass; gives how many examples there were in all."""
+    losses, left, seen = work.scorer.losses, rounds(work.processes, batches), 0
+    first: list[list[Share]] = []
+    with random_state_kept(losses.model):
+        needed = WARMUP_EXAMPLES * work.steps
+        while needed > 0 and (shares := next(left, None)) is not None:
+            first.append(shares)
+            needed -= sum(batch_size(share.batch) for share in shares)
+    lockstep = Lockstep(work.scorer, losses, work.processes)
+    with work.bar, _ready(work, [share.batch for shares in first for share in shares]) as weights:
+        for shares in chain(first, left):
+            lockstep.add(shares)
+            work.warn()
+            number = sum(batch_size(share.batch) for share in shares)
+            seen += number
+            work.bar.update(number)
+        losses.check_finite()
+    return seen, weights
 
 
 @contextmanager
-def _ready(
-    scorer: Scorer,
-    trained_on: LossVectors,
-    first: list[Batch],
-    steps: int,
-    seed: int,
-    processes: Processes,
-    target: torch.device,
-) -> Iterator[Scores]:
+def _ready(work: _Work, first: list[Batch]) -> Iterator[Scores]:
     """The model as it is scored: quiet, warmed up, watched. Gives its weights where warm-up has moved them."""
-    model, trainable = trained_on.model, scorer.trainable
+    model, trainable = work.trained_on.model, work.scorer.trainable
     weights: Scores = {}
     with ExitStack() as stack:
         stack.enter_context(scoring_state(model))
-        if steps:
-            with device_errors_explained(model, target):
-                stack.enter_context(warmed_up(model, trainable, trained_on, first, steps, seed=seed))
-            processes.same_start(trainable.values())
+        if work.steps:
+            with device_errors_explained(model, work.target):
+                stack.enter_context(warmed_up(model, trainable, work.trained_on, first, work.steps, seed=work.seed))
+            work.processes.same_start(trainable.values())
             weights = {name: parameter.detach().clone() for name, parameter in trainable.items()}
-        stack.enter_context(scorer.probes)
+        stack.enter_context(work.scorer.probes)
         yield weights
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from fish_tuning.scores.bare_model import unwrapped
+from fish_tuning.scores.sharded_models import sharded_by_fsdp2
 from fish_tuning.scores.validation import check_model
 
 
@@ -34,6 +35,7 @@ def prepared(model: nn.Module, device: torch.device | str | None = None) -> Prep
 
 
 def move(model: nn.Module, device: torch.device | str) -> None:
-    """Move the model to `device`, unless it stays where it was loaded: one in parts, or one in 8 bits."""
-    if not hasattr(model, "hf_device_map") and not getattr(model, "is_loaded_in_8bit", False):
+    """Move the model to `device`, unless it stays where it was loaded: one in parts, sharded, or in 8 bits."""
+    stays = hasattr(model, "hf_device_map") or getattr(model, "is_loaded_in_8bit", False) or sharded_by_fsdp2(model)
+    if not stays:
         model.to(device)

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data.distributed import DistributedSampler
 
 from fish_tuning.errors import FisherError
+from fish_tuning.scores.batches import Batch, changed
 from fish_tuning.scores.totals import Totals
 
 
@@ -30,6 +31,7 @@ class Processes:
     def __init__(self, loader: Any, split: bool, device: torch.device) -> None:
         together = split and dist.is_available() and dist.is_initialized()
         self.rank, self.number = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
+        self.computes_on = device
         self.device = device if self.number > 1 and dist.get_backend() == "nccl" else torch.device("cpu")
         self.has_own_part = self.number > 1 and _is_sharded(loader)
         self._over = False  # whether all know that one has failed
@@ -88,15 +90,40 @@ class Processes:
         if error is not None:
             raise error
 
-    def add_up(self, totals: Totals, seen: int) -> int:
-        """Sums over all processes in the place of each one's own; returns how many examples they are of."""
+    def told(self, own: Any) -> list[Any]:
+        """What each process has to tell, in their order."""
+        told: list[Any] = [own]
+        if self.number > 1:
+            told *= self.number
+            dist.all_gather_object(told, own)
+        return told
+
+    def everyones(self, own: list[Batch]) -> Iterator[tuple[int, Batch]]:
+        """Each process's number and batch; of a loader that all have whole, the batches one after another."""
+        if not self.has_own_part:
+            yield from enumerate(own)
+            return
+        told = self.told([{key: value.cpu() for key, value in batch.items()} for batch in own])
+        for owner, theirs in enumerate(told):
+            for batch in own if owner == self.rank else theirs:
+                yield owner, changed(batch, lambda key, value: value.to(self.computes_on))
+
+    def leave(self) -> None:
+        """Tell the others nothing any more: they are where they cannot be told."""
+        self._over = True
+
+    def add_up(self, totals: Totals, seen: int, *, by_all: bool = False) -> int:
+        """Sums over all processes in the place of each one's own; returns how many examples they are of.
+
+        `by_all`: whether each has counted the examples of all.
+        """
         if self.number == 1:
             return seen
         for total in (*totals.squares.values(), *(totals.gradients or {}).values()):
             exact = total.to(self.device, torch.promote_types(total.dtype, torch.float32))
             dist.all_reduce(exact)
             total.copy_(exact)
-        if not self.has_own_part:
+        if by_all or not self.has_own_part:
             return seen
         examples = torch.tensor(seen, device=self.device)
         dist.all_reduce(examples)

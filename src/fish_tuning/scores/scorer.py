@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -62,11 +62,12 @@ class Scorer:
         self.failed: dict[str, str] = {}
         self.proven: set[str] = set()
         self.looked_at: set[str] = set()  # those of which an example was looked at alone
-        self.scale = LossScale(_computes_in_fp16(model, self._device()))
+        self.scale = LossScale(_computes_in_fp16(losses))
         self.probes.state.scale = self.plain.scale = self.scale
         self.begun = False  # whether the totals hold anything
         self.told = False  # whether the log says how tensors are scored
         self.gradient_scale = 0.0  # squared norm of an example's gradient over all tensors, the largest seen
+        self.after_forward: Callable[[Exception | None], None] = lambda error: None  # its error, if there was one
 
     def add(self, batch: Batch, first_example: int) -> None:
         """In fp16, where small gradients vanish and large ones overflow, at a scale at which none overflows."""
@@ -86,7 +87,7 @@ class Scorer:
         if one_by_one_is_as_fast(batch):
             # What needs no rule needs no proof of one, which would cost as much as another example.
             logger.debug("Fisher information: %d examples one at a time, which is as fast.", batch_size(batch))
-            self._loop(batch, first_example, list(self.trainable))
+            self.loop(batch, first_example, list(self.trainable))
             self.begun = True
             return
         unproven = [name for name in self.probes.names if name not in self.proven]
@@ -104,6 +105,17 @@ class Scorer:
             failed = dict(self.probes.broken)
         else:
             failed = {}
+        moved = self.without(failed)
+        self.loop(batch, first_example, [name for name in self.trainable if name in self.looped or name in moved])
+        self.begun = True
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether nothing is left to prove, nor anything to log."""
+        return self.told and self.proven.issuperset(self.probes.names)
+
+    def without(self, failed: dict[str, str]) -> set[str]:
+        """Watch these tensors no longer where they were; returns those that a module further out is done again for."""
         users_own = self.probes.by_rules_of_users(failed)
         moved = self.probes.release(failed)
         for name in moved:
@@ -116,8 +128,7 @@ class Scorer:
         if failed or not self.told:
             self._log_choice()
             self.told = True
-        self._loop(batch, first_example, [name for name in self.trainable if name in self.looped or name in moved])
-        self.begun = True
+        return moved
 
     def _give_up(self, reason: str) -> None:
         """Loop everything."""
@@ -212,7 +223,7 @@ class Scorer:
             self.scale.check()
         elif names:
             for row in numbers:
-                self._take_gradients(batch, first_example, row, names, take)
+                self.take_gradients(batch, first_example, row, names, take)
         self.losses.check_finite()
         return on_cpu(sums)
 
@@ -229,7 +240,7 @@ class Scorer:
         return any(abs(a - b) > LOW_PRECISION_TOLERANCE * max(1.0, abs(a)) for a, b in pairs)
 
     def _low_precision(self) -> bool:
-        return torch.is_autocast_enabled(self._device().type) or any(
+        return bool(self.losses.autocast.dtypes) or any(
             parameter.dtype not in (torch.float32, torch.float64) for parameter in self.losses.model.parameters()
         )
 
@@ -241,22 +252,33 @@ class Scorer:
         return with_expansion_if_possible(attempt, self.probes)
 
     def _losses(self, batch: Batch, first_example: int, in_place: dict[str, Tensor] | None) -> list[Tensor]:
-        losses = self.losses(batch, first_example, in_place)
-        if not all(loss.requires_grad for loss in losses):
-            raise FisherError(
-                f"The loss depends on no trainable tensor (there are {len(self.trainable)}, e.g. "
-                f"{next(iter(self.trainable))!r}), so there is no gradient to square. Is the forward pass under "
-                "torch.no_grad(), or are the active adapter and the trainable one not the same?"
-            )
+        try:
+            losses = self.losses(batch, first_example, in_place)
+            if not all(loss.requires_grad for loss in losses):
+                raise FisherError(
+                    f"The loss depends on no trainable tensor (there are {len(self.trainable)}, e.g. "
+                    f"{next(iter(self.trainable))!r}), so there is no gradient to square. Is the forward pass under "
+                    "torch.no_grad(), or are the active adapter and the trainable one not the same?"
+                )
+        except Exception as error:
+            self.after_forward(error)
+            raise
+        self.after_forward(None)
         return losses
 
-    def _loop(self, batch: Batch, first_example: int, names: list[str]) -> None:
+    def loop(self, batch: Batch, first_example: int, names: list[str]) -> None:
         """The definition: one example at a time, without its padding, its gradient and that squared."""
 
         for row in range(batch_size(batch) if names else 0):
-            self._take_gradients(batch, first_example, row, names, self.totals.add_plain)
+            self.take_gradients(batch, first_example, row, names, self.totals.add_plain)
 
-    def _take_gradients(self, batch: Batch, first_example: int, row: int, names: list[str], take: Take) -> None:
+    def by_rules(self, batch: Batch, first_example: int) -> dict[str, str]:
+        """Adds the batch by rules that are proven; returns the tensors that nothing was added for, with the reason."""
+        self.probes.start(batch_size(batch), self._device(), batch)
+        self.probes.backward(self._losses(batch, first_example, None), self.totals)
+        return dict(self.probes.broken)
+
+    def take_gradients(self, batch: Batch, first_example: int, row: int, names: list[str], take: Take) -> None:
         """`take(name, gradient)` for each tensor that the row's loss depends on, once a loss vector."""
         stand_ins = self.plain.stand_ins(names, take)
         example = self.losses.trimmed(rows(batch, row, row + 1))
@@ -281,6 +303,6 @@ class Scorer:
             logger.info("Fisher information: %d tensors by the loop (%s), e.g. %s.", number, reason, example)
 
 
-def _computes_in_fp16(model: nn.Module, device: torch.device) -> bool:
-    autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) is torch.float16
-    return autocast or any(parameter.dtype is torch.float16 for parameter in model.parameters())
+def _computes_in_fp16(losses: LossVectors) -> bool:
+    dtypes = [*losses.autocast.dtypes.values(), *(parameter.dtype for parameter in losses.model.parameters())]
+    return torch.float16 in dtypes

@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fish_tuning.scores.bare_model import uncompiled, without_mixed_precision
+from fish_tuning.scores.mixed_precision import Autocast
 from fish_tuning.scores.quantized import allow_packing, keep_unpacked
 
 
@@ -21,8 +22,8 @@ from fish_tuning.scores.quantized import allow_packing, keep_unpacked
 def scoring_state(model: nn.Module) -> Iterator[None]:
     """Evaluation mode (no dropout), no key-value cache, gradients on, the random state of every device kept.
 
-    What `torch.compile` and accelerate's mixed precision have put into the model is off. An autocast around the call
-    stays in force: the caller has opened it.
+    What `torch.compile` and accelerate's mixed precision have put into the model is off. So is an autocast around the
+    call; who computes losses puts it around each forward pass (`Autocast`, made before this is entered).
 
     Activation checkpointing stays in force, since a model may not fit without it. transformers ties it to training
     mode, so the checkpointed layers alone keep that flag, their own functional dropout and layer drop set to 0.
@@ -33,6 +34,7 @@ def scoring_state(model: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(random_state_kept(model))
         stack.enter_context(torch.enable_grad())
+        stack.enter_context(Autocast(model).off())
         try:
             uncompiled(stack)
             without_mixed_precision(model, stack)
@@ -53,7 +55,9 @@ def scoring_state(model: nn.Module) -> Iterator[None]:
 def _keep_checkpointing(module: nn.Module, stack: ExitStack) -> None:
     module.training = True
     # Reentrant checkpointing cannot serve torch.autograd.grad.
-    _set(module, "_gradient_checkpointing_func", partial(checkpoint, use_reentrant=False), stack)
+    own: Any = module._gradient_checkpointing_func
+    function = own.func if isinstance(own, partial) else checkpoint  # transformers' own, where inputs are offloaded
+    _set(module, "_gradient_checkpointing_func", partial(function, use_reentrant=False), stack)
     for name, value in list(vars(module).items()):
         if "drop" in name and isinstance(value, float):
             _set(module, name, 0.0, stack)

@@ -14,12 +14,16 @@ from fish_tuning.errors import FisherError
 Scores = dict[str, Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Totals:
-    """Sums over examples by tensor: of squared gradients, and, where they are asked for, of gradients."""
+    """Sums over examples by tensor: of squared gradients, and, where they are asked for, of gradients.
+
+    While it `ignores` what is added, another process adds the same.
+    """
 
     squares: Scores
     gradients: Scores | None = None
+    ignores: bool = False
 
     @classmethod
     def zeros(
@@ -48,12 +52,16 @@ class Totals:
 
     def add(self, name: str, squares: Tensor, gradients: Callable[[], Tensor]) -> None:
         """Both are dense or sparse by rows; `gradients` is called only where it is wanted."""
+        if self.ignores:
+            return
         _add(self.squares[name], squares)
         if self.gradients is not None:
             _add(self.gradients[name], gradients())
 
     def add_plain(self, name: str, gradient: Tensor) -> None:
         """One example's, which is given up."""
+        if self.ignores:
+            return
         if self.gradients is not None:
             _add(self.gradients[name], gradient)
         _add(self.squares[name], squared(gradient))

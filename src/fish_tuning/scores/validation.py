@@ -86,8 +86,9 @@ def check_model(model: nn.Module, trainable: Mapping[str, nn.Parameter]) -> None
     for name, parameter in trainable.items():
         if hasattr(parameter, "full_tensor") or hasattr(parameter, "ds_id"):  # FSDP2, DeepSpeed's ZeRO-3
             raise FisherError(
-                f"{name!r} is sharded: this process holds a part of it. Score the model before FSDP or DeepSpeed shards"
-                " it; under torchrun or accelerate launch each process then scores its share of the examples."
+                f"{name!r} is sharded: this process holds a part of it. Score the model before DeepSpeed or tensor "
+                "parallelism shards it, or shard it with FSDP2 (fully_shard); under torchrun or accelerate launch each "
+                "process then scores its share of the examples."
             )
     check_unpacked(model)
     offloaded = any(hasattr(module, "_hf_hook") for module in model.modules())  # its weights come when they are needed

@@ -65,6 +65,12 @@ def whole(tensor: Any) -> Tensor:
     return gathered
 
 
+def local_part(tensor: Any) -> Tensor:
+    """This process's part of a DTensor; any other tensor as it is."""
+    part: Tensor = tensor.to_local() if is_sharded(tensor) else tensor
+    return part
+
+
 def shard_like(tensor: Tensor, other: Any) -> Tensor:
     """This process's part of a tensor that all processes have, spread as the DTensor `other` is."""
     from torch.distributed.tensor import distribute_tensor

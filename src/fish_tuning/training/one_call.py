@@ -16,6 +16,7 @@ from fish_tuning.masks.create import create_mask_from_fisher
 from fish_tuning.scores.calculate import calculate_scores
 from fish_tuning.sparse.applying import apply_mask
 from fish_tuning.sparse.masked_tensors import trains_masked
+from fish_tuning.training.as_trained import as_trained
 from fish_tuning.training.calibration import calibration_of
 from fish_tuning.training.checkpoints import find_fault, last_checkpoint
 from fish_tuning.training.head_rate import set_head_learning_rate
@@ -113,13 +114,15 @@ def fish_tune(
     else:
         model = cast(nn.Module, trainer.model)
         args = trainer.args
-        scores = calculate_scores(
-            model,
-            **calibration_of(trainer, num_samples),
-            score=score,
-            batch_size=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
-            progress=progress,
-        )
+        calibration = calibration_of(trainer, num_samples)
+        with as_trained(model, args):
+            scores = calculate_scores(
+                model,
+                **calibration,
+                score=score,
+                batch_size=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+                progress=progress,
+            )
         mask = create_mask_from_fisher(
             scores,
             keep_ratio,

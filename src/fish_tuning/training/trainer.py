@@ -329,6 +329,12 @@ def _check_engine(args: TrainingArguments, engine: str) -> None:
             "DeepSpeed ZeRO-3 without stage3_gather_16bit_weights_on_model_save: no checkpoint would hold an adapter. "
             "Set it to true in DeepSpeed's configuration (accelerate calls it zero3_save_16bit_model)."
         )
+    if engine == FSDP1 and args.save_strategy != "no":
+        raise MaskError(
+            f"save_strategy={str(getattr(args.save_strategy, 'value', args.save_strategy))!r}: under FSDP1 PEFT leaves "
+            "an adapter's tensors out of what a Trainer saves. Use FSDP2 (fsdp_config={'version': 2}), or "
+            "save_strategy='no', and load trainer.model_wrapped.state_dict() into a model that is not wrapped."
+        )
     if engine == FSDP2 and args.load_best_model_at_end:
         raise MaskError(
             "load_best_model_at_end=True: under FSDP2, torch cannot load the best step's whole tensors into a masked "

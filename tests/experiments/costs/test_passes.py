@@ -30,7 +30,9 @@ MODELS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, torch.Tensor]
 
 
 def arguments(bf16: bool = False, checkpoints: bool = False) -> Any:
-    return SimpleNamespace(bf16=bf16, fp16=False, activation_checkpointing=checkpoints)
+    return SimpleNamespace(
+        bf16=bf16, fp16=False, activation_checkpointing=checkpoints, activation_checkpointing_kwargs=None
+    )
 
 
 def faked(model: Any, mask: Any = None, **how: Any) -> Any:

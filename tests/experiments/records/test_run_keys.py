@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from folders import write_bert
@@ -14,6 +15,7 @@ from transformers import TrainerCallback
 from fish_tuning.experiments.config.experiment import ExperimentConfig
 from fish_tuning.experiments.config.loading import load_experiment
 from fish_tuning.experiments.data import builtin
+from fish_tuning.experiments.records import run_keys
 from fish_tuning.experiments.records.run_keys import RunKeys, effective_arguments
 from fish_tuning.experiments.run.context import make_context
 from fish_tuning.experiments.run.plan import plan_experiment
@@ -46,6 +48,19 @@ def keys(config: ExperimentConfig, arm: str = "lora-fish", seed: int = 1, rate: 
 )
 def test_what_cannot_change_a_result_is_not_in_the_key(experiment: MakeExperiment, override: str) -> None:
     assert keys(experiment(override)) == keys(experiment())
+
+
+@pytest.mark.parametrize("arm", ["lora", "lora-fish", "lora-fish-rand"])
+def test_what_is_scored_in_16_bits_is_not_what_was_scored_in_32(
+    experiment: MakeExperiment, monkeypatch: pytest.MonkeyPatch, arm: str
+) -> None:
+    """Of the records of before autocast was scored under, those of scored arms with mixed precision hold no more."""
+    digested: list[dict[str, Any]] = []
+    monkeypatch.setattr(run_keys, "_digest", lambda parts: digested.append(dict(parts)) or "")
+    for mixed in ("bf16=true", "bf16=false"):
+        keys(experiment(f"training.args_override.{mixed}"), arm)
+    said = [parts.get("scored_in") for parts in digested[::2]]
+    assert said == ["bf16" if arm == "lora-fish" else None, None]
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,25 @@ def test_a_calibrated_model_is_as_it_was(experiment: MakeExperiment, mixed: str)
     assert all(scores.dtype == torch.float32 for scores in calibration.scores.values())
 
 
+def calibrated(experiment: MakeExperiment, *overrides: str) -> dict[str, torch.Tensor]:
+    config = experiment("fish_tuning.warmup_steps=2", *overrides)
+    context = make_context(config, plan_experiment(config), TrainerCallback())
+    arm = context.plan.arms[1]
+    return calibrate(context, arm, 1, context.starts(arm.arm, 1), context.arguments(arm, 1), "start").scores
+
+
+def test_scores_are_of_the_precision_that_trains(experiment: MakeExperiment) -> None:
+    plain, mixed = calibrated(experiment), calibrated(experiment, "training.args_override.bf16=true")
+    assert any(not torch.equal(plain[name], score) for name, score in mixed.items())
+    differences = sum(float((mixed[name] - score).abs().sum()) for name, score in plain.items())
+    assert differences < 0.1 * sum(float(score.sum()) for score in plain.values())
+
+
+def test_checkpointing_changes_no_score(experiment: MakeExperiment) -> None:
+    checkpoints = "training.args_override.activation_checkpointing=true"
+    assert_same_tensors(calibrated(experiment, checkpoints), calibrated(experiment))
+
+
 def test_first_steps_leave_the_next_start_alone(experiment: MakeExperiment) -> None:
     config = experiment("lora.init_lora_weights=pissa")
     context = make_context(config, plan_experiment(config), TrainerCallback())

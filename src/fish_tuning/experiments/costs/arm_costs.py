@@ -96,7 +96,9 @@ def measure(work: Work) -> Measured:
     calibration = None
     if work.score is not None:
         try:
-            calibration = scoring_peak(model, mode, work.calibration, work.score, work.warmup_steps, gpu=work.gpu)
+            calibration = scoring_peak(
+                model, mode, work.calibration, work.args, work.score, work.warmup_steps, gpu=work.gpu
+            )
         except Exception as error:  # a model may do what cannot be done without values
             failures.append(f"calibration could not be traced ({_reason(error)})")
     with mode:

@@ -18,6 +18,7 @@ from fish_tuning.experiments.costs.batches import Shapes, made, taken
 from fish_tuning.experiments.costs.kernels import GpuKernels, NoChance
 from fish_tuning.experiments.costs.live_bytes import LiveBytes
 from fish_tuning.experiments.costs.repeated_layers import Peaks, of_all_layers
+from fish_tuning.training.as_trained import autocast_dtype, checkpoint_activations, checkpoints
 
 Loss = Callable[[Any, dict[str, Tensor]], Tensor]
 
@@ -44,11 +45,11 @@ def training_pass(
         beside: tensors that are there before, which are no parameters or buffers of the model.
     """
     if checkpoints(args):
-        checkpoint_activations(model, args, gpu=gpu)
+        checkpoint_activations(model, args, **with_gpu_kernels(args, gpu))
     if fused_head:
         add_fused_head(model)
     model.train()
-    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+    dtype = autocast_dtype(args)
     held = [*model.parameters(), *model.buffers(), *beside]
 
     def loss(inputs: dict[str, Any]) -> Tensor:
@@ -94,27 +95,14 @@ def counted(model: nn.Module, mode: FakeTensorMode, held: Iterable[Tensor], *, g
         yield live
 
 
-def checkpoints(args: TrainingArguments) -> bool:
-    """Whether activations are recomputed; older versions of transformers know the older name alone."""
-    return bool(getattr(args, "activation_checkpointing", None) or getattr(args, "gradient_checkpointing", None))
+def with_gpu_kernels(args: TrainingArguments, gpu: bool) -> dict[str, Any]:
+    """How what is computed again is computed with a GPU's kernels where the first pass is.
 
-
-def checkpoint_activations(model: Any, args: TrainingArguments, *, gpu: bool) -> None:
-    """As the Trainer does; what is computed again is computed with a GPU's kernels where the first pass is."""
-    settings = dict(
-        getattr(args, "activation_checkpointing_kwargs", None)
-        or getattr(args, "gradient_checkpointing_kwargs", None)
-        or {}
-    )
-    settings.setdefault("use_reentrant", False)
-    if gpu and not settings["use_reentrant"]:  # modes that see functions are off in a backward pass
-        settings["context_fn"] = lambda: (nullcontext(), GpuKernels())
-    if hasattr(model, "activation_checkpointing_enable"):
-        every = settings.pop("every_n_layers", 1)
-        settings.pop("offload", None)
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs=settings, every_n_layers=every)
-    else:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
+    Modes that see functions are off in a backward pass.
+    """
+    settings: Any = args.activation_checkpointing_kwargs or {}
+    reentrant = settings.get("use_reentrant", False)
+    return {"context_fn": lambda: (nullcontext(), GpuKernels())} if gpu and not reentrant else {}
 
 
 def add_fused_head(model: Any) -> None:

@@ -52,7 +52,7 @@ def run_keys(
         arguments: the run's whole TrainingArguments, seed included.
         shared: what all runs depend on: contents of data and weights, versions and the like.
     """
-    parts = {**shared, **_arm_parts(config, arm), "arguments": effective_arguments(arguments)}
+    parts = {**shared, **_arm_parts(config, arm, arguments), "arguments": effective_arguments(arguments)}
     seedless = {name: value for name, value in parts["arguments"].items() if name not in ("seed", "data_seed")}
     rates = config.learning_rates_of(config.method_of(arm.arm))
     if len(rates) > 1:
@@ -75,7 +75,7 @@ def plain_settings(settings: Any) -> Any:
     return {str(name): plain_settings(value) for name, value in settings.items() if name not in _NOT_SETTINGS}
 
 
-def _arm_parts(config: ExperimentConfig, arm: ArmPlan) -> dict[str, Any]:
+def _arm_parts(config: ExperimentConfig, arm: ArmPlan, arguments: Mapping[str, Any]) -> dict[str, Any]:
     parts: dict[str, Any] = {
         "method": arm.method,
         "selection": arm.selection,
@@ -104,6 +104,9 @@ def _arm_parts(config: ExperimentConfig, arm: ArmPlan) -> dict[str, Any]:
             parts |= {"score": choice.score, "num_samples": choice.num_samples}
             parts |= {"warmup_steps": config.warmup_steps(section), "warmup_learning_rate": WARMUP_LEARNING_RATE}
             parts |= {"reselect_every": choice.reselect_every} if choice.reselect_every else {}
+            # Earlier versions scored without the Trainer's autocast.
+            precision = next((name for name in ("bf16", "fp16") if arguments.get(name)), None)
+            parts |= {"scored_in": precision} if precision else {}
     return parts
 
 

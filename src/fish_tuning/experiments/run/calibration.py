@@ -13,6 +13,7 @@ from fish_tuning.experiments.records.run_record import ArmPlan
 from fish_tuning.experiments.run.context import Context
 from fish_tuning.experiments.run.measure import Stopwatch
 from fish_tuning.scores.calculate import calculate_scores
+from fish_tuning.training.as_trained import as_trained
 
 
 @dataclass(frozen=True)
@@ -42,14 +43,15 @@ def calibrate(
 def score(
     context: Context, arm: ArmPlan, seed: int, model: Any, args: TrainingArguments, warmup_steps: int
 ) -> dict[str, Tensor]:
-    """The scores that the arm's entries are judged by, of the model as it is."""
-    return calculate_scores(
-        model,
-        context.calibration_loader(arm, seed, args.per_device_train_batch_size),
-        context.choice(arm).score,
-        args.device,
-        batch_size=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
-        warmup_steps=warmup_steps,
-        seed=seed,
-        progress=False,
-    )
+    """The scores that the arm's entries are judged by, of the model as it is, computed as training computes."""
+    with as_trained(model, args):
+        return calculate_scores(
+            model,
+            context.calibration_loader(arm, seed, args.per_device_train_batch_size),
+            context.choice(arm).score,
+            args.device,
+            batch_size=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            warmup_steps=warmup_steps,
+            seed=seed,
+            progress=False,
+        )

@@ -1,0 +1,290 @@
+"""Two processes score a model that FSDP2 has sharded over them: as one process scores it whole, and it is as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.data_loader import prepare_data_loader  # type: ignore[import-untyped]
+from processes import in_two_processes
+from tiny import assert_scores_close, bert, causal_batch, classification_batch, llama, lora, rebatch
+from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.utils.data import DataLoader
+from torch.utils.data.distributed import DistributedSampler
+from transformers.models.bert.modeling_bert import BertLayer
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+from fish_tuning import (
+    FisherError,
+    calculate_fisher_information,
+    calculate_scores,
+    create_mask_from_fisher,
+    measure_moments,
+)
+
+BATCH = classification_batch((5, 9, 3, 7, 9, 4, 8, 6, 9, 5))
+TEXTS = causal_batch((5, 9, 3, 7, 9, 4, 6, 8))
+ROWS = [{key: value[row] for key, value in BATCH.items()} for row in range(10)]
+QUIET: dict[str, Any] = {"progress": False}
+
+
+def base() -> Any:
+    return bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+
+
+def adapted() -> Any:
+    return lora(base(), init_lora_weights=True, lora_dropout=0.0)
+
+
+def recomputed() -> Any:
+    """With a convolution, which has no rule, behind the word embeddings of a Llama."""
+    model = lora(llama())
+    torch.manual_seed(0)
+    embed = model.base_model.model.model.embed_tokens
+    model.base_model.model.model.embed_tokens = nn.Sequential(embed, Convolved())
+    return model
+
+
+class Convolved(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(16, 16, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x.transpose(1, 2)).transpose(1, 2)  # type: ignore[no-any-return]
+
+
+def looped() -> Any:
+    """A parameter of the whole model itself, which nothing smaller than the loop can score."""
+    model = base().requires_grad_(False)
+    torch.manual_seed(0)
+    model.register_parameter("shift", nn.Parameter(torch.randn(3)))
+    plain = model.forward
+
+    def forward(**inputs: Any) -> Any:
+        outputs = plain(**inputs)
+        outputs.logits = outputs.logits * model.shift
+        return outputs
+
+    model.forward = forward
+    model.classifier.requires_grad_(True)
+    return model
+
+
+def sharded(model: Any, **options: Any) -> Any:
+    for module in list(model.modules()):
+        if isinstance(module, BertLayer | LlamaDecoderLayer):
+            fully_shard(module, **options)
+    return fully_shard(model, **options)
+
+
+def sampler() -> Any:
+    return DistributedSampler(ROWS, shuffle=False)  # type: ignore[arg-type, var-annotated]
+
+
+def loader(**options: Any) -> DataLoader[Any]:
+    return DataLoader(ROWS, batch_size=2, **options)  # type: ignore[arg-type]
+
+
+def trained_base() -> Any:
+    model = base()
+    model.bert.embeddings.requires_grad_(False)
+    return model
+
+
+def checkpointed(model: Any) -> Any:
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+LONG = causal_batch((520, 514, 518))
+# What is scored: the model, its batches, how. Each is compared with one process that has the whole model.
+CASES: dict[str, tuple[Callable[[], Any], Callable[[], Any], dict[str, Any]]] = {
+    "lora": (lambda: lora(base()), lambda: rebatch(BATCH, 2), {"warmup_steps": 0}),
+    "warmed up": (adapted, lambda: rebatch(BATCH, 2), {"warmup_steps": 3}),
+    "llama": (lambda: lora(llama()), lambda: rebatch(TEXTS, 2), {}),
+    "dora": (lambda: lora(llama(), use_dora=True), lambda: rebatch(TEXTS, 2), {}),
+    "base weights": (trained_base, lambda: rebatch(BATCH, 2), {}),
+    "num_samples": (lambda: lora(base()), lambda: rebatch(BATCH, 2), {"num_samples": 7}),
+    "drawn labels": (lambda: lora(base()), lambda: rebatch(BATCH, 2), {"fisher_type": "sampled"}),
+    "expected labels": (lambda: lora(base()), lambda: rebatch(BATCH, 2), {"fisher_type": "expected"}),
+    "loop": (lambda: lora(base()), lambda: rebatch(BATCH, 2), {"method": "loop"}),
+    "single examples": (lambda: lora(base()), lambda: rebatch(BATCH, 1), {}),
+    "long texts": (lambda: lora(llama(max_position_embeddings=600)), lambda: rebatch(LONG, 2), {}),
+    "ragged": (lambda: lora(base()), lambda: rebatch(BATCH, 3), {}),
+    "one batch": (lambda: lora(base()), lambda: [BATCH], {}),
+    "recomputed": (recomputed, lambda: rebatch(TEXTS, 2), {}),
+    "looped": (looped, lambda: rebatch(BATCH, 2), {}),
+    "checkpointed": (lambda: checkpointed(lora(base())), lambda: rebatch(BATCH, 2), {"warmup_steps": 2}),
+}
+PARTS: dict[str, Callable[[int], Any]] = {
+    "distributed sampler": lambda rank: loader(sampler=sampler()),
+    "accelerate": lambda rank: prepare_data_loader(loader(), num_processes=2, process_index=rank),
+}
+
+
+def traces(model: nn.Module) -> dict[str, Any]:
+    return {
+        "parameters": [(name, id(p), p.requires_grad, p.grad) for name, p in model.named_parameters()],
+        "values": [float(p.to_local().double().sum()) for p in model.parameters()],  # type: ignore[operator]
+        "modes": [module.training for module in model.modules()],
+    }
+
+
+def message(call: Callable[[], Any]) -> str:
+    try:
+        call()
+    except FisherError as error:
+        return str(error)
+    return "no error"
+
+
+def worker(rank: int, folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, (make, batches, options) in CASES.items():
+        model = sharded(make())
+        before = traces(model)
+        found[name] = calculate_fisher_information(model, batches(), **QUIET, **options)
+        assert traces(model) == before, name
+    for name, part in PARTS.items():
+        found[name] = calculate_fisher_information(sharded(lora(base())), part(rank), warmup_steps=0, **QUIET)
+    with torch.autocast("cpu", torch.bfloat16):
+        found["autocast"] = calculate_fisher_information(sharded(lora(base())), rebatch(BATCH, 2), **QUIET)
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    found["FSDP's own mixed precision"] = calculate_fisher_information(
+        sharded(lora(base()), mp_policy=policy), rebatch(BATCH, 2), **QUIET
+    )
+    model = sharded(adapted())
+    gain = calculate_scores(model, rebatch(BATCH, 2), "gain", warmup_steps=2, **QUIET)
+    found["gain"], found["mask"] = gain, create_mask_from_fisher(gain, keep_ratio=0.1)
+    found["magnitude"] = calculate_scores(model, [], "magnitude", **QUIET)
+    found["moments"] = measure_moments(model, rebatch(BATCH, 2), warmup_steps=2, **QUIET).mean_gradients
+    found["trained on"] = trained_on(model, rank)
+    found["rows"] = rows_seen(sharded(lora(base())), rebatch(BATCH, 2) * 4)
+    found["told"] = refusals(rank)
+    return found
+
+
+def trained_on(model: Any, rank: int) -> dict[str, Tensor]:
+    """A step after scoring is that of a model that was never scored."""
+    model.train()
+    model(**rebatch(BATCH, 5)[rank]).loss.backward()
+    return {n: p.grad.full_tensor() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def rows_seen(model: Any, batches: Any) -> int:
+    """How many rows went through the model while it was scored."""
+    seen: list[int] = []
+    head = model.base_model.model.classifier
+    head.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    calculate_fisher_information(model, batches, warmup_steps=0, **QUIET)
+    return sum(seen)
+
+
+def refusals(rank: int) -> dict[str, str]:
+    def scored(batches: Any, **options: Any) -> str:
+        return message(lambda: calculate_fisher_information(sharded(lora(base())), batches, **QUIET, **options))
+
+    broken = [dict(batch) for batch in rebatch(BATCH, 2)]
+    broken[3]["labels"] = broken[3]["labels"] + 100  # process 1's, once rules are proven
+
+    def failing() -> Iterator[Any]:
+        yield from rebatch(BATCH, 2)[:3]
+        if rank == 1:
+            raise FisherError("no more data")
+        yield from rebatch(BATCH, 2)[3:]
+
+    accumulating = sharded(lora(base()))
+    accumulating.set_requires_gradient_sync(False)
+    accumulating(**BATCH).loss.backward()
+    return {
+        "broken": scored(broken),
+        "different": scored(rebatch(BATCH, 2 + rank)),
+        "loader": scored(failing()),
+        "alone": scored(rebatch(BATCH, 2), split_between_processes=False),
+        "accumulating": message(lambda: calculate_fisher_information(accumulating, [BATCH], **QUIET)),
+    }
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return in_two_processes(worker, tmp_path_factory.mktemp("sharded"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_scores_are_those_of_one_process_with_the_whole_model(name: str, results: list[dict[str, Any]]) -> None:
+    make, batches, options = CASES[name]
+    alone = calculate_fisher_information(make(), batches(), **QUIET, **options)
+    for result in results:
+        assert_scores_close(result[name], alone, tolerance=1e-4)
+        assert list(result[name]) == list(alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PARTS)
+def test_a_loader_that_gives_each_its_part(name: str, results: list[dict[str, Any]]) -> None:
+    alone = calculate_fisher_information(lora(base()), rebatch(BATCH, 2), warmup_steps=0, **QUIET)
+    for result in results:
+        assert_scores_close(result[name], alone, tolerance=1e-4)
+
+
+@pytest.mark.slow
+def test_low_precision_comes_close(results: list[dict[str, Any]]) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        alone = calculate_fisher_information(lora(base()), rebatch(BATCH, 2), **QUIET)
+    for result in results:
+        assert_scores_close(result["autocast"], alone, tolerance=0.05)
+        assert_scores_close(result["FSDP's own mixed precision"], alone, tolerance=0.3)
+
+
+@pytest.mark.slow
+def test_all_processes_have_the_same_to_the_bit(results: list[dict[str, Any]]) -> None:
+    for name in (*CASES, *PARTS, "gain", "mask", "magnitude", "moments"):
+        assert results[0][name]
+        assert all(torch.equal(tensor, results[1][name][key]) for key, tensor in results[0][name].items()), name
+
+
+@pytest.mark.slow
+def test_named_scores_and_masks(results: list[dict[str, Any]]) -> None:
+    alone = calculate_scores(adapted(), rebatch(BATCH, 2), "gain", warmup_steps=2, **QUIET)
+    assert_scores_close(results[0]["gain"], alone, tolerance=1e-3)
+    for name, weight in adapted().named_parameters():
+        if weight.requires_grad:
+            assert torch.equal(results[0]["magnitude"][name], weight.abs())
+
+
+@pytest.mark.slow
+def test_processes_share_the_work(results: list[dict[str, Any]]) -> None:
+    """But for the first round, which both need to look at, and its proof."""
+    batches = rebatch(BATCH, 2) * 4
+    for result in results:
+        assert result["rows"] <= rows_seen(lora(base()), batches[:4]) + 2 * len(batches[4:]) // 2
+    assert rows_seen(lora(base()), batches) >= 2 * len(batches)
+
+
+@pytest.mark.slow
+def test_training_goes_on_as_if_nothing_had_been_scored(results: list[dict[str, Any]]) -> None:
+    model = adapted().train()
+    for half in rebatch(BATCH, 5):
+        (model(**half).loss / 2).backward()
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(results[0]["trained on"][name], parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_no_process_waits_for_one_that_failed(results: list[dict[str, Any]]) -> None:
+    told = [result["told"] for result in results]
+    assert "Process 1 of 2 failed while scoring: FisherError" in told[0]["broken"]
+    assert "label" in told[1]["broken"]
+    assert "no more data" in told[0]["loader"]
+    assert "no more data" in told[1]["loader"]
+    for each in told:
+        assert "different batches" in each["different"]
+        assert "no process can score it by itself" in each["alone"]
+        assert "holds a gradient that FSDP has not reduced" in each["accumulating"]
