@@ -107,7 +107,6 @@ def measure_moments(
     processes = Processes(calibration_dataloader, split_between_processes, target)
     wanted = processes.examples(num_samples)
     batches = calibration_batches(processes.noted(calibration_dataloader), target, wanted, rows_per_example)
-    bar = tqdm(total=wanted, desc="Fisher information", unit="ex", disable=not progress, leave=False)
     trained_on = LossVectors(model, "empirical", token_reduction, loss_fn, seed, rows_per_example)
     weights: Scores = {}
     seen, error = 0, None
@@ -115,7 +114,10 @@ def measure_moments(
         # Kept, since a loader may give others, or none, when it is asked again.
         with random_state_kept(model):  # a loader that shuffles draws from it
             first = _at_least(batches, WARMUP_EXAMPLES * steps) if steps else []
-        with bar, _ready(scorer, trained_on, first, steps, seed, processes, target) as weights:
+        with (
+            _ready(scorer, trained_on, first, steps, seed, processes, target, progress) as weights,
+            tqdm(total=wanted, desc="Fisher information", unit="ex", disable=not progress, leave=False) as bar,
+        ):
             for number, batch in enumerate(chain(first, batches)):
                 if processes.takes(number):
                     with device_errors_explained(model, target):
@@ -147,6 +149,7 @@ def _ready(
     seed: int,
     processes: Processes,
     target: torch.device,
+    progress: bool,
 ) -> Iterator[Scores]:
     """The model as it is scored: quiet, warmed up, watched. Gives its weights where warm-up has moved them."""
     model, trainable = trained_on.model, scorer.trainable
@@ -155,7 +158,7 @@ def _ready(
         stack.enter_context(scoring_state(model))
         if steps:
             with device_errors_explained(model, target):
-                stack.enter_context(warmed_up(model, trainable, trained_on, first, steps, seed=seed))
+                stack.enter_context(warmed_up(model, trainable, trained_on, first, steps, seed=seed, progress=progress))
             processes.same_start(trainable.values())
             weights = {name: parameter.detach().clone() for name, parameter in trainable.items()}
         stack.enter_context(scorer.probes)
