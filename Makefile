@@ -14,7 +14,7 @@ extras = [$(if $(filter demo,$1),experiments,$1)]
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: $(VENV)/.stamp-demo  ## install, then compare the four arms on handwritten digits: minutes on a CPU
+demo: $(VENV)/.stamp-demo  ## install, then compare five arms on handwritten digits: minutes on a CPU
 	$(BIN)/fish-tuning run configs/experiments/digits.yaml
 
 test: $(VENV)/.stamp-test  ## install with the test tools and run every test; ARGS="-k name" picks some

@@ -200,6 +200,14 @@ def test_version() -> None:
     assert CliRunner().invoke(app, ["--version"]).output == f"fish-tuning {fish_tuning.__version__}\n"
 
 
+def test_the_list_of_commands_says_each_in_a_whole_line() -> None:
+    lines = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "80"}).output.splitlines()
+    said = {words[0]: line for line in lines if (words := line.split())}
+    for command in ("configs", "init", "inspect", "plan", "report", "run", "schema"):
+        assert said[command].endswith(".")
+        assert not said[command].endswith("...")
+
+
 @pytest.mark.parametrize("command", [[], ["run"], ["plan"], ["configs"], ["inspect"], ["report"], ["init"], ["schema"]])
 def test_h_is_help(command: list[str]) -> None:
     short, long = (CliRunner().invoke(app, [*command, option]) for option in ("-h", "--help"))
@@ -337,6 +345,18 @@ def test_a_wrong_key_is_told_without_importing_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "2 False\n"
+
+
+def test_a_mistyped_data_file_is_told_without_importing_torch(tmp_path: Path) -> None:
+    (tmp_path / "films.csv").write_text("text,label\n")
+    code = (
+        "import sys\nfrom fish_tuning.cli import app\n"
+        "try: app(['init', 'some-model', 'flims.csv'])\nexcept SystemExit as end: code = end.code\n"
+        "print(code, 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert done.stdout == "2 False\n"
+    assert f"there is no file 'flims.csv' (from '{tmp_path}'). Did you mean 'films.csv'?" in done.stderr
 
 
 def test_each_data_set_is_an_experiment(invoke: Callable[..., Result]) -> None:

@@ -115,6 +115,16 @@ def test_the_seed_orders_the_steps() -> None:
     assert orders[0] == orders[1] != orders[2]
 
 
+def test_both_stages_show_a_bar(capsys: pytest.CaptureFixture[str]) -> None:
+    calculate_fisher_information(at_zero(), BATCHES, warmup_steps=3)
+    told = capsys.readouterr().err
+    assert 0 <= told.find("Warm-up before scoring") < told.find("Fisher information")
+    assert "/3 [" in told
+    assert "/8 [" not in told  # a loader without num_samples has no known end
+    scored(at_zero(), warmup_steps=3)
+    assert capsys.readouterr().err == ""
+
+
 def test_the_same_seed_gives_the_same_bits() -> None:
     one, other = scored(at_zero()), scored(at_zero())
     assert all(torch.equal(score, other[name]) for name, score in one.items())

@@ -87,7 +87,9 @@ def files_and_shipped_names(incomplete: str) -> list[str]:
 
 ConfigArgument = Annotated[
     str,
-    typer.Argument(help="An experiment file, or the name of a shipped one.", autocompletion=files_and_shipped_names),
+    typer.Argument(
+        metavar="FILE", help="An experiment file, or the name of a shipped one.", autocompletion=files_and_shipped_names
+    ),
 ]
 ExtensionOption = Annotated[
     list[str] | None,

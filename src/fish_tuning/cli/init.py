@@ -14,7 +14,9 @@ STDOUT = "-"
 
 @app.command()
 def init(
-    model: Annotated[str, typer.Argument(help="A model's name on the hub, its folder, or builtin:digits-vit.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A model's name on the hub, its folder, or builtin:digits-vit.")
+    ],
     data: Annotated[
         list[str],
         typer.Argument(
@@ -32,7 +34,9 @@ def init(
     force: Annotated[bool, typer.Option("--force", help="Replace FILE where it is there already.")] = False,
     extension: ExtensionOption = None,
 ) -> None:
-    """Write an experiment file for a model and data at hand, with what was found in them beside every key.
+    """Write an experiment file for a model and data at hand.
+
+    Beside every key stands what was found in them, and what else is allowed.
 
     Exit code: 0, 1 when the disk is full, or 2 when nothing that runs can be made of the two, or FILE is there already.
     """
@@ -45,17 +49,20 @@ def _init(model: str, data: list[str], output: str | None, force: bool, extensio
     import warnings
 
     from fish_tuning.experiments.config.extensions import load_extensions
+    from fish_tuning.experiments.config.neighbours import DATA_FILES, refuse_missing
     from fish_tuning.experiments.config.new_files import refuse_old, write_new
     from fish_tuning.experiments.config.schema import SCHEMA_FILE
 
     way_out = "Name another with --output, or replace it with --force."
     if output not in (None, STDOUT) and not force:
         refuse_old(Path(str(output)).expanduser(), way_out)  # before the data is read
+    source = [word for word in data if "=" not in word]
+    if len(source) == 1 and source[0].lower().endswith(DATA_FILES):
+        refuse_missing(source)  # before the libraries are imported, which takes seconds
     load_extensions(extensions)
 
     from fish_tuning.experiments.run.draft import draft_experiment
 
-    source = [word for word in data if "=" not in word]
     folder = Path() if output in (None, STDOUT) else Path(str(output)).expanduser().parent
     modeline = [f"yaml-language-server: $schema={SCHEMA_FILE}"] if (folder / SCHEMA_FILE).is_file() else []
     with warnings.catch_warnings():

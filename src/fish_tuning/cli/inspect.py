@@ -20,7 +20,9 @@ def inspect(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The counts as one JSON document.")] = False,
 ) -> None:
-    """Show where masks went: the kept entries by layer and module type, and how far several masks agree.
+    """Show where masks went, and how far several of them agree.
+
+    The kept entries are counted by layer and module type.
 
     Exit code: 0, 1 when the disk is full, or 2 when a file is missing, is something else, or cannot be compared.
     """

@@ -53,9 +53,9 @@ def plan(
     ] = False,
     extension: ExtensionOption = None,
 ) -> None:
-    """Show what each arm needs before anything is trained: memory, traffic and files.
+    """Show what each arm needs: memory, traffic and files.
 
-    The data is read; of the model nothing but its configuration is, and no weights are made.
+    Nothing is trained. The data is read; of the model nothing but its configuration is, and no weights are made.
 
     Exit code: 0, or 2 when the configuration cannot work.
     """

@@ -19,7 +19,9 @@ def report(
         Path | None, typer.Option("--output", metavar="FOLDER", help="Where to write; the first DIR by default.")
     ] = None,
 ) -> None:
-    """Join the runs of one or more experiments into one page: report.html, and its numbers as .md, .tex and .csv.
+    """Join the runs of experiments into one page, report.html.
+
+    Its numbers lie beside it as .md, .tex and .csv.
 
     Exit code: 0, 1 when the disk is full, or 2 when a folder is missing or has no run that can be read.
     """

@@ -7,7 +7,9 @@ from fish_tuning.cli.application import app, tell
 
 @app.command()
 def schema() -> None:
-    """Print the JSON schema of the experiment file, by which editors complete and check it.
+    """Print the JSON schema of the experiment file.
+
+    Editors complete and check the file by it.
 
     fish-tuning schema > fish-tuning.schema.json, and `# yaml-language-server: $schema=fish-tuning.schema.json` as the
     first line of an experiment file beside it.

@@ -115,8 +115,7 @@ def measure_moments(
         processes = Processes(calibration_dataloader, split_between_processes, target)
         wanted = processes.examples(num_samples)
         batches = calibration_batches(processes.noted(calibration_dataloader), target, wanted, rows_per_example)
-        bar = tqdm(total=wanted, desc="Fisher information", unit="ex", disable=not progress, leave=False)
-        work = _Work(scorer, trained_on, steps, seed, processes, target, bar, stacklevel + 1)
+        work = _Work(scorer, trained_on, steps, seed, processes, target, wanted, progress, stacklevel + 1)
         together = (
             sharded_by_fsdp2(model) and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         )
@@ -149,8 +148,13 @@ class _Work:
     seed: int
     processes: Processes
     target: torch.device
-    bar: Any
+    wanted: int | None
+    progress: bool
     stacklevel: int
+
+    def bar(self) -> Any:
+        """Of the examples that are scored; warm-up has one of its own before."""
+        return tqdm(total=self.wanted, desc="Fisher information", unit="ex", disable=not self.progress, leave=False)
 
     def warn(self) -> None:
         for message in self.scorer.new_failures():
@@ -164,7 +168,7 @@ def _by_itself(work: _Work, batches: Iterator[Batch]) -> tuple[int, Scores]:
     # Kept, since a loader may give others, or none, when it is asked again.
     with random_state_kept(losses.model):  # a loader that shuffles draws from it
         first = _at_least(batches, WARMUP_EXAMPLES * work.steps) if work.steps else []
-    with work.bar, _ready(work, first) as weights:
+    with _ready(work, first) as weights, work.bar() as bar:
         for number, batch in enumerate(chain(first, batches)):
             if processes.takes(number):
                 with device_errors_explained(losses.model, target):
@@ -172,7 +176,7 @@ def _by_itself(work: _Work, batches: Iterator[Batch]) -> tuple[int, Scores]:
             losses.check_finite(unread=UNREAD)
             work.warn()
             seen += batch_size(batch)
-            work.bar.update(batch_size(batch))
+            bar.update(batch_size(batch))
         losses.check_finite()
     return seen, weights
 
@@ -187,13 +191,14 @@ def _in_lockstep(work: _Work, batches: Iterator[Batch]) -> tuple[int, Scores]:
             first.append(shares)
             needed -= sum(batch_size(share.batch) for share in shares)
     lockstep = Lockstep(work.scorer, losses, work.processes)
-    with work.bar, _ready(work, [share.batch for shares in first for share in shares]) as weights:
+    every = [share.batch for shares in first for share in shares]
+    with _ready(work, every) as weights, work.bar() as bar:
         for shares in chain(first, left):
             lockstep.add(shares)
             work.warn()
             number = sum(batch_size(share.batch) for share in shares)
             seen += number
-            work.bar.update(number)
+            bar.update(number)
         losses.check_finite()
     return seen, weights
 
@@ -207,7 +212,11 @@ def _ready(work: _Work, first: list[Batch]) -> Iterator[Scores]:
         stack.enter_context(scoring_state(model))
         if work.steps:
             with device_errors_explained(model, work.target):
-                stack.enter_context(warmed_up(model, trainable, work.trained_on, first, work.steps, seed=work.seed))
+                stack.enter_context(
+                    warmed_up(
+                        model, trainable, work.trained_on, first, work.steps, seed=work.seed, progress=work.progress
+                    )
+                )
             work.processes.same_start(trainable.values())
             weights = {name: parameter.detach().clone() for name, parameter in trainable.items()}
         stack.enter_context(work.scorer.probes)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from fish_tuning.peft_methods import PEFT_METHODS, WARMUP_STEPS
 from fish_tuning.scores.batches import Batch, batch_size, rows
@@ -60,6 +61,7 @@ def warmed_up(
     *,
     learning_rate: float = WARMUP_LEARNING_RATE,
     seed: int = 0,
+    progress: bool = False,
 ) -> Iterator[None]:
     """The model after `steps` of AdamW on `trainable`; at the end, however it comes, it is back to the bit.
 
@@ -75,6 +77,7 @@ def warmed_up(
         losses: of each example alone, for the given labels; their mean is trained on.
         batches: of the examples. Each step takes a run of them, `seed` says in which order.
         steps: as many, or one an example where there are fewer examples.
+        progress: show a progress bar, since this takes as long as training does.
     """
     if not steps:
         yield
@@ -82,7 +85,10 @@ def warmed_up(
     before = {name: parameter.detach().clone() for name, parameter in trainable.items()}
     try:
         if batches:
-            _train(model, trainable, losses, step_parts(batches, steps, seed), learning_rate)
+            parts = step_parts(batches, steps, seed)
+            logger.info("Fisher information: scored after %d warm-up steps, which are undone.", len(parts))
+            with tqdm(parts, desc="Warm-up before scoring", unit="step", disable=not progress, leave=False) as bar:
+                _train(model, trainable, losses, bar, learning_rate)
         example = losses.first_not_finite()
         if example is None:
             yield
@@ -124,10 +130,9 @@ def _train(
     model: nn.Module,
     trainable: dict[str, nn.Parameter],
     losses: LossVectors,
-    steps: Sequence[Sequence[Part]],
+    steps: Iterable[Sequence[Part]],
     learning_rate: float,
 ) -> None:
-    logger.info("Fisher information: scored after %d warm-up steps, which are undone.", len(steps))
     stand_ins = {name: parameter.detach().requires_grad_() for name, parameter in trainable.items()}
     in_place = PlainGradients(model, trainable).in_place(stand_ins)
     stepped = {name: _in_32_bits(tensor) for name, tensor in stand_ins.items()}

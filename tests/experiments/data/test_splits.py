@@ -8,8 +8,14 @@ from folders import write_sentences
 from task_helpers import task_of
 
 from fish_tuning.errors import ConfigurationError
+from fish_tuning.experiments.config.neighbours import DATA_FILES
 from fish_tuning.experiments.config.sections import DatasetConfig
+from fish_tuning.experiments.data.splits import FILE_FORMATS
 from fish_tuning.experiments.data.tasks import load_task
+
+
+def test_the_command_knows_the_formats_without_importing_them() -> None:
+    assert tuple(FILE_FORMATS) == DATA_FILES
 
 
 def test_the_training_part_is_the_same_every_time(sentences_folder: Path) -> None:

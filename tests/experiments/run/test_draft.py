@@ -185,6 +185,15 @@ def test_what_cannot_be_drafted_names_the_key(bert_folder: Path, tmp_path: Path)
         draft_experiment(str(bert_folder), [str(tmp_path / "wid.csv")])
     with pytest.raises(ConfigurationError, match="needs data after the model"):
         draft_experiment(str(bert_folder), [])
+    (tmp_path / "topics.csv").write_text(
+        "id,headline,topic\n" + "".join(f"{n},text {n},{'ab'[n % 2]}\n" for n in range(20))
+    )
+    with pytest.raises(
+        ConfigurationError, match=r"such as dataset\.label_column=topic, which has 2 different values\."
+    ):
+        draft_experiment(str(bert_folder), [str(tmp_path / "topics.csv")])
+    with pytest.raises(ConfigurationError, match=r"write a list of sections: peft: \[{method: lora}, {method: ia3}\]"):
+        draft_experiment(str(bert_folder), [str(tmp_path / "wide.csv")], ["peft.method=[lora,ia3]"])
     with pytest.raises(ConfigurationError, match=r"there is no folder .*nowhere"):
         draft_experiment(str(tmp_path / "nowhere"), [str(csv_file(tmp_path / "films.csv"))])
 

@@ -118,7 +118,13 @@ class PeftMethodConfig(Section):
     @classmethod
     def _named(cls, data: Any) -> Any:
         """Its name is the method's unless it is given."""
-        return {"name": data.get("method", "lora"), **data} if isinstance(data, dict) else data
+        if not isinstance(data, dict):
+            return data
+        method = data.get("method", "lora")
+        if isinstance(method, list):
+            sections = ", ".join(f"{{method: {name}}}" for name in method)
+            raise ValueError(f"method is one method; for several write a list of sections: peft: [{sections}]")
+        return {"name": method, **data}
 
     @field_validator("name")
     @classmethod

@@ -6,6 +6,9 @@ import difflib
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
+from fish_tuning.errors import ConfigurationError
+
+DATA_FILES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")  # what files of a data set end with
 MOST_LOOKED_AT = 1000  # files of one folder
 
 
@@ -25,6 +28,16 @@ def nearest_file(path: Path, suffixes: Collection[str], names: Iterable[str] = (
         if near := difflib.get_close_matches(asked, list(lower), n=1):
             return f" Did you mean {lower[near[0]]!r}?"
     return ""
+
+
+def refuse_missing(files: Iterable[str]) -> None:
+    """Data files must be there; needs no library, so that a mistyped name is told at once."""
+    missing = [file for file in files if not Path(file).expanduser().is_file()]
+    if missing:
+        hint = nearest_file(Path(missing[0]).expanduser(), DATA_FILES)
+        raise ConfigurationError(
+            f"dataset.data_files: there is no file {missing[0]!r} (from {str(Path.cwd())!r}).{hint}"
+        )
 
 
 def _files(folder: Path, suffixes: Collection[str]) -> list[Path]:

@@ -11,7 +11,7 @@ from datasets import DatasetDict, load_dataset
 from datasets.exceptions import DatasetNotFoundError, DatasetsError
 
 from fish_tuning.errors import ConfigurationError, did_you_mean
-from fish_tuning.experiments.config.neighbours import nearest_file
+from fish_tuning.experiments.config.neighbours import refuse_missing
 from fish_tuning.experiments.config.sections import DatasetConfig
 from fish_tuning.experiments.data.builtin import resolve_builtin
 
@@ -98,7 +98,7 @@ def load_all(config: DatasetConfig) -> DatasetDict:
     if args[0].startswith((".", "/", "~")):
         args[0] = os.path.expanduser(args[0])
         if not Path(args[0]).exists():
-            raise ConfigurationError(f"dataset.load_args: there is no folder {load_args[0]!r} (from {os.curdir!r}).")
+            raise ConfigurationError(f"dataset.load_args: there is no folder {load_args[0]!r} (from {os.getcwd()!r}).")
     needed = "a folder of csv, json or parquet files is needed, named after its splits, such as train.csv and dev.csv."
     if Path(args[0]).is_file():
         raise ConfigurationError(f"dataset.load_args: {load_args[0]!r} is a file; {needed}")
@@ -124,10 +124,7 @@ def load_all(config: DatasetConfig) -> DatasetDict:
 def _load_files(files: Mapping[str, str]) -> DatasetDict:
     """Splits from single files, all of one format."""
     paths = {split: os.path.expanduser(path) for split, path in files.items()}
-    missing = [path for path in paths.values() if not Path(path).is_file()]
-    if missing:
-        hint = nearest_file(Path(missing[0]), FILE_FORMATS)
-        raise ConfigurationError(f"dataset.data_files: there is no file {missing[0]!r} (from {os.curdir!r}).{hint}")
+    refuse_missing(paths.values())
     formats = {FILE_FORMATS.get(Path(path).suffix.lower()) for path in paths.values()}
     if len(formats) != 1 or None in formats:
         raise ConfigurationError(

@@ -43,6 +43,8 @@ TOKENS_IN_STEPS_OF = 16
 SAMPLE = 1000  # rows whose tokens are counted
 LONGEST = 8192  # tokens that are looked at
 FEW_EXAMPLES = 2000  # of which ten epochs cost little
+LABEL_TYPES = ("string", "large_string", "bool", "int64")
+MOST_CLASSES = 50  # of a column that is offered as labels
 SMALL_SHARE = 0.1  # of the dense arm's adapter: with less left at half the size, arms are given the whole size
 
 
@@ -77,7 +79,10 @@ def draft_experiment(model: str, data: Sequence[str], overrides: Sequence[str] =
     try:
         task = load_task(dataset)
     except ConfigurationError as error:
-        raise ConfigurationError(f"{error} Give init what it cannot find as KEY=VALUE after the data.") from error
+        example = _example_of_a_label(splits) if "dataset.label_column" in str(error) else ""
+        raise ConfigurationError(
+            f"{error} Give init what it cannot find as KEY=VALUE after the data{example}."
+        ) from error
     _describe_task(found, dataset, splits, task)
     config = found.config()
     _describe_model(found, config, task)
@@ -176,6 +181,17 @@ def _splits(found: _Found) -> tuple[DatasetConfig, DatasetDict]:
     return found.config().dataset, splits
 
 
+def _example_of_a_label(splits: DatasetDict) -> str:
+    """A column that could be the labels, by its few values, as it would be written."""
+    rows = _sample(next(iter(splits.values())))
+    for name, feature in rows.features.items():
+        if getattr(feature, "dtype", None) in LABEL_TYPES:
+            number = len(set(rows[name]))
+            if 2 <= number <= min(MOST_CLASSES, len(rows) // 2):
+                return f", such as dataset.label_column={name}, which has {number} different values"
+    return ""
+
+
 def _describe_task(found: _Found, dataset: DatasetConfig, splits: DatasetDict, task: Task) -> None:
     features = splits[dataset.train_split or task.train_split].features
     kinds = ", ".join(f"{name} ({_kind(feature)})" for name, feature in features.items())
@@ -195,7 +211,7 @@ def _kind(feature: Any) -> str:
     inner = getattr(feature, "feature", None)
     if inner is not None and not isinstance(inner, Mapping):
         return f"list of {_kind(inner)}"
-    return str(getattr(feature, "dtype", None) or type(feature).__name__)
+    return str(getattr(feature, "dtype", None) or type(feature).__name__).removeprefix("large_")
 
 
 def _describe_labels(found: _Found, dataset: DatasetConfig, task: Task, features: Any) -> None:
