@@ -111,17 +111,17 @@ def stdout_kept(wanted: bool) -> Iterator[Any]:
 
 
 @contextlib.contextmanager
-def library_log(wanted: bool) -> Iterator[None]:
-    """The library's log, in full, on standard error."""
-    if not wanted:
-        yield
-        return
+def library_log(verbose: bool, told: bool) -> Iterator[None]:
+    """The library's log on standard error: all of it if `verbose`, else warnings, and errors alone unless `told`."""
     logger, handler = logging.getLogger("fish_tuning"), _AroundTheBar()
     handler.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s", "%H:%M:%S"))
     before = logger.level, logger.propagate
-    logger.addHandler(handler)
-    logger.setLevel(logging.DEBUG)
-    logger.propagate = False  # or Python's last resort tells warnings twice
+    if not told:
+        logger.setLevel(logging.ERROR)
+    elif verbose:
+        logger.addHandler(handler)
+        logger.setLevel(logging.DEBUG)
+        logger.propagate = False  # or Python's last resort tells warnings twice
     try:
         yield
     finally:

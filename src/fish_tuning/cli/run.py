@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import sys
@@ -99,11 +98,9 @@ def run_command(config: str, overrides: list[str], how: How = HERE) -> int:
     if launch.number > 1:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DDP's advice comes once a run and process
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # every process scores, so every one needs the weights
-    told = launch.leads and not how.quiet
-    if not told:
-        logging.getLogger("fish_tuning").setLevel(logging.ERROR)  # process 0 tells the same
+    told = launch.leads and not how.quiet  # process 0 tells what the others would
     try:
-        with warnings.catch_warnings(), library_log(how.verbose and told), stdout_kept(how.as_json) as out:
+        with warnings.catch_warnings(), library_log(how.verbose, told), stdout_kept(how.as_json) as out:
             if not sys.warnoptions:
                 # What libraries will rename one day is nothing that a user of the command can act on.
                 warnings.simplefilter("ignore", FutureWarning if told else Warning)

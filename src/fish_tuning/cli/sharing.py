@@ -51,8 +51,9 @@ def push(
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request, not a commit.")] = False,
     message: Annotated[str | None, typer.Option(metavar="TEXT", help="The commit's message.")] = None,
 ) -> None:
-    """Put an adapter onto the hub: weights, mask, labels, tokenizer and card, as one commit.
+    """Put an adapter onto the hub, as one commit.
 
+    Its weights, mask, labels, tokenizer and card go together.
     The token is the one of `hf auth login`, or HF_TOKEN. Exit code: 0, 1 when the disk is full, 2 for wrong use or
     what the hub refuses.
     """
@@ -77,8 +78,9 @@ def pull(
     folder: Annotated[str, typer.Argument(metavar="FOLDER", help="A new or empty folder.")],
     revision: Revision = None,
 ) -> None:
-    """Bring an adapter from the hub, whole or not at all, and check its mask.
+    """Bring an adapter from the hub, whole or not at all.
 
+    Its mask is checked.
     Exit code: 0, 1 when the disk is full, 2 for wrong use, a damaged mask or what the hub refuses.
     """
     with _notes_told():
@@ -115,7 +117,7 @@ def predict(
     base_model: BaseModel = None,
     revision: Revision = None,
 ) -> None:
-    """Predict with an adapter: label names with probabilities, numbers, tags, or written texts.
+    """Predict with an adapter: labels, numbers, tags or texts.
 
     Exit code: 0, 1 when the disk is full, 2 when an input or the adapter cannot be used.
     """
@@ -148,8 +150,9 @@ def merge(
     base_model: BaseModel = None,
     revision: Revision = None,
 ) -> None:
-    """Write the base model with the adapter in its weights, as a model that stock transformers loads.
+    """Write the base model with the adapter in its weights.
 
+    Stock transformers loads it.
     Exit code: 0, 1 when the disk is full, 2 when the method or the base model cannot be merged.
     """
     with _notes_told():
@@ -176,8 +179,9 @@ def export(
     base_model: BaseModel = None,
     revision: Revision = None,
 ) -> None:
-    """Write an adapter as an ordinary LoRA of a lower rank, which stock PEFT loads, and tell what that lost.
+    """Write an adapter as an ordinary LoRA of a lower rank.
 
+    Stock PEFT loads it; what that lost is told.
     Exit code: 0, 1 when the disk is full, 2 when the rank cannot be or the method is no LoRA's.
     """
     with _notes_told():

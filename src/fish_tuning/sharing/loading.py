@@ -35,8 +35,8 @@ _AUTO_CLASSES = {
 }
 
 _WAYS_OUT = (
-    "Give the whole base model that it was trained on with base_model=..., or train again with these modules in "
-    "modules_to_save, and their weights lie in the adapter."
+    "Give the whole base model that it was trained on with base_model=... (in the command --base-model), or train "
+    "again with these modules in modules_to_save, and their weights lie in the adapter."
 )
 
 
@@ -163,13 +163,14 @@ def _base(
     name = asked or settings.get("base_model_name_or_path")
     if not name:
         raise ConfigurationError(
-            f"{str(folder / ADAPTER_CONFIG)!r} names no base model. Give load_adapter(..., base_model=...)."
+            f"{str(folder / ADAPTER_CONFIG)!r} names no base model. Give load_adapter(..., base_model=...), in the "
+            "command --base-model."
         )
     name = os.path.expanduser(name)
     if is_local(name) and not Path(name).is_dir():
         raise ConfigurationError(
             f"The adapter's base model {name!r} is a folder that is not here. Give its place, or its name on the hub: "
-            "base_model=..."
+            "base_model=... (in the command --base-model)."
         )
     revision = None if asked else settings.get("revision")
     own = folder / MODEL_CONFIG
@@ -187,7 +188,8 @@ def _base(
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ConfigurationError(
-            f"The adapter's base model {name!r} cannot be loaded: {reason} Give its place or name with base_model=..."
+            f"The adapter's base model {name!r} cannot be loaded: {reason} Give its place or name with "
+            "base_model=... (in the command --base-model)."
         ) from error
     carried = _carried(folder)
     _check_fit(base, name, carried, loading)
@@ -220,7 +222,8 @@ def _check_fit(base: Any, name: str, carried: Callable[[str], bool], loading: Ma
     if lost:
         raise ConfigurationError(
             f"The weights of {name!r} are not those that the adapter was made on: {lost[0]!r} has another shape in "
-            f"{type(base).__name__}. Give the base model it was made on with base_model=..."
+            f"{type(base).__name__}. Give the base model it was made on with base_model=... (in the "
+            "command --base-model)."
         )
 
 

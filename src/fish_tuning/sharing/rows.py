@@ -40,7 +40,7 @@ def read_rows(source: str) -> list[Row]:
         return [{IMAGE: source}]
     if not _is(file, Path.is_file):
         if suffix in (*READ, *IMAGES) and not any(map(str.isspace, source)):
-            raise ConfigurationError(f"There is no file {source!r}.")
+            raise ConfigurationError(f"There is no file {source!r}.{did_you_mean(file.name, _beside(file))}")
         if not source.strip():
             raise ConfigurationError("The text to predict on is empty.")
         return [{TEXT: source}]
@@ -131,6 +131,14 @@ def write_rows(rows: Sequence[Row], file: Path) -> None:
 
 def _cell(value: Any) -> Any:
     return json.dumps(value, ensure_ascii=False) if isinstance(value, list | dict) else value
+
+
+def _beside(file: Path) -> list[str]:
+    """Names of files that could be meant."""
+    try:
+        return [each.name for each in file.parent.iterdir() if each.suffix.lower() in (*READ, *IMAGES)]
+    except OSError:
+        return []
 
 
 def _is(path: Path, kind: Callable[[Path], bool]) -> bool:
