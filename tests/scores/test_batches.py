@@ -38,6 +38,8 @@ def test_what_is_no_tensor_is_left_out() -> None:
 def test_batches_must_be_mappings() -> None:
     with pytest.raises(FisherError, match="gave a list; it must give mappings"):
         list(calibration_batches([[torch.arange(2)]], CPU, None))  # type: ignore[list-item]
+    with pytest.raises(FisherError, match=r"gave a str; .* \*\*calibration_of"):
+        list(calibration_batches({"calibration_dataloader": []}, CPU, None))  # type: ignore[arg-type]
 
 
 def test_batch_size_is_that_of_the_labels() -> None:

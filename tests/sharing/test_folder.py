@@ -182,6 +182,26 @@ def test_a_users_card_stays_as_it_is(change: str, classifier: Any, adapter: Path
     assert card.read_bytes() == own
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "It has been trained using [TRL](https://github.com/huggingface/trl).",
+        "<!-- This model card has been generated automatically according to the information the Trainer had access to. "
+        "You should probably proofread and complete it, then remove this comment. -->",
+    ],
+    ids=["trl's", "transformers'"],
+)
+def test_a_trainers_card_gives_way_to_ours(words: str, classifier: Any, adapter: Path) -> None:
+    """trl's names no base model where the adapter's Trainer was given a folder."""
+    card = adapter / "README.md"
+    card.write_text(f"---\ntags:\n- generated_from_trainer\n---\n\n# Model Card for out\n\n{words}\n")
+    classifier.save_pretrained(adapter)
+    assert "Written by fish-tuning" in card.read_text()
+    card.write_text("---\ntags:\n- generated_from_trainer\n---\n\n# My model\n")
+    classifier.save_pretrained(adapter)
+    assert "# My model" in card.read_text()
+
+
 def test_our_own_card_is_renewed(classifier: Any, adapter: Path) -> None:
     complete_adapter(classifier, adapter, facts=CardFacts(title="Another"))
     assert "# Another" in (adapter / "README.md").read_text()

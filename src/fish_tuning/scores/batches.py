@@ -150,7 +150,9 @@ def trim_padding(batch: Batch) -> Batch:
 def _mapping(raw: object) -> Mapping[str, Any]:
     if isinstance(raw, Mapping):
         return raw
+    # As a dictionary does, which calibration_of gives.
+    stars = " Pass what calibration_of gives with two stars: **calibration_of(trainer)." if isinstance(raw, str) else ""
     raise FisherError(
         f"The calibration dataloader gave a {type(raw).__name__}; it must give mappings of argument names to tensors, "
-        "as transformers' data collators do."
+        f"as transformers' data collators do.{stars}"
     )

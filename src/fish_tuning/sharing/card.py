@@ -95,11 +95,11 @@ def is_hub_name(name: str) -> bool:
 
 
 def users_card(path: Path) -> bytes | None:
-    """The card at `path` where a user wrote it, or changed ours; None where there is none, or PEFT's unfilled one."""
+    """The card at `path` where a user wrote it, or changed ours; None where there is none, or a library's."""
     if not path.is_file():
         return None
     content = path.read_bytes()
-    return None if _split(content) is not None or _is_unfilled(content) else content
+    return None if _split(content) is not None or _is_nobodys(content) else content
 
 
 def card_text(described: Described, facts: CardFacts) -> str:
@@ -170,10 +170,15 @@ def _split(content: bytes) -> tuple[str, str] | None:
     return (metadata, body) if ours else None
 
 
-def _is_unfilled(content: bytes) -> bool:
-    """Whether this is the template that PEFT writes beside every adapter, with nothing filled in."""
+def _is_nobodys(content: bytes) -> bool:
+    """Whether a library wrote it by itself: PEFT's empty template, or what a Trainer of transformers' or trl's makes.
+
+    Those Trainers write over whatever card lies in their output folder, so a user has no card of his own there.
+    """
     text = content.decode(errors="replace")
-    return "# Model Card for Model ID" in text and text.count("[More Information Needed]") > 20
+    empty = "# Model Card for Model ID" in text and text.count("[More Information Needed]") > 20
+    told = ("remove this comment", "It has been trained using [TRL](")
+    return empty or ("generated_from_trainer" in text and any(words in text for words in told))
 
 
 def _metadata(described: Described, facts: CardFacts) -> str:
