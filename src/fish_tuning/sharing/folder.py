@@ -156,11 +156,16 @@ def copy_processing(name: str, revision: str | None, folder: Path) -> None:
 def _described(model: Any, base: Any, config: Any, folder: Path) -> Described:
     kind, rows = task_kind(base), dict(_adapter_rows(config))
     mask = load_mask(folder / MASK_FILE_NAME) if (folder / MASK_FILE_NAME).is_file() else {}
-    chosen = [selected for selected in mask.values() if not selected.all()]
+    # A head trains whole beside the adapter; a tensor of the adapter that is kept whole has been chosen so.
+    chosen = [
+        selected
+        for name, selected in mask.items()
+        if "modules_to_save" not in name and not (config is None and selected.all())
+    ]
     trained = sum(int(selected.sum()) for selected in mask.values()) or count_trainable_parameters(model)
-    if chosen:
+    if not all(selected.all() for selected in chosen):
         kept, pool = sum(int(s.sum()) for s in chosen), sum(s.numel() for s in chosen)
-        rows["chosen entries"] = f"{kept:,} of the {pool:,} in masked tensors ({kept / pool:.2%})"
+        rows["chosen entries"] = f"{kept:,} of the {pool:,} of the pool ({kept / pool:.2%})"
     if trained:
         rows["trained entries"] = f"{trained:,} in all"
     rows["versions"] = ", ".join(_versions())

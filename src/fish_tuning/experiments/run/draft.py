@@ -137,7 +137,7 @@ def _head(model: str, data: Sequence[str]) -> list[str]:
     return [
         f"{model} on {' '.join(data)}: a first experiment, written by fish-tuning init.",
         "Check it with `fish-tuning run FILE --dry-run`, train with `fish-tuning run FILE`. All keys are described",
-        "in docs/configuration.md, with their defaults where they are left out.",
+        "in docs/configuration.md of the project and in fish-tuning schema, with their defaults.",
     ]
 
 
