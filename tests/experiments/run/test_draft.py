@@ -186,7 +186,7 @@ def test_what_cannot_be_drafted_names_the_key(bert_folder: Path, tmp_path: Path)
     with pytest.raises(ConfigurationError, match="needs data after the model"):
         draft_experiment(str(bert_folder), [])
     (tmp_path / "topics.csv").write_text(
-        "id,headline,topic\n" + "".join(f"{n},text {n},{'ab'[n % 2]}\n" for n in range(20))
+        "id,headline,topic\n" + "".join(f"{n},text {n % 9},{'ab'[n % 2]}\n" for n in range(20))
     )
     with pytest.raises(
         ConfigurationError, match=r"such as dataset\.label_column=topic, which has 2 different values\."

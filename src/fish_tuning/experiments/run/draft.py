@@ -182,14 +182,15 @@ def _splits(found: _Found) -> tuple[DatasetConfig, DatasetDict]:
 
 
 def _example_of_a_label(splits: DatasetDict) -> str:
-    """A column that could be the labels, by its few values, as it would be written."""
+    """The column that could be the labels, of the fewest values, as it would be written."""
     rows = _sample(next(iter(splits.values())))
-    for name, feature in rows.features.items():
-        if getattr(feature, "dtype", None) in LABEL_TYPES:
-            number = len(set(rows[name]))
-            if 2 <= number <= min(MOST_CLASSES, len(rows) // 2):
-                return f", such as dataset.label_column={name}, which has {number} different values"
-    return ""
+    names = [name for name, kind in rows.features.items() if getattr(kind, "dtype", None) in LABEL_TYPES]
+    numbers = {name: len(set(rows[name])) for name in names}
+    fitting = [name for name in names if 2 <= numbers[name] <= min(MOST_CLASSES, len(rows) // 2)]
+    if not fitting:
+        return ""
+    name = min(fitting, key=numbers.__getitem__)
+    return f", such as dataset.label_column={name}, which has {numbers[name]} different values"
 
 
 def _describe_task(found: _Found, dataset: DatasetConfig, splits: DatasetDict, task: Task) -> None:
