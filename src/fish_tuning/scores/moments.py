@@ -116,14 +116,7 @@ def measure_moments(
         wanted = processes.examples(num_samples)
         batches = calibration_batches(processes.noted(calibration_dataloader), target, wanted, rows_per_example)
         work = _Work(scorer, trained_on, steps, seed, processes, target, wanted, progress, stacklevel + 1)
-        together = (
-            sharded_by_fsdp2(model) and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        )
-        if together and processes.number == 1:
-            raise FisherError(
-                "split_between_processes=False: the model is sharded, so no process can score it by itself. Leave it "
-                "out, and call this in all processes."
-            )
+        together = _must_go_together(model, processes)
         weights: Scores = {}
         seen, error = 0, None
         try:
@@ -159,6 +152,17 @@ class _Work:
     def warn(self) -> None:
         for message in self.scorer.new_failures():
             warnings.warn(message, FishTuningWarning, stacklevel=self.stacklevel + 2)
+
+
+def _must_go_together(model: nn.Module, processes: Processes) -> bool:
+    """Whether the model lies on several processes, so that none can pass it alone; FisherError where this one is to."""
+    sharded = sharded_by_fsdp2(model) and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    if sharded and processes.number == 1:
+        raise FisherError(
+            "split_between_processes=False: the model is sharded, so no process can score it by itself. Leave it out, "
+            "and call this in all processes."
+        )
+    return sharded
 
 
 def _by_itself(work: _Work, batches: Iterator[Batch]) -> tuple[int, Scores]:

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausa
 
 from fish_tuning.experiments.costs.fake_models import make_fake
 from fish_tuning.experiments.costs.live_bytes import LiveBytes
-from fish_tuning.experiments.costs.quantized import quantization_of, quantize_like
+from fish_tuning.experiments.costs.quantized import quantize_like, stored_weights_of
 from fish_tuning.experiments.costs.training_pass import training_pass
 from fish_tuning.files.sizes import Described
 
@@ -30,22 +30,22 @@ def test_bytes_in_4_bits(double: bool) -> None:
     stored = [weight.data, state.absmax]
     if double:
         stored.append(state.state2.absmax)
-    found = quantization_of({"load_in_4bit": True, "bnb_4bit_use_double_quant": double})
+    found = stored_weights_of({"load_in_4bit": True, "bnb_4bit_use_double_quant": double})
     assert found is not None
     assert found.nbytes(256, 512) == sum(tensor.nbytes for tensor in stored)
 
 
 def test_where_it_is_told() -> None:
-    assert quantization_of(None, {}) is None
+    assert stored_weights_of(None, {}) is None
     config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["v_proj"])
-    found = quantization_of(None, config)
+    found = stored_weights_of(None, config)
     assert found is not None
     assert (found.bits, found.left_out, found.nbytes(10, 100)) == (8, ("v_proj",), 1040)
-    gptq = quantization_of({"quant_method": "gptq", "bits": 4, "group_size": 128})
+    gptq = stored_weights_of({"quant_method": "gptq", "bits": 4, "group_size": 128})
     assert gptq is not None
     assert gptq.nbytes(100, 1280) == 100 * 1280 // 2 + 100 * 40
     assert not gptq.measured
-    assert quantization_of({"load_in_4bit": False}) is None
+    assert stored_weights_of({"load_in_4bit": False}) is None
 
 
 def model(quantized: bool, **skip: Any) -> tuple[Any, FakeTensorMode]:
@@ -53,7 +53,7 @@ def model(quantized: bool, **skip: Any) -> tuple[Any, FakeTensorMode]:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     make_fake(made, mode)
     if quantized:
-        found = quantization_of({"load_in_4bit": True, **skip})
+        found = stored_weights_of({"load_in_4bit": True, **skip})
         assert found is not None
         with mode:
             quantize_like(made, found)
@@ -100,7 +100,7 @@ def test_the_peak_is_that_of_a_real_step(tmp_path: Path, how: dict[str, bool], b
     with torch.device("meta"):
         config = llama_config(hidden_size=64, intermediate_size=128)
         said = lora(AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16))
-    found = quantization_of(asked)
+    found = stored_weights_of(asked)
     assert found is not None
     quantize_like(said, found)
     memories = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in held}
@@ -123,7 +123,7 @@ def test_the_peak_is_that_of_a_real_step(tmp_path: Path, how: dict[str, bool], b
 def test_what_is_not_quantised_is_fp32() -> None:
     """As transformers and PEFT leave a model on which a run trains."""
     pytest.importorskip("bitsandbytes")
-    found = quantization_of(BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16))
+    found = stored_weights_of(BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16))
     assert found is not None
     assert found.compute is torch.bfloat16
     made = lora(llama(hidden_size=64, intermediate_size=128).to(torch.bfloat16))

@@ -17,7 +17,7 @@ from fish_tuning.experiments.costs.batches import Shapes
 from fish_tuning.experiments.costs.devices import Sizes
 from fish_tuning.experiments.costs.fake_models import make_fake, mask_fake
 from fish_tuning.experiments.costs.optimizers import OptimizerState, Trained, optimizer_state, step_bytes
-from fish_tuning.experiments.costs.quantized import Quantization, quantize_like
+from fish_tuning.experiments.costs.quantized import StoredWeights, quantize_like
 from fish_tuning.experiments.costs.repeated_layers import Peaks, repeated_layers
 from fish_tuning.experiments.costs.scoring_pass import ScoringPeak, scoring_peak
 from fish_tuning.experiments.costs.training_pass import training_pass
@@ -73,7 +73,7 @@ class Work:
     args: TrainingArguments
     batch: Shapes
     calibration: Shapes
-    quantization: Quantization | None
+    quantization: StoredWeights | None
     score: str | None
     warmup_steps: int
     fused_head: bool

@@ -15,7 +15,7 @@ from fish_tuning.experiments.config.experiment import ExperimentConfig
 from fish_tuning.experiments.costs.arm_costs import Files, Measured, Work, measure, spread
 from fish_tuning.experiments.costs.batches import Shapes, first_rows, largest_batch
 from fish_tuning.experiments.costs.devices import STRATEGIES, DeviceCosts, device_costs
-from fish_tuning.experiments.costs.quantized import quantization_of
+from fish_tuning.experiments.costs.quantized import stored_weights_of
 from fish_tuning.experiments.data.tasks import CausalLM
 from fish_tuning.experiments.models.building import build_meta_model
 from fish_tuning.experiments.records.run_record import ArmPlan
@@ -157,7 +157,7 @@ class _Planner:
         self.notes: list[str] = []
         self._known: dict[Any, Measured] = {}
         self._batches: dict[int, Shapes] = {}
-        self._quantization = quantization_of(
+        self._quantization = stored_weights_of(
             getattr(config.model, "quantization_config", None), getattr(plan.model_config, "quantization_config", None)
         )
         if self._quantization is not None and not self._quantization.measured:

@@ -18,7 +18,7 @@ _GROUP = ("group_size", "q_group_size")
 _LEFT_OUT = ("llm_int8_skip_modules", "modules_to_not_convert")
 
 
-class Quantization(NamedTuple):
+class StoredWeights(NamedTuple):
     """How a model's linear layers are stored.
 
     Args:
@@ -46,7 +46,7 @@ class Quantization(NamedTuple):
         return math.ceil(entries * (self.bits / 8 + self.entry_overhead)) + rows * self.row_overhead
 
 
-def quantization_of(*found: Any) -> Quantization | None:
+def stored_weights_of(*found: Any) -> StoredWeights | None:
     """The first quantisation given, as a mapping, a configuration of transformers or a section of a file; else None."""
     for given in found:
         settings = given
@@ -57,7 +57,7 @@ def quantization_of(*found: Any) -> Quantization | None:
     return None
 
 
-def _read(settings: Mapping[str, Any]) -> Quantization | None:
+def _read(settings: Mapping[str, Any]) -> StoredWeights | None:
     left_out = tuple(name for key in _LEFT_OUT for name in settings.get(key) or ())
     method = settings.get("quant_method", "bitsandbytes")
     method = str(getattr(method, "value", method))
@@ -69,9 +69,9 @@ def _read(settings: Mapping[str, Any]) -> Quantization | None:
             scale = (1 + 4 / 256) / block
         named = str(settings.get("bnb_4bit_compute_dtype") or "float32").removeprefix("torch.")
         compute = getattr(torch, named, torch.float32)
-        return Quantization("bitsandbytes 4-bit", 4, scale, 0, left_out, compute, prepared=True, measured=True)
+        return StoredWeights("bitsandbytes 4-bit", 4, scale, 0, left_out, compute, prepared=True, measured=True)
     if in_8:
-        return Quantization("bitsandbytes 8-bit", 8, 0, 4, left_out, torch.float16, prepared=True, measured=True)
+        return StoredWeights("bitsandbytes 8-bit", 8, 0, 4, left_out, torch.float16, prepared=True, measured=True)
     bits = next((settings[key] for key in _BITS if isinstance(settings.get(key), int | float)), None)
     if method == "bitsandbytes" and bits is None:
         return None
@@ -79,12 +79,12 @@ def _read(settings: Mapping[str, Any]) -> Quantization | None:
         bits = 8 if "8" in method or "8" in str(settings.get("quant_type", "")) else 4
     group = next((settings[key] for key in _GROUP if isinstance(settings.get(key), int)), 128)
     overhead = 4 / group if group > 0 else 0  # a scale and a zero point of 16 bits
-    return Quantization(
+    return StoredWeights(
         f"{method} {bits}-bit", float(bits), overhead, 0, left_out, None, prepared=False, measured=False
     )
 
 
-def quantize_like(model: Any, quantization: Quantization) -> None:
+def quantize_like(model: Any, quantization: StoredWeights) -> None:
     """Have the frozen linear layers of a model without weights do as quantised ones.
 
     Their weights become bytes, and each pass through them makes the whole weight for a moment, as dequantising does.
@@ -127,7 +127,7 @@ def tuner_layers(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
 
 
-def _replace(module: nn.Linear, quantization: Quantization) -> nn.Parameter:
+def _replace(module: nn.Linear, quantization: StoredWeights) -> nn.Parameter:
     rows, columns = module.out_features, module.in_features
     stored = module.weight.new_empty(quantization.nbytes(rows, columns), dtype=torch.uint8)
     weight = nn.Parameter(stored, requires_grad=False)
