@@ -16,12 +16,14 @@ import torch.distributed as dist
 from fakes import ok
 from folders import write_llama, write_sums
 from processes import in_two_processes
+from transformers import TrainerCallback
 
 from fish_tuning.errors import ConfigurationError, FishTuningError, ProcessesLost
 from fish_tuning.experiments.config.experiment import ExperimentConfig
 from fish_tuning.experiments.records.run_record import RunRecord
-from fish_tuning.experiments.run import arguments
+from fish_tuning.experiments.run import arguments, context
 from fish_tuning.experiments.run import together as together_module
+from fish_tuning.experiments.run.context import make_context
 from fish_tuning.experiments.run.launch import ALONE, Launch, this_launch
 from fish_tuning.experiments.run.plan import plan_experiment
 from fish_tuning.experiments.run.runner import run_experiment
@@ -236,6 +238,16 @@ def test_after_a_kill_the_same_command_goes_on(
     assert again.returncode == 0, again.stderr
     assert again.stdout.count("(finished before)") == 1
     assert again.stdout.count("written:") == 1
+
+
+@pytest.mark.parametrize(("asked", "given"), [("", False), ("average_tokens_across_devices: true, ", True)])
+def test_whether_tokens_are_averaged_is_the_users_to_say(
+    asked: str, given: bool, experiment: Callable[..., ExperimentConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(context, "this_launch", lambda: Launch(0, 2))
+    config = experiment(f"training.args_override={{{asked}use_cpu: true}}")
+    made = make_context(config, plan_experiment(config), TrainerCallback())
+    assert made.arguments(made.plan.arms[0], 1).average_tokens_across_devices is given
 
 
 def run_in(rank: int, folder: Path, *configs: ExperimentConfig) -> list[dict[str, Any]]:

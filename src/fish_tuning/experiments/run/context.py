@@ -65,8 +65,9 @@ class Context:
         reports = NO_REPORTS if self.is_trial else {}
         task = self.plan.task
         averages = {"average_tokens_across_devices": task.average_tokens_across_devices}
+        unsaid = averages.keys().isdisjoint(config.training.args_override)
         own = {
-            **(averages if this_launch().number > 1 else {}),
+            **(averages if unsaid and this_launch().number > 1 else {}),
             **task.training_arguments,
             **config.method_of(arm.arm).training_args,
         }
