@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fish_tuning import apply_mask, get_mask
@@ -48,6 +49,13 @@ class Bookkept:
 
     def check(self, names: list[str]) -> None:
         for name in names:
+            path, _, local = name.rpartition(".")
+            layer = self.model.get_submodule(path)
+            # First, since a read would write what is out of date.
+            given = torch.ones(2, layer.in_features, dtype=self.dense[name].dtype)
+            other = {each: self.dense.get(f"{path}.{each}", getattr(layer, each)) for each in ("weight", "bias")}
+            if local == "weight":
+                assert torch.equal(layer(given), F.linear(given, *other.values())), name
             assert torch.equal(self.read(name), self.dense[name]), name
 
     def check_gradients(self) -> None:
@@ -124,6 +132,52 @@ def step(book: Bookkept, name: str) -> None:
     optimizer.step()
 
 
+def step_with_a_closure(book: Bookkept, name: str) -> None:
+    """As sharpness-aware minimisation does: somewhere else for a pass, and back through `.data`."""
+
+    class There(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            (values,) = self.param_groups[0]["params"]
+            before = values.detach().clone()
+            with torch.no_grad():
+                values.add_(1)
+            closure()
+            values.data = before
+            return super().step()
+
+    def closure() -> None:
+        book.set_entries(name, lambda entries: entries + 1)
+        book.check([name])
+        book.dense[name] = dense
+
+    dense = book.dense[name].clone()
+    values = book.values(name)
+    values.grad = torch.ones_like(values)
+    There([values], lr=1.0).step(closure)
+    book.set_entries(name, lambda entries: entries - 1)
+
+
+def step_that_fails(book: Bookkept, name: str) -> None:
+    class Fails(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            self.param_groups[0]["params"][0].data.add_(1)
+            raise ArithmeticError
+
+    book.set_entries(name, lambda entries: entries + 1)
+    with pytest.raises(ArithmeticError):
+        Fails([book.values(name)], lr=1.0).step()
+    if book.choose.random() < 0.5:
+        book.check([name])
+    by_data(book, name)
+
+
+def whole_in_other_memory(book: Bookkept, name: str) -> None:
+    new = torch.randn_like(book.dense[name])
+    book.read(name).data = new.clone()
+    book.dense[name] = new
+    book.check([name])
+
+
 def freeze(book: Bookkept, name: str) -> None:
     values = book.values(name)
     if book.choose.random() < 0.5:
@@ -158,7 +212,7 @@ def copied(book: Bookkept, name: str) -> None:
 
 ACTS = [
     in_place, by_data, other_memory, by_an_engine, whole, whole_held, whole_by_data, step, freeze, load, assign,
-    to_dtype, copied,
+    to_dtype, copied, step_with_a_closure, step_that_fails, whole_in_other_memory,
 ]  # fmt: skip
 
 
@@ -183,6 +237,14 @@ def test_any_order(seed: int) -> None:
     book.check(list(book.dense))
     dense = book.model.state_dict()
     assert all(torch.equal(dense[name], book.dense[name]) for name in book.dense)
+
+
+def test_frozen_before_a_step() -> None:
+    """The step writes the values; the tensor that reads give must be made anew nevertheless."""
+    book = Bookkept(0)
+    book.values("0.weight").requires_grad_(False)
+    torch.optim.SGD([book.values("2.weight")], lr=1.0).step()
+    book.check_gradients()
 
 
 def test_a_model_as_it_is_masked_is_settled() -> None:

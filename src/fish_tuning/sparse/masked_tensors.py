@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
@@ -134,6 +135,8 @@ def _made_class(base: type[nn.Module], names: frozenset[str]) -> type[nn.Module]
         base.__setattr__(self, name, value)
 
     own: dict[str, Any] = {name: property(*_access(name)) for name in names}
+    if base.forward is nn.Linear.forward and "weight" in names:
+        own["forward"] = _linear_forward
     own |= {"_apply": _apply, "__reduce_ex__": __reduce_ex__, "__setattr__": __setattr__}
     own |= {"__module__": base.__module__}
     own |= {"_unmasked": base, "_masked": names}
@@ -159,7 +162,7 @@ def _access(local: str) -> tuple[Any, Any, Any]:
                     raise MaskError("A masked model under DeepSpeed ZeRO-1 or ZeRO-2 cannot be compiled.")
                 return masked.read()
             # This is done at every read, and what it looks at is mostly the group's, which the last read has just used.
-            if group.settled and group.flat._version == group.seen and tensor._version == masked.written:
+            if group.settled and group.flat._version == group.seen and masked.plain._version == masked.written:
                 return tensor
             return masked.read()
         if local in own:  # a copy that DataParallel made
@@ -176,6 +179,25 @@ def _access(local: str) -> tuple[Any, Any, Any]:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {local!r}")
 
     return read, replace, remove
+
+
+def _linear_forward(self: Any, input: Tensor) -> Tensor:
+    """nn.Linear's, with an ordinary tensor where all is settled: torch takes one of another class later."""
+    own = self.__dict__
+    masked, parameters = own[_STATE + "weight"], own["_parameters"]
+    group = masked.group
+    if (
+        group.settled
+        and not is_dynamo_compiling()
+        and parameters.get("weight", _GONE) is masked.values
+        and group.flat._version == group.seen
+        and masked.plain._version == masked.written
+        and not group.managed
+        and not group.scattered
+    ):
+        direct = "bias" in parameters and _STATE + "bias" not in own
+        return F.linear(input, masked.plain, parameters["bias"] if direct else self.bias)
+    return nn.Linear.forward(self, input)
 
 
 def _masked_names(module: nn.Module) -> frozenset[str]:

@@ -18,22 +18,24 @@ class Watched(Tensor):
 
     # What is computed of it is an ordinary tensor.
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
-    held = False  # whether somebody has had its `.data`, and may have kept it
 
     @property
     def data(self) -> Tensor:
         increment_version(self)
-        self.held = True
+        self._hand_out()
         plain: Tensor = DATA.__get__(self)
         return plain
 
     @data.setter
     def data(self, value: Tensor) -> None:
         increment_version(self)
-        self.held = True
+        self._hand_out()
         if value.numel() != self.numel():
             self._resized()
         DATA.__set__(self, value)
+
+    def _hand_out(self) -> None:
+        """Somebody has its `.data`, and may keep it."""
 
     def _resized(self) -> None:
         """Its memory is given up, or comes back."""
@@ -63,6 +65,8 @@ class Whole(Watched):
 class _Settles(Protocol):
     settled: bool
     scattered: bool
+    held: bool
+    switched: bool
 
 
 class Values(Watched, nn.Parameter):
@@ -72,13 +76,20 @@ class Values(Watched, nn.Parameter):
     """
 
     masked_group: weakref.ref[_Settles] | None = None
+    held = False  # whether somebody has had its `.data`, and may have kept it
 
     def requires_grad_(self, requires_grad: bool = True) -> Values:
         _REQUIRES_GRAD.__set__(self, requires_grad)
         group = self.masked_group() if self.masked_group is not None else None
         if group is not None:
-            group.settled = False
+            group.switched, group.settled = True, False
         return self
+
+    def _hand_out(self) -> None:
+        self.held = True
+        group = self.masked_group() if self.masked_group is not None else None
+        if group is not None:
+            group.held = True
 
     def _resized(self) -> None:
         group = self.masked_group() if self.masked_group is not None else None
@@ -87,3 +98,15 @@ class Values(Watched, nn.Parameter):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return Values, (DATA.__get__(self), self.requires_grad)
+
+
+def watch_again(parameter: Any) -> None:
+    """Have an ordinary parameter notice what autograd does not count; any other is left as it is."""
+    if type(parameter) is nn.Parameter:
+        parameter.__class__ = Values
+
+
+def stop_watching(parameter: Any) -> None:
+    """Make an ordinary parameter of values, until `watch_again`."""
+    if type(parameter) is Values:
+        parameter.__class__ = nn.Parameter  # type: ignore[assignment]

@@ -5,6 +5,7 @@ What is read is made once and written once a step. Here is when and how; `masked
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import weakref
@@ -20,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fish_tuning.errors import MaskError
 from fish_tuning.sparse.sharding import is_sharded, whole
-from fish_tuning.sparse.values import DATA, Values, Whole
+from fish_tuning.sparse.values import DATA, Values, Whole, stop_watching, watch_again
 
 # Groups whose values' memory others may hold, such as an engine that trains a copy of the parameters.
 _held_by_others: weakref.WeakSet[Group] = weakref.WeakSet()
@@ -185,6 +186,8 @@ class Group:
         # Whether an engine gives up the values' memory, one by one, and brings it back when it is needed (ZeRO-3): each
         # read then writes the values of its own tensor.
         self.scattered = False
+        self.held = False  # whether somebody has had the `.data` of any value since `flat` was looked for
+        self.switched = False  # whether any value has been frozen or thawed since the tensors were made
         self.settled = False  # whether `flat` and the count tell all that a read must know of the values
         for member in members:
             member.group = self
@@ -210,13 +213,13 @@ class Group:
 
     def bind(self) -> None:
         """Make the tensors that reads give; each lasts until its parameter moves, thaws or freezes."""
+        _watch_optimizers()
         self._join()
         self.with_values = [member for member in self.members if member.values is not None]
         for member in self.members:
             values: Any = member.values
             member.trains = values is not None and values.requires_grad
-            if type(values) is nn.Parameter:  # another took the place of ours
-                values.__class__ = Values
+            watch_again(values)  # another may have taken the place of ours
             if values is not None:
                 values.masked_group = weakref.ref(self)
         for member, tensor, plain in zip(self.members, self._tensors(), self._tensors(), strict=True):
@@ -224,6 +227,7 @@ class Group:
             tensor.of = None if member.values is None else weakref.ref(member.values)
             member.tensor, member.plain, member.written = tensor, plain, tensor._version
         self._find_flat()
+        self.switched = False
         self.write()
 
     def _tensors(self) -> list[Any]:
@@ -245,6 +249,9 @@ class Group:
         ):
             self.bind()
         else:
+            for member in self.with_values:
+                watch_again(member.values)
+            self.switched = False
             self.write()
 
     def write(self) -> None:
@@ -258,23 +265,24 @@ class Group:
         parameters: list[Any] = [member.values for member in members]
         with torch.no_grad():
             for member in members:
-                if member.tensor._version != member.written:
+                # `plain` has the same count as `tensor`, and is asked for it in a third of the time.
+                if member.plain._version != member.written:
                     member.take_entries()
-                    member.written = member.tensor._version
-            if any(values.held for values in parameters):
+                    member.written = member.plain._version
+            if self.held:
                 self._find_flat()
             if self.joined is not None:
                 memory, index = self.joined
                 # An engine that takes a model to its device moves one layer after the other.
                 parts = [values.detach().to(memory.device) for values in parameters] if self.flat is None else []
                 flat = self.flat if self.flat is not None else torch.cat(parts)
-                memory.index_copy_(0, index.long(), flat.view(-1).to(memory.dtype))
+                memory.scatter_(0, index.long(), flat.view(-1).to(memory.dtype))
             else:
                 for member, values in zip(members, parameters, strict=True):
                     entries = values.detach().view(-1).to(member.frozen.device, member.frozen.dtype)
-                    member.frozen.data.view(-1).index_copy_(0, member.index.long(), entries)
+                    member.frozen.data.view(-1).scatter_(0, member.index.long(), entries)
         self.stale = False
-        self.settled = self.one_count
+        self.settled = self.one_count and not self.switched
         if self.one_count and self.flat is not None:
             self.seen = self.flat._version
         else:
@@ -289,6 +297,7 @@ class Group:
             _held_by_others.add(self)
         for values in parameters:
             values.held = False
+        self.held = False
         if not parameters:
             return
         first, counts = parameters[0], [values._version for values in parameters]
@@ -354,8 +363,9 @@ class _Selected(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         if ctx.joined is not None and all(grad is not None for grad in grads):
             entries = torch._utils._flatten_dense_tensors(grads).index_select(0, ctx.joined)
-            shapes = ctx.shapes
-            return (None, None, None, *entries.view(-1, *shapes[0][1:]).split([shape[0] for shape in shapes]))
+            sizes, shape = [shape[0] for shape in ctx.shapes], ctx.shapes[0][1:]
+            # Unsafe only for who changes one and derives another: autograd need not know that they share memory.
+            return (None, None, None, *torch.unsafe_split_with_sizes(entries.view(-1, *shape), sizes))
         return (None, None, None, *map(_gathered, grads, ctx.indices, ctx.shapes))
 
 
@@ -367,28 +377,44 @@ def _gathered(grad: Tensor | None, index: Tensor, shape: torch.Size) -> Tensor |
     return flat.view(shape)
 
 
-def _groups_of(optimizer: Optimizer) -> set[Group]:
-    return {
-        group
-        for held in optimizer.param_groups
-        for parameter in held["params"]
-        if (reference := getattr(parameter, "masked_group", None)) is not None and (group := reference()) is not None
-    }
+def _values_of(optimizer: Optimizer) -> tuple[list[Any], set[Group]]:
+    """The masked values that an optimizer trains, and their groups."""
+    parameters, groups = [], set()
+    for held in optimizer.param_groups:
+        for parameter in held["params"]:
+            reference = getattr(parameter, "masked_group", None)
+            group = reference() if reference is not None else None
+            if group is not None:
+                parameters.append(parameter)
+                groups.add(group)
+    return parameters, groups
 
 
 def _before_step(optimizer: Optimizer, *_: Any) -> None:
-    """Refuse, by name, what would compute something else of values than of the matrix that they are part of."""
+    """Refuse what would compute something else of values than of the matrix that they are part of; else let go of them.
+
+    torch takes a parameter of a class of its own some microseconds later than an ordinary one, for each of a step's
+    operations. What is done through `.data` in a step need not be counted: the values are written after it. A read in
+    the middle of it (a closure's) finds its group unsettled, and has them watched again.
+    """
     name = type(optimizer).__name__
-    if name in _OF_WHOLE_MATRICES and _groups_of(optimizer):
+    parameters, groups = _values_of(optimizer)
+    if name in _OF_WHOLE_MATRICES and groups:
         raise MaskError(
             f"{name} computes its steps from whole matrices; of masked tensors it holds selected entries alone. Use "
             "an optimizer that works entry by entry (AdamW, SGD, LoRA+), or remove_mask(model) first."
         )
+    for group in groups:
+        group.stale, group.settled = True, False
+    for parameter in parameters:
+        stop_watching(parameter)
 
 
 def _after_step(optimizer: Optimizer, *_: Any) -> None:
     """After every step of every optimizer of the process."""
-    groups = _groups_of(optimizer)
+    parameters, groups = _values_of(optimizer)
+    for parameter in parameters:
+        watch_again(parameter)
     for group in groups:
         group.write()  # now, because compiled models do not look whether they are out of date
     for group in _held_by_others:
@@ -396,5 +422,8 @@ def _after_step(optimizer: Optimizer, *_: Any) -> None:
             group.stale, group.settled = True, False
 
 
-register_optimizer_step_pre_hook(_before_step)
-register_optimizer_step_post_hook(_after_step)
+@functools.cache
+def _watch_optimizers() -> None:
+    """Once there is something masked. A compiled step leaves these as they are."""
+    register_optimizer_step_pre_hook(torch.compiler.disable(_before_step))
+    register_optimizer_step_post_hook(torch.compiler.disable(_after_step))
