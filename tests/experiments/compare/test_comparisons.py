@@ -73,6 +73,11 @@ def test_choices_are_compared_at_the_same_budget_of_the_same_method() -> None:
     variants = ["lora-fish-quota", "lora-fish", "lora-fish-norm", "lora-fish-rand"]
     assert choice_pairs(variants) == [(arm, "lora-fish-rand") for arm in variants[:3]]
     assert choice_pairs(["lora", "dora"]) == []
+    # The reverse belongs to the method's own score.
+    assert choice_pairs(["lora-gain", "lora-fish", "lora-fish-rand", "lora-fish-rev", "lora-magnitude"]) == [
+        ("lora-fish", "lora-fish-rand"), ("lora-gain", "lora-fish-rand"), ("lora-magnitude", "lora-fish-rand"),
+        ("lora-fish", "lora-fish-rev"), ("lora-gain", "lora-fish"), ("lora-magnitude", "lora-fish"),
+    ]  # fmt: skip
 
 
 def test_difference_that_is_lost_in_the_noise_is_no_win() -> None:

@@ -39,6 +39,19 @@ def test_selections() -> None:
     assert ArmName.parse("lora@top1").selection is None
     assert ArmName.parse("lora-fish-rand@0.5").selection == Selection("rand")
     assert ArmName.parse("unipelt-fish-quota").selection == Selection("fish", quotas=True)
+    assert ArmName.parse("lora-gain@n12").selection == Selection("fish", score="gain")
+
+
+def test_an_arm_may_name_its_score(experiment: MakeExperiment) -> None:
+    config = experiment(
+        "fish_tuning.methods_to_run=[lora-fish, lora-gain, lora-fish-rand]", "fish_tuning.num_samples=5"
+    )
+    choices = [config.choice_of_arm(arm) for arm in config.arms]
+    assert [choice.score for choice in choices] == ["fisher", "gain", "fisher"]
+    assert {choice.num_samples for choice in choices} == {5}
+    assert plan_experiment(config).facts["scores"] == {"lora": "fisher, gain of 5 examples"}
+    with pytest.raises(ConfigurationError, match="Did you mean 'lora-gain'"):
+        experiment("fish_tuning.methods_to_run=[lora-gian]")
 
 
 def test_fixed_layers_keeps_shares_of_the_whole_adapter(experiment: MakeExperiment) -> None:

@@ -71,6 +71,26 @@ def test_base_weights_cannot_be_chosen_again(experiment: MakeExperiment) -> None
         experiment(BASE, "fish_tuning.reselect_every=2")
 
 
+def test_arms_that_name_their_score(experiment: MakeExperiment, tmp_path: Path) -> None:
+    """Each has the mask that it has alone, whatever was scored before it."""
+
+    def masks(folder: str, *changes: str) -> dict[str, str]:
+        output = f"training.output_dir={tmp_path / folder}"
+        runs = run_experiment(experiment(*counts(40), output, "fish_tuning.num_samples=8", *changes))
+        assert [run.error for run in runs] == [None] * len(runs)
+        return {run.arm: run.mask_digest for run in runs}
+
+    both = masks("both", "fish_tuning.methods_to_run=[lora-fish, lora-gain, lora-fish-rand, lora-fish-rev]")
+    turned = masks("turned", "fish_tuning.methods_to_run=[lora-fish-rev, lora-gain, lora-fish-rand, lora-fish]")
+    by_gain = masks("gain", "fish_tuning.methods_to_run=[lora-fish, lora-fisher]", "fish_tuning.score=gain")
+    assert both == turned
+    assert both["lora-gain@n40"] == by_gain["lora-fish@n40"]
+    assert both["lora-fish@n40"] == by_gain["lora-fisher@n40"]
+    assert len(set(both.values())) == 4
+    card = (tmp_path / "both" / "adapters" / "lora-gain@n40-seed1" / "README.md").read_text()
+    assert "gain, on 8 training examples" in card
+
+
 def test_adalora_ends_with_the_ranks_it_was_asked_for(
     experiment: MakeExperiment, tmp_path: Path, bert_folder: Path
 ) -> None:

@@ -122,11 +122,19 @@ def near(count: int, others: Iterable[int]) -> bool:
 
 
 def choice_pairs(arms: Iterable[str]) -> list[tuple[str, str]]:
-    """Each arm that Fisher scores choose, with those of its method and budget chosen at random and in reverse."""
+    """Each arm that scores choose, with those of its method and budget chosen at random and in reverse.
+
+    One whose name says its score (`lora-gain`) is set beside the method's own score (`lora-fish`), which the reverse
+    belongs to, in the place of that.
+    """
     known = list(dict.fromkeys(arms))
     names = [ArmName.parse(arm) for arm in known]
-    chosen = [name for name in names if name.selection is not None and name.selection.name == "fish"]
-    pairs = [(str(name), str(replace(name, suffix=control))) for control in CONTROLS for name in chosen]
+    chosen = [(name, name.selection) for name in names if name.selection is not None and name.selection.name == "fish"]
+    own = [name for name, selection in chosen if selection.score is None]
+    other = [name for name, selection in chosen if selection.score is not None]
+    random, reverse = CONTROLS
+    rivals = {random: [*own, *other], reverse: own, "fish": other}
+    pairs = [(str(name), str(replace(name, suffix=rival))) for rival, those in rivals.items() for name in those]
     return [pair for pair in pairs if pair[1] in known]
 
 

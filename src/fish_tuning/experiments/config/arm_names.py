@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from fish_tuning.masks.selections import SELECTIONS as REGISTERED
+from fish_tuning.scores.named import SCORES
 
 
 class Selection(NamedTuple):
@@ -15,6 +16,7 @@ class Selection(NamedTuple):
     name: str  # of the selection, as `method` of that function takes it
     quotas: bool = False
     normalize: bool = False
+    score: str | None = None  # what entries are judged by, where the arm's name says it: `lora-gain`
 
 
 SELECTIONS = {
@@ -30,8 +32,9 @@ CONTROLS = ("fish-rand", "fish-rev")  # the same budget of the same pool, chosen
 
 
 def suffixes() -> list[str]:
-    """All that may follow a method's name: the built-in ones, and the names of selections that were registered."""
-    return [*SELECTIONS, *(name for name in REGISTERED if name not in _BUILT_IN)]
+    """All that may follow a method's name: the built-in ones, the selections that were registered, and the scores."""
+    registered = [name for name in REGISTERED if name not in _BUILT_IN]
+    return [*SELECTIONS, *registered, *(name for name in SCORES if name not in registered)]
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,8 @@ class ArmName:
     @property
     def selection(self) -> Selection | None:
         """How its entries are chosen; None for a dense arm."""
+        if self.suffix in SCORES and self.suffix not in REGISTERED:
+            return Selection("fish", score=self.suffix)
         return SELECTIONS.get(self.suffix, Selection(self.suffix)) if self.suffix else None
 
     @property

@@ -69,7 +69,7 @@ class FishTuningConfig(ChoiceConfig):
     methods_to_run: list[str] = Field(
         min_length=1,
         description="a list of arms: a method of the section peft, alone or with "
-        f"{', '.join('-' + name for name in SELECTIONS)} after it",
+        f"{', '.join('-' + name for name in SELECTIONS)} after it, or with a score's name, as in lora-gain",
     )
     keep_ratio: list[float] = Field(
         default=[0.5, 0.25, 0.1, 0.05, 0.01, 0.005],

@@ -128,6 +128,11 @@ class ExperimentConfig(Section):
         own = section.fish_tuning
         return self.fish_tuning.model_copy(update={key: getattr(own, key) for key in own.model_fields_set})
 
+    def choice_of_arm(self, arm: str) -> ChoiceConfig:
+        """How an arm's entries are chosen: as those of its method, by the score that its name says, if it says one."""
+        choice, selection = self.choice_of(self.method_of(arm)), ArmName.parse(arm).selection
+        return choice.model_copy(update={"score": selection.score}) if selection and selection.score else choice
+
     def learning_rates_of(self, section: PeftMethodConfig) -> list[float]:
         """Those that a method's arms choose from."""
         return section.learning_rates or self.training.learning_rates

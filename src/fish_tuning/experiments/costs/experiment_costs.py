@@ -180,7 +180,7 @@ class _Planner:
         if key not in self._known:
             section, variant = self.config.method_of(arm.arm), self.config.variant_of(arm.arm)
             model = build_meta_model(self.config, self.plan.model_config, self.plan.task, section, variant)
-            choice, batch = self.config.choice_of(section), self.batch(arm)
+            choice, batch = self.config.choice_of_arm(arm.arm), self.batch(arm)
             scored = any(self.scores(other) for other in self.plan.arms if self._key(other) == key)
             work = Work(
                 model=model,
@@ -204,7 +204,9 @@ class _Planner:
 
     def _key(self, arm: ArmPlan) -> Any:
         section = self.config.method_of(arm.arm)
-        return section.name, self.config.variant_of(arm.arm), None if arm.selection is None else arm.kept
+        # Arms without scores of their own are told with those that have the method's.
+        score = self.config.choice_of_arm(arm.arm).score
+        return section.name, self.config.variant_of(arm.arm), None if arm.selection is None else (arm.kept, score)
 
     def _kept(self, arm: ArmPlan, model: Any) -> dict[str, int]:
         """Of each tensor that a mask leaves entries out of."""

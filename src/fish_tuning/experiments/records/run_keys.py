@@ -86,7 +86,7 @@ def _arm_parts(config: ExperimentConfig, arm: ArmPlan, arguments: Mapping[str, A
     if config.training.head_learning_rate is not None:
         parts["head_learning_rate"] = config.training.head_learning_rate
     section = config.method_of(arm.arm)
-    choice = config.choice_of(section)
+    choice = config.choice_of_arm(arm.arm)
     init = config.initialisation(arm.arm)
     if init is not None:
         parts["init_lora_weights"] = init  # which settings, made without weights, lack

@@ -179,7 +179,7 @@ def budget_text(config: ExperimentConfig) -> str:
 
 
 def compared(runs: Sequence[RunRecord]) -> list[Comparison]:
-    """Each arm with its dense arm, then Fisher's choice with others; each of the two corrected by itself."""
+    """Each arm with its dense arm, then what scores choose with other choices; each of the two corrected by itself."""
     finished = [run for run in runs if run.status == "ok"]
     return [*compare(finished), *compare(finished, choice_pairs(run.arm for run in finished))]
 

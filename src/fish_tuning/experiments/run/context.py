@@ -80,7 +80,7 @@ class Context:
 
     def choice(self, arm: ArmPlan) -> ChoiceConfig:
         """How the arm's entries are chosen."""
-        return self.config.choice_of(self.config.method_of(arm.arm))
+        return self.config.choice_of_arm(arm.arm)
 
     @property
     def head_learning_rate(self) -> float | None:

@@ -318,9 +318,14 @@ def _facts(config: ExperimentConfig, task: Task, models: _Models, quantization: 
 
 def _scores_text(config: ExperimentConfig) -> dict[str, str]:
     """What the entries of each method with masked arms are judged by."""
-    masked = {name.method: str(name) for name in map(ArmName.parse, config.arms) if name.selection is not None}
-    choices = {name: config.choice_of(config.method_of(arm)) for name, arm in masked.items()}
-    return {name: f"{choice.score} of {choice.num_samples} examples" for name, choice in choices.items()}
+    found: dict[str, dict[str, int]] = {}
+    for name in map(ArmName.parse, config.arms):
+        if name.selection is not None:
+            choice = config.choice_of_arm(str(name))
+            found.setdefault(name.method, {})[choice.score] = choice.num_samples
+    return {
+        method: f"{', '.join(scores)} of {next(iter(scores.values()))} examples" for method, scores in found.items()
+    }
 
 
 def _recorded_packages(task: Task, quantization: Quantization | None) -> tuple[str, ...]:

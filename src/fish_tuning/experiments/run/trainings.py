@@ -47,7 +47,7 @@ class Trainings:
 
     def __init__(self, context: Context, trials: Context) -> None:
         self.context, self.trials = context, trials
-        self._calibrations: dict[tuple[int, bool, str], Calibration | None] = {}
+        self._calibrations: dict[tuple[int, bool, str, str], Calibration | None] = {}
         self._used_once = False
 
     def __call__(self, order: Order) -> RunRecord:
@@ -83,7 +83,8 @@ class Trainings:
 
     def _train(self, context: Context, order: Order) -> RunRecord:
         arm = context.plan.arm(order.arm)
-        shared = order.seed, order.is_trial, context.config.method_of(arm.arm).name  # arms that agree share scores
+        # Arms that agree share scores.
+        shared = order.seed, order.is_trial, context.config.method_of(arm.arm).name, context.choice(arm).score
         known = self._calibrations.get(shared)
         record, self._calibrations[shared] = run_arm(context, arm, order.seed, known, order.learning_rate)
         return record

@@ -33,7 +33,7 @@ from fish_tuning.experiments.report.shares import Shares, factor_shares, mean_sh
 
 WIDE, NARROW = 700, 330
 TO_DENSE = Words("Difference to the dense arm", "dense arm better", "this arm better")
-OF_CHOICE = Words("Difference to other choices at the same budget", "other choice better", "Fisher better")
+OF_CHOICE = Words("Difference to other choices at the same budget", "other choice better", "the arm better")
 _COUNTED = {"kept": "kept entries, without the head", "trainable": "trainable parameters, head included"}
 
 

@@ -90,7 +90,7 @@ def markdown_text(results: Results, notes: Sequence[str]) -> str:
 
 
 def _families(results: Results) -> dict[str, Family]:
-    titles = ("Differences to the dense arm", "Chosen by Fisher scores, against other choices of the same budget")
+    titles = ("Differences to the dense arm", "Chosen by scores, against other choices of the same budget")
     families = zip(titles, (results.to_dense, results.of_choice), strict=True)
     return {title: family for title, family in families if family.overall}
 

@@ -42,12 +42,15 @@ def answers(results: Results) -> list[tuple[str, str]]:
     for suffix, how in _CONTROLS.items():
         against = [each for each in choice if ArmName.parse(each.baseline).suffix == suffix]
         found |= {f"Against as many entries chosen {how}.": against} if against else {}
+    scored = [each for each in choice if ArmName.parse(each.baseline).suffix not in _CONTROLS]
+    found |= {f"Against {base}.": [each for each in scored if each.baseline == base] for base in _baselines(scored)}
     return [(heading, _answer(comparisons)) for heading, comparisons in found.items()]
 
 
 def row_name(comparison: Comparison) -> str:
     """What a row of differences is called: its arm, and what it is compared with unless that is its dense arm."""
-    how = _CONTROLS.get(ArmName.parse(comparison.baseline).suffix)
+    suffix = ArmName.parse(comparison.baseline).suffix
+    how = _CONTROLS.get(suffix, suffix)
     return f"{comparison.arm} \N{MINUS SIGN} {how.split()[-1]}" if how else comparison.arm
 
 
