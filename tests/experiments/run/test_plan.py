@@ -60,6 +60,8 @@ def test_facts_tell_what_was_found(experiment: MakeExperiment) -> None:
     assert (facts["train_examples"], facts["validation_examples"], facts["num_labels"]) == (48, 24, 2)
     assert (facts["init_lora_weights"], facts["warmup_steps_before_scoring"]) == (True, {"lora": 20})
     assert facts["versions"]["fish-tuning"] == "0.1.0"
+    starts = "peft=[{method: lora}, {name: other, method: lora, args: {init_lora_weights: pissa}}, {method: ia3}]"
+    assert plan_experiment(experiment(starts)).facts["init_lora_weights"] == {"lora": True, "other": "pissa"}
 
 
 def test_a_start_that_leaves_half_unscored_is_noted(experiment: MakeExperiment) -> None:

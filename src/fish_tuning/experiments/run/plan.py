@@ -304,7 +304,7 @@ def _facts(config: ExperimentConfig, task: Task, models: _Models, quantization: 
         "protocol": config.protocol,
         "adapters": {method: _sizes(config, method, models) for method in first},
         "target_modules": {method: _targets(models(arm)) for method, arm in first.items()},
-        "init_lora_weights": config.lora.init_lora_weights,
+        "init_lora_weights": _starts(config, first),
         "scores": scores,
         "num_samples": config.fish_tuning.num_samples,
         "warmup_steps_before_scoring": {
@@ -314,6 +314,14 @@ def _facts(config: ExperimentConfig, task: Task, models: _Models, quantization: 
         "versions": {name: version(name) for name in _recorded_packages(task, quantization)}
         | {"python": platform.python_version()},
     }
+
+
+def _starts(config: ExperimentConfig, first: Mapping[str, str]) -> Any:
+    """`init_lora_weights` of the methods' adapters: one where all agree, else each."""
+    starts = {name: config.initialisation(arm) for name, arm in first.items()}
+    taken = {name: start for name, start in starts.items() if start is not None}
+    agree = len({str(start) for start in taken.values()}) < 2
+    return next(iter(taken.values()), None) if agree else taken
 
 
 def _scores_text(config: ExperimentConfig) -> dict[str, str]:
