@@ -346,7 +346,7 @@ def _ratio(found: _Found) -> tuple[float, str]:
 
 def _describe_rest(found: _Found, task: Task) -> None:
     arms = "Dense, chosen by Fisher information, at random, in reverse"
-    remark = f"{arms}, the head alone." if task.brings_head else f"{arms}."
+    remark = f"{arms}{', the head alone' if task.brings_head else ''}. By another score: its name, as in lora-gain."
     if not found.is_asked("protocol"):
         named = [arm for arm in found.config().fish_tuning.methods_to_run if arm != HEAD_ALONE or task.brings_head]
         found.set("fish_tuning.methods_to_run", named, remark)
