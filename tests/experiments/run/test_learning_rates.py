@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from fish_tuning.experiments.run.context import Context
 from fish_tuning.experiments.run.plan import plan_experiment
 from fish_tuning.experiments.run.runner import run_experiment
 from fish_tuning.experiments.run.shards import Shard, parse_shard
+from fish_tuning.experiments.run.trainers import Diverged
 from fish_tuning.files.sealed_json import read_sealed
 
 MakeExperiment = Callable[..., ExperimentConfig]
@@ -64,6 +66,47 @@ def test_trials_are_made_once_and_see_no_validation_example(
     sizes.clear()
     run_experiment(config, plan_experiment(config))
     assert not sizes
+
+
+def test_rates_are_tried_with_several_seeds(
+    experiment: MakeExperiment, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The first seed alone would take 0.01, the mean takes 0.001; 0.1 diverges with the second and is tried no more."""
+    losses = {
+        (0.001, 1): 0.5, (0.001, 2): 0.5, (0.001, 3): 0.6,
+        (0.01, 1): 0.3, (0.01, 2): 0.7, (0.01, 3): 0.8,
+        (0.1, 1): 0.1, (0.1, 2): None,
+    }  # fmt: skip
+    tried = []
+    run = trainings.run_arm
+
+    def watched(context: Context, arm: ArmPlan, seed: int, known: Any, rate: Any) -> Any:
+        record, calibration = run(context, arm, seed, known, rate)
+        if not context.is_trial:
+            return record, calibration
+        tried.append((rate, seed))
+        if (loss := losses[rate, seed]) is None:
+            raise Diverged("not finite")
+        return replace(record, metrics={**record.metrics, "loss": loss}), calibration
+
+    monkeypatch.setattr(trainings, "run_arm", watched)
+    settings = [
+        "fish_tuning.methods_to_run=[lora]",
+        "training.learning_rates=[0.001, 0.01, 0.1]",
+        "training.choose_by=loss",
+    ]
+    config = experiment(*settings, "seeds=[1, 2, 3]", "training.trial_seeds=3")
+    records = run_experiment(config, plan_experiment(config))
+    assert sorted(tried) == sorted(losses)
+    assert {record.learning_rate for record in records} == {0.001}
+    assert "with the first 3 seeds, among" in (tmp_path / "results" / "results.md").read_text()
+    tried.clear()
+    assert run_experiment(config, plan_experiment(config)) == records
+    config = experiment(*settings, "seeds=[1, 2, 3]")  # which needs no trial that was not made
+    assert {record.learning_rate for record in run_experiment(config, plan_experiment(config))} == {0.1}
+    assert not tried
+    with pytest.raises(ConfigurationError, match=r"training\.trial_seeds=3 is more than there are seeds, 2"):
+        experiment("seeds=[1, 2]", "training.trial_seeds=3")
 
 
 def test_a_rate_that_fails_is_not_chosen_and_an_arm_without_one_fails(experiment: MakeExperiment) -> None:

@@ -78,6 +78,10 @@ class ExperimentConfig(Section):
                 f"fish_tuning.reselect_every cannot go with peft.method={BASE!r}: what it saves are the entries of its "
                 "mask, and those of earlier masks were trained too. Set it to null under the method's own fish_tuning."
             )
+        if self.training.trial_seeds > len(self.seeds):
+            raise ValueError(
+                f"training.trial_seeds={self.training.trial_seeds} is more than there are seeds, {len(self.seeds)}."
+            )
         allowed = [f"{name}{selection}" for name in names for selection in ("", *(f"-{s}" for s in suffixes()))]
         allowed.append(HEAD_ALONE)
         for arm in self.fish_tuning.methods_to_run:

@@ -209,6 +209,11 @@ class TrainingConfig(Section):
     choose_by: Literal["metric", "loss"] = Field(
         default="metric", description="metric or loss: what learning_rates are chosen by on held-out training data"
     )
+    trial_seeds: int = Field(
+        default=1,
+        ge=1,
+        description="a whole number from 1: with how many of the first seeds each of learning_rates is tried",
+    )
     head_learning_rate: float | None = Field(
         default=None, gt=0, description="a number above 0: the learning rate of the head alone; null for that of all"
     )

@@ -56,7 +56,12 @@ def run_keys(
     seedless = {name: value for name, value in parts["arguments"].items() if name not in ("seed", "data_seed")}
     rates = config.learning_rates_of(config.method_of(arm.arm))
     if len(rates) > 1:
-        seedless["learning_rate"] = [*rates, *([] if config.training.choose_by == "metric" else ["by loss"])]
+        seeds = config.training.trial_seeds
+        how = [
+            *(["by loss"] if config.training.choose_by == "loss" else []),
+            *([f"{seeds} seeds"] if seeds > 1 else []),
+        ]
+        seedless["learning_rate"] = [*rates, *how]
     return RunKeys(_digest(parts), _digest({**parts, "arguments": seedless}))
 
 

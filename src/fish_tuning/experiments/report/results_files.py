@@ -92,9 +92,11 @@ def _rate_notes(config: ExperimentConfig, chosen: Mapping[str, float]) -> list[s
         return []
     tried = "; or ".join(", ".join(f"{rate:g}" for rate in rates) for rates in lists)
     measure = " by the loss" if config.training.choose_by == "loss" else ""
+    number = config.training.trial_seeds
+    seeds = "the first seed" if number == 1 else f"the first {number} seeds"
     found = ", ".join(f"{arm} {rate:g}" for arm, rate in chosen.items())
     notes = [
-        f"The learning rate of each arm was chosen{measure} on a fifth of the training set, with the first seed, among "
+        f"The learning rate of each arm was chosen{measure} on a fifth of the training set, with {seeds}, among "
         f"{tried}: {found or 'none yet'}."
     ]
     at_the_end = [

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from fish_tuning.errors import FishTuningError, ProcessesLost, RecordError
@@ -27,8 +29,9 @@ logger = logging.getLogger(__name__)
 class LearningRates:
     """`rates(arm)` is the arm's learning rate: the one asked for, or the best of several, found once and kept.
 
-    Each of `training.learning_rates` is tried with the first seed on four fifths of the training set and judged on the
-    rest; the validation set has no part in it. The trials are written into `selection/` of the output folder.
+    Each of `training.learning_rates` is tried with the first `training.trial_seeds` seeds on four fifths of the training
+    set and judged on the rest, by the mean; one that diverges with a seed is out. The validation set has no part in it.
+    The trials are written into `selection/` of the output folder.
 
     Args:
         trials: what they share, from `trials_of(context)`.
@@ -40,7 +43,7 @@ class LearningRates:
         config = trials.config
         self.of_method = {section.name: config.learning_rates_of(section) for section in config.peft}
         self.context, self.train = trials, train
-        self.seed = config.seeds[0]
+        self.seeds = config.seeds[: config.training.trial_seeds]
         self.folder = trials.folder / "selection"
         self.progress = progress
         self.chosen: dict[str, float] = {}
@@ -65,7 +68,8 @@ class LearningRates:
             with wait_for(lock, f"the choice of a learning rate for {arm.arm}"), attempt(lock, math.inf):
                 self._try_all(arm)
             if self.known(arm) is None:
-                errors = "; ".join(f"{rate}: {trial['error']}" for rate, trial in self._trials(arm).items())
+                trials = self._trials(arm).items()
+                errors = "; ".join(f"{rate}: {trial['error']}" for (rate, _), trial in trials if trial["error"])
                 raise FishTuningError(f"None of training.learning_rates worked for {arm.arm}: {errors}")
         return self.known(arm)
 
@@ -76,10 +80,16 @@ class LearningRates:
             return rates[0] if rates else None
         if arm.arm not in self.chosen:
             trials = self._trials(arm)
-            values = {rate: self._worth(trial) for rate, trial in trials.items() if trial["value"] is not None}
-            if len(trials) < len(rates) or not values:
+            if any(self._is_open(trials, rate, seed) for rate in rates for seed in self.seeds):
                 return None
-            self.chosen[arm.arm] = max(values, key=values.__getitem__)
+            worths: dict[float, list[float]] = {rate: [] for rate in rates}
+            for (rate, _), trial in trials.items():
+                worths[rate].append(-math.inf if trial["value"] is None else self._worth(trial))
+            means = {rate: fmean(found) for rate, found in worths.items()}
+            best = max(means, key=means.__getitem__)
+            if means[best] == -math.inf:
+                return None
+            self.chosen[arm.arm] = best
         return self.chosen[arm.arm]
 
     def _worth(self, trial: dict[str, Any]) -> float:
@@ -87,33 +97,43 @@ class LearningRates:
         return -float(trial["loss"]) if self.context.config.training.choose_by == "loss" else float(trial["value"])
 
     def _try_all(self, arm: ArmPlan) -> None:
-        for rate in self.rates(arm):
-            trials = self._trials(arm)
-            if rate not in trials:
-                trials[rate] = {"key": self._key(arm, rate), **self._trial(arm, rate)}
-                write_sealed(self._file(arm), {str(tried): trial for tried, trial in trials.items()})
+        for seed in self.seeds:  # whose rates share scores
+            for rate in self.rates(arm):
+                trials = self._trials(arm)
+                if self._is_open(trials, rate, seed):
+                    trials[rate, seed] = {"key": self._key(arm, rate, seed), **self._trial(arm, rate, seed)}
+                    write_sealed(self._file(arm), {self._label(*tried): trial for tried, trial in trials.items()})
 
-    def _trials(self, arm: ArmPlan) -> dict[float, dict[str, Any]]:
+    def _is_open(self, trials: Mapping[tuple[float, int], Any], rate: float, seed: int) -> bool:
+        """Whether a rate is still to be tried with a seed; none is once the rate has diverged."""
+        mine = [trials[rate, each] for each in self.seeds if (rate, each) in trials]
+        return (rate, seed) not in trials and all(trial["value"] is not None for trial in mine)
+
+    def _trials(self, arm: ArmPlan) -> dict[tuple[float, int], dict[str, Any]]:
         """What was tried with the configuration at hand."""
-        written = _read(self._file(arm))
-        return {
-            rate: written[str(rate)]
-            for rate in self.rates(arm)
-            if written.get(str(rate), {}).get("key") == self._key(arm, rate) and "loss" in written[str(rate)]
-        }
+        written, found = _read(self._file(arm)), {}
+        for seed in self.seeds:
+            for rate in self.rates(arm):
+                trial = written.get(self._label(rate, seed), {})
+                if trial.get("key") == self._key(arm, rate, seed) and "loss" in trial:
+                    found[rate, seed] = trial
+        return found
+
+    def _label(self, rate: float, seed: int) -> str:
+        return str(rate) if seed == self.seeds[0] else f"{rate}, seed {seed}"
 
     def _file(self, arm: ArmPlan) -> Path:
         return self.folder / f"{arm.arm}.json"
 
-    def _key(self, arm: ArmPlan, rate: float) -> str:
-        return self.context.keys(arm, self.seed, rate).run
+    def _key(self, arm: ArmPlan, rate: float, seed: int) -> str:
+        return self.context.keys(arm, seed, rate).run
 
-    def _trial(self, arm: ArmPlan, rate: float) -> dict[str, Any]:
+    def _trial(self, arm: ArmPlan, rate: float, seed: int) -> dict[str, Any]:
         """A verdict about the rate: its metric, or that training diverged. Any other error is none, and is raised."""
-        self.progress.start(f"{arm.arm}, learning rate {rate:g}", self.seed)
+        self.progress.start(f"{arm.arm}, learning rate {rate:g}", seed)
         metric = self.context.plan.metric
         try:
-            record = self.train(Order(arm.arm, self.seed, rate, is_trial=True))
+            record = self.train(Order(arm.arm, seed, rate, is_trial=True))
             return {"metric": metric, "value": record.value, "loss": record.metrics["loss"], "error": None}
         except Diverged as error:
             logger.debug("%s diverged at learning rate %g", arm.arm, rate, exc_info=True)
