@@ -57,10 +57,8 @@ def run_keys(
     rates = config.learning_rates_of(config.method_of(arm.arm))
     if len(rates) > 1:
         seeds = config.training.trial_seeds
-        how = [
-            *(["by loss"] if config.training.choose_by == "loss" else []),
-            *([f"{seeds} seeds"] if seeds > 1 else []),
-        ]
+        how = ["by loss"] if config.training.choose_by == "loss" else []
+        how += [f"{seeds} seeds"] if seeds > 1 else []
         seedless["learning_rate"] = [*rates, *how]
     return RunKeys(_digest(parts), _digest({**parts, "arguments": seedless}))
 

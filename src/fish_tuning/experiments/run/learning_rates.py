@@ -29,9 +29,9 @@ logger = logging.getLogger(__name__)
 class LearningRates:
     """`rates(arm)` is the arm's learning rate: the one asked for, or the best of several, found once and kept.
 
-    Each of `training.learning_rates` is tried with the first `training.trial_seeds` seeds on four fifths of the training
-    set and judged on the rest, by the mean; one that diverges with a seed is out. The validation set has no part in it.
-    The trials are written into `selection/` of the output folder.
+    Each of `training.learning_rates` is tried with the first `training.trial_seeds` seeds on four fifths of the
+    training set and judged on the rest, by the mean; one that diverges with a seed is out. The validation set has no
+    part in it. The trials are written into `selection/` of the output folder.
 
     Args:
         trials: what they share, from `trials_of(context)`.
