@@ -201,7 +201,7 @@ def _show_results(
     notes_alone: bool = False,
 ) -> None:
     from fish_tuning.experiments.compare.conclusions import conclusion, differences
-    from fish_tuning.experiments.compare.references import nothing_learned, unlearned_note, with_references
+    from fish_tuning.experiments.compare.references import learning_notes, with_references
     from fish_tuning.experiments.compare.summaries import summarize
     from fish_tuning.experiments.report.results_files import report_notes, start_text
     from fish_tuning.experiments.report.tables import console_tables, difference_table
@@ -215,9 +215,8 @@ def _show_results(
         for table in console_tables(with_references(summary, runs), console.width, title=title):
             console.print(table)
             console.print()
-    if nothing_learned(runs):
-        console.print(f"note: {unlearned_note(plan.task.name, runs)}")
-    for note in report_notes(config, report_facts(plan, _chosen_rates(config, runs)), summary):
+    facts = report_facts(plan, _chosen_rates(config, runs))
+    for note in [*learning_notes(plan.task.name, runs), *report_notes(config, facts, summary)]:
         console.print(f"note: {note}")
     console.print(f"written: {', '.join(map(str, _written(output_dir)))}", soft_wrap=True)
     if notes_alone:

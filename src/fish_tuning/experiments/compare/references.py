@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from fish_tuning.experiments.compare.paired import TIE
 from fish_tuning.experiments.compare.summaries import ArmSummary, mean_interval
 from fish_tuning.experiments.config.arm_names import HEAD_ALONE
 from fish_tuning.experiments.records.run_record import RunRecord
@@ -71,3 +72,34 @@ def unlearned_note(task: str, runs: Sequence[RunRecord]) -> str:
         f"No arm is shown to learn {task}: none is above {constant_name(runs)} ({constant_of(runs):.3f}), so "
         "differences between arms say nothing of learning."
     )
+
+
+def fallen_note(task: str, runs: Sequence[RunRecord]) -> str | None:
+    """In words, which arms have seeds that do no better than the constant answer, beside others that do.
+
+    None where there is none, and where no arm learns the task, which says more.
+    """
+    constant = constant_of(runs)
+    if constant is None or nothing_learned(runs):
+        return None
+    found = []
+    for arm in _arms(runs):
+        mine = [run for run in runs if run.arm == arm and run.status == "ok" and run.value is not None]
+        fallen = [run for run in mine if (run.value or 0.0) <= constant + TIE]
+        if arm != HEAD_ALONE and 0 < len(fallen) < len(mine):
+            rates = sorted({run.learning_rate for run in fallen if run.learning_rate is not None})
+            at = f" at learning rate {', '.join(f'{rate:g}' for rate in rates)}" if rates else ""
+            found.append(f"{arm} {len(fallen)} of {len(mine)}{at}")
+    if not found:
+        return None
+    return (
+        f"Some seeds do no better on {task} than {constant_name(runs)} ({constant:.3f}), as where training falls "
+        f"apart: {', '.join(found)}. The means of these arms tell little of the others. training.trial_seeds chooses "
+        "learning rates by several seeds."
+    )
+
+
+def learning_notes(task: str, runs: Sequence[RunRecord]) -> list[str]:
+    """What is to be said of whether the task was learned, before anything is compared."""
+    note = unlearned_note(task, runs) if nothing_learned(runs) else fallen_note(task, runs)
+    return [] if note is None else [note]

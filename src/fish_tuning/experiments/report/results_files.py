@@ -13,7 +13,7 @@ from typing import Any
 
 from fish_tuning.experiments.compare.comparisons import Comparison, choice_pairs, compare
 from fish_tuning.experiments.compare.conclusions import conclusion, differences
-from fish_tuning.experiments.compare.references import nothing_learned, unlearned_note, with_references
+from fish_tuning.experiments.compare.references import learning_notes, with_references
 from fish_tuning.experiments.compare.summaries import FEWEST_FOR_INTERVAL, ArmSummary, summarize
 from fish_tuning.experiments.config.arm_names import HEAD_ALONE, ArmName
 from fish_tuning.experiments.config.experiment import ExperimentConfig
@@ -154,10 +154,8 @@ def _markdown(
     if found := differences(runs):
         parts += ["## Differences", markdown_table(*difference_rows(found), left=DIFFERENCE_TEXTS)]
     parts.append(conclusion(runs))
-    notes = report_notes(config, facts, summary)
-    if nothing_learned(runs):
-        notes.insert(0, unlearned_note(str(facts.get("task") or "the task"), runs))
-    if notes:
+    learned = learning_notes(str(facts.get("task") or "the task"), runs)
+    if notes := [*learned, *report_notes(config, facts, summary)]:
         parts += ["## Notes", _list(notes)]
     parts += [f"![{caption}]({path.name})" for path, caption in pictures.items()]
     return "\n\n".join(parts) + "\n"

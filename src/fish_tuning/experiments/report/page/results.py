@@ -9,7 +9,13 @@ from statistics import fmean
 
 from fish_tuning.experiments.compare.comparisons import Comparison, choice_pairs, compare, compare_by_task
 from fish_tuning.experiments.compare.paired import TIE, estimate
-from fish_tuning.experiments.compare.references import constant_name, constant_of, nothing_learned, unlearned_note
+from fish_tuning.experiments.compare.references import (
+    constant_name,
+    constant_of,
+    fallen_note,
+    nothing_learned,
+    unlearned_note,
+)
 from fish_tuning.experiments.compare.summaries import FEWEST_FOR_INTERVAL, mean_interval
 from fish_tuning.experiments.config.arm_names import HEAD_ALONE, SELECTIONS, ArmName, baseline_of
 from fish_tuning.experiments.records.run_record import RunRecord
@@ -57,6 +63,7 @@ class Results:
     constants: dict[str, float]  # task -> the metric of always giving the same answer
     constant_name: str
     unlearned: dict[str, str]  # task that no arm learns -> what is said of it
+    fallen: dict[str, str]  # task on which training fell apart with some seeds -> what is said of it
 
     @property
     def failed(self) -> list[RunRecord]:
@@ -128,6 +135,7 @@ def join_results(experiments: Sequence[Experiment]) -> Results:
         constants={task: value for task, found in of_task.items() if (value := constant_of(found)) is not None},
         constant_name=constant_name(runs),
         unlearned={task: unlearned_note(task, found) for task, found in of_task.items() if nothing_learned(found)},
+        fallen={task: note for task, found in of_task.items() if (note := fallen_note(task, found))},
     )
 
 

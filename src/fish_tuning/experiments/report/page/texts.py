@@ -63,7 +63,7 @@ def markdown_text(results: Results, notes: Sequence[str]) -> str:
         "difference is shown. "
         "Fewer than three seeds, or seeds that are all equal, give no interval.",
     ]
-    parts += [_plain(note) for note in results.unlearned.values()]
+    parts += [_plain(note) for note in (*results.unlearned.values(), *results.fallen.values())]
     for heading, family in _families(results).items():
         parts += [f"## {heading}", markdown_table(*_differences(family.overall))]
     if results.to_dense.overall:
