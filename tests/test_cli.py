@@ -23,6 +23,7 @@ from fish_tuning.experiments.config.loading import shipped_experiments
 from fish_tuning.experiments.config.schema import experiment_schema
 from fish_tuning.experiments.records.run_record import ArmPlan, RunRecord
 from fish_tuning.experiments.report.results_files import write_report
+from fish_tuning.experiments.run.facts import report_facts
 
 PLAN = SimpleNamespace(
     quantization=None,
@@ -33,6 +34,7 @@ PLAN = SimpleNamespace(
     facts={"task": "fake", "train_examples": 300},
     notes=["a note of the plan"],
 )
+FINGERPRINTS = {"data_fingerprint": "ab12", "weights_fingerprint": "cd34"}
 HEAVY = ("torch", "transformers", "peft", "datasets", "yaml", "scipy", "matplotlib", "numpy", "sklearn")
 
 
@@ -54,13 +56,19 @@ def invoke(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Res
             return plan
 
         def run_experiment(
-            config: Any, plan: Any, on_run: Callable[[RunRecord, bool], None], *_: Any
+            config: Any,
+            plan: Any,
+            on_run: Callable[[RunRecord, bool], None],
+            *_: Any,
+            on_fingerprints: Callable[[dict[str, str]], None],
         ) -> list[RunRecord]:
             if isinstance(runs, BaseException):
                 raise runs
+            on_fingerprints(FINGERPRINTS)
             for run in runs:
                 on_run(run, False)
-            write_report(config, plan.facts, runs, Path(config.training.output_dir))
+            facts = report_facts(plan, {}, **FINGERPRINTS)
+            write_report(config, facts, runs, Path(config.training.output_dir))
             return runs
 
         for name, function in (("run.plan", plan_experiment), ("run.runner", run_experiment)):
@@ -283,9 +291,8 @@ def test_json_is_all_that_stands_on_standard_output(invoke: Callable[..., Result
     assert done.exit_code == 0
     (found,) = json.loads(done.stdout)
     written = json.loads((tmp_path / "results/digits/results.json").read_text())
-    assert {key: found[key] for key in ("experiment", "runs", "summary", "comparisons")} == {
-        key: written[key] for key in ("experiment", "runs", "summary", "comparisons")
-    }
+    assert {key: value for key, value in found.items() if key != "files"} == written
+    assert found["facts"].items() >= FINGERPRINTS.items()
     assert found["files"][0] == "results/digits/results.json"
     assert all((tmp_path / file).is_file() for file in found["files"])
     for text in ("a library's remark", "lora-fish, seed 2: accuracy 0.5000", "note: a note of the plan", "written: "):

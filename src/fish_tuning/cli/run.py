@@ -178,16 +178,18 @@ def _run_one(config: ExperimentConfig, plan: Plan, how: How, shard: Shard, launc
         f"{config.name}: {config.model.name} on {config.dataset.source}, {len(plan.arms)} arms x "
         f"{len(config.seeds)} seeds{part}{together}"
     )
-    began = time.time()
+    began, fingerprints = time.time(), dict[str, str]()
     try:
         if how.engine == "ray":
             run_on_ray(config, plan, how.workers, shard, began, how.extensions, not how.quiet)
-        runs = run_experiment(config, plan, output.run, shard, began, not how.quiet)
+        runs = run_experiment(
+            config, plan, output.run, shard, began, not how.quiet, on_fingerprints=fingerprints.update
+        )
     except KeyboardInterrupt:
         why = " (where one process ends, a launcher stops the others; its report says which)" if together else ""
         tell(f"interrupted{why}; finished runs are kept in {output_dir}, the same command goes on from there", err=True)
         raise typer.Exit(INTERRUPTED) from None
-    output.results(config, plan, runs, output_dir)
+    output.results(config, plan, runs, output_dir, fingerprints)
     return FAILED if any(run.status == "failed" for run in runs) else OK
 
 
