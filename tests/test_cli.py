@@ -14,16 +14,19 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import typer
 from typer.testing import CliRunner, Result
 
 import fish_tuning
-from fish_tuning.cli import app
-from fish_tuning.errors import ConfigurationError
+from fish_tuning.cli import app, run_command
+from fish_tuning.cli.application import errors_told
+from fish_tuning.errors import ConfigurationError, FisherError
 from fish_tuning.experiments.config.loading import shipped_experiments
 from fish_tuning.experiments.config.schema import experiment_schema
 from fish_tuning.experiments.records.run_record import ArmPlan, RunRecord
 from fish_tuning.experiments.report.results_files import write_report
 from fish_tuning.experiments.run.facts import report_facts
+from fish_tuning.experiments.run.launch import ALONE, Launch
 
 PLAN = SimpleNamespace(
     quantization=None,
@@ -379,6 +382,71 @@ def test_a_full_disk_is_told(invoke: Callable[..., Result]) -> None:
     assert done.exit_code == 1
     assert "the disk is full" in done.output
     assert "What is finished is kept" in done.output
+
+
+@pytest.mark.parametrize("command", ["run", "init"])
+def test_a_full_disk_that_a_library_has_wrapped_is_told(
+    command: str, invoke: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrapped = RuntimeError("I/O error: No space left on device (os error 28)")
+    draft = ModuleType("fish_tuning.experiments.run.draft")
+    draft.draft_experiment = Raises(wrapped)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, draft.__name__, draft)
+    done = invoke(command, "digits", *(["data"] if command == "init" else []), runs=wrapped)
+    assert done.exit_code == 1
+    assert "error: the disk is full (" in done.stderr
+    assert "Traceback" not in done.output
+
+
+class Raises:
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+    def __call__(self, *_: Any) -> Any:
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    ("error", "launch", "code", "told"),
+    [
+        (ConfigurationError("no"), None, 2, "error: no\n"),
+        (FisherError("no"), None, 2, "error: no\n"),
+        (FisherError("no"), ALONE, 1, "error: no\n"),
+        (ConfigurationError("no"), Launch(1, 2, 1), 2, ""),
+        (FisherError("no"), Launch(1, 2, 1), 1, "process 1 of 2: error: no\n"),
+        (KeyboardInterrupt(), None, 130, "stopped\n"),
+        (KeyboardInterrupt(), Launch(1, 2, 1), 130, ""),
+        (OSError(errno.ENOSPC, "full"), None, 1, "error: the disk is full ([Errno 28] full). Make room.\n"),
+    ],
+)
+def test_errors_and_their_exit_codes(
+    error: BaseException, launch: Launch | None, code: int, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kinds = None if launch is None else (ConfigurationError,)
+    with (
+        pytest.raises(typer.Exit) as ended,
+        errors_told("Make room.", interrupted="stopped", wrong_use=kinds, launch=launch),
+    ):
+        raise error
+    assert ended.value.exit_code == code
+    assert capsys.readouterr().err == told
+
+
+def test_what_is_nobodys_mistake_keeps_its_traceback() -> None:
+    with pytest.raises(ZeroDivisionError), errors_told("Make room."):
+        raise ZeroDivisionError
+
+
+def test_an_interrupted_run_is_an_exit_code_of_scripts_too(invoke: Callable[..., Result]) -> None:
+    assert invoke("run", "digits", runs=KeyboardInterrupt()).exit_code == 130  # fakes what is imported below
+    assert run_command("digits", []) == 130
+
+
+def test_one_place_tells_errors() -> None:
+    folder = Path(fish_tuning.__file__).parent / "cli"
+    assert [file.name for file in folder.glob("*.py") if "except FishTuningError" in file.read_text()] == [
+        "application.py"
+    ]
 
 
 def test_a_wrong_engine_is_told(invoke: Callable[..., Result]) -> None:

@@ -25,18 +25,12 @@ def _notes_told() -> Iterator[None]:
     """Errors as everywhere; the library's warnings as notes, after the work."""
     quiet_libraries()
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    from fish_tuning.errors import FishTuningError, FishTuningWarning
-    from fish_tuning.files.atomic import disk_full
+    from fish_tuning.errors import FishTuningWarning
 
     with errors_told("Make room, or write elsewhere."), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("ignore")
         warnings.simplefilter("always", FishTuningWarning)
-        try:
-            yield
-        except (FishTuningError, OSError):
-            raise
-        except Exception as error:  # a library may wrap what a full disk raises
-            raise disk_full(error) or error from None
+        yield
         for warning in caught:
             tell(f"note: {warning.message}", err=True)
 
