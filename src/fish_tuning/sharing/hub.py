@@ -23,9 +23,8 @@ from fish_tuning.files.delta_file import DELTA_FILE_NAME
 from fish_tuning.files.mask_file import MASK_FILE_NAME, load_mask
 from fish_tuning.sharing.card import CARD, is_hub_name, is_local, public_name, users_card, with_base_model
 from fish_tuning.sharing.folder import ADAPTER_CONFIG, check_new
+from fish_tuning.sharing.reaching import TRANSPORT
 
-# The errors of the HTTP library that this version of huggingface_hub speaks with, whichever it is.
-_TRANSPORT: type[BaseException] = HfHubHTTPError.__bases__[0]
 # Of a Trainer's checkpoint: what serves to resume alone, and its arguments, a pickle that names folders of this place.
 _OF_CHECKPOINTS = re.compile(
     r"optimizer\.(pt|bin)|scheduler\.pt|scaler\.pt|rng_state.*\.pth|trainer_state\.json|training_args\.bin|\..*"
@@ -222,7 +221,7 @@ def _told(what: str, token: str | bool | None) -> Iterator[None]:
     """The hub's errors as one of ours, which never tell the token."""
     try:
         yield
-    except (_TRANSPORT, HFValidationError, OSError, ValueError) as error:
+    except (TRANSPORT, HFValidationError, OSError, ValueError) as error:
         if disk_full(error):
             raise
         reason = " ".join(str(error).split())[:400]

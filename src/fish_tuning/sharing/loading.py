@@ -22,6 +22,7 @@ from fish_tuning.files.mask_file import MASK_FILE_NAME, load_mask
 from fish_tuning.sharing.card import is_local
 from fish_tuning.sharing.folder import ADAPTER_CONFIG, MODEL_CONFIG
 from fish_tuning.sharing.hub import fetched
+from fish_tuning.sharing.reaching import hub_arguments
 from fish_tuning.sharing.usage import OWN_METHODS
 from fish_tuning.sparse.adapter_names import rename_adapter
 from fish_tuning.sparse.applying import apply_mask
@@ -173,6 +174,7 @@ def _base(
             "base_model=... (in the command --base-model)."
         )
     revision = None if asked else settings.get("revision")
+    reached = base_arguments(name, revision, kwargs)
     own = folder / MODEL_CONFIG
     config = {"config": AutoConfig.from_pretrained(str(own))} if (own / "config.json").is_file() else {}
     kind = _model_class(settings, config.get("config"))
@@ -182,8 +184,7 @@ def _base(
             revision=revision or "main",
             ignore_mismatched_sizes=True,
             output_loading_info=True,
-            **config,
-            **kwargs,
+            **{**config, **reached, **kwargs},
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
@@ -194,6 +195,19 @@ def _base(
     carried = _carried(folder)
     _check_fit(base, name, carried, loading)
     return base, sorted(name for name in loading["missing_keys"] if not carried(name))
+
+
+def base_arguments(name: str, revision: str | None, given: Mapping[str, Any]) -> dict[str, bool]:
+    """`hub_arguments` for an adapter's base model, of what `load_adapter` was given."""
+    if given.get("local_files_only"):
+        return {}
+    return hub_arguments(
+        name,
+        revision=revision,
+        token=given.get("token"),
+        asked="The adapter's base model ",
+        way_out="Give its folder with base_model=... (in the command --base-model).",
+    )
 
 
 def _carried(folder: Path) -> Callable[[str], bool]:
