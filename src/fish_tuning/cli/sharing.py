@@ -13,7 +13,10 @@ import typer
 
 from fish_tuning.cli.application import app, errors_told, quiet_libraries, tell
 
-Folder = Annotated[str, typer.Argument(metavar="FOLDER", help="An adapter's folder, a checkpoint, or a hub name.")]
+Folder = Annotated[
+    str,
+    typer.Argument(metavar="FOLDER", help="An adapter's folder, a checkpoint, a sparse adapter's file, or a hub name."),
+]
 BaseModel = Annotated[
     str | None, typer.Option(metavar="NAME", help="The base model, where the adapter names one that is not here.")
 ]
@@ -158,9 +161,7 @@ def merge(
 
 @app.command()
 def export(
-    folder: Annotated[
-        str, typer.Argument(metavar="FOLDER", help="An adapter's folder, a sparse adapter's file, or a hub name.")
-    ],
+    folder: Folder,
     output: Annotated[str, typer.Argument(metavar="OUT", help="A new or empty folder.")],
     rank: Annotated[
         str,

@@ -6,7 +6,6 @@ import hashlib
 import math
 import os
 import shutil
-import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,9 +29,9 @@ from fish_tuning.sharing.folder import MODEL_CONFIG, PROCESSING_FILES, check_new
 from fish_tuning.sharing.hub import fetched
 from fish_tuning.sharing.loading import load_adapter, read_adapter_config
 from fish_tuning.sharing.low_rank import distance, norm, truncated
+from fish_tuning.sharing.sources import adapter_folder
 from fish_tuning.sharing.usage import OWN_METHODS
 from fish_tuning.sparse.compact import PREFIX, Factors, lora_factors, why_whole, write_lora
-from fish_tuning.sparse.sparse_adapters import write_adapter_folder
 
 _ADAPTER = "default"  # what load_adapter calls it
 _ROUNDING = 1e-6  # of the singular values that PEFT computes in 32 bits, as a share of the largest
@@ -166,9 +165,8 @@ def _checked(rank: Any) -> float:
 def _as_folder(source: str | os.PathLike[str], hub: Mapping[str, Any]) -> Iterator[tuple[Path, Path]]:
     """The adapter's folder and the file of its weights, as they came; of a sparse adapter the folder is rebuilt."""
     if Path(source).is_file():
-        with tempfile.TemporaryDirectory() as parent:
-            write_adapter_folder(source, Path(parent, "adapter"))
-            yield Path(parent, "adapter"), Path(source)
+        with adapter_folder(source) as made:
+            yield Path(made), Path(source)
         return
     path = fetched(source, **hub)
     read_adapter_config(path)

@@ -152,6 +152,11 @@ def fetched(folder: str | os.PathLike[str], *, revision: str | None = None, toke
     if Path(folder).is_dir():
         return Path(folder)
     name = os.fspath(folder)
+    if Path(folder).is_file():
+        raise ConfigurationError(
+            f"{name!r} is a file, and no folder of an adapter. Of a sparse adapter's file write_adapter_folder(file, "
+            "folder) makes one, and add_sparse_adapter(model, file) puts it onto its base model."
+        )
     if is_local(name) or not is_hub_name(name):
         raise ConfigurationError(f"There is no folder {name!r}.")
     return _snapshot(name, revision, token)

@@ -16,6 +16,7 @@ from fish_tuning.sharing.folder import PROCESSING_FILES
 from fish_tuning.sharing.hub import fetched
 from fish_tuning.sharing.loading import base_arguments, load_whole_adapter, read_adapter_config
 from fish_tuning.sharing.rows import IMAGE, Row, has_images, read_image, text_columns
+from fish_tuning.sharing.sources import adapter_folder
 from fish_tuning.sharing.tasks import task_kind
 
 # What a prediction adds to a row.
@@ -43,7 +44,7 @@ def predict(
     always taking the most probable token.
 
     Args:
-        folder: an adapter's folder, or a repository of the hub.
+        folder: an adapter's folder, a sparse adapter's file, or a repository of the hub.
         rows: with a column of texts, or two for pairs, or a column `image` of image files or PIL images.
         columns: the columns to read; found from the rows by default.
         batch_size: rows at a time.
@@ -65,9 +66,10 @@ def predict(
     taken = {name for row in rows for name in row if name == PREDICTION or name.startswith(PROBABILITY)}
     if taken:
         raise ConfigurationError(f"The rows have a column {sorted(taken)[0]!r} already. Rename it, or take it out.")
-    model = load_whole_adapter(folder, **loading)
-    kind = _kind(model.get_base_model(), images, names)
-    processor = _processor(AutoImageProcessor if images else AutoTokenizer, folder, loading)
+    with adapter_folder(folder) as path:
+        model = load_whole_adapter(path, **loading)
+        kind = _kind(model.get_base_model(), images, names)
+        processor = _processor(AutoImageProcessor if images else AutoTokenizer, path, loading)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if not getattr(model, "hf_device_map", None):
         model.to(device)
