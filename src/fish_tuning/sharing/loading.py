@@ -112,7 +112,7 @@ def _loaded(
         importlib.import_module("fish_tuning.adapters")  # makes PEFT know them
     given = {} if token is None else {"token": token}
     asked = None if base_model is None else os.fspath(base_model)
-    base, random = _base(path, settings, asked, {**given, **kwargs})
+    base, random = load_base(path, settings, asked, {**given, **kwargs})
     try:
         model = PeftModel.from_pretrained(base, str(path), adapter_name=adapter_name, is_trainable=is_trainable)
     except (RuntimeError, ValueError, KeyError, OSError, SafetensorError) as error:
@@ -161,9 +161,10 @@ def _apply(model: Any, mask: Mapping[str, Any], adapter_name: str) -> None:
         raise MaskError(f"The mask beside the adapter does not fit it: {error}") from error
 
 
-def _base(
+def load_base(
     folder: Path, settings: Mapping[str, Any], asked: str | None, kwargs: Mapping[str, Any]
 ) -> tuple[Any, list[str]]:
+    """An adapter's base model, and the names of its tensors that neither its weights nor the adapter has."""
     name = asked or settings.get("base_model_name_or_path")
     if not name:
         raise ConfigurationError(
