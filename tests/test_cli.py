@@ -14,15 +14,19 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import typer
 from typer.testing import CliRunner, Result
 
 import fish_tuning
-from fish_tuning.cli import app
-from fish_tuning.errors import ConfigurationError
+from fish_tuning.cli import app, run_command
+from fish_tuning.cli.application import errors_told
+from fish_tuning.errors import ConfigurationError, FisherError
 from fish_tuning.experiments.config.loading import shipped_experiments
 from fish_tuning.experiments.config.schema import experiment_schema
 from fish_tuning.experiments.records.run_record import ArmPlan, RunRecord
 from fish_tuning.experiments.report.results_files import write_report
+from fish_tuning.experiments.run.facts import report_facts
+from fish_tuning.experiments.run.launch import ALONE, Launch
 
 PLAN = SimpleNamespace(
     quantization=None,
@@ -33,6 +37,7 @@ PLAN = SimpleNamespace(
     facts={"task": "fake", "train_examples": 300},
     notes=["a note of the plan"],
 )
+FINGERPRINTS = {"data_fingerprint": "ab12", "weights_fingerprint": "cd34"}
 HEAVY = ("torch", "transformers", "peft", "datasets", "yaml", "scipy", "matplotlib", "numpy", "sklearn")
 
 
@@ -54,13 +59,19 @@ def invoke(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Res
             return plan
 
         def run_experiment(
-            config: Any, plan: Any, on_run: Callable[[RunRecord, bool], None], *_: Any
+            config: Any,
+            plan: Any,
+            on_run: Callable[[RunRecord, bool], None],
+            *_: Any,
+            on_fingerprints: Callable[[dict[str, str]], None],
         ) -> list[RunRecord]:
             if isinstance(runs, BaseException):
                 raise runs
+            on_fingerprints(FINGERPRINTS)
             for run in runs:
                 on_run(run, False)
-            write_report(config, plan.facts, runs, Path(config.training.output_dir))
+            facts = report_facts(plan, {}, **FINGERPRINTS)
+            write_report(config, facts, runs, Path(config.training.output_dir))
             return runs
 
         for name, function in (("run.plan", plan_experiment), ("run.runner", run_experiment)):
@@ -283,9 +294,8 @@ def test_json_is_all_that_stands_on_standard_output(invoke: Callable[..., Result
     assert done.exit_code == 0
     (found,) = json.loads(done.stdout)
     written = json.loads((tmp_path / "results/digits/results.json").read_text())
-    assert {key: found[key] for key in ("experiment", "runs", "summary", "comparisons")} == {
-        key: written[key] for key in ("experiment", "runs", "summary", "comparisons")
-    }
+    assert {key: value for key, value in found.items() if key != "files"} == written
+    assert found["facts"].items() >= FINGERPRINTS.items()
     assert found["files"][0] == "results/digits/results.json"
     assert all((tmp_path / file).is_file() for file in found["files"])
     for text in ("a library's remark", "lora-fish, seed 2: accuracy 0.5000", "note: a note of the plan", "written: "):
@@ -372,6 +382,71 @@ def test_a_full_disk_is_told(invoke: Callable[..., Result]) -> None:
     assert done.exit_code == 1
     assert "the disk is full" in done.output
     assert "What is finished is kept" in done.output
+
+
+@pytest.mark.parametrize("command", ["run", "init"])
+def test_a_full_disk_that_a_library_has_wrapped_is_told(
+    command: str, invoke: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrapped = RuntimeError("I/O error: No space left on device (os error 28)")
+    draft = ModuleType("fish_tuning.experiments.run.draft")
+    draft.draft_experiment = Raises(wrapped)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, draft.__name__, draft)
+    done = invoke(command, "digits", *(["data"] if command == "init" else []), runs=wrapped)
+    assert done.exit_code == 1
+    assert "error: the disk is full (" in done.stderr
+    assert "Traceback" not in done.output
+
+
+class Raises:
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+    def __call__(self, *_: Any) -> Any:
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    ("error", "launch", "code", "told"),
+    [
+        (ConfigurationError("no"), None, 2, "error: no\n"),
+        (FisherError("no"), None, 2, "error: no\n"),
+        (FisherError("no"), ALONE, 1, "error: no\n"),
+        (ConfigurationError("no"), Launch(1, 2, 1), 2, ""),
+        (FisherError("no"), Launch(1, 2, 1), 1, "process 1 of 2: error: no\n"),
+        (KeyboardInterrupt(), None, 130, "stopped\n"),
+        (KeyboardInterrupt(), Launch(1, 2, 1), 130, ""),
+        (OSError(errno.ENOSPC, "full"), None, 1, "error: the disk is full ([Errno 28] full). Make room.\n"),
+    ],
+)
+def test_errors_and_their_exit_codes(
+    error: BaseException, launch: Launch | None, code: int, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kinds = None if launch is None else (ConfigurationError,)
+    with (
+        pytest.raises(typer.Exit) as ended,
+        errors_told("Make room.", interrupted="stopped", wrong_use=kinds, launch=launch),
+    ):
+        raise error
+    assert ended.value.exit_code == code
+    assert capsys.readouterr().err == told
+
+
+def test_what_is_nobodys_mistake_keeps_its_traceback() -> None:
+    with pytest.raises(ZeroDivisionError), errors_told("Make room."):
+        raise ZeroDivisionError
+
+
+def test_an_interrupted_run_is_an_exit_code_of_scripts_too(invoke: Callable[..., Result]) -> None:
+    assert invoke("run", "digits", runs=KeyboardInterrupt()).exit_code == 130  # fakes what is imported below
+    assert run_command("digits", []) == 130
+
+
+def test_one_place_tells_errors() -> None:
+    folder = Path(fish_tuning.__file__).parent / "cli"
+    assert [file.name for file in folder.glob("*.py") if "except FishTuningError" in file.read_text()] == [
+        "application.py"
+    ]
 
 
 def test_a_wrong_engine_is_told(invoke: Callable[..., Result]) -> None:

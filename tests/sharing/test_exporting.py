@@ -332,9 +332,41 @@ def test_a_head_of_several_layers_goes_with_other_methods_too(tmp_path: Path) ->
     torch.testing.assert_close(logits(stock(tmp_path / "same", tmp_path / "base")), logits(model), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_starts_that_change_the_base_become_ordinary_loras(
+    init: str, use_rslora: bool, base_folder: Path, tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {"r": 3, "init_lora_weights": init, "use_rslora": use_rslora}
+    model = bert_adapter(base_folder, tmp_path / "adapter", **settings)
+    whole = dict(AutoModelForSequenceClassification.from_pretrained(base_folder).named_parameters())
+    change = {
+        name: module.get_base_layer().weight + module.get_delta_weight("default") - whole[f"{name}.weight"]
+        for name, module in (
+            (name.removeprefix("base_model.model."), module)
+            for name, module in model.named_modules()
+            if isinstance(module, LoraLayer)
+        )
+    }
+    same = export_adapter(tmp_path / "adapter", tmp_path / "same", rank=6)
+    assert (same.error, set(same.ranks.values())) == (0.0, {6})
+    found = stock(tmp_path / "same", base_folder)
+    assert found.peft_config["default"].init_lora_weights is True
+    torch.testing.assert_close(logits(found), logits(model), rtol=1e-4, atol=1e-5)
+    lossy = export_adapter(tmp_path / "adapter", tmp_path / "small", rank=2)
+    for name, delta in deltas(stock(tmp_path / "small", base_folder)).items():
+        wanted = nearest(change[name].detach().double(), 2)
+        torch.testing.assert_close(delta, wanted, rtol=1e-3, atol=1e-4)
+    assert lossy.error > 0
+    assert f"| start of that adapter | `{init}`, which PEFT made" in (tmp_path / "small" / "README.md").read_text()
+
+
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "dora": (lambda: LoraConfig(use_dora=True, target_modules=["query"]), "DoRA's magnitudes .* fish-tuning merge"),
-    "pissa": (lambda: LoraConfig(init_lora_weights="pissa", target_modules=["query"]), "changes the base weights"),
+    "pissa, drawn": (
+        lambda: LoraConfig(init_lora_weights="pissa_niter_2", target_modules=["query"]),
+        "changes the base weights.*path_initial_model_for_weight_conversion=start.* fish-tuning merge",
+    ),
     "bias": (lambda: LoraConfig(bias="lora_only", target_modules=["query"]), "trained biases"),
     "ia3": (
         lambda: peft.IA3Config(target_modules=["query"], feedforward_modules=[]), "PEFT converts no IA3 layer .* merge",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,14 @@ from transformers import (
 )
 from typer.testing import CliRunner, Result
 
-from fish_tuning import ConfigurationError, apply_mask, complete_adapter, load_adapter
+from fish_tuning import (
+    ConfigurationError,
+    FishTuningWarning,
+    apply_mask,
+    complete_adapter,
+    load_adapter,
+    save_sparse_adapter,
+)
 from fish_tuning.adapters import SerialAdapterConfig
 from fish_tuning.cli import app
 from fish_tuning.sharing.predicting import predict
@@ -263,3 +271,67 @@ def test_what_cannot_be_merged_is_refused_by_name(
     assert "cannot be merged" in done.stderr
     assert {"prefix": "PREFIX_TUNING", "serial": "SERIAL_ADAPTER"}[method] in done.stderr
     assert not (tmp_path / "merged").exists()
+
+
+@pytest.fixture
+def anothers_adapter(tmp_path: Path) -> Path:
+    """What stock PEFT writes of three classes on a base model of ten: no labels and no image processor."""
+    vit(num_channels=3, num_labels=10).save_pretrained(tmp_path / "ten")
+    ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(tmp_path / "ten")
+    base = ViTForImageClassification.from_pretrained(tmp_path / "ten", num_labels=3, ignore_mismatched_sizes=True)
+    model = lora(base)
+    model.save_pretrained(tmp_path / "anothers")
+    return tmp_path / "anothers"
+
+
+def test_the_number_of_labels_of_anothers_adapter_is_read_off_its_head(anothers_adapter: Path, tmp_path: Path) -> None:
+    files = write_images(tmp_path / "images")
+    done = invoke("predict", anothers_adapter, files[0])
+    assert done.exit_code == 0, done.output
+    assert {"probability_LABEL_0", "probability_LABEL_1", "probability_LABEL_2"} < json.loads(done.stdout).keys()
+    assert "note: The adapter's head has 3 labels, its base model" in done.stderr
+    assert "they are called LABEL_0 to LABEL_2" in done.stderr
+    merged = invoke("merge", anothers_adapter, "--output", tmp_path / "merged")
+    assert merged.exit_code == 0, merged.output
+    assert ViTForImageClassification.from_pretrained(tmp_path / "merged").num_labels == 3
+
+
+def test_given_names_are_kept_beside_anothers_adapter(anothers_adapter: Path, tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FishTuningWarning)
+        model = load_adapter(anothers_adapter, id2label={0: "cat", 1: "dog", 2: "owl"})
+    complete_adapter(model, anothers_adapter)
+    done = invoke("predict", anothers_adapter, write_images(tmp_path / "images")[0])
+    assert done.exit_code == 0, done.output
+    assert {"probability_cat", "probability_dog", "probability_owl"} < json.loads(done.stdout).keys()
+
+
+def test_an_adapter_for_texts_of_another_number_of_labels(base_folder: Path, tmp_path: Path) -> None:
+    base = AutoModelForSequenceClassification.from_pretrained(base_folder, num_labels=5)
+    lora(base).save_pretrained(tmp_path / "five")
+    with pytest.warns(FishTuningWarning, match=r"head has 5 labels, its base model .* 2, .*LABEL_0 to LABEL_4"):
+        assert load_adapter(tmp_path / "five").config.num_labels == 5
+
+
+def test_a_sparse_adapters_file_is_as_good_as_its_folder(anothers_adapter: Path, tmp_path: Path) -> None:
+    with pytest.warns(FishTuningWarning):
+        model = load_adapter(anothers_adapter, is_trainable=True)
+    apply_mask(model, random_mask(model, dense=["classifier"]))
+    model.save_pretrained(tmp_path / "whole")
+    with pytest.warns(FishTuningWarning):
+        save_sparse_adapter(model, tmp_path / "task.safetensors")
+    image = write_images(tmp_path / "images")[0]
+    of_file, of_folder = (invoke("predict", tmp_path / name, image) for name in ("task.safetensors", "whole"))
+    assert (of_file.exit_code, of_file.stdout) == (0, of_folder.stdout)
+    merged = invoke("merge", tmp_path / "task.safetensors", "--output", tmp_path / "merged")
+    assert merged.exit_code == 0, merged.output
+    with pytest.raises(ConfigurationError, match=r"is a file, and no folder of an adapter.*write_adapter_folder"):
+        load_adapter(tmp_path / "task.safetensors")
+
+
+def test_images_are_named_from_where_their_file_lies(tmp_path: Path) -> None:
+    images = write_images(tmp_path / "images")
+    (tmp_path / "in.csv").write_text(f"image\nimages/{images[0].name}\n{images[1]}\nno-such.png\n")
+    assert [row["image"] for row in read_rows(str(tmp_path / "in.csv"))] == [
+        str(images[0]), str(images[1]), "no-such.png",
+    ]  # fmt: skip

@@ -18,7 +18,7 @@ from peft import (
     VeraConfig,
     get_peft_model,
 )
-from tiny import assert_only_selected_moved, assert_same_tensors, bert, classification_batch, random_mask, tensors
+from tiny import assert_only_selected_moved, assert_same_tensors, bert, classification_batch, lora, random_mask, tensors
 from torch import nn
 
 from fish_tuning import (
@@ -194,3 +194,31 @@ def test_masks_that_cannot_be_renamed() -> None:
         rename_adapter({"x.a": one}, "b", "c")
     with pytest.raises(MaskError, match="tensors of both adapters, 'a' and 'b'"):
         rename_adapter({"x.a": one, "x.b": one}, "a", "b")
+
+
+@pytest.mark.parametrize(
+    ("name", "adapter", "renamed"),
+    [
+        ("query.lora_A.weight.weight", "weight", "query.lora_A.new.weight"),
+        ("query.lora_A.weight", "weight", "query.lora_A.new"),
+        ("query.ia3_l.query", "query", "query.ia3_l.new"),
+        ("classifier.modules_to_save.weight.weight", "weight", "classifier.modules_to_save.new.weight"),
+        ("classifier.modules_to_save.bias.dense.bias", "bias", "classifier.modules_to_save.new.dense.bias"),
+        ("classifier.modules_to_save.dense.dense.weight", "dense", "classifier.modules_to_save.new.dense.weight"),
+    ],
+)
+def test_the_adapters_part_of_a_name(name: str, adapter: str, renamed: str) -> None:
+    assert list(rename_adapter({name: torch.ones(1)}, adapter, "new")) == [renamed]
+
+
+def test_an_adapter_that_is_called_as_tensors_are_has_only_its_own() -> None:
+    model: Any = lora(bert(), task_type="FEATURE_EXTRACTION")
+    first = random_mask(model)
+    apply_mask(model, first)
+    model.add_adapter("weight", LoraConfig(r=2, target_modules=["query"], init_lora_weights=False))
+    model.set_adapter("weight")
+    second = random_mask(model)
+    assert all(".weight.weight" in name for name in second)
+    apply_mask(model, second)
+    assert get_mask(model, "weight").keys() == second.keys()
+    assert get_mask(model, "default").keys() == first.keys()

@@ -262,6 +262,66 @@ def test_a_folder_of_an_adapter_of_another_name(tmp_path: Path) -> None:
     assert torch.equal(logits(add_sparse_adapter(bert(), of_folder, "x")), logits(model))
 
 
+class TwoLayers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense, self.out_proj = nn.Linear(16, 16), nn.Linear(16, 3)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        logits: Tensor = self.out_proj(self.dense(hidden))
+        return logits
+
+
+def named(name: str, head: nn.Module | None = None, **config: Any) -> Any:
+    """A trained, masked LoRA that PEFT knows by this name."""
+    base = bert()
+    if head is not None:
+        base.classifier = head
+    settings = {"r": 4, "target_modules": ["query"], "task_type": "SEQ_CLS", "init_lora_weights": False} | config
+    model = get_peft_model(base, LoraConfig(**settings), adapter_name=name)
+    dense = ["classifier"] if settings["task_type"] == "SEQ_CLS" else []
+    apply_mask(model, random_mask(model, dense=dense))
+    train(model)
+    return model
+
+
+@pytest.mark.filterwarnings("ignore::fish_tuning.FishTuningWarning")
+@pytest.mark.parametrize(
+    ("name", "head", "lost"),
+    [
+        ("weight", None, "classifier.weight"), ("bias", None, "classifier.bias"),
+        ("dense", TwoLayers(), "classifier.dense.bias"), ("out_proj", TwoLayers(), "classifier.out_proj.bias"),
+    ],
+)  # fmt: skip
+def test_an_adapter_called_as_a_part_of_its_head_is_refused(
+    name: str, head: nn.Module | None, lost: str, tmp_path: Path
+) -> None:
+    model = named(name, head)
+    told = rf"An adapter cannot be called '{name}' here: .*{lost}' is called so too.* Give the adapter another name"
+    with pytest.raises(MaskError, match=told):
+        save_sparse_adapter(model, tmp_path / "task.safetensors", name)
+    model.save_pretrained(tmp_path / "ordinary")
+    with pytest.raises(MaskError, match=told):
+        save_sparse_adapter(tmp_path / "ordinary" / name, tmp_path / "task.safetensors")
+    assert not (tmp_path / "task.safetensors").exists()
+    with pytest.raises(KeyError, match=r"classifier"):  # why: PEFT itself cannot load what it has written
+        PeftModel.from_pretrained(model.get_base_model(), tmp_path / "ordinary" / name)
+
+
+@pytest.mark.filterwarnings("ignore::fish_tuning.FishTuningWarning")
+@pytest.mark.parametrize("name", ["weight", "bias", "base_layer", "lora_A", "query", "modules_to_save"])
+def test_names_that_collide_with_nothing_of_a_head(name: str, tmp_path: Path) -> None:
+    model = named(name, task_type="FEATURE_EXTRACTION")
+    adapter = saved(model, tmp_path, name)
+    expected = logits(model)
+    for added in ("task", name):
+        loaded = add_sparse_adapter(bert(), adapter, added, is_trainable=True)
+        assert torch.equal(logits(loaded), expected)
+        assert len(get_mask(loaded)) == len(get_mask(model))
+        again = saved(loaded, tmp_path, added)
+        assert torch.equal(logits(add_sparse_adapter(bert(), again)), expected)
+
+
 @pytest.mark.parametrize("missing", FILES)
 def test_folders_that_lack_a_file(missing: str, tmp_path: Path) -> None:
     trained().save_pretrained(tmp_path / "ordinary")

@@ -56,6 +56,19 @@ def adapters(model: nn.Module) -> int:
     return len(model.peft_config)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("name", ["weight", "bias", "classifier"])
+def test_a_name_that_peft_would_lose_parts_of_the_head_by(name: str, tmp_path: Path) -> None:
+    adapter, expected = one(0, tmp_path)
+    base = bert()
+    before = tensors(base)
+    with pytest.raises(MaskError, match=f"An adapter cannot be called '{name}' here"):
+        add_sparse_adapter(base, adapter, name, is_trainable=True)
+    assert_same_tensors(tensors(base), before)
+    model = add_sparse_adapter(base, adapter, name)  # written into one that PEFT knows by another name
+    assert torch.equal(logits(model), expected)
+    assert list_sparse_adapters(model) == [name]
+
+
 def test_switching_at_random(tmp_path: Path) -> None:
     made = {f"task {seed}": one(seed, tmp_path) for seed in range(5)}
     model: Any = bert()

@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, defau
 
 from fish_tuning import (
     ConfigurationError,
+    FisherError,
     FishMaskCallback,
     FishTuningTrainer,
     MaskError,
@@ -206,6 +207,62 @@ def test_wrong_use(tmp_path: Path) -> None:
     anew = Trainer(model_init=lambda: lora(bert()), args=trainer.args, train_dataset=DATA)
     with pytest.raises(MaskError, match=r"makes its model anew .* FishTuningTrainer\(model_init=.*, mask=.*\)"):
         fish_tune(anew, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        ({"keep_ratio": 1.5}, r"keep_ratio=1.5 is outside \(0, 1\]"),
+        ({"keep_ratio": 0.0}, r"keep_ratio=0.0 is outside"),
+        ({"keep_ratio": float("nan")}, r"keep_ratio=nan is outside"),
+        ({"keep_ratio": "0.5"}, r"keep_ratio='0.5' must be a number in"),
+        ({"keep_ratio": True}, r"keep_ratio=True must be a number in"),
+        ({"num_trainable": 80.0}, r"num_trainable=80.0 must be a whole number"),
+        ({"num_trainable": True}, r"num_trainable=True must be a whole number"),
+        ({"num_trainable": 7}, r"num_trainable=7 cannot be met: .* always train, .* are possible"),
+        ({"keep_ratio": 0.5, "head_learning_rate": 0.0}, r"head_learning_rate=0.0 must be a number above 0"),
+        ({"keep_ratio": 0.5, "head_learning_rate": float("inf")}, r"head_learning_rate=inf must be a number above 0"),
+        ({"keep_ratio": 0.5, "head_learning_rate": "1e-3"}, r"head_learning_rate='1e-3' must be a number above 0"),
+        ({"keep_ratio": 0.5, "head_learning_rate": True}, r"head_learning_rate=True must be a number above 0"),
+        ({"keep_ratio": 0.5, "names_to_exclude": ["no_such"]}, r"'no_such' matches none of"),
+        ({"keep_ratio": 0.5, "names_to_exclude": ["lora", "classifier"]}, r"matches all of them"),
+    ],
+)
+def test_wrong_arguments_are_told_before_anything_is_computed(
+    asked: dict[str, Any], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuse_to_compute(monkeypatch)
+    trainer = plain(tmp_path)
+    with pytest.raises(MaskError, match=told):
+        fish_tune(trainer, **asked)
+    assert not is_masked(trainer.model)
+
+
+def test_a_score_that_is_none_and_a_rate_without_a_head_are_told_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuse_to_compute(monkeypatch)
+    with pytest.raises(FisherError, match=r"score='fihser' is not known"):
+        fish_tune(plain(tmp_path), 0.5, score="fihser")
+    headless = plain(tmp_path, lora(bert(), task_type="FEATURE_EXTRACTION"))
+    with pytest.raises(MaskError, match=r"head_learning_rate=0.001: .* has no head"):
+        fish_tune(headless, 0.5, head_learning_rate=1e-3)
+    with pytest.raises(MaskError, match=r"head_learning_rate=0.001: .* has no head"):
+        fish_tune(plain(tmp_path, bert()), 0.5, head_learning_rate=1e-3)
+
+
+def test_a_rate_for_the_head_of_a_model_without_peft(tmp_path: Path) -> None:
+    trainer = plain(tmp_path, bert())
+    fish_tune(trainer, 0.05, names_to_exclude=["classifier"], head_learning_rate=1e-3, progress=False)
+    rates = {id(p): group["initial_lr"] for group in trainer.optimizer.param_groups for p in group["params"]}
+    assert rates[id(trainer.model.classifier.weight)] == 1e-3
+    assert sorted(set(rates.values())) == [1e-3, 0.02]
+
+
+def refuse_to_compute(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither batches are made nor scores: trl's completions are generated with the former."""
+    for name in ("calibration_of", "calculate_scores"):
+        monkeypatch.setattr(f"fish_tuning.training.one_call.{name}", None)
 
 
 def test_the_pool_of_a_model_without_a_head(tmp_path: Path) -> None:

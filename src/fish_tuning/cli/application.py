@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated
@@ -12,6 +14,8 @@ import typer
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from fish_tuning.experiments.run.launch import Launch
 
 OK, FAILED, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
 
@@ -106,30 +110,57 @@ def quiet_libraries() -> None:
 
 
 @contextmanager
-def errors_told(full_disk: str) -> Iterator[None]:
-    """What goes wrong in a command as one message and an exit code; `full_disk`: the way out of a full disk."""
-    from fish_tuning.errors import FishTuningError
+def errors_told(
+    full_disk: str,
+    *,
+    interrupted: str = "interrupted",
+    wrong_use: tuple[type[Exception], ...] | None = None,
+    launch: Launch | None = None,
+) -> Iterator[None]:
+    """What goes wrong in a command as one message and an exit code: the one place for all commands.
 
+    Args:
+        full_disk: the way out of a full disk.
+        interrupted: what Ctrl-C is answered with.
+        wrong_use: the errors of fish-tuning that are exit code 2, where others are failures, exit code 1; by default
+            all are.
+        launch: of several processes, which one this is: the first tells for all, the others what is theirs alone.
+    """
+    from fish_tuning.errors import FishTuningError
+    from fish_tuning.files.atomic import disk_full
+
+    leads = launch is None or launch.leads
     try:
         yield
     except FishTuningError as error:
-        tell(f"error: {error}", err=True)
-        raise typer.Exit(WRONG_USE) from None
-    except OSError as error:
-        raise typer.Exit(told_full(error, full_disk)) from None
+        wrong = isinstance(error, wrong_use or FishTuningError)
+        if launch is None or launch.is_first_of_host or not wrong:  # what is wrong with a file is so in every process
+            tell(f"error: {error}" if leads else f"{launch}: error: {error}", err=True)
+        raise typer.Exit(WRONG_USE if wrong else FAILED) from None
     except KeyboardInterrupt:
-        tell("interrupted", err=True)
+        if leads:
+            tell(interrupted, err=True)
         raise typer.Exit(INTERRUPTED) from None
+    except typer.Exit:
+        raise
+    except Exception as error:
+        full = disk_full(error)  # a library may wrap what a full disk raises
+        if full is None:
+            raise
+        tell(f"error: the disk is full ({full}). {full_disk}", err=True)
+        raise typer.Exit(FAILED) from None
 
 
-def told_full(error: OSError, way_out: str) -> int:
-    """Tell of a full disk; any other error is raised."""
-    from fish_tuning.files.atomic import DISK_FULL
+@contextmanager
+def renamings_untold(untold: type[Warning] = FutureWarning) -> Iterator[None]:
+    """Without what no user of a command can act on, such as that libraries will rename things one day.
 
-    if error.errno not in DISK_FULL:
-        raise error
-    tell(f"error: the disk is full ({error}). {way_out}", err=True)
-    return FAILED
+    Python's own options (`python -W`, PYTHONWARNINGS) have the last word.
+    """
+    with warnings.catch_warnings():
+        if not sys.warnoptions:
+            warnings.simplefilter("ignore", untold)
+        yield
 
 
 def console(*, err: bool = False) -> Console:

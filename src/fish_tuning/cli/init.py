@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fish_tuning.cli.application import ExtensionOption, app, errors_told, quiet_libraries, tell
+from fish_tuning.cli.application import ExtensionOption, app, errors_told, quiet_libraries, renamings_untold, tell
 
 STDOUT = "-"
 
@@ -41,13 +41,11 @@ def init(
     Exit code: 0, 1 when the disk is full, or 2 when nothing that runs can be made of the two, or FILE is there already.
     """
     quiet_libraries()
-    with errors_told("Make room, or write elsewhere with --output."):
+    with errors_told("Make room, or write elsewhere with --output."), renamings_untold():
         _init(model, data, output, force, tuple(extension or ()))
 
 
 def _init(model: str, data: list[str], output: str | None, force: bool, extensions: tuple[str, ...]) -> None:
-    import warnings
-
     from fish_tuning.experiments.config.extensions import load_extensions
     from fish_tuning.experiments.config.neighbours import DATA_FILES, refuse_missing
     from fish_tuning.experiments.config.new_files import refuse_old, write_new
@@ -65,9 +63,7 @@ def _init(model: str, data: list[str], output: str | None, force: bool, extensio
 
     folder = Path() if output in (None, STDOUT) else Path(str(output)).expanduser().parent
     modeline = [f"yaml-language-server: $schema={SCHEMA_FILE}"] if (folder / SCHEMA_FILE).is_file() else []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        draft = draft_experiment(model, source, [word for word in data if "=" in word], modeline)
+    draft = draft_experiment(model, source, [word for word in data if "=" in word], modeline)
     if output == STDOUT:
         tell(draft.text.removesuffix("\n"))
         return

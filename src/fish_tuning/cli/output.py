@@ -7,7 +7,7 @@ import io
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,10 +63,17 @@ class Output:
             aside = self.quiet or self.as_json
             tqdm.write(plain(f"{run.arm}, seed {run.seed}: {text}"), file=sys.stderr if aside else sys.stdout)
 
-    def results(self, config: ExperimentConfig, plan: Plan, runs: list[RunRecord], output_dir: Path) -> None:
-        """The tables, notes, files and differences of a finished experiment."""
+    def results(
+        self,
+        config: ExperimentConfig,
+        plan: Plan,
+        runs: list[RunRecord],
+        output_dir: Path,
+        fingerprints: Mapping[str, str],
+    ) -> None:
+        """The tables, notes, files and differences of a finished experiment; `fingerprints` are of data and weights."""
         if self.as_json:
-            self.found.append(_results_data(config, plan, runs, output_dir))
+            self.found.append(_results_data(config, plan, runs, output_dir, fingerprints))
         if not self.quiet:
             _show_results(console(err=self.as_json), config, plan, runs, output_dir, notes_alone=self.as_json)
 
@@ -156,11 +163,17 @@ def _plan_data(config: ExperimentConfig, plan: Plan) -> dict[str, Any]:
     return found
 
 
-def _results_data(config: ExperimentConfig, plan: Plan, runs: list[RunRecord], output_dir: Path) -> dict[str, Any]:
+def _results_data(
+    config: ExperimentConfig,
+    plan: Plan,
+    runs: list[RunRecord],
+    output_dir: Path,
+    fingerprints: Mapping[str, str],
+) -> dict[str, Any]:
     from fish_tuning.experiments.report.results_files import results_data
     from fish_tuning.experiments.run.facts import report_facts
 
-    facts = report_facts(plan, _chosen_rates(config, runs))
+    facts = report_facts(plan, _chosen_rates(config, runs), **fingerprints)
     return {**results_data(config, facts, runs), "files": [str(path) for path in _written(output_dir)]}
 
 

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import sys
-import warnings
 from typing import Annotated, Any, NamedTuple
 
 import typer
 
 from fish_tuning.cli.application import (
-    INTERRUPTED,
-    OK,
-    WRONG_USE,
     ConfigArgument,
     ExtensionOption,
     app,
     console,
+    errors_told,
     quiet_libraries,
-    tell,
-    told_full,
+    renamings_untold,
 )
 from fish_tuning.cli.output import stdout_kept, write_document
 
@@ -60,28 +55,9 @@ def plan(
     Exit code: 0, or 2 when the configuration cannot work.
     """
     how = HowPlanned(devices, strategy, on, tokens, as_json, tuple(extension or ()))
-    raise typer.Exit(plan_command(config, overrides or [], how))
-
-
-def plan_command(config: str, overrides: list[str], how: HowPlanned) -> int:
-    """What `fish-tuning plan` does. Returns the exit code."""
     quiet_libraries()
-    from fish_tuning.errors import FishTuningError
-
-    try:
-        with warnings.catch_warnings(), stdout_kept(how.as_json) as out:
-            if not sys.warnoptions:
-                warnings.simplefilter("ignore", FutureWarning)
-            _plan(config, overrides, how, out)
-    except FishTuningError as error:
-        tell(f"error: {error}", err=True)
-        return WRONG_USE
-    except OSError as error:
-        return told_full(error, "Make room for the data set that is read.")
-    except KeyboardInterrupt:
-        tell("interrupted", err=True)
-        return INTERRUPTED
-    return OK
+    with errors_told("Make room for the data set that is read."), renamings_untold(), stdout_kept(as_json) as out:
+        _plan(config, overrides or [], how, out)
 
 
 def _plan(config_name: str, overrides: list[str], how: HowPlanned, out: Any) -> None:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import time
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
@@ -16,13 +14,13 @@ from fish_tuning.cli.application import (
     FAILED,
     INTERRUPTED,
     OK,
-    WRONG_USE,
     ConfigArgument,
     ExtensionOption,
     app,
+    errors_told,
     quiet_libraries,
+    renamings_untold,
     tell,
-    told_full,
 )
 from fish_tuning.cli.output import Output, library_log, stdout_kept
 
@@ -90,7 +88,7 @@ def run(
 def run_command(config: str, overrides: list[str], how: How = HERE) -> int:
     """What `fish-tuning run` and `scripts/run_experiment.py` both do. Returns the exit code."""
     quiet_libraries()
-    from fish_tuning.errors import ConfigurationError, FishTuningError, MaskError
+    from fish_tuning.errors import ConfigurationError, MaskError
     from fish_tuning.experiments.run.launch import this_launch
 
     signal.signal(signal.SIGTERM, _interrupt)  # batch systems stop a job with it
@@ -100,22 +98,20 @@ def run_command(config: str, overrides: list[str], how: How = HERE) -> int:
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # every process scores, so every one needs the weights
     told = launch.leads and not how.quiet  # process 0 tells what the others would
     try:
-        with warnings.catch_warnings(), library_log(how.verbose, told), stdout_kept(how.as_json) as out:
-            if not sys.warnoptions:
-                # What libraries will rename one day is nothing that a user of the command can act on.
-                warnings.simplefilter("ignore", FutureWarning if told else Warning)
+        with (
+            errors_told(
+                "What is finished is kept; make room, and the same command goes on.",
+                interrupted="interrupted before the first run",
+                wrong_use=(ConfigurationError, MaskError),
+                launch=launch,
+            ),
+            renamings_untold(FutureWarning if told else Warning),
+            library_log(how.verbose, told),
+            stdout_kept(how.as_json) as out,
+        ):
             return _run(config, overrides, how, launch, Output(how.quiet, how.as_json, out))
-    except FishTuningError as error:
-        wrong_use = isinstance(error, ConfigurationError | MaskError)
-        if launch.is_first_of_host or not wrong_use:  # what is wrong with a file is wrong in every process
-            tell(f"error: {error}" if launch.leads else f"{launch}: error: {error}", err=True)
-        return WRONG_USE if wrong_use else FAILED
-    except OSError as error:
-        return told_full(error, "What is finished is kept; make room, and the same command goes on.")
-    except KeyboardInterrupt:
-        if launch.leads:
-            tell("interrupted before the first run", err=True)
-        return INTERRUPTED
+    except typer.Exit as ended:
+        return ended.exit_code
 
 
 def _interrupt(*_: object) -> None:
@@ -178,16 +174,18 @@ def _run_one(config: ExperimentConfig, plan: Plan, how: How, shard: Shard, launc
         f"{config.name}: {config.model.name} on {config.dataset.source}, {len(plan.arms)} arms x "
         f"{len(config.seeds)} seeds{part}{together}"
     )
-    began = time.time()
+    began, fingerprints = time.time(), dict[str, str]()
     try:
         if how.engine == "ray":
             run_on_ray(config, plan, how.workers, shard, began, how.extensions, not how.quiet)
-        runs = run_experiment(config, plan, output.run, shard, began, not how.quiet)
+        runs = run_experiment(
+            config, plan, output.run, shard, began, not how.quiet, on_fingerprints=fingerprints.update
+        )
     except KeyboardInterrupt:
         why = " (where one process ends, a launcher stops the others; its report says which)" if together else ""
         tell(f"interrupted{why}; finished runs are kept in {output_dir}, the same command goes on from there", err=True)
         raise typer.Exit(INTERRUPTED) from None
-    output.results(config, plan, runs, output_dir)
+    output.results(config, plan, runs, output_dir, fingerprints)
     return FAILED if any(run.status == "failed" for run in runs) else OK
 
 

@@ -13,7 +13,10 @@ import typer
 
 from fish_tuning.cli.application import app, errors_told, quiet_libraries, tell
 
-Folder = Annotated[str, typer.Argument(metavar="FOLDER", help="An adapter's folder, a checkpoint, or a hub name.")]
+Folder = Annotated[
+    str,
+    typer.Argument(metavar="FOLDER", help="An adapter's folder, a checkpoint, a sparse adapter's file, or a hub name."),
+]
 BaseModel = Annotated[
     str | None, typer.Option(metavar="NAME", help="The base model, where the adapter names one that is not here.")
 ]
@@ -25,18 +28,12 @@ def _notes_told() -> Iterator[None]:
     """Errors as everywhere; the library's warnings as notes, after the work."""
     quiet_libraries()
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    from fish_tuning.errors import FishTuningError, FishTuningWarning
-    from fish_tuning.files.atomic import disk_full
+    from fish_tuning.errors import FishTuningWarning
 
     with errors_told("Make room, or write elsewhere."), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("ignore")
         warnings.simplefilter("always", FishTuningWarning)
-        try:
-            yield
-        except (FishTuningError, OSError):
-            raise
-        except Exception as error:  # a library may wrap what a full disk raises
-            raise disk_full(error) or error from None
+        yield
         for warning in caught:
             tell(f"note: {warning.message}", err=True)
 
@@ -164,9 +161,7 @@ def merge(
 
 @app.command()
 def export(
-    folder: Annotated[
-        str, typer.Argument(metavar="FOLDER", help="An adapter's folder, a sparse adapter's file, or a hub name.")
-    ],
+    folder: Folder,
     output: Annotated[str, typer.Argument(metavar="OUT", help="A new or empty folder.")],
     rank: Annotated[
         str,

@@ -67,9 +67,9 @@ def resolve_budget(pool: int, dense: int, *, keep_ratio: float | None = None, nu
     """
     if (keep_ratio is None) == (num_trainable is None):
         raise MaskError("Give exactly one of keep_ratio (share of the pool) and num_trainable (parameters in all).")
-    if num_trainable is not None and not isinstance(num_trainable, int):
+    if num_trainable is not None and (not isinstance(num_trainable, int) or isinstance(num_trainable, bool)):
         raise MaskError(f"num_trainable={num_trainable!r} must be a whole number.")
-    if keep_ratio is not None and not isinstance(keep_ratio, int | float):
+    if keep_ratio is not None and (not isinstance(keep_ratio, int | float) or isinstance(keep_ratio, bool)):
         raise MaskError(f"keep_ratio={keep_ratio!r} must be a number in (0, 1].")
     if not pool:
         raise MaskError("No tensor is left to select from: names_to_exclude matches all of them.")

@@ -6,7 +6,6 @@ import hashlib
 import math
 import os
 import shutil
-import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,9 +29,10 @@ from fish_tuning.sharing.folder import MODEL_CONFIG, PROCESSING_FILES, check_new
 from fish_tuning.sharing.hub import fetched
 from fish_tuning.sharing.loading import load_adapter, read_adapter_config
 from fish_tuning.sharing.low_rank import distance, norm, truncated
+from fish_tuning.sharing.mutated_starts import as_ordinary_lora, is_recomputed
+from fish_tuning.sharing.sources import adapter_folder
 from fish_tuning.sharing.usage import OWN_METHODS
-from fish_tuning.sparse.compact import PREFIX, Factors, lora_factors, why_whole, write_lora
-from fish_tuning.sparse.sparse_adapters import write_adapter_folder
+from fish_tuning.sparse.compact import CHANGES_THE_BASE, PREFIX, Factors, lora_factors, why_whole, write_lora
 
 _ADAPTER = "default"  # what load_adapter calls it
 _ROUNDING = 1e-6  # of the singular values that PEFT computes in 32 bits, as a share of the largest
@@ -71,8 +71,8 @@ def export_adapter(
     tells what it was made of and what was lost. The mask does not go with it: it is of other entries. Components that
     are zero are left out in any case, which loses nothing, and so are layers without a change.
 
-    LoRA, rsLoRA, AdaLoRA and the methods whose layers PEFT's `convert_to_lora` takes (LoHa, LoKr, VeRA, ...) can be
-    exported. The errors say how far the weights are off, not what that costs on a task.
+    LoRA (started from PiSSA or OLoRA too), rsLoRA, AdaLoRA and the methods whose layers PEFT's `convert_to_lora` takes
+    (LoHa, LoKr, VeRA, ...) can be exported. The errors say how far the weights are off, not what that costs on a task.
 
     Args:
         folder: an adapter's folder, a checkpoint, a sparse adapter's file, or a repository of the hub.
@@ -100,8 +100,11 @@ def export_adapter(
     with _as_folder(folder, hub) as (path, weights):
         settings = read_adapter_config(path)
         loading |= {"token": hub["token"]} if hub.get("token") is not None else {}
-        model = load_adapter(path, **loading)
-        lora = _lora_of(model, path, rank)
+        with as_ordinary_lora(path, settings, loading) as ordinary:
+            if ordinary != path:
+                _copy_what_lies_beside(path, ordinary)
+            model = load_adapter(ordinary, **loading)
+            lora = _lora_of(model, ordinary, rank)
         factors = {name: cut.factors for name, cut in lora.layers.items()}
         if not any(each.rank for each in factors.values()):
             raise ConfigurationError(f"The adapter in {str(folder)!r} changes nothing: each layer's change is zero.")
@@ -166,9 +169,8 @@ def _checked(rank: Any) -> float:
 def _as_folder(source: str | os.PathLike[str], hub: Mapping[str, Any]) -> Iterator[tuple[Path, Path]]:
     """The adapter's folder and the file of its weights, as they came; of a sparse adapter the folder is rebuilt."""
     if Path(source).is_file():
-        with tempfile.TemporaryDirectory() as parent:
-            write_adapter_folder(source, Path(parent, "adapter"))
-            yield Path(parent, "adapter"), Path(source)
+        with adapter_folder(source) as made:
+            yield Path(made), Path(source)
         return
     path = fetched(source, **hub)
     read_adapter_config(path)
@@ -186,6 +188,11 @@ def _lora_of(model: PeftModel, path: Path, rank: float) -> _Lora:
     if kind != "LORA":
         return _converted(model, kind, stored, rank)
     if reason := why_whole(model, _ADAPTER):
+        if str(config.init_lora_weights).startswith(CHANGES_THE_BASE):
+            reason = (
+                f"{reason}. Where the start was saved before training, PEFT itself converts it: "
+                "model.save_pretrained(folder, path_initial_model_for_weight_conversion=start)"
+            )
         raise _refusal(model, kind, reason)
     found, others = lora_factors(model, _ADAPTER)
     # PEFT computes in 32 bits with what lies there in 16; what is written has the file's own dtypes again.
@@ -321,6 +328,9 @@ def _facts(name: str, path: Path, weights: Path, settings: Mapping[str, Any], do
         "ranks": ranks_text(done),
         "lost": lost_text(done),
     }
+    if is_recomputed(settings):
+        init = settings["init_lora_weights"]
+        rows["start of that adapter"] = f"`{init}`, which PEFT made an ordinary LoRA of twice the rank of first"
     result = ""
     if card and card.result:
         told = "was not measured" if done.error else "computes the same as the one that it was made of"

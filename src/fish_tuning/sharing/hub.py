@@ -23,9 +23,8 @@ from fish_tuning.files.delta_file import DELTA_FILE_NAME
 from fish_tuning.files.mask_file import MASK_FILE_NAME, load_mask
 from fish_tuning.sharing.card import CARD, is_hub_name, is_local, public_name, users_card, with_base_model
 from fish_tuning.sharing.folder import ADAPTER_CONFIG, check_new
+from fish_tuning.sharing.reaching import TRANSPORT
 
-# The errors of the HTTP library that this version of huggingface_hub speaks with, whichever it is.
-_TRANSPORT: type[BaseException] = HfHubHTTPError.__bases__[0]
 # Of a Trainer's checkpoint: what serves to resume alone, and its arguments, a pickle that names folders of this place.
 _OF_CHECKPOINTS = re.compile(
     r"optimizer\.(pt|bin)|scheduler\.pt|scaler\.pt|rng_state.*\.pth|trainer_state\.json|training_args\.bin|\..*"
@@ -153,6 +152,11 @@ def fetched(folder: str | os.PathLike[str], *, revision: str | None = None, toke
     if Path(folder).is_dir():
         return Path(folder)
     name = os.fspath(folder)
+    if Path(folder).is_file():
+        raise ConfigurationError(
+            f"{name!r} is a file, and no folder of an adapter. Of a sparse adapter's file write_adapter_folder(file, "
+            "folder) makes one, and add_sparse_adapter(model, file) puts it onto its base model."
+        )
     if is_local(name) or not is_hub_name(name):
         raise ConfigurationError(f"There is no folder {name!r}.")
     return _snapshot(name, revision, token)
@@ -222,7 +226,7 @@ def _told(what: str, token: str | bool | None) -> Iterator[None]:
     """The hub's errors as one of ours, which never tell the token."""
     try:
         yield
-    except (_TRANSPORT, HFValidationError, OSError, ValueError) as error:
+    except (TRANSPORT, HFValidationError, OSError, ValueError) as error:
         if disk_full(error):
             raise
         reason = " ".join(str(error).split())[:400]

@@ -15,6 +15,7 @@ import transformers
 from peft import PeftModel
 from peft.utils import load_peft_weights
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
 from fish_tuning.errors import ConfigurationError, FishTuningWarning, MaskError
@@ -22,6 +23,8 @@ from fish_tuning.files.mask_file import MASK_FILE_NAME, load_mask
 from fish_tuning.sharing.card import is_local
 from fish_tuning.sharing.folder import ADAPTER_CONFIG, MODEL_CONFIG
 from fish_tuning.sharing.hub import fetched
+from fish_tuning.sharing.label_numbers import labels_of_head
+from fish_tuning.sharing.reaching import hub_arguments
 from fish_tuning.sharing.usage import OWN_METHODS
 from fish_tuning.sparse.adapter_names import rename_adapter
 from fish_tuning.sparse.applying import apply_mask
@@ -70,7 +73,8 @@ def load_adapter(
         MaskError: a damaged mask, or one that does not fit the adapter.
 
     Warns:
-        FishTuningWarning: tensors that neither the base model's weights nor the adapter has, such as a pooler or a
+        FishTuningWarning: a head with another number of labels than the base model, whose names nothing tells; tensors
+            that neither the base model's weights nor the adapter has, such as a pooler or a
             head; they are random, so the outputs are others at each loading. `predict` and `merge_adapter` refuse.
 
     Example:
@@ -108,7 +112,7 @@ def _loaded(
         importlib.import_module("fish_tuning.adapters")  # makes PEFT know them
     given = {} if token is None else {"token": token}
     asked = None if base_model is None else os.fspath(base_model)
-    base, random = _base(path, settings, asked, {**given, **kwargs})
+    base, random = load_base(path, settings, asked, {**given, **kwargs})
     try:
         model = PeftModel.from_pretrained(base, str(path), adapter_name=adapter_name, is_trainable=is_trainable)
     except (RuntimeError, ValueError, KeyError, OSError, SafetensorError) as error:
@@ -157,9 +161,10 @@ def _apply(model: Any, mask: Mapping[str, Any], adapter_name: str) -> None:
         raise MaskError(f"The mask beside the adapter does not fit it: {error}") from error
 
 
-def _base(
+def load_base(
     folder: Path, settings: Mapping[str, Any], asked: str | None, kwargs: Mapping[str, Any]
 ) -> tuple[Any, list[str]]:
+    """An adapter's base model, and the names of its tensors that neither its weights nor the adapter has."""
     name = asked or settings.get("base_model_name_or_path")
     if not name:
         raise ConfigurationError(
@@ -173,17 +178,20 @@ def _base(
             "base_model=... (in the command --base-model)."
         )
     revision = None if asked else settings.get("revision")
+    reached = base_arguments(name, revision, kwargs)
     own = folder / MODEL_CONFIG
     config = {"config": AutoConfig.from_pretrained(str(own))} if (own / "config.json").is_file() else {}
     kind = _model_class(settings, config.get("config"))
     try:
+        unsaid = kwargs.keys().isdisjoint(("config", "num_labels", "id2label", "label2id"))
+        if not config and unsaid and "Classification" in kind.__name__:
+            config = _config_for_head(folder, kind, name, revision, reached, kwargs)
         base, loading = kind.from_pretrained(
             name,
             revision=revision or "main",
             ignore_mismatched_sizes=True,
             output_loading_info=True,
-            **config,
-            **kwargs,
+            **{**config, **reached, **kwargs},
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
@@ -196,13 +204,42 @@ def _base(
     return base, sorted(name for name in loading["missing_keys"] if not carried(name))
 
 
+def _config_for_head(
+    folder: Path, kind: Any, name: str, revision: str | None, reached: Mapping[str, bool], given: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The base model's configuration with as many labels as the adapter's head has; nothing where it has as many."""
+    own = {key: given[key] for key in ("token", "trust_remote_code") if given.get(key) is not None}
+    config = AutoConfig.from_pretrained(name, revision=revision or "main", **own, **reached)
+    before, labels = config.num_labels, labels_of_head(kind, config, _weights(folder))
+    if labels is None:
+        return {}
+    config.num_labels = labels
+    names = f"LABEL_0 to LABEL_{labels - 1}" if labels > 1 else "LABEL_0"
+    warnings.warn(
+        f"The adapter's head has {labels} labels, its base model {name!r} {before}, and nothing beside the adapter "
+        f"tells their names: they are called {names}. Give load_adapter(..., id2label={{0: ..., 1: ...}}); "
+        "complete_adapter(model, folder) then writes them beside the adapter, for every later use.",
+        FishTuningWarning, stacklevel=5,
+    )  # fmt: skip
+    return {"config": config}
+
+
+def base_arguments(name: str, revision: str | None, given: Mapping[str, Any]) -> dict[str, bool]:
+    """`hub_arguments` for an adapter's base model, of what `load_adapter` was given."""
+    if given.get("local_files_only"):
+        return {}
+    return hub_arguments(
+        name,
+        revision=revision,
+        token=given.get("token"),
+        asked="The adapter's base model ",
+        way_out="Give its folder with base_model=... (in the command --base-model).",
+    )
+
+
 def _carried(folder: Path) -> Callable[[str], bool]:
     """Whether the adapter brings the base model's tensor of this name: a head, trained biases, an embedding."""
-    try:
-        keys = set(load_peft_weights(str(folder), device="cpu"))
-    except (OSError, ValueError, RuntimeError, EOFError, UnpicklingError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ConfigurationError(f"The adapter in {str(folder)!r} cannot be read: {reason}") from error
+    keys = set(_weights(folder))
 
     def carried(name: str) -> bool:
         module, _, leaf = name.rpartition(".")
@@ -214,6 +251,14 @@ def _carried(folder: Path) -> Callable[[str], bool]:
         )
 
     return carried
+
+
+def _weights(folder: Path) -> dict[str, Tensor]:
+    try:
+        return dict(load_peft_weights(str(folder), device="cpu"))
+    except (OSError, ValueError, RuntimeError, EOFError, UnpicklingError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigurationError(f"The adapter in {str(folder)!r} cannot be read: {reason}") from error
 
 
 def _check_fit(base: Any, name: str, carried: Callable[[str], bool], loading: Mapping[str, Any]) -> None:

@@ -12,6 +12,7 @@ from fish_tuning.sharing.card import CARD, CardFacts, Described, card_text
 from fish_tuning.sharing.folder import PROCESSING_FILES, check_new, copy_processing
 from fish_tuning.sharing.hub import fetched
 from fish_tuning.sharing.loading import load_whole_adapter, read_adapter_config
+from fish_tuning.sharing.sources import adapter_folder
 from fish_tuning.sharing.tasks import task_kind
 
 
@@ -21,7 +22,7 @@ def merge_adapter(folder: str | os.PathLike[str], output: str | os.PathLike[str]
     `AutoModelFor...from_pretrained(output)` and `pipeline(..., model=output)` take the folder as it is.
 
     Args:
-        folder: an adapter's folder, or a repository of the hub.
+        folder: an adapter's folder, a sparse adapter's file, or a repository of the hub.
         output: a new or empty folder.
         **loading: for `load_adapter`: `base_model`, `revision`, `token`, `dtype`, ...
 
@@ -37,6 +38,12 @@ def merge_adapter(folder: str | os.PathLike[str], output: str | os.PathLike[str]
     """
     output = Path(output)
     check_new(output)
+    with adapter_folder(folder) as source:
+        _merge(source, output, loading)
+    return output
+
+
+def _merge(folder: str | os.PathLike[str], output: Path, loading: dict[str, Any]) -> None:
     path = fetched(folder, revision=loading.get("revision"), token=loading.get("token"))
     settings = read_adapter_config(path)
     method, base_name = str(settings["peft_type"]), loading.get("base_model") or settings["base_model_name_or_path"]
@@ -61,4 +68,3 @@ def merge_adapter(folder: str | os.PathLike[str], output: str | os.PathLike[str]
         own = any((path / name).is_file() for name in PROCESSING_FILES)
         copy_processing(str(path if own else base_name), None if own else settings.get("revision"), unfinished)
         (unfinished / CARD).write_text(card_text(described, facts))
-    return output

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,8 +14,9 @@ from transformers import AutoImageProcessor, AutoTokenizer
 from fish_tuning.errors import ConfigurationError
 from fish_tuning.sharing.folder import PROCESSING_FILES
 from fish_tuning.sharing.hub import fetched
-from fish_tuning.sharing.loading import load_whole_adapter, read_adapter_config
+from fish_tuning.sharing.loading import base_arguments, load_whole_adapter, read_adapter_config
 from fish_tuning.sharing.rows import IMAGE, Row, has_images, read_image, text_columns
+from fish_tuning.sharing.sources import adapter_folder
 from fish_tuning.sharing.tasks import task_kind
 
 # What a prediction adds to a row.
@@ -42,7 +44,7 @@ def predict(
     always taking the most probable token.
 
     Args:
-        folder: an adapter's folder, or a repository of the hub.
+        folder: an adapter's folder, a sparse adapter's file, or a repository of the hub.
         rows: with a column of texts, or two for pairs, or a column `image` of image files or PIL images.
         columns: the columns to read; found from the rows by default.
         batch_size: rows at a time.
@@ -64,9 +66,10 @@ def predict(
     taken = {name for row in rows for name in row if name == PREDICTION or name.startswith(PROBABILITY)}
     if taken:
         raise ConfigurationError(f"The rows have a column {sorted(taken)[0]!r} already. Rename it, or take it out.")
-    model = load_whole_adapter(folder, **loading)
-    kind = _kind(model.get_base_model(), images, names)
-    processor = _processor(AutoImageProcessor if images else AutoTokenizer, folder, loading)
+    with adapter_folder(folder) as path:
+        model = load_whole_adapter(path, **loading)
+        kind = _kind(model.get_base_model(), images, names)
+        processor = _processor(AutoImageProcessor if images else AutoTokenizer, path, loading)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if not getattr(model, "hf_device_map", None):
         model.to(device)
@@ -195,14 +198,24 @@ def _cut(model: Any, tokenizer: Any, max_length: int | None) -> dict[str, Any]:
     return {"truncation": True, "max_length": max_length or min(tokenizer.model_max_length, most)}
 
 
+def _of_base(auto_class: Any, path: Path, loading: dict[str, Any]) -> Any:
+    settings = read_adapter_config(path)
+    asked = loading.get("base_model")
+    name = os.path.expanduser(str(asked or settings.get("base_model_name_or_path")))
+    revision = None if asked else settings.get("revision")  # an adapter's own revision is another repository's
+    token = {} if loading.get("token") is None else {"token": loading["token"]}
+    return auto_class.from_pretrained(
+        name, revision=revision or "main", **token, **base_arguments(name, revision, loading)
+    )
+
+
 def _processor(auto_class: Any, folder: str | os.PathLike[str], loading: dict[str, Any]) -> Any:
     """The tokenizer or image processor beside the adapter, else the base model's."""
     hub = {name: loading[name] for name in ("revision", "token") if loading.get(name) is not None}
     path = fetched(folder, **hub)
     own = any((path / name).is_file() for name in PROCESSING_FILES)
-    base = loading.get("base_model") or read_adapter_config(path).get("base_model_name_or_path")
     try:
-        found = auto_class.from_pretrained(str(path) if own else base)
+        found = auto_class.from_pretrained(str(path)) if own else _of_base(auto_class, path, loading)
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         what = "tokenizer" if auto_class is AutoTokenizer else "image processor"

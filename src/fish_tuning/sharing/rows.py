@@ -54,7 +54,15 @@ def read_rows(source: str) -> list[Row]:
         raise ConfigurationError(f"{source!r} is not readable as {suffix[1:]}: {error}") from error
     if not rows:
         raise ConfigurationError(f"{source!r} has no rows.")
-    return rows
+    return [{**row, IMAGE: _image_beside(row[IMAGE], file)} if IMAGE in row else row for row in rows]
+
+
+def _image_beside(image: Any, file: Path) -> Any:
+    """An image of a file's row, which may be named from where the file lies."""
+    if not isinstance(image, str) or _is(Path(image), Path.is_file):
+        return image
+    beside = file.parent / image
+    return str(beside) if _is(beside, Path.is_file) else image
 
 
 def has_images(rows: Sequence[Row], asked: Sequence[str] = ()) -> bool:

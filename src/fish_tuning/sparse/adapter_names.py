@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
 from fish_tuning.errors import MaskError, did_you_mean
@@ -30,11 +31,19 @@ def rename_adapter(mask: Mapping[str, Tensor], old: str, new: str) -> dict[str, 
 
 def _renamed(name: str, old: str, new: str) -> str:
     parts = name.split(".")
-    if old not in parts:
-        return name
-    # A module of the base model may have the adapter's name; PEFT's part is further back.
-    last = len(parts) - 1 - parts[::-1].index(old)
-    return ".".join([*parts[:last], new, *parts[last + 1 :]])
+    place = _place_of(parts, old)
+    return name if place is None else ".".join([*parts[:place], new, *parts[place + 1 :]])
+
+
+def _place_of(parts: list[str], adapter: str) -> int | None:
+    """Which part of a tensor's name is its adapter's, where the name alone is known."""
+    places = [place for place, part in enumerate(parts) if part == adapter]
+    # A head's own modules and tensors may have the adapter's name; those of the base model do too, further in front.
+    of_head = next((place for place in places if place and parts[place - 1] == "modules_to_save"), None)
+    if of_head is not None:
+        return of_head
+    twice = parts[-2:] == [adapter, adapter]  # `lora_A.weight.weight` of an adapter `weight`
+    return places[-2 if twice else -1] if places else None
 
 
 def adapter_names(model: nn.Module) -> list[str]:
@@ -46,7 +55,22 @@ def adapter_names(model: nn.Module) -> list[str]:
 def adapters_of(model: nn.Module, names: Iterable[str]) -> dict[str, str | None]:
     """For each tensor's name, its adapter; None for those of the base model."""
     adapters = set(adapter_names(model))
-    return {name: next((part for part in reversed(name.split(".")) if part in adapters), None) for name in names}
+    return {name: _adapter_of(model, name.split("."), adapters) for name in names}
+
+
+def _adapter_of(model: nn.Module, parts: list[str], adapters: set[str]) -> str | None:
+    for place in range(len(parts) - 1, -1, -1):
+        if parts[place] in adapters and _keeps_adapters(model, parts[:place]):
+            return parts[place]
+    return None
+
+
+def _keeps_adapters(model: nn.Module, path: list[str]) -> bool:
+    """Whether PEFT has its adapters there by their names: modules and tensors of other places may be called alike."""
+    try:
+        return isinstance(model.get_submodule(".".join(path)), nn.ModuleDict | nn.ParameterDict | BufferDict)
+    except AttributeError:  # a wrapper between, which names leave out
+        return True
 
 
 def check_adapter(model: nn.Module, adapter_name: str) -> None:

@@ -60,8 +60,9 @@ def save_sparse_adapter(
         adapter_name: of a model's adapters the one to save.
 
     Raises:
-        MaskError: no mask, no such adapter, merged weights, or an adapter whose file does not hold what the mask
-            selects from (P-tuning's encoder, a prefix projection, weights of the base model: use `save_delta`).
+        MaskError: no mask, no such adapter, merged weights, an adapter that has the name of a part of its head, or one
+            whose file does not hold what the mask selects from (P-tuning's encoder, a prefix projection, weights of the
+            base model: use `save_delta`).
 
     Warns:
         FishTuningWarning: the frozen entries of masked tensors have to be stored, so that the file is not small.
@@ -158,9 +159,28 @@ def read_adapter_folder(
         raise MaskError(f"{os.fspath(weights)!r} is not a readable safetensors file: {error}") from error
     mask = load_mask(Path(folder, MASK_FILE_NAME))
     adapter_name = _adapter_name(mask, state)
+    for name in {**mask, **(keys or {})}:
+        check_head_name(name, adapter_name)
     names = _names_of_keys(mask, state, adapter_name, keys or {})
     seed, tensors = _sparse_tensors(state, mask, names, json.loads(config))
     return SparseAdapter(adapter_name, config, metadata, seed, tensors, base, state_digest(state))
+
+
+def check_head_name(name: str, adapter_name: str, called: str | None = None) -> None:
+    """MaskError where PEFT would lose the tensor `name` of a head, because the adapter has the name of a part of it.
+
+    PEFT takes the adapter's name off the end of every key of its file, those of heads too, which have it no more: an
+    adapter `weight` turns `classifier.weight` into `classifier`, which nothing can load. `called` is the name that the
+    adapter is to have, where that is another than in `name`.
+    """
+    path, of_head, local = name.partition(f".modules_to_save.{adapter_name}.")
+    wanted = called or adapter_name
+    if of_head and wanted in f"{path}.{local}".split(".")[-2:]:
+        raise MaskError(
+            f"An adapter cannot be called {wanted!r} here: a part of its head's {f'{path}.{local}'!r} is called so "
+            "too, and PEFT leaves that part out of the adapter's file, which then cannot be loaded. Give the adapter "
+            "another name: add_sparse_adapter(model, file, 'task'), get_peft_model(base, config, adapter_name='task')."
+        )
 
 
 def _config_text(path: Path) -> str:

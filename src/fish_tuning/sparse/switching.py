@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from fish_tuning.errors import MaskError, did_you_mean
 from fish_tuning.files.sparse_adapter_file import SparseAdapter, load_sparse_adapter
-from fish_tuning.sparse.adapter_names import adapter_names, rename_adapter
+from fish_tuning.sparse.adapter_names import adapter_names, adapters_of, rename_adapter
 from fish_tuning.sparse.applying import apply_mask
 from fish_tuning.sparse.base_layers import check_base_layers
-from fish_tuning.sparse.sparse_adapters import write_unmasked
+from fish_tuning.sparse.sparse_adapters import check_head_name, write_unmasked
 
 _STATE = "_fish_tuning_sparse_adapters"
 _OF_THE_BASE = ("base_model_name_or_path", "revision", "inference_mode", "peft_version")
@@ -85,8 +85,8 @@ def add_sparse_adapter(
         The PEFT model.
 
     Raises:
-        MaskError: the file is damaged, the name is taken, an adapter is merged, or the base is another or has another
-            number of labels; the model is then unchanged.
+        MaskError: the file is damaged, the name is taken or that of a part of the head, an adapter is merged, or the
+            base is another or has another number of labels; the model is then unchanged.
 
     Example:
         >>> import copy, tempfile, torch
@@ -126,6 +126,10 @@ def add_sparse_adapter(
         check_base_layers(base, adapter.base, adapter.peft_config.get("base_model_name_or_path"))
     _check_heads(base, adapter)
     group = None if is_trainable else _group(adapter)
+    for tensor in adapter.tensors:
+        check_head_name(str(tensor.name), adapter.adapter_name)  # of files of earlier versions
+        if group is None:  # else PEFT does not get to know the name
+            check_head_name(str(tensor.name), adapter.adapter_name, called=name)
     if group is None:
         model = _with_peft_adapter(model, adapter, adapter.state_dict(), name, is_trainable)
         state.adapters[name] = _Adapter(name, None, is_trainable)
@@ -282,8 +286,9 @@ def _mask(model: Any, adapter: SparseAdapter, name: str) -> None:
     if any(adapter.adapter_name in each.split(".") for each in mask):
         mask = rename_adapter(mask, adapter.adapter_name, name)
     model.peft_config[name].inference_mode = False
+    of = adapters_of(model, [each for each, _ in model.named_parameters()])
     for each, parameter in model.named_parameters():
-        if each in mask or name in each.split("."):
+        if each in mask or of[each] == name:
             parameter.requires_grad_(each in mask)  # as it was when the mask was made
     apply_mask(model, mask)
 

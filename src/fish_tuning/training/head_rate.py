@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from peft import PeftModel
 from torch import Tensor, nn
@@ -37,19 +38,13 @@ def set_head_learning_rate(trainer: Trainer, learning_rate: float, head: Sequenc
         >>> trainer = SFTTrainer(model=peft_model, ..., callbacks=[FishMaskCallback(mask)])  # doctest: +SKIP
         >>> set_head_learning_rate(trainer, 1e-3)  # doctest: +SKIP
     """
-    if not learning_rate > 0:
-        raise MaskError(f"head_learning_rate={learning_rate!r} must be a number above 0.")
+    check_rate(learning_rate)
     if trainer.optimizer is not None:
         raise MaskError(
             "The Trainer has its optimizer already, whose groups have their learning rates. Set the head's before "
             "training begins, or give the optimizer's own groups their rates."
         )
-    model: Any = trainer.model
-    if not _head(model, head):
-        raise MaskError(
-            f"head_learning_rate={learning_rate:g}: {type(model).__name__} has no head, that is, nothing trainable in "
-            "modules_to_save, or that its mask leaves dense. Leave the rate out, or name the head in modules_to_save."
-        )
+    check_head_learning_rate(cast(nn.Module, trainer.model), learning_rate, head)
     make, own = type(trainer).create_optimizer, weakref.ref(trainer)  # a cycle would keep the model in memory
 
     def create_optimizer(model: Any = None) -> Any:
@@ -61,6 +56,23 @@ def set_head_learning_rate(trainer: Trainer, learning_rate: float, head: Sequenc
         return optimizer
 
     vars(trainer)["create_optimizer"] = create_optimizer
+
+
+def check_rate(learning_rate: object) -> None:
+    """MaskError for a learning rate that is none."""
+    number = isinstance(learning_rate, int | float) and not isinstance(learning_rate, bool)
+    if not number or not 0 < learning_rate < math.inf:  # type: ignore[operator]
+        raise MaskError(f"head_learning_rate={learning_rate!r} must be a number above 0.")
+
+
+def check_head_learning_rate(model: nn.Module, learning_rate: float, head: Sequence[str] | None = None) -> None:
+    """MaskError for a rate that is none, or a model without a head; arguments as those of `set_head_learning_rate`."""
+    check_rate(learning_rate)
+    if not _head(model, head):
+        raise MaskError(
+            f"head_learning_rate={learning_rate:g}: {type(model).__name__} has no head, that is, nothing trainable in "
+            "modules_to_save, or that its mask leaves dense. Leave the rate out, or name the head in modules_to_save."
+        )
 
 
 def split_off(optimizer: Optimizer, parameters: list[Tensor], learning_rate: float) -> None:

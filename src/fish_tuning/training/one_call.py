@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import Trainer
 
-from fish_tuning.errors import ConfigurationError, MaskError
+from fish_tuning.errors import ConfigurationError, FisherError, MaskError
 from fish_tuning.files.mask_file import MASK_FILE_NAME, load_mask
+from fish_tuning.masks.budgets import matching_names, resolve_budget
 from fish_tuning.masks.create import create_mask_from_fisher
+from fish_tuning.scores.bare_model import unwrapped
 from fish_tuning.scores.calculate import calculate_scores
+from fish_tuning.scores.named import SCORES
 from fish_tuning.sparse.applying import apply_mask
 from fish_tuning.sparse.masked_tensors import trains_masked
 from fish_tuning.training.as_trained import as_trained
 from fish_tuning.training.calibration import calibration_of
 from fish_tuning.training.checkpoints import find_fault, last_checkpoint
-from fish_tuning.training.head_rate import set_head_learning_rate
+from fish_tuning.training.head_rate import check_head_learning_rate, set_head_learning_rate
 from fish_tuning.training.reporting import HEAD, report_figures
 from fish_tuning.training.trainer import FishMaskCallback
 
@@ -96,7 +101,7 @@ def fish_tune(
         ConfigurationError: not exactly one of `keep_ratio` and `num_trainable`, or as `calibration_of`.
         FisherError: as `calculate_scores`.
         MaskError: as `create_mask_from_fisher`, `add_mask` and `set_head_learning_rate`, or a checkpoint to resume from
-            that is not whole or has no mask.
+            that is not whole or has no mask. What the arguments alone tell is told before anything is computed.
 
     Example:
         >>> trainer = Trainer(get_peft_model(model, LoraConfig()), args, train_dataset=rows)  # doctest: +SKIP
@@ -108,11 +113,13 @@ def fish_tune(
             "the number of trainable parameters."
         )
     _check_new(trainer)
+    model = cast(nn.Module, trainer.model)
+    excluded = head_names(model) if names_to_exclude is None else names_to_exclude
+    _check_arguments(model, keep_ratio, num_trainable, score, excluded, head_learning_rate)
     checkpoint = _checkpoint(trainer, resume_from_checkpoint)
     if checkpoint is not None:
         mask = _mask_of(checkpoint)
     else:
-        model = cast(nn.Module, trainer.model)
         args = trainer.args
         calibration = calibration_of(trainer, num_samples)
         with as_trained(model, args):
@@ -123,12 +130,7 @@ def fish_tune(
                 batch_size=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
                 progress=progress,
             )
-        mask = create_mask_from_fisher(
-            scores,
-            keep_ratio,
-            head_names(model) if names_to_exclude is None else names_to_exclude,
-            num_trainable=num_trainable,
-        )
+        mask = create_mask_from_fisher(scores, keep_ratio, excluded, num_trainable=num_trainable)
     add_mask(trainer, mask)
     if head_learning_rate is not None:
         set_head_learning_rate(trainer, head_learning_rate)
@@ -140,6 +142,29 @@ def head_names(model: nn.Module) -> list[str]:
     """`names_to_exclude` for a PEFT model's head, its trainable `modules_to_save`; empty where it has none."""
     found = any(HEAD in name for name, parameter in model.named_parameters() if parameter.requires_grad)
     return [HEAD] if found else []
+
+
+def _check_arguments(
+    model: nn.Module,
+    keep_ratio: float | None,
+    num_trainable: int | None,
+    score: str,
+    excluded: Sequence[str],
+    head_learning_rate: float | None,
+) -> None:
+    """What scoring, choosing and training would refuse, told before the minutes that scoring may take."""
+    SCORES.find(score, "score", FisherError)
+    model = unwrapped(model)  # whose names the scores have
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if not sizes or not all(sizes.values()):
+        return  # nothing trains, or ZeRO-3 holds the tensors: scoring says so before it begins
+    whole = matching_names(sizes, excluded)
+    dense = sum(sizes[name] for name in whole)
+    resolve_budget(sum(sizes.values()) - dense, dense, keep_ratio=keep_ratio, num_trainable=num_trainable)
+    if head_learning_rate is not None:
+        # Without PEFT the head is what a mask leaves dense, and there is no mask yet.
+        head = None if isinstance(model, PeftModel) else [f"^{re.escape(name)}$" for name in whole]
+        check_head_learning_rate(model, head_learning_rate, head)
 
 
 def _check_new(trainer: Trainer) -> None:

@@ -6,6 +6,8 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
@@ -17,7 +19,7 @@ from fish_tuning.experiments.config.experiment import ExperimentConfig
 from fish_tuning.experiments.records.record_files import adapter_digests, adapter_folder
 from fish_tuning.experiments.records.run_record import RunRecord
 from fish_tuning.experiments.run.arm import run_arm
-from fish_tuning.experiments.run.cards import tell_all_seeds
+from fish_tuning.experiments.run.cards import batches_text, tell_all_seeds
 from fish_tuning.experiments.run.context import make_context
 from fish_tuning.experiments.run.plan import plan_experiment
 from fish_tuning.sharing.card import CardFacts, Described, card_text, users_card
@@ -36,7 +38,9 @@ def run(config: ExperimentConfig, arm: str) -> tuple[Path, float, str]:
 
 @pytest.mark.parametrize("arm", ["lora", "lora-fish"])
 def test_the_adapter_of_a_run_stands_alone(arm: str, experiment: MakeExperiment, bert_folder: Path) -> None:
-    config = experiment("seeds=[1,2]", "training.max_seq_length=7")
+    config = experiment(
+        "seeds=[1,2]", "training.max_seq_length=7", "training.args_override.gradient_accumulation_steps=2"
+    )  # fmt: skip
     folder, value, digest = run(config, arm)
     card = ModelCard.load(folder / "README.md")
     for text in (
@@ -44,6 +48,7 @@ def test_the_adapter_of_a_run_stands_alone(arm: str, experiment: MakeExperiment,
         "this seed's alone, one of 2", "results.md",
     ):  # fmt: skip
         assert text in card.text
+    assert "batches of 16 x gradient_accumulation_steps 2 = 32 examples a step |" in card.text
     assert ("| score | fisher, on 8 training examples |" in card.text) == (arm == "lora-fish")
     assert card.data.eval_results[0].metric_value == pytest.approx(value, abs=1e-6)
     for path in (bert_folder.parent, Path(config.training.output_dir)):
@@ -63,6 +68,22 @@ def test_the_adapter_of_a_run_stands_alone(arm: str, experiment: MakeExperiment,
     # What lies beside the adapter's own files is no part of what its record was written of.
     (folder / "README.md").write_text("# Mine\n")
     assert adapter_digests(folder).adapter == digest
+
+
+@pytest.mark.parametrize(
+    ("size", "accumulated", "processes", "told"),
+    [
+        (8, 1, 1, "batches of 8"),
+        (8, 4, 1, "batches of 8 x gradient_accumulation_steps 4 = 32 examples a step"),
+        (8, 1, 2, "batches of 8 x 2 processes = 16 examples a step"),
+        (8, 4, 2, "batches of 8 x gradient_accumulation_steps 4 x 2 processes = 64 examples a step"),
+    ],
+)
+def test_cards_tell_how_many_examples_a_step_sees(size: int, accumulated: int, processes: int, told: str) -> None:
+    args: Any = SimpleNamespace(
+        train_batch_size=size, gradient_accumulation_steps=accumulated, world_size=processes
+    )  # fmt: skip
+    assert batches_text(args) == told
 
 
 def records(values: dict[int, float | None], arm: str = "lora") -> list[RunRecord]:

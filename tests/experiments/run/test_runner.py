@@ -46,7 +46,10 @@ def test_a_run_writes_everything_and_is_repeatable(experiment: MakeExperiment, t
     assert len(result["summary"]) == 5
     for name in ("results.csv", "results.md", "metric.png", "kept.png"):
         assert (folder / name).stat().st_size
-    again, _ = run(experiment(f"training.output_dir={tmp_path / 'again'}"))
+    other, told = experiment(f"training.output_dir={tmp_path / 'again'}"), dict[str, str]()
+    again = run_experiment(other, plan_experiment(other), on_fingerprints=told.update)
+    assert sorted(told) == ["data_fingerprint", "weights_fingerprint"]
+    assert told.items() <= result["facts"].items()
     assert [record.metrics for record in again] == [record.metrics for record in records]
 
 

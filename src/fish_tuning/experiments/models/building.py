@@ -37,6 +37,7 @@ from fish_tuning.experiments.models.quantized import kept_whole, loading_argumen
 from fish_tuning.experiments.models.targets import head_names, linear_names
 from fish_tuning.experiments.models.weights import WEIGHTS_FILES
 from fish_tuning.peft_methods import peft_method
+from fish_tuning.sharing.reaching import hub_arguments
 
 # A part of a tensor's name that counts layers.
 _LAYER_NUMBER = re.compile(r"\.\d+\.")
@@ -281,10 +282,13 @@ def _from_hub(auto_class: Any, name: str, **kwargs: Any) -> Any:
     path = os.path.expanduser(resolve_builtin(name, weights=auto_class is not AutoConfig))
     if path.startswith((".", "/")) and not Path(path).is_dir():
         raise ConfigurationError(f"model.name: there is no folder {name!r}.")
+    reached = hub_arguments(
+        path, revision=kwargs.get("revision"), asked="model.name: ", way_out="Give a local folder's path."
+    )
     try:
         with _quiet_hub():
             return auto_class.from_pretrained(
-                path, **{key: value for key, value in kwargs.items() if value is not None}
+                path, **reached, **{key: value for key, value in kwargs.items() if value is not None}
             )
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         hint = (

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from transformers.utils.hub import cached_file
@@ -15,6 +15,7 @@ from fish_tuning.errors import ConfigurationError
 from fish_tuning.experiments.config.sections import ModelConfig
 from fish_tuning.experiments.data.builtin import resolve_builtin
 from fish_tuning.experiments.data.digests import file_digest
+from fish_tuning.sharing.reaching import hub_arguments
 
 # In the order in which from_pretrained looks for them.
 WEIGHTS_FILES = (
@@ -41,11 +42,15 @@ def weights_digest(config: ModelConfig) -> str:
 
 
 def _weight_files(config: ModelConfig) -> Iterator[Path]:
+    folder = os.path.expanduser(resolve_builtin(config.name))
+    reached = hub_arguments(
+        folder, revision=config.revision, asked="model.name: ", way_out="Give a local folder's path."
+    )
     for name in WEIGHTS_FILES:
-        if found := _file(config, name):
+        if found := _file(config, folder, name, reached):
             if found.suffix == ".json":
                 parts = sorted(set(json.loads(found.read_text())["weight_map"].values()))
-                yield from (_file(config, part, needed=True) or found for part in parts)
+                yield from (_file(config, folder, part, reached, needed=True) or found for part in parts)
             else:
                 yield found
             return
@@ -54,14 +59,16 @@ def _weight_files(config: ModelConfig) -> Iterator[Path]:
     )
 
 
-def _file(config: ModelConfig, name: str, needed: bool = False) -> Path | None:
-    folder = os.path.expanduser(resolve_builtin(config.name))
+def _file(
+    config: ModelConfig, folder: str, name: str, reached: Mapping[str, bool], needed: bool = False
+) -> Path | None:
     try:
         found = cached_file(
             folder,
             name,
             revision=config.revision or "main",
             _raise_exceptions_for_missing_entries=needed,
+            **reached,
         )
     except OSError as error:
         reason = str(error).strip().partition("\n")[0]

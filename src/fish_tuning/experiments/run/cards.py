@@ -123,8 +123,8 @@ def _rows(context: Context, arm: ArmPlan, seed: int, args: TrainingArguments) ->
         "data set's configuration": ", ".join(data.load_args[1:]),
         "data files": ", ".join(PurePath(file).name for file in data.data_files.values()),
         "data set's revision": data.revision or "",
-        "data fingerprint": str(context.shared["data"]),
-        "base weights' fingerprint": str(context.shared["weights"]),
+        "data fingerprint": context.fingerprints["data_fingerprint"],
+        "base weights' fingerprint": context.fingerprints["weights_fingerprint"],
         "texts are cut to": _length(context),
         "experiment": f"{config.name}, arm {arm.arm}, seed {seed}",
         "method of the run": f"{arm.method}, {arm.size}",
@@ -139,10 +139,20 @@ def _rows(context: Context, arm: ArmPlan, seed: int, args: TrainingArguments) ->
         rows["start"] = config.start(config.method_of(arm.arm), scores=scored)
     rows["trained as a whole"] = f"{arm.dense:,} entries of the head" if arm.dense else ""
     length = f"max_steps {args.max_steps}" if args.max_steps > 0 else f"num_train_epochs {args.num_train_epochs:g}"
-    rows["training"] = f"{length}, learning_rate {args.learning_rate:g}, batches of {args.train_batch_size}" + (
-        f" in each of {args.world_size} processes" if args.world_size > 1 else ""
-    )
+    rows["training"] = f"{length}, learning_rate {args.learning_rate:g}, {batches_text(args)}"
     return rows
+
+
+def batches_text(args: TrainingArguments) -> str:
+    """How many examples a step of the optimizer sees, and of what they are made up."""
+    size, accumulated, processes = args.train_batch_size, args.gradient_accumulation_steps, args.world_size
+    parts = [
+        f"batches of {size}",
+        f"gradient_accumulation_steps {accumulated}" if accumulated > 1 else "",
+        f"{processes} processes" if processes > 1 else "",
+    ]
+    text = " x ".join(part for part in parts if part)
+    return text if text == parts[0] else f"{text} = {size * accumulated * processes} examples a step"
 
 
 def _length(context: Context) -> str:

@@ -83,6 +83,11 @@ class Context:
         return self.config.choice_of_arm(arm.arm)
 
     @property
+    def fingerprints(self) -> dict[str, str]:
+        """Digests of the data and of the base weights, by the names that reports have for them."""
+        return {"data_fingerprint": str(self.shared["data"]), "weights_fingerprint": str(self.shared["weights"])}
+
+    @property
     def head_learning_rate(self) -> float | None:
         """The head's own rate; None where it has that of all else, or the task brings no head."""
         return self.config.training.head_learning_rate if self.plan.task.brings_head else None

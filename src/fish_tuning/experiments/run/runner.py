@@ -7,7 +7,7 @@ import logging
 import math
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from fish_tuning.errors import FishTuningError, ProcessesLost
@@ -39,6 +39,7 @@ from fish_tuning.files.atomic import disk_full
 logger = logging.getLogger(__name__)
 
 OnRun = Callable[[RunRecord, bool], None]
+OnFingerprints = Callable[[Mapping[str, str]], None]
 
 
 def run_experiment(
@@ -48,6 +49,7 @@ def run_experiment(
     shard: Shard = WHOLE,
     since: float | None = None,
     shows_progress: bool = True,
+    on_fingerprints: OnFingerprints | None = None,
 ) -> list[RunRecord]:
     """Run what is not finished yet and write the report after every run.
 
@@ -66,6 +68,7 @@ def run_experiment(
         since: when the work began, as `time.time()` gives it; now if not given. Runs that failed since then, in this or
             another process, are not tried again; nor are those that have killed two processes since then.
         shows_progress: a bar on a terminal, else a line now and then, on standard error.
+        on_fingerprints: called before the first run with the digests of data and weights, which no plan has.
 
     Processes of one launch (torchrun, accelerate) do every training together: process 0 decides and writes, the others
     follow it.
@@ -80,6 +83,8 @@ def run_experiment(
     launch = this_launch()
     with RunProgress(len(shard.part(plan.arms, config.seeds)), shown=shows_progress and launch.leads) as progress:
         context = make_context(config, plan, progress)
+        if on_fingerprints is not None:
+            on_fingerprints(context.fingerprints)
         trials = trials_of(context)
         train = Trainings(context, trials)
         try:
@@ -226,13 +231,7 @@ class _Session:
         return self.folder / "locks" / f"{run_name(arm.arm, seed)}.lock"
 
     def _report(self) -> None:
-        shared = self.context.shared
-        facts = report_facts(
-            self.context.plan,
-            self.rates.chosen,
-            data_fingerprint=shared["data"],
-            weights_fingerprint=shared["weights"],
-        )
+        facts = report_facts(self.context.plan, self.rates.chosen, **self.context.fingerprints)
         write_report(self.context.config, facts, self._in_order(), self.folder)
         tell_all_seeds(self.context.config, self._in_order(), self.folder)
 
