@@ -229,7 +229,7 @@ def _show_results(
             console.print(table)
             console.print()
     facts = report_facts(plan, _chosen_rates(config, runs))
-    for note in [*learning_notes(plan.task.name, runs), *report_notes(config, facts, summary)]:
+    for note in [*learning_notes(str(facts.get("task") or "the task"), runs), *report_notes(config, facts, summary)]:
         console.print(f"note: {note}")
     console.print(f"written: {', '.join(map(str, _written(output_dir)))}", soft_wrap=True)
     if notes_alone:
