@@ -9,6 +9,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -54,6 +56,20 @@ def deepspeed_on_the_cpu() -> Any:
 
     deepspeed.ops.__compatible_ops__ = {}
     return deepspeed
+
+
+def fsdp_on_the_cpu() -> None:
+    """accelerate shards on accelerators alone; on the CPU it would take DDP without a word."""
+    make = AcceleratorState.__init__
+
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        make(self, *args, **kwargs)
+        plugin = kwargs.get("fsdp_plugin") or vars(self).get("fsdp_plugin")
+        if plugin is not None:
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, plugin
+            self.device = torch.device("cpu")
+
+    AcceleratorState.__init__ = __init__
 
 
 class Fsdp2:

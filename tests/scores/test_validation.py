@@ -198,6 +198,23 @@ def test_numbers_that_are_none(arguments: dict[str, Any]) -> None:
 # Tensors that are no numbers, or elsewhere
 
 
+def test_weights_that_zero_3_has_split_are_named() -> None:
+    """Frozen ones too, which it splits while they are loaded; those that are gathered for the moment are whole."""
+    model: Any = lora(bert())
+    frozen = next(parameter for parameter in model.parameters() if not parameter.requires_grad)
+    frozen.ds_id, frozen.ds_shape = 0, frozen.shape
+    whole = frozen.data
+    scored(model, classification_batch())
+    frozen.data = torch.empty(0)
+    with pytest.raises(FisherError, match=r"is sharded: this process holds a part.*ZeRO-3.*save_mask.*FSDP2"):
+        scored(model, classification_batch())
+    frozen.data = whole
+    trained = next(parameter for parameter in model.parameters() if parameter.requires_grad)
+    trained.ds_id = 1
+    with pytest.raises(FisherError, match="is sharded: this process holds a part"):
+        scored(model, classification_batch())
+
+
 def test_the_meta_device_is_named() -> None:
     with pytest.raises(FisherError, match=r"word_embeddings\.weight' is on the meta device.*Load the model's weights"):
         scored(lora(bert().to("meta")), classification_batch())

@@ -23,7 +23,16 @@ from tiny import (
 )
 from torch import Tensor
 
-from fish_tuning import MaskError, apply_mask, get_mask, load_mask, remove_mask, replace_mask, synchronize_mask
+from fish_tuning import (
+    MaskError,
+    apply_mask,
+    get_mask,
+    load_mask,
+    remove_mask,
+    replace_mask,
+    save_delta,
+    synchronize_mask,
+)
 
 BATCH = classification_batch((5, 9, 3, 9, 6, 8, 9, 9))
 STEPS = 4
@@ -97,6 +106,7 @@ def in_the_hands_of(engine: Any, rank: int, folder: Path) -> dict[str, Any]:
         "mask": get_mask(trained.model if engine.__name__ == "Fsdp1" else model),
         "replaced": refusal(lambda: replace_mask(model, mask_of(model_of()), trained.optimizer)),
         "saved alone": refusal(lambda: model.save_pretrained(str(folder / f"alone{rank}"))),
+        "delta": refusal(lambda: save_delta(model, folder / f"delta{rank}.safetensors")),
         "unmasked": refusal(lambda: remove_mask(model)),
     }
 
@@ -168,4 +178,5 @@ def test_what_needs_the_whole_model_is_refused_where_it_is_split(results: tuple[
             assert "needs one process or DDP" in told["replaced"]
             split = engine != "ZeRO-2"
             assert (engine in told["saved alone"]) == split
+            assert (engine in told["delta"]) == split
             assert ("cannot take it off" in told["unmasked"]) == split

@@ -11,8 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import DistributedType
-from engines import NEEDS_DEEPSPEED, deepspeed_config, deepspeed_on_the_cpu, entries_of_state
+from engines import NEEDS_DEEPSPEED, deepspeed_config, deepspeed_on_the_cpu, entries_of_state, fsdp_on_the_cpu
 from peft import PeftModel
 from processes import in_two_processes
 from tiny import (
@@ -82,20 +81,6 @@ def trainer_in(folder: Path, engine: str, model: PeftModel, processes: int = 2, 
             model=model, args=args, train_dataset=DATA, eval_dataset=DATA, callbacks=[FishMaskCallback(mask_of(model))]
         )
     return FishTuningTrainer(model=model, args=args, train_dataset=DATA, eval_dataset=DATA, mask=mask_of(model), **more)
-
-
-def fsdp_on_the_cpu() -> None:
-    """accelerate shards on accelerators alone; on the CPU it would take DDP without a word."""
-    make = AcceleratorState.__init__
-
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        make(self, *args, **kwargs)
-        plugin = kwargs.get("fsdp_plugin") or vars(self).get("fsdp_plugin")
-        if plugin is not None:
-            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, plugin
-            self.device = torch.device("cpu")
-
-    AcceleratorState.__init__ = __init__
 
 
 def engine_worker(rank: int, folder: Path, engines: list[str]) -> dict[str, Any]:

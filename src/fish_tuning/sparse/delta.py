@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fish_tuning.errors import FishTuningWarning, MaskError, did_you_mean
 from fish_tuning.files.delta_file import Delta, DeltaTensor, dtype_name, load_delta, write_delta
 from fish_tuning.sparse.masked_tensors import dense_parameters, is_masked, masked_tensors
+from fish_tuning.sparse.sharding import splitting_engine_of, whole_state_dict_of
 from fish_tuning.sparse.whole_tensors import entries_digest
 
 
@@ -40,7 +41,7 @@ def save_delta(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
     Raises:
         MaskError: no mask is applied and all parameters train, or none does, so there is no part to store; or the mask
-            was replaced while it trained.
+            was replaced while it trained, or the model is split (FSDP, DeepSpeed ZeRO-3).
 
     Warns:
         FishTuningWarning: the model keeps running statistics (batch normalisation), which training changes too; they
@@ -60,6 +61,12 @@ def save_delta(model: nn.Module, path: str | os.PathLike[str]) -> None:
         raise MaskError(
             "The model has no mask and no frozen part beside a trained one, so nothing tells what was selected. Call "
             "save_delta after apply_mask and before remove_mask; a whole model is saved by its save_pretrained."
+        )
+    if engine := splitting_engine_of(model, though_gathered=False):
+        raise MaskError(
+            f"{engine} leaves each process a part of what was trained, so none can write the delta. Load the whole "
+            f"state dict, {whole_state_dict_of(engine)}, into a model with the same mask that is not split, and save "
+            "that one's."
         )
     if any(tensor.masked.replaced for tensor in masked_tensors(model)):
         raise MaskError(

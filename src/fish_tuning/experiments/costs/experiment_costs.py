@@ -16,6 +16,7 @@ from fish_tuning.experiments.costs.arm_costs import Files, Measured, Work, measu
 from fish_tuning.experiments.costs.batches import Shapes, first_rows, largest_batch
 from fish_tuning.experiments.costs.devices import STRATEGIES, DeviceCosts, device_costs
 from fish_tuning.experiments.costs.quantized import stored_weights_of
+from fish_tuning.experiments.costs.unknown_values import experts_of
 from fish_tuning.experiments.data.tasks import CausalLM
 from fish_tuning.experiments.models.building import build_meta_model
 from fish_tuning.experiments.records.run_record import ArmPlan
@@ -181,6 +182,8 @@ class _Planner:
             section, variant = self.config.method_of(arm.arm), self.config.variant_of(arm.arm)
             model = build_meta_model(self.config, self.plan.model_config, self.plan.task, section, variant)
             choice, batch = self.config.choice_of_arm(arm.arm), self.batch(arm)
+            if experts := experts_of(model):
+                self.notes.append(f"Tokens are taken to be spread evenly over the {experts} experts of a layer.")
             scored = any(self.scores(other) for other in self.plan.arms if self._key(other) == key)
             work = Work(
                 model=model,

@@ -18,6 +18,7 @@ from fish_tuning.experiments.costs.batches import Shapes, made, taken
 from fish_tuning.experiments.costs.kernels import GpuKernels, NoChance
 from fish_tuning.experiments.costs.live_bytes import LiveBytes
 from fish_tuning.experiments.costs.repeated_layers import Peaks, of_all_layers
+from fish_tuning.experiments.costs.unknown_values import decided
 from fish_tuning.training.as_trained import autocast_dtype, checkpoint_activations, checkpoints
 
 Loss = Callable[[Any, dict[str, Tensor]], Tensor]
@@ -88,6 +89,7 @@ def counted(model: nn.Module, mode: FakeTensorMode, held: Iterable[Tensor], *, g
         stack.callback(setattr, log, "disabled", log.disabled)
         log.disabled = True  # it writes out the traceback of what cannot be traced, and a note tells of that
         stack.enter_context(mode)
+        stack.enter_context(decided(model))
         stack.enter_context(live)
         stack.enter_context(NoChance())
         if gpu:

@@ -17,6 +17,7 @@ from fish_tuning.experiments.config.secrets import scrubbed
 from fish_tuning.experiments.records.record_files import adapter_folder
 from fish_tuning.experiments.records.run_record import ArmPlan, RunRecord
 from fish_tuning.experiments.run.context import Context
+from fish_tuning.experiments.run.fsdp import sharded_by
 from fish_tuning.files.atomic import write_atomically
 from fish_tuning.masks.selections import SELECTIONS
 from fish_tuning.sharing.card import CARD, CardFacts, with_paragraph
@@ -139,7 +140,7 @@ def _rows(context: Context, arm: ArmPlan, seed: int, args: TrainingArguments) ->
         rows["start"] = config.start(config.method_of(arm.arm), scores=scored)
     rows["trained as a whole"] = f"{arm.dense:,} entries of the head" if arm.dense else ""
     length = f"max_steps {args.max_steps}" if args.max_steps > 0 else f"num_train_epochs {args.num_train_epochs:g}"
-    rows["training"] = f"{length}, learning_rate {args.learning_rate:g}, {batches_text(args)}"
+    rows["training"] = f"{length}, learning_rate {args.learning_rate:g}, {batches_text(args)}{sharded_by(args)}"
     return rows
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from fish_tuning.experiments.records.run_keys import RunKeys, plain_settings, ru
 from fish_tuning.experiments.records.run_record import ArmPlan
 from fish_tuning.experiments.run.arguments import as_one_model, early_stopping_arguments, training_arguments
 from fish_tuning.experiments.run.calibration_examples import calibration_loader
+from fish_tuning.experiments.run.fsdp import check_fsdp, is_on, load_whole_weights
 from fish_tuning.experiments.run.launch import Launch, this_launch
 from fish_tuning.experiments.run.loggers import NO_REPORTS, logged_name
 from fish_tuning.experiments.run.plan import Plan
@@ -103,7 +103,10 @@ class Context:
         return run_keys(self.config, arm, values, {**self.shared, "device": arguments.device.type})
 
     def join(self, launch: Launch) -> None:
-        """Let the processes of a launch meet, as the first TrainingArguments' device does."""
+        """Let the processes of a launch meet, as the first TrainingArguments' device does.
+
+        Raises ConfigurationError where they would not train together, and as `check_fsdp`.
+        """
         arguments = self.arguments(self.plan.arms[0], self.config.seeds[0])
         if arguments.world_size != launch.number:
             raise ConfigurationError(
@@ -111,6 +114,9 @@ class Context:
                 f"({arguments.device}). Give each process a device of its own, or set "
                 "training.args_override.use_cpu=true."
             )
+        for arm in self.plan.arms:
+            check_fsdp(self.arguments(arm, self.config.seeds[0]), self.config)
+        load_whole_weights()
 
     def calibration_loader(self, arm: ArmPlan, seed: int, batch_size: int) -> DataLoader[Any]:
         """The examples that a seed's scores are of."""
@@ -124,13 +130,9 @@ def _of_accelerate(arguments: TrainingArguments) -> dict[str, Any]:
     """What `accelerate launch` decides by environment variables, where the arguments do not say it."""
     own = "bf16" if arguments.bf16 else "fp16" if arguments.fp16 else "no"
     said = {"fsdp": arguments.fsdp, "deepspeed": arguments.deepspeed}
-    engines = [name for name, own in said.items() if not own and _is_on(f"ACCELERATE_USE_{name.upper()}")]
+    engines = [name for name, own in said.items() if not own and is_on(f"ACCELERATE_USE_{name.upper()}")]
     precision = getattr(arguments, "mixed_precision", own)
     return {**({"mixed_precision": precision} if precision != own else {}), **dict.fromkeys(engines, True)}
-
-
-def _is_on(variable: str) -> bool:
-    return os.environ.get(variable, "").lower() in ("1", "true", "yes", "on")
 
 
 def make_context(config: ExperimentConfig, plan: Plan, progress: TrainerCallback) -> Context:

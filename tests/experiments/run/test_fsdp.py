@@ -1,0 +1,156 @@
+"""FSDP in an experiment, as accelerate's configuration or the training arguments ask for it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from tiny import assert_same_tensors
+
+from fish_tuning import load_mask
+from fish_tuning.errors import ConfigurationError
+from fish_tuning.experiments.config.experiment import ExperimentConfig
+from fish_tuning.experiments.run import fsdp
+from fish_tuning.experiments.run.fsdp import check_fsdp, fsdp_version, load_whole_weights, sharded_by
+from fish_tuning.experiments.run.plan import plan_experiment
+from fish_tuning.experiments.run.runner import run_experiment
+from fish_tuning.files.mask_file import MASK_FILE_NAME
+
+# accelerate shards on accelerators alone; on a CPU it takes DDP. This has it shard there too.
+ON_THE_CPU = """
+from engines import fsdp_on_the_cpu
+
+from fish_tuning.experiments.run import fsdp
+
+fsdp.shards_on = lambda device: True
+fsdp_on_the_cpu()
+"""
+ACCELERATE = {
+    "compute_environment": "LOCAL_MACHINE",
+    "distributed_type": "FSDP",
+    "num_processes": 2,
+    "num_machines": 1,
+    "machine_rank": 0,
+    "main_process_port": 0,
+    "use_cpu": True,
+    "mixed_precision": "no",
+    "fsdp_config": {  # all else is accelerate's default; so are weights in the first process alone
+        "fsdp_version": 2,
+        "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "fsdp_transformer_layer_cls_to_wrap": "BertLayer",
+    },
+}
+
+
+def arguments(**settings: Any) -> Any:
+    given = {"fsdp": None, "fsdp_config": None, "deepspeed": None, "load_best_model_at_end": False}
+    return SimpleNamespace(**(given | {"device": torch.device("cuda")} | settings))
+
+
+@pytest.fixture
+def launched_with_fsdp(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    def set_version(version: str) -> None:
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+        monkeypatch.setenv("FSDP_VERSION", version)
+        monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
+
+    return set_version
+
+
+def test_accelerate_or_the_arguments_ask_for_it(launched_with_fsdp: Callable[[str], None]) -> None:
+    assert fsdp_version(arguments()) is None
+    assert fsdp_version(arguments(fsdp=True, fsdp_config={})) == 2
+    assert fsdp_version(arguments(fsdp=True, fsdp_config={"version": 1})) == 1
+    assert sharded_by(arguments()) == ""
+    assert sharded_by(arguments(deepspeed={})) == ""
+    assert sharded_by(arguments(deepspeed={"zero_optimization": {"stage": 2}})) == ", with DeepSpeed"
+    launched_with_fsdp("2")
+    assert fsdp_version(arguments()) == 2
+    assert sharded_by(arguments()) == ", sharded by FSDP2"
+    launched_with_fsdp("1")
+    assert fsdp_version(arguments()) == 1
+
+
+def test_every_process_loads_the_weights(launched_with_fsdp: Callable[[str], None]) -> None:
+    before = os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING")
+    load_whole_weights()
+    assert os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING") == before, "nothing without FSDP"
+    launched_with_fsdp("2")
+    load_whole_weights()
+    assert os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "false"
+
+
+@pytest.mark.parametrize(
+    ("settings", "changes", "text"),
+    [
+        ({"fsdp_config": {"version": 1}}, (), r"fsdp \(version 1\): version 1 of FSDP changes the names"),
+        ({"device": torch.device("cpu")}, (), r"fsdp \(version 2\): accelerate shards on accelerators alone.*cpu"),
+        ({"fsdp_config": {"cpu_ram_efficient_loading": True}}, (), "cpu_ram_efficient_loading=true: all processes"),
+        ({"load_best_model_at_end": True}, (), "early_stopping_patience.*under FSDP"),
+        ({}, ("fish_tuning.reselect_every=2",), "reselect_every under FSDP"),
+        ({}, ("peft=[{method: base, args: {target_modules: [query]}}]",), "peft method base under FSDP"),
+    ],
+)
+def test_what_cannot_be_is_refused(
+    settings: dict[str, Any], changes: tuple[str, ...], text: str, experiment: Callable[..., ExperimentConfig]
+) -> None:
+    with pytest.raises(ConfigurationError, match=text):
+        check_fsdp(arguments(**({"fsdp": True, "fsdp_config": {}} | settings)), experiment(*changes))
+
+
+def test_all_else_is_not(experiment: Callable[..., ExperimentConfig], monkeypatch: pytest.MonkeyPatch) -> None:
+    check_fsdp(arguments(device=torch.device("cpu"), load_best_model_at_end=True), experiment())
+    check_fsdp(arguments(fsdp=True, fsdp_config={}), experiment())
+    unmasked = experiment("fish_tuning.methods_to_run=[lora]")
+    check_fsdp(arguments(fsdp=True, fsdp_config={}, load_best_model_at_end=True), unmasked)
+    monkeypatch.setattr(fsdp, "shards_on", lambda device: True)
+    check_fsdp(arguments(fsdp=True, fsdp_config={}, device=torch.device("cpu")), experiment())
+
+
+@pytest.mark.slow
+def test_what_accelerate_launches_is_that_of_one_process(
+    experiment: Callable[..., ExperimentConfig], tmp_path: Path, python_environment: dict[str, str]
+) -> None:
+    arms = ["fish_tuning.methods_to_run=[lora, lora-fish]", "training.args_override.learning_rate=0.01"]
+    arms += ["model.config_overrides={hidden_dropout_prob: 0.0, attention_probs_dropout_prob: 0.0}"]
+    size = "training.args_override.per_device_train_batch_size="
+    alone = experiment(*arms, size + "12", f"training.output_dir={tmp_path / 'one'}")
+    records = run_experiment(alone, plan_experiment(alone), shows_progress=False)
+    assert [record.status for record in records] == ["ok", "ok"]
+
+    (tmp_path / "accelerate.yaml").write_text(yaml.safe_dump(ACCELERATE))
+    (tmp_path / "on_the_cpu.py").write_text(ON_THE_CPU)
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(tmp_path / "accelerate.yaml")]
+    command = [*launcher, "-m", "fish_tuning", "run", str(tmp_path / "small.yaml"), *arms, size + "6"]
+    command += [f"training.output_dir={tmp_path / 'two'}"]
+
+    def launched(*more: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*command, *more], capture_output=True, text=True, env=python_environment, check=False)
+
+    refused = launched()
+    assert refused.returncode != 0
+    assert "accelerate shards on accelerators alone" in refused.stderr
+    assert not list(tmp_path.glob("two/runs/*")), "before anything is computed"
+    sharded = launched("--extension", str(tmp_path / "on_the_cpu.py"))
+    assert sharded.returncode == 0, sharded.stderr
+
+    for arm in ("lora", "lora-fish"):
+        one, two = (tmp_path / place / "adapters" / f"{arm}-seed1" for place in ("one", "two"))
+        adapters = [load_file(folder / "adapter_model.safetensors") for folder in (one, two)]
+        torch.testing.assert_close(*adapters, rtol=0, atol=1e-6)
+        assert "examples a step, sharded by FSDP2" in (two / "README.md").read_text()
+        if arm == "lora-fish":
+            mask = load_mask(two / MASK_FILE_NAME)
+            assert_same_tensors(load_mask(one / MASK_FILE_NAME), mask)
+            for name, selected in mask.items():
+                saved = name.replace(".modules_to_save", "").replace(".default", "")
+                assert torch.equal(adapters[0][saved][~selected], adapters[1][saved][~selected])
