@@ -9,9 +9,10 @@ sample_packing: false
 """
 
 from axolotl.integrations.base import BasePlugin
+from axolotl.utils.train import determine_last_checkpoint
 from pydantic import BaseModel
 
-from fish_tuning import add_mask, calculate_fisher_information, calibration_of, create_mask_from_fisher
+from fish_tuning import add_mask, calculate_fisher_information, calibration_of, create_mask_from_fisher, load_mask
 
 
 class FishTuningArgs(BaseModel):
@@ -28,6 +29,10 @@ class FishTuningPlugin(BasePlugin):
         return "axolotl_plugin.FishTuningArgs"
 
     def post_trainer_create(self, cfg, trainer):
-        calibration = calibration_of(trainer, num_samples=cfg["fish_num_samples"])
-        scores = calculate_fisher_information(trainer.model, **calibration)
-        add_mask(trainer, create_mask_from_fisher(scores, keep_ratio=cfg["fish_keep_ratio"]))
+        if checkpoint := determine_last_checkpoint(cfg):  # None, unless axolotl is to resume
+            mask = load_mask(checkpoint)
+        else:
+            calibration = calibration_of(trainer, num_samples=cfg["fish_num_samples"])
+            scores = calculate_fisher_information(trainer.model, **calibration)
+            mask = create_mask_from_fisher(scores, keep_ratio=cfg["fish_keep_ratio"])
+        add_mask(trainer, mask)

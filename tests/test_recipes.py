@@ -126,10 +126,15 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, **modules: dict[str, Any]) -> None
         monkeypatch.setitem(sys.modules, module.__name__, module)
 
 
+def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
 def causal_trainer(kind: type[Trainer], folder: Path, **settings: Any) -> Trainer:
     args = TrainingArguments(
-        str(folder), max_steps=2, per_device_train_batch_size=2, report_to=[], use_cpu=True, disable_tqdm=True
-    )
+        str(folder), max_steps=2, save_steps=1, per_device_train_batch_size=2, report_to=[], use_cpu=True,
+        disable_tqdm=True,
+    )  # fmt: skip
     vars(args).update(settings)
     return kind(lora(llama(), init_lora_weights=True), args, train_dataset=Rows(causal_batch()))
 
@@ -139,7 +144,15 @@ def test_the_axolotl_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         def get_input_args(self) -> str | None: ...
         def post_trainer_create(self, cfg: Any, trainer: Any) -> None: ...
 
-    stand_in(monkeypatch, axolotl={}, axolotl__integrations={}, axolotl__integrations__base={"BasePlugin": BasePlugin})
+    resumed: list[str] = []
+    stand_in(
+        monkeypatch,
+        axolotl={},
+        axolotl__integrations={},
+        axolotl__integrations__base={"BasePlugin": BasePlugin},
+        axolotl__utils={},
+        axolotl__utils__train={"determine_last_checkpoint": lambda cfg: resumed[-1] if resumed else None},
+    )
     monkeypatch.syspath_prepend(str(EXAMPLES))
     module = importlib.import_module("axolotl_plugin")
     plugin = module.FishTuningPlugin()
@@ -152,6 +165,13 @@ def test_the_axolotl_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert sum(int(each.sum()) for each in mask.values()) == round(0.25 * sum(each.numel() for each in mask.values()))
     with pytest.raises(ConfigurationError, match="sample_packing=True puts several examples into one row"):
         plugin.post_trainer_create(cfg, causal_trainer(Trainer, tmp_path, sample_packing=True))
+    # Where axolotl resumes, the checkpoint's mask is trained on with, whatever the keys now ask for.
+    resumed.append(str(tmp_path / "checkpoint-1"))
+    again = causal_trainer(Trainer, tmp_path, sample_packing=False)
+    plugin.post_trainer_create({**cfg, "fish_keep_ratio": 0.5}, again)
+    again.train(resume_from_checkpoint=resumed[-1])
+    assert all(torch.equal(get_mask(again.model)[name], mask[name]) for name in mask)
+    assert equal(tensors(again.model), tensors(trainer.model))
     monkeypatch.delitem(sys.modules, "axolotl_plugin")
 
 
@@ -160,13 +180,16 @@ def test_the_llama_factory_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         pass
 
     made: list[Trainer] = []
+    resumed: list[str | None] = [None]
 
-    def run_exp() -> None:  # looks the Trainer up where the workflow does
+    def run_exp(callbacks: list[Any]) -> None:  # looks the Trainer up where the workflow does
         made.append(causal_trainer(sys.modules["llamafactory.train.sft.workflow"].CustomSeq2SeqTrainer, tmp_path))
-        made[0].train()
+        for callback in callbacks:
+            made[-1].add_callback(callback)
+        made[-1].train(resume_from_checkpoint=resumed[-1])
 
-    workflow = {"CustomSeq2SeqTrainer": CustomSeq2SeqTrainer}
     sft: dict[str, Any] = {}
+    workflow = {"CustomSeq2SeqTrainer": CustomSeq2SeqTrainer}
     stand_in(
         monkeypatch,
         llamafactory={},
@@ -177,10 +200,20 @@ def test_the_llama_factory_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     )
     package: Any = sys.modules["llamafactory.train.sft"]
     package.workflow = sys.modules["llamafactory.train.sft.workflow"]
-    run("llama_factory.py")
+    script = run("llama_factory.py")
     mask = get_mask(made[0].model)
     assert made[0].state.global_step == 2
     assert sum(int(each.sum()) for each in mask.values()) == round(0.25 * sum(each.numel() for each in mask.values()))
+    # Resumed, it scores nothing and goes on with the checkpoint's mask, to the same end.
+    resumed.append(str(tmp_path / "checkpoint-1"))
+    monkeypatch.setitem(script["MaskedTrainer"].train.__globals__, "calculate_fisher_information", None)
+    run_exp(callbacks=[script["MaskedOnly"]()])
+    assert equal(tensors(made[1].model), tensors(made[0].model))
+    # Another stage's Trainer is another class.
+    other = causal_trainer(Trainer, tmp_path)
+    other.add_callback(script["MaskedOnly"]())
+    with pytest.raises(SystemExit, match="this stage has a Trainer of its own"):
+        other.train()
 
 
 def test_the_page_quotes_the_scripts_that_are_run() -> None:

@@ -6,6 +6,7 @@ import copy
 import random
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -192,4 +193,35 @@ def test_a_loss_that_is_not_the_models_is_told(
     args = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True, **settings)
     trainer = kind(lora(bert()), args, train_dataset=Rows(classification_batch()), **arguments)
     with pytest.warns(FishTuningWarning, match=message):
+        calibration_of(trainer)
+
+
+@pytest.mark.parametrize(
+    "name", ["llamafactory.train.sft.trainer.CustomSeq2SeqTrainer", "axolotl.core.trainers.base.AxolotlTrainer"]
+)
+def test_other_tools_trainers_that_train_on_the_models_loss_are_known(name: str, tmp_path: Path) -> None:
+    module, _, own = name.rpartition(".")
+
+    def compute_loss(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return Trainer.compute_loss(self, *args, **kwargs)
+
+    kind = type(own, (Trainer,), {"__module__": module, "compute_loss": compute_loss})
+    args = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FishTuningWarning)
+        calibration_of(kind(lora(bert()), args, train_dataset=Rows(classification_batch())))
+    unknown = type("Mine", (kind,), {"__module__": module, "compute_loss": compute_loss})
+    with pytest.warns(FishTuningWarning, match=r"Mine\.compute_loss: the Trainer trains on a loss of its own"):
+        calibration_of(unknown(lora(bert()), args, train_dataset=Rows(classification_batch())))
+    trainer = kind(lora(bert()), args, train_dataset=Rows(classification_batch()))
+    vars(trainer.args)["orpo_alpha"] = 0.1
+    with pytest.warns(FishTuningWarning, match="orpo_alpha: the Trainer trains on a loss of its own"):
+        calibration_of(trainer)
+
+
+def test_packing_is_seen_in_the_collator(tmp_path: Path) -> None:
+    args = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True)
+    trainer = Trainer(lora(bert()), args, train_dataset=Rows(classification_batch()))
+    trainer.data_collator = SimpleNamespace(neat_packing=True)
+    with pytest.raises(ConfigurationError, match="neat_packing=True puts several examples into one row"):
         calibration_of(trainer)

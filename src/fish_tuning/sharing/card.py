@@ -177,8 +177,10 @@ def _is_nobodys(content: bytes) -> bool:
     """
     text = content.decode(errors="replace")
     empty = "# Model Card for Model ID" in text and text.count("[More Information Needed]") > 20
-    told = ("remove this comment", "It has been trained using [TRL](")
-    return empty or ("generated_from_trainer" in text and any(words in text for words in told))
+    # PEFT, which adds to transformers' card, takes its tags away.
+    transformers = "generated automatically according to the information the Trainer had access to" in text
+    trl = "generated_from_trainer" in text and "It has been trained using [TRL](" in text
+    return empty or transformers or trl
 
 
 def _metadata(described: Described, facts: CardFacts) -> str:

@@ -1,5 +1,6 @@
 """Methods that do more while a mask is applied: `save_pretrained` writes it and what the adapter needs to stand alone,
-`push_to_hub` carries them, `set_adapter` reaches its values, and what unloads an adapter takes it off.
+`push_to_hub` carries them, a Trainer's model card gives way to the adapter's, `set_adapter` reaches the mask's values,
+and what unloads an adapter takes it off.
 
 They are attributes of the very objects, so that neither a class nor another model knows of them: copies have their own,
 and when the mask goes, they go.
@@ -42,6 +43,8 @@ def override_methods(model: nn.Module) -> None:
             _override(module, "save_pretrained", _save_pretrained)
             if hasattr(module, "peft_config") and hasattr(type(module), "push_to_hub"):
                 _override(module, "push_to_hub", _push_to_hub)
+            if hasattr(type(module), "create_or_update_model_card"):
+                _override(module, "create_or_update_model_card", _create_or_update_model_card)
         for name in ("merge_and_unload", "unload"):
             if hasattr(type(module), name) and is_masked(module):
                 _override(module, name, _merge_and_unload if name == "merge_and_unload" else _unload)
@@ -171,6 +174,15 @@ def _push_to_hub(self: nn.Module, repo_id: str, **kwargs: Any) -> Any:
     from fish_tuning.sharing.hub import push_model
 
     return push_model(self, repo_id, **kwargs)
+
+
+def _create_or_update_model_card(self: nn.Module, output_dir: str) -> None:
+    """As PEFT's. A Trainer calls it when it has written a card of its own over the adapter's, which comes back."""
+    from fish_tuning.sharing.folder import ADAPTER_CONFIG, complete_adapter
+
+    _original(self, "create_or_update_model_card")(output_dir)
+    if (Path(output_dir) / ADAPTER_CONFIG).is_file() and "default" in getattr(self, "peft_config", {}):
+        complete_adapter(self, output_dir)
 
 
 def _write_masks(model: nn.Module, folder: Path, selected_adapters: Iterable[str] | None) -> None:

@@ -25,6 +25,13 @@ OWN_LOSS = (
     "add_mask(trainer, mask)."
 )
 
+# Trainers of other tools whose compute_loss ends in transformers' own. Where they train on another loss, an argument
+# that is looked at says so: `compute_loss_func`, `orpo_alpha`.
+MODELS_LOSS = {
+    "axolotl.core.trainers.base.AxolotlTrainer",
+    "llamafactory.train.sft.trainer.CustomSeq2SeqTrainer",
+}
+
 
 def calibration_of(trainer: Trainer, num_samples: int = 128) -> dict[str, Any]:
     """Arguments for `calculate_fisher_information` or `calculate_scores` that score what a Trainer trains on.
@@ -97,10 +104,15 @@ def _kind(trainer: Trainer) -> str | None:
 
 def _warn_of_own_loss(trainer: Any) -> None:
     """Where a Trainer trains on another loss than the model's own."""
-    definer = next(each for each in type(trainer).__mro__ if "compute_loss" in vars(each))
+    definer = next(
+        each
+        for each in type(trainer).__mro__
+        if "compute_loss" in vars(each) and f"{each.__module__}.{each.__name__}" not in MODELS_LOSS
+    )
     reasons = {
         f"{definer.__name__}.compute_loss": definer.__module__.split(".")[0]
         not in ("transformers", "trl", "fish_tuning"),
+        "orpo_alpha": bool(getattr(trainer.args, "orpo_alpha", None)),  # axolotl's
         "compute_loss_func": getattr(trainer, "compute_loss_func", None) is not None,
         f"label_smoothing_factor={trainer.args.label_smoothing_factor}": trainer.args.label_smoothing_factor,
     }
@@ -114,8 +126,9 @@ def _warn_of_own_loss(trainer: Any) -> None:
 def _check_rows(trainer: Any) -> None:
     packed = [
         name
-        for name in ("packing", "sample_packing", "padding_free")
-        if getattr(trainer.args, name, False) or getattr(trainer, name, False) is True
+        for name in ("packing", "sample_packing", "padding_free", "neat_packing")
+        if getattr(trainer.args, name, False)
+        or True in (getattr(trainer, name, False), getattr(trainer.data_collator, name, False))
     ]
     if packed:
         raise ConfigurationError(
