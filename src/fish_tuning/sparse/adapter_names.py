@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
 from fish_tuning.errors import MaskError, did_you_mean
@@ -67,6 +66,8 @@ def _adapter_of(model: nn.Module, parts: list[str], adapters: set[str]) -> str |
 
 def _keeps_adapters(model: nn.Module, path: list[str]) -> bool:
     """Whether PEFT has its adapters there by their names: modules and tensors of other places may be called alike."""
+    from peft.tuners._buffer_dict import BufferDict  # which is here already, where a model has adapters
+
     try:
         return isinstance(model.get_submodule(".".join(path)), nn.ModuleDict | nn.ParameterDict | BufferDict)
     except AttributeError:  # a wrapper between, which names leave out

@@ -33,6 +33,7 @@ from fish_tuning.sparse.masked_tensors import (
 )
 from fish_tuning.sparse.sharding import FSDP1, splitting_engine_of, whole_state_dict_of
 
+_SAVING = "_fish_tuning_saving"  # an attribute of a model for as long as it is saved
 _BEFORE = "_fish_tuning_before_"  # holds what the object itself had under the method's name, if anything
 
 
@@ -122,8 +123,12 @@ def _save_pretrained(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if re.fullmatch(r"checkpoint-\d+", folder.name):
             (folder / "trainer_state.json").unlink(missing_ok=True)
         _write_masks(self, folder, given.get("selected_adapters"))
-        with _completed(self, folder, given.get("selected_adapters")):
-            return original(*bound.args, **bound.kwargs)
+        vars(self)[_SAVING] = True
+        try:
+            with _completed(self, folder, given.get("selected_adapters")):
+                return original(*bound.args, **bound.kwargs)
+        finally:
+            vars(self).pop(_SAVING, None)
     return original(*bound.args, **bound.kwargs)
 
 
@@ -181,6 +186,8 @@ def _create_or_update_model_card(self: nn.Module, output_dir: str) -> None:
     from fish_tuning.sharing.folder import ADAPTER_CONFIG, complete_adapter
 
     _original(self, "create_or_update_model_card")(output_dir)
+    if _SAVING in vars(self):
+        return  # PEFT calls it before it writes the adapter, which is completed after that
     if (Path(output_dir) / ADAPTER_CONFIG).is_file() and "default" in getattr(self, "peft_config", {}):
         complete_adapter(self, output_dir)
 
