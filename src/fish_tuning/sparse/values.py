@@ -62,11 +62,17 @@ class Whole(Watched):
         return self
 
 
-class _Settles(Protocol):
+class MaskedGroup(Protocol):
+    """What values and optimizers know of the group of masked tensors that values belong to."""
+
     settled: bool
+    stale: bool
     scattered: bool
     held: bool
     switched: bool
+
+    def write(self) -> None:
+        """Write the values into the tensors."""
 
 
 class Values(Watched, nn.Parameter):
@@ -75,7 +81,7 @@ class Values(Watched, nn.Parameter):
     Optimizers tell matrices from vectors by that, as LoRA+ does and some rules for weight decay.
     """
 
-    masked_group: weakref.ref[_Settles] | None = None
+    masked_group: weakref.ref[MaskedGroup] | None = None
     held = False  # whether somebody has had its `.data`, and may have kept it
 
     def requires_grad_(self, requires_grad: bool = True) -> Values:

@@ -5,7 +5,6 @@ What is read is made once and written once a step. Here is when and how; `masked
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import itertools
 import weakref
@@ -15,18 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 from torch.compiler import is_dynamo_compiling
-from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-from fish_tuning.errors import MaskError
+from fish_tuning.sparse.optimizer_steps import held_by_others, watch_optimizers
+from fish_tuning.sparse.selected_gradients import whole_tensor, whole_tensors
 from fish_tuning.sparse.sharding import is_sharded, whole
-from fish_tuning.sparse.values import DATA, Values, Whole, stop_watching, watch_again
-
-# Groups whose values' memory others may hold, such as an engine that trains a copy of the parameters.
-_held_by_others: weakref.WeakSet[Group] = weakref.WeakSet()
-_AT_ONCE = 2**62
-_OF_WHOLE_MATRICES = {"LoraFAOptimizer", "RiemannianPreconditionedOptimizer", "Muon"}
+from fish_tuning.sparse.values import DATA, Values, Whole, watch_again
 
 
 def entries_digest(entries: Tensor) -> str:
@@ -107,10 +100,7 @@ class MaskedTensor:
         if not copy:
             self.index, self.frozen = index, frozen
         frozen.data.view(-1).index_copy_(0, index.long(), values.detach().flatten().to(frozen.dtype))
-        made = _Selected.apply([index], None, [frozen], values)[0]  # type: ignore[no-untyped-call]
-        if made.grad_fn is not None:
-            made.grad_fn._set_sequence_nr(_AT_ONCE)
-        return made
+        return whole_tensor(index, frozen, values)
 
     def dense_of(self, values: Any) -> Tensor:
         """The whole tensor with these values, in memory of its own."""
@@ -213,7 +203,7 @@ class Group:
 
     def bind(self) -> None:
         """Make the tensors that reads give; each lasts until its parameter moves, thaws or freezes."""
-        _watch_optimizers()
+        watch_optimizers()
         self._join()
         self.with_values = [member for member in self.members if member.values is not None]
         for member in self.members:
@@ -294,7 +284,7 @@ class Group:
         parameters: list[Any] = [member.values for member in self.with_values]
         self.flat, self.one_count = None, False
         if any(values.held for values in parameters):
-            _held_by_others.add(self)
+            held_by_others.add(self)
         for values in parameters:
             values.held = False
         self.held = False
@@ -329,101 +319,3 @@ class Group:
             member.frozen = place.copy_(member.frozen).data  # with a count of changes of its own
         index = torch.cat([member.index + start for member, start in zip(self.members, starts, strict=False)])
         self.joined = memory, index
-
-
-def whole_tensors(
-    indices: list[Tensor], joined: Tensor | None, frozen: list[Tensor], values: list[Any]
-) -> tuple[Tensor, ...]:
-    """The `frozen` tensors, whose gradients at the entries `indices` go to the `values`.
-
-    `joined` are the entries of them all, counted over one tensor after another, where they hand on in one go.
-    """
-    with torch.inference_mode(False), torch.enable_grad():
-        made: tuple[Any, ...] = _Selected.apply(indices, joined, frozen, *values)  # type: ignore[no-untyped-call]
-    # Autograd runs what was made last first; this is to run as soon as it can, and let dense gradients go.
-    made[0].grad_fn._set_sequence_nr(_AT_ONCE)
-    return made
-
-
-class _Selected(torch.autograd.Function):
-    """Whole tensors, of which only the selected entries have a gradient, that of `values`.
-
-    It saves nothing of a forward pass, so one node serves every pass: what it computes depends on positions alone.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, indices: list[Tensor], joined: Tensor | None, frozen: list[Tensor], *values: Tensor
-    ) -> tuple[Tensor, ...]:
-        ctx.indices, ctx.joined, ctx.shapes = indices, joined, [tensor.shape for tensor in values]
-        ctx.set_materialize_grads(False)
-        return tuple(tensor.detach() for tensor in frozen)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        if ctx.joined is not None and all(grad is not None for grad in grads):
-            entries = torch._utils._flatten_dense_tensors(grads).index_select(0, ctx.joined)
-            sizes, shape = [shape[0] for shape in ctx.shapes], ctx.shapes[0][1:]
-            # Unsafe only for who changes one and derives another: autograd need not know that they share memory.
-            return (None, None, None, *torch.unsafe_split_with_sizes(entries.view(-1, *shape), sizes))
-        return (None, None, None, *map(_gathered, grads, ctx.indices, ctx.shapes))
-
-
-def _gathered(grad: Tensor | None, index: Tensor, shape: torch.Size) -> Tensor | None:
-    if grad is None:
-        return None
-    # take() reads any layout in place, where reshape(-1) would copy the whole gradient; index_select is faster.
-    flat = grad.view(-1).index_select(0, index) if grad.is_contiguous() else grad.take(index.long())
-    return flat.view(shape)
-
-
-def _values_of(optimizer: Optimizer) -> tuple[list[Any], set[Group]]:
-    """The masked values that an optimizer trains, and their groups."""
-    parameters, groups = [], set()
-    for held in optimizer.param_groups:
-        for parameter in held["params"]:
-            reference = getattr(parameter, "masked_group", None)
-            group = reference() if reference is not None else None
-            if group is not None:
-                parameters.append(parameter)
-                groups.add(group)
-    return parameters, groups
-
-
-def _before_step(optimizer: Optimizer, *_: Any) -> None:
-    """Refuse what would compute something else of values than of the matrix that they are part of; else let go of them.
-
-    torch takes a parameter of a class of its own some microseconds later than an ordinary one, for each of a step's
-    operations. What is done through `.data` in a step need not be counted: the values are written after it. A read in
-    the middle of it (a closure's) finds its group unsettled, and has them watched again.
-    """
-    name = type(optimizer).__name__
-    parameters, groups = _values_of(optimizer)
-    if name in _OF_WHOLE_MATRICES and groups:
-        raise MaskError(
-            f"{name} computes its steps from whole matrices; of masked tensors it holds selected entries alone. Use "
-            "an optimizer that works entry by entry (AdamW, SGD, LoRA+), or remove_mask(model) first."
-        )
-    for group in groups:
-        group.stale, group.settled = True, False
-    for parameter in parameters:
-        stop_watching(parameter)
-
-
-def _after_step(optimizer: Optimizer, *_: Any) -> None:
-    """After every step of every optimizer of the process."""
-    parameters, groups = _values_of(optimizer)
-    for parameter in parameters:
-        watch_again(parameter)
-    for group in groups:
-        group.write()  # now, because compiled models do not look whether they are out of date
-    for group in _held_by_others:
-        if group not in groups:
-            group.stale, group.settled = True, False
-
-
-@functools.cache
-def _watch_optimizers() -> None:
-    """Once there is something masked. A compiled step leaves these as they are."""
-    register_optimizer_step_pre_hook(torch.compiler.disable(_before_step))
-    register_optimizer_step_post_hook(torch.compiler.disable(_after_step))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fish_tuning.sparse.masked_tensors import small_groups
-from fish_tuning.sparse.whole_tensors import whole_tensors
+from fish_tuning.sparse.selected_gradients import whole_tensors
 
 VALUES = "_values"  # after a masked tensor's name: the parameter that trains in its place
 

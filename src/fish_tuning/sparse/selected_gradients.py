@@ -1,0 +1,64 @@
+"""The node of autograd between a whole tensor and the selected entries of it that train."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Autograd runs what was made last first. This is to run as soon as it can, and let dense gradients go.
+_AT_ONCE = 2**62
+
+
+def whole_tensors(
+    indices: list[Tensor], joined: Tensor | None, frozen: list[Tensor], values: list[Any]
+) -> tuple[Tensor, ...]:
+    """The `frozen` tensors, whose gradients at the entries `indices` go to the `values`.
+
+    `joined` are the entries of them all, counted over one tensor after another, where they hand on in one go.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        made: tuple[Any, ...] = _Selected.apply(indices, joined, frozen, *values)  # type: ignore[no-untyped-call]
+    made[0].grad_fn._set_sequence_nr(_AT_ONCE)
+    return made
+
+
+def whole_tensor(index: Tensor, frozen: Tensor, values: Any) -> Tensor:
+    """One of them alone, for one forward pass: without gradients where the pass asks for none."""
+    made: Any = _Selected.apply([index], None, [frozen], values)[0]  # type: ignore[no-untyped-call]
+    if made.grad_fn is not None:
+        made.grad_fn._set_sequence_nr(_AT_ONCE)
+    return made  # type: ignore[no-any-return]
+
+
+class _Selected(torch.autograd.Function):
+    """Whole tensors, of which only the selected entries have a gradient, that of `values`.
+
+    It saves nothing of a forward pass, so one node serves every pass: what it computes depends on positions alone.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, indices: list[Tensor], joined: Tensor | None, frozen: list[Tensor], *values: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.indices, ctx.joined, ctx.shapes = indices, joined, [tensor.shape for tensor in values]
+        ctx.set_materialize_grads(False)
+        return tuple(tensor.detach() for tensor in frozen)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        if ctx.joined is not None and all(grad is not None for grad in grads):
+            entries = torch._utils._flatten_dense_tensors(grads).index_select(0, ctx.joined)
+            sizes, shape = [shape[0] for shape in ctx.shapes], ctx.shapes[0][1:]
+            # Unsafe only for who changes one and derives another: autograd need not know that they share memory.
+            return (None, None, None, *torch.unsafe_split_with_sizes(entries.view(-1, *shape), sizes))
+        return (None, None, None, *map(_gathered, grads, ctx.indices, ctx.shapes))
+
+
+def _gathered(grad: Tensor | None, index: Tensor, shape: torch.Size) -> Tensor | None:
+    if grad is None:
+        return None
+    # take() reads any layout in place, where reshape(-1) would copy the whole gradient; index_select is faster.
+    flat = grad.view(-1).index_select(0, index) if grad.is_contiguous() else grad.take(index.long())
+    return flat.view(shape)
