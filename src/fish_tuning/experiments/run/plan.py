@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 import math
-import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import torch
-
 from fish_tuning.errors import ConfigurationError, MaskError
-from fish_tuning.experiments.compare.comparisons import near
-from fish_tuning.experiments.config.arm_names import HEAD_ALONE, ArmName, Variant
+from fish_tuning.experiments.config.arm_names import HEAD_ALONE, ArmName
 from fish_tuning.experiments.config.choices import ChoiceConfig
 from fish_tuning.experiments.config.experiment import ExperimentConfig
-from fish_tuning.experiments.config.methods import HEAD_PATTERN, STARTS_AT_ZERO
+from fish_tuning.experiments.config.methods import HEAD_PATTERN
 from fish_tuning.experiments.data.tasks import Task, encode, load_task
-from fish_tuning.experiments.models.base_weights import own_head, settings_of
-from fish_tuning.experiments.models.building import build_meta_model, load_config, load_processing_class, read_config
+from fish_tuning.experiments.models.base_weights import own_head
+from fish_tuning.experiments.models.building import load_config, load_processing_class, read_config
+from fish_tuning.experiments.models.meta_models import MetaModels
 from fish_tuning.experiments.models.peft_methods import check_method, size_text
 from fish_tuning.experiments.models.placement import check_device_map
 from fish_tuning.experiments.models.quantized import (
-    BITSANDBYTES,
     Quantization,
     check_quantized,
     is_installed,
@@ -34,12 +29,12 @@ from fish_tuning.experiments.models.quantized import (
 from fish_tuning.experiments.records.run_record import ArmPlan
 from fish_tuning.experiments.run.adalora import entries_planned
 from fish_tuning.experiments.run.arguments import training_arguments
+from fish_tuning.experiments.run.plan_facts import plan_facts, plan_notes
 from fish_tuning.masks.budgets import matching_names, resolve_budget
 from fish_tuning.masks.create import check_choice
 from fish_tuning.peft_methods import ADALORA, peft_method
 
 HELD_OUT = 0.2  # of the training set, where learning rates are chosen
-RECORDED_PACKAGES = ("fish-tuning", "torch", "transformers", "peft", "datasets")
 # Model types whose position embeddings start after the padding token's number.
 NUMBERED_AFTER_PADDING = (
     "roberta", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm", "camembert", "data2vec-text", "xmod", "mpnet",
@@ -94,11 +89,11 @@ def plan_experiment(config: ExperimentConfig) -> Plan:
     notes = task.check(processing_class, model_config, config.training.max_seq_length)
     if task.processor == "tokenizer" and processing_class is not None:
         _check_length(config, task, processing_class, model_config)
-    models = _Models(config, model_config, task)
+    models = MetaModels(config, model_config, task)
     arms = tuple(_plan_arm(config, arm, models) for arm in _arms(config, task))
     _check_samples(config, len(task.train))
-    facts = MappingProxyType(_facts(config, task, models, quantization))
-    notes = [*notes, *_notes(config, task, arms)]
+    facts = MappingProxyType(plan_facts(config, task, models, quantization))
+    notes = [*notes, *plan_notes(config, task, arms)]
     if not is_installed(quantization):
         notes.append("bitsandbytes is not installed; a run needs it: pip install 'fish-tuning[quantized]'.")
     return Plan(arms, facts, tuple(notes), task, processing_class, model_config, quantization)
@@ -167,25 +162,7 @@ def positions_of(model_config: Any) -> int | None:
     return positions
 
 
-class _Models:
-    """Models without weights, one for each adapter that the arms train or choose from."""
-
-    def __init__(self, config: ExperimentConfig, model_config: Any, task: Task) -> None:
-        self.config, self.model_config, self.task = config, model_config, task
-        self.made: dict[tuple[str, Variant], Any] = {}
-
-    def __call__(self, arm: str) -> Any:
-        section, variant = self.config.method_of(arm), self.config.variant_of(arm)
-        if (section.name, variant) not in self.made:
-            model = build_meta_model(self.config, self.model_config, self.task, section, variant)
-            self.made[section.name, variant] = model
-        return self.made[section.name, variant]
-
-    def settings(self, arm: str) -> Any:
-        return settings_of(self(arm))
-
-
-def _plan_arm(config: ExperimentConfig, arm: str, models: _Models) -> ArmPlan:
+def _plan_arm(config: ExperimentConfig, arm: str, models: MetaModels) -> ArmPlan:
     name = ArmName.parse(arm)
     sizes, settings = _trainable_sizes(models(arm)), _plain(models.settings(arm).to_dict())
     method = config.method_of(arm).method
@@ -230,7 +207,7 @@ def names_outside_pool(config: ExperimentConfig, task: Task, method: str, settin
     ]
 
 
-def _budget(config: ExperimentConfig, name: ArmName, models: _Models, pool: int, dense: int) -> int:
+def _budget(config: ExperimentConfig, name: ArmName, models: MetaModels, pool: int, dense: int) -> int:
     if config.protocol == "fixed_layers":
         return resolve_budget(pool, dense, keep_ratio=float(name.budget))
     if config.protocol == "fixed_count":
@@ -282,120 +259,3 @@ def _plain(value: Any) -> Any:
 
 def _trainable_sizes(model: Any) -> dict[str, int]:
     return {name: parameter.numel() for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-def _facts(config: ExperimentConfig, task: Task, models: _Models, quantization: Quantization | None) -> dict[str, Any]:
-    first = {ArmName.parse(arm).method: arm for arm in reversed(config.arms)}
-    first = {section.name: first[section.name] for section in config.peft if section.name in first}
-    scores = _scores_text(config)
-    return {
-        "task": task.name,
-        "task_kind": task.kind,
-        "metric": task.metric,
-        "train_examples": len(task.train),
-        "validation_examples": len(task.validation),
-        "validation_split": task.validation_split,
-        "columns": list(task.used_columns),
-        "num_labels": task.num_labels,
-        "model_revision": getattr(models.model_config, "_commit_hash", None),
-        "model_type": models.model_config.model_type,
-        **({"quantization": quantization.text} if quantization else {}),
-        **({"device_map": config.model.device_map} if config.model.device_map is not None else {}),
-        "protocol": config.protocol,
-        "adapters": {method: _sizes(config, method, models) for method in first},
-        "target_modules": {method: _targets(models(arm)) for method, arm in first.items()},
-        "init_lora_weights": _starts(config, first),
-        "scores": scores,
-        "num_samples": config.fish_tuning.num_samples,
-        "warmup_steps_before_scoring": {
-            name: config.warmup_steps(config.method_of(arm)) for name, arm in first.items() if name in scores
-        },
-        "device": _device(),
-        "versions": {name: version(name) for name in _recorded_packages(task, quantization)}
-        | {"python": platform.python_version()},
-    }
-
-
-def _starts(config: ExperimentConfig, first: Mapping[str, str]) -> Any:
-    """`init_lora_weights` of the methods' adapters: one where all agree, else each."""
-    starts = {name: config.initialisation(arm) for name, arm in first.items()}
-    taken = {name: start for name, start in starts.items() if start is not None}
-    agree = len({str(start) for start in taken.values()}) < 2
-    return next(iter(taken.values()), None) if agree else taken
-
-
-def _scores_text(config: ExperimentConfig) -> dict[str, str]:
-    """What the entries of each method with masked arms are judged by."""
-    found: dict[str, dict[str, int]] = {}
-    for name in map(ArmName.parse, config.arms):
-        if name.selection is not None:
-            choice = config.choice_of_arm(str(name))
-            found.setdefault(name.method, {})[choice.score] = choice.num_samples
-    return {
-        method: f"{', '.join(scores)} of {next(iter(scores.values()))} examples" for method, scores in found.items()
-    }
-
-
-def _recorded_packages(task: Task, quantization: Quantization | None) -> tuple[str, ...]:
-    trainer = ("trl",) if task.kind == "causal_lm" else ()
-    quantizer = (BITSANDBYTES,) if quantization and quantization.method == BITSANDBYTES else ()
-    return (*RECORDED_PACKAGES, *trainer, *(quantizer if is_installed(quantization) else ()))
-
-
-def _sizes(config: ExperimentConfig, method: str, models: _Models) -> str:
-    """The sizes of a method's adapters, with what they are for where there are several."""
-    arms = [arm for arm in config.arms if ArmName.parse(arm).method == method]
-    dense, masked = (
-        [size_text(models.settings(arm)) for arm in arms if (ArmName.parse(arm).selection is None) == is_dense]
-        for is_dense in (True, False)
-    )
-    if len({*dense, *masked}) > 1:
-        return f"{dense[0]} (dense), {masked[0]} (pool of the masked arms)"
-    return "one size" if (dense or masked)[0] == "-" else (dense or masked)[0]
-
-
-def _targets(model: Any) -> list[str] | str | None:
-    targets = getattr(settings_of(model), "target_modules", None)
-    return sorted(targets) if isinstance(targets, set | list) else targets
-
-
-def _device() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"cpu ({torch.get_num_threads()} threads)"
-
-
-def _notes(config: ExperimentConfig, task: Task, arms: Sequence[ArmPlan]) -> list[str]:
-    notes = []
-    if HEAD_ALONE in config.arms and not task.brings_head:
-        notes.append(f"The arm {HEAD_ALONE} is left out: {task.kind} brings no new head to train.")
-    blind = [
-        section
-        for section in config.peft
-        if peft_method(section.method).takes_init_lora_weights
-        and config.pool_initialisation(section) in STARTS_AT_ZERO
-        and not config.freezes_A(section)
-        and not config.warmup_steps(section)
-    ]
-    if blind:
-        notes.append(
-            "B starts at 0, where every A scores exactly zero: FISH can only choose among B. Leave out "
-            "fish_tuning.warmup_steps=0, or set lora.init_lora_weights to 'pissa'."
-        )
-    if config.protocol == "fixed_count":
-        counts = config.fish_tuning.kept_parameters
-        dense = [arm for arm in arms if arm.selection is None and arm.pool]
-        others = [arm for arm in dense if not any(near(count, [arm.kept]) for count in counts)]
-        if others:
-            sizes = ", ".join(f"{arm.arm} ({arm.kept:,})" for arm in others)
-            notes.append(f"Dense arms of another size than fish_tuning.kept_parameters={counts}: {sizes}.")
-    for arm in arms:
-        if arm.selection is None and arm.kept != arm.pool:
-            notes.append(f"{arm.arm} trains {arm.pool:,} entries at first; its count is of the {arm.kept:,} it keeps.")
-    whole = [arm.arm for arm in arms if arm.selection is not None and arm.kept == arm.pool]
-    if whole:
-        notes.append(
-            f"{', '.join(whole)}: the budget is the whole pool, so nothing is masked. Lower "
-            "fish_tuning.prune_to_ratio_of_baseline, or enlarge the pool with lora.fish_rank or peft.fish_args."
-        )
-    return notes
