@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from fish_tuning.errors import FisherError
 from fish_tuning.scores.batches import Batch, batch_size, changed, on_cpu, trim_padding
@@ -32,6 +33,7 @@ from fish_tuning.scores.reading import read
 
 LossFunction = Callable[[Any, Mapping[str, Tensor]], Tensor]
 UNREAD = 32  # batches whose losses are looked at in one go
+AS_IT_IS = nullcontext()
 
 
 class LossVectors:
@@ -61,10 +63,12 @@ class LossVectors:
         self.takes = _named_inputs(model) if loss_fn else None
         self.takes_positions = "position_ids" in _forward_parameters(model) and not _numbers_positions(model)
 
-    def __call__(self, batch: Batch, first_example: int, parameters: dict[str, Tensor] | None = None) -> list[Tensor]:
+    def __call__(
+        self, batch: Batch, first_example: int, in_place: AbstractContextManager[None] = AS_IT_IS
+    ) -> list[Tensor]:
         """Forward pass and losses; `first_example` numbers the first row, which seeds its drawn labels.
 
-        `parameters` stand in for the model's own, each under every name that a module has it by.
+        `in_place` is entered for the forward pass: it puts other tensors where the model's parameters are.
         """
         if self.rows_per_example > 1:
             batch = changed(batch, lambda key, value: value.flatten(0, 1) if value.dim() else value)
@@ -76,11 +80,18 @@ class LossVectors:
             check_given_classes(self.model, on_cpu(batch, "labels"), first_example)
         with self.autocast.on():
             self.in_forward = True
-            outputs = self._call(parameters, inputs) if parameters else self.model(**inputs)
+            with in_place:
+                outputs = self.model(**inputs)
             self.in_forward = False
             losses = self._losses(outputs, batch, first_example)
         self._finite.append((first_example, torch.stack(losses).detach().isfinite().all(dim=0)))
         return losses
+
+    def of_given_labels(self) -> LossVectors:
+        """Those of the labels that the data has, which warm-up trains on, whatever labels are scored."""
+        other = copy.copy(self)
+        other.fisher_type, other.likelihood, other._finite = "empirical", None, []
+        return other
 
     def check_finite(self, unread: int = 1) -> None:
         """FisherError that names the first example whose loss is not finite, where so many batches are unread."""
@@ -101,10 +112,6 @@ class LossVectors:
             f"The loss of calibration example {example} is not finite, so neither is its Fisher information. "
             f"{why_not_finite(self.model)}"
         )
-
-    def _call(self, parameters: dict[str, Tensor], inputs: Batch) -> Any:
-        # torch's own search for tied weights would restore a module that is registered twice wrongly.
-        return functional_call(self.model, parameters, (), inputs, tie_weights=False)
 
     def trimmed(self, batch: Batch) -> Batch:
         """Without common padding, where the task is known well enough to tell what runs along the tokens."""

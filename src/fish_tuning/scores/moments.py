@@ -107,7 +107,6 @@ def measure_moments(
     with whole_trained_tensors(model):
         model, trainable, target = prepared(model, device)
         scored = LossVectors(model, fisher_type, token_reduction, loss_fn, seed, rows_per_example)
-        trained_on = LossVectors(model, "empirical", token_reduction, loss_fn, seed, rows_per_example)
         scorer = Scorer(
             model, trainable, scored, method, Totals.zeros(trainable, scores_dtype, scores_device, gradients)
         )
@@ -115,7 +114,7 @@ def measure_moments(
         processes = Processes(calibration_dataloader, split_between_processes, target)
         wanted = processes.examples(num_samples)
         batches = calibration_batches(processes.noted(calibration_dataloader), target, wanted, rows_per_example)
-        work = _Work(scorer, trained_on, steps, seed, processes, target, wanted, progress, stacklevel + 1)
+        work = _Work(scorer, scored.of_given_labels(), steps, seed, processes, target, wanted, progress, stacklevel + 1)
         together = _must_go_together(model, processes)
         weights: Scores = {}
         seen, error = 0, None

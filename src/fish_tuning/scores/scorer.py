@@ -6,6 +6,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ from fish_tuning.scores.checks import (
 )
 from fish_tuning.scores.expansion import with_expansion_if_possible
 from fish_tuning.scores.loss_scale import LossScale, Overflow
-from fish_tuning.scores.loss_vectors import LossVectors
+from fish_tuning.scores.loss_vectors import AS_IT_IS, LossVectors
 from fish_tuning.scores.plain_gradients import PlainGradients, Take
 from fish_tuning.scores.precision import full_precision
 from fish_tuning.scores.probes import Probes
@@ -244,14 +245,18 @@ class Scorer:
             parameter.dtype not in (torch.float32, torch.float64) for parameter in self.losses.model.parameters()
         )
 
-    def _forward(self, batch: Batch, first_example: int, in_place: dict[str, Tensor] | None = None) -> list[Tensor]:
+    def _forward(
+        self, batch: Batch, first_example: int, in_place: AbstractContextManager[None] = AS_IT_IS
+    ) -> list[Tensor]:
         def attempt() -> list[Tensor]:
             self.probes.start(batch_size(batch), self._device(), batch)
             return self._losses(batch, first_example, in_place)
 
         return with_expansion_if_possible(attempt, self.probes)
 
-    def _losses(self, batch: Batch, first_example: int, in_place: dict[str, Tensor] | None) -> list[Tensor]:
+    def _losses(
+        self, batch: Batch, first_example: int, in_place: AbstractContextManager[None] = AS_IT_IS
+    ) -> list[Tensor]:
         try:
             losses = self.losses(batch, first_example, in_place)
             if not all(loss.requires_grad for loss in losses):
@@ -275,7 +280,7 @@ class Scorer:
     def by_rules(self, batch: Batch, first_example: int) -> dict[str, str]:
         """Adds the batch by rules that are proven; returns the tensors that nothing was added for, with the reason."""
         self.probes.start(batch_size(batch), self._device(), batch)
-        self.probes.backward(self._losses(batch, first_example, None), self.totals)
+        self.probes.backward(self._losses(batch, first_example), self.totals)
         return dict(self.probes.broken)
 
     def take_gradients(self, batch: Batch, first_example: int, row: int, names: list[str], take: Take) -> None:

@@ -63,6 +63,8 @@ def trains_masked(model: nn.Module) -> bool:
 def trained_names(model: nn.Module) -> set[str]:
     """The masked tensors that train now. One without a selected entry goes with the other tensors of its adapter."""
     flags = {t.name: None if t.masked.values is None else t.masked.values.requires_grad for t in masked_tensors(model)}
+    if not flags:
+        return set()
     adapters = adapters_of(model, flags)
     told = {adapters[name] for name, flag in flags.items() if flag is not None}
     training = {adapters[name] for name, flag in flags.items() if flag}
