@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -65,6 +66,26 @@ def test_the_mask_fits_the_model_of_stock_peft(classifier: Any, adapter: Path, b
 def test_under_another_name_too(classifier: Any, adapter: Path) -> None:
     model = load_adapter(adapter, is_trainable=True, adapter_name="mine")
     assert count_trainable_parameters(model) == count_trainable_parameters(classifier)
+
+
+@pytest.mark.parametrize("bias", ["none", "all"])  # PEFT saves biases without the adapter's name
+@pytest.mark.parametrize("called", ["default", "reviews", "mine"])
+def test_an_adapter_that_was_saved_under_a_name_trains_on(
+    called: str, bias: Literal["none", "all"], base_folder: Path, tmp_path: Path
+) -> None:
+    base = AutoModelForSequenceClassification.from_pretrained(base_folder)
+    config = LoraConfig(task_type="SEQ_CLS", target_modules=["query"], init_lora_weights=False, bias=bias)
+    model: Any = get_peft_model(base, config, adapter_name="reviews")
+    apply_mask(model, random_mask(model, dense=["classifier"]))
+    model.save_pretrained(tmp_path)
+    loaded = load_adapter(tmp_path / "reviews", is_trainable=True, adapter_name=called)
+    assert torch.equal(logits(loaded), logits(model))
+    assert count_trainable_parameters(loaded) == count_trainable_parameters(model)
+    assert sorted(map(_without(called), get_mask(loaded))) == sorted(map(_without("reviews"), get_mask(model)))
+
+
+def _without(adapter: str) -> Callable[[str], str]:
+    return lambda name: name.replace(f".{adapter}.", ".")
 
 
 def test_what_was_frozen_stays_frozen(classifier: Any, adapter: Path) -> None:

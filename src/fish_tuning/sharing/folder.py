@@ -24,6 +24,7 @@ from fish_tuning.files.mask_file import MASK_FILE_NAME, load_mask
 from fish_tuning.sharing.card import CARD, CardFacts, Described, card_text, is_hub_name, users_card
 from fish_tuning.sharing.tasks import task_kind, task_type
 from fish_tuning.sharing.usage import OWN_METHODS, usage
+from fish_tuning.sparse.adapter_names import check_saved_names
 from fish_tuning.sparse.masked_tensors import count_trainable_parameters
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -64,7 +65,7 @@ def complete_adapter(
         facts: what the card is to tell beside what the adapter's own files tell.
 
     Raises:
-        MaskError: there is no adapter, and no delta, in the folder.
+        MaskError: there is no adapter, and no delta, in the folder, or PEFT could not save the adapter under its name.
 
     Example:
         >>> complete_adapter(model, "adapter", processing_class=tokenizer)  # doctest: +SKIP
@@ -76,6 +77,7 @@ def complete_adapter(
     name = facts.base_model or getattr(base, "name_or_path", "") or None
     config = getattr(model, "peft_config", {}).get(adapter_name)
     if config is not None:
+        check_saved_names(model, [adapter_name])
         facts = replace(facts, revision=facts.revision or config.revision)
         _complete_config(folder / ADAPTER_CONFIG, task_type(base, config), facts.revision)
     _write_model_config(base, folder / MODEL_CONFIG)

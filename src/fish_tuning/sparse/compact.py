@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fish_tuning.errors import MaskError
 from fish_tuning.files.atomic import whole_folder
-from fish_tuning.sparse.adapter_names import check_adapter
+from fish_tuning.sparse.adapter_names import check_adapter, check_saved_names
 
 # Starts that change the base model's weights too, which a smaller adapter could not repeat.
 CHANGES_THE_BASE = ("pissa", "olora", "corda", "orthogonal", "loftq", "lora_ga")
@@ -58,6 +58,7 @@ def save_compact_adapter(model: PeftModel, save_directory: str | Path, adapter_n
         {'1': 1}
     """
     check_adapter(model, adapter_name)
+    check_saved_names(model, [adapter_name])
     if reason := why_whole(model, adapter_name):
         raise MaskError(f"The adapter {adapter_name!r} cannot be made smaller: {reason}. Use save_pretrained.")
     factors, others = lora_factors(model, adapter_name)
