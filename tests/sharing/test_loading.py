@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from fake_hub import Hub
 from folders import write_bert
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -136,6 +137,16 @@ def test_damage_is_told(damage: Any, message: str, adapter: Path) -> None:
     damage(adapter)
     with pytest.raises(ConfigurationError, match=message):
         load_adapter(adapter)
+
+
+def test_a_mistyped_folder_gets_its_neighbour(
+    adapter: Path, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ConfigurationError, match=r"There is no folder '.*/adaptr'\. Did you mean 'adapter'\?"):
+        load_adapter(tmp_path / "adaptr")
+    monkeypatch.chdir(tmp_path)  # a name alone may be the hub's, too
+    with pytest.raises(ConfigurationError, match=r"'adaptr' is no folder here, .* Did you mean 'adapter'\?"):
+        load_adapter("adaptr")
 
 
 def test_a_damaged_mask_is_told_where_it_matters(adapter: Path) -> None:
