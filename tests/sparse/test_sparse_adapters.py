@@ -343,7 +343,8 @@ def test_a_folder_whose_mask_is_anothers(tmp_path: Path) -> None:
 def test_a_folder_takes_the_place_of_an_earlier_one(tmp_path: Path) -> None:
     adapter = saved(trained(), tmp_path)
     (tmp_path / "back").mkdir()
-    (tmp_path / "back" / "old").touch()
+    for name in ("adapter_config.json", "README.md"):
+        (tmp_path / "back" / name).touch()
     write_adapter_folder(adapter, tmp_path / "back")
     assert sorted(path.name for path in (tmp_path / "back").iterdir()) == FILES
 

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from fish_tuning.errors import FishTuningWarning, MaskError
+from fish_tuning.files.adapter_folders import check_replaceable
 from fish_tuning.files.atomic import whole_folder
 from fish_tuning.files.mask_file import MASK_FILE_NAME, load_mask, save_mask
 from fish_tuning.files.seeded import find_seed
@@ -106,7 +107,8 @@ def write_adapter_folder(path_or_adapter: str | os.PathLike[str] | SparseAdapter
     wrote of the masked model, byte by byte; stock PEFT loads the folder, and `save_sparse_adapter` takes it. The README
     that PEFT writes beside them is not part of it.
 
-    Raises MaskError when the file is missing, something else, or damaged, or the adapter cannot be rebuilt.
+    Raises MaskError when the file is missing, something else, or damaged, the adapter cannot be rebuilt, or the folder
+    holds something else than an adapter.
 
     Example:
         >>> import tempfile, torch
@@ -124,6 +126,7 @@ def write_adapter_folder(path_or_adapter: str | os.PathLike[str] | SparseAdapter
         ['adapter_config.json', 'adapter_model.safetensors', 'fish_mask.safetensors']
     """
     adapter = path_or_adapter if isinstance(path_or_adapter, SparseAdapter) else load_sparse_adapter(path_or_adapter)
+    check_replaceable(Path(save_directory))
     state = adapter.state_dict()
     with whole_folder(save_directory) as folder:
         write_unmasked(adapter, state, folder)
