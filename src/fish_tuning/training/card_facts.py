@@ -29,6 +29,7 @@ def training_facts(args: TrainingArguments, state: TrainerState, rows: Mapping[s
 
 def data_rows(loader: Any) -> dict[str, str]:
     """How many examples a loader of training data has, where it knows; their name may be nobody else's affair."""
-    with suppress(TypeError):  # of what has no length
-        return {"training data": f"{len(loader.dataset):,} examples"}
+    data: Any = getattr(loader, "dataset", None)
+    with suppress(TypeError, NotImplementedError):  # of what has no length
+        return {"training data": f"{len(data):,} examples"}
     return {}
