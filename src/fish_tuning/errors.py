@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class FishTuningError(Exception):
@@ -38,6 +40,15 @@ def did_you_mean(wrong: str, allowed: Iterable[str]) -> str:
     """` Did you mean 'x'?` with the nearest of `allowed`, or nothing when none is near."""
     near = difflib.get_close_matches(wrong, list(allowed), n=1)
     return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def did_you_mean_beside(path: str | os.PathLike[str]) -> str:
+    """`did_you_mean` for a file or folder that is not there, of those that lie where it should."""
+    wanted = Path(path)
+    try:
+        return did_you_mean(wanted.name, (name for name in os.listdir(wanted.parent) if name != wanted.name))
+    except (OSError, ValueError):  # no folder either, or nothing that can be a path
+        return ""
 
 
 class ProcessesLost(FishTuningError):

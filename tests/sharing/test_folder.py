@@ -16,7 +16,17 @@ from peft import LoraConfig, get_peft_model
 from tiny import Rows, bert, classification_batch, lora, random_mask, vit
 from transformers import AutoTokenizer, Trainer, TrainingArguments
 
-from fish_tuning import CardFacts, FishTuningTrainer, MaskError, apply_mask, complete_adapter, load_mask, remove_mask
+from fish_tuning import (
+    CardFacts,
+    FishMaskCallback,
+    FishTuningTrainer,
+    MaskError,
+    apply_mask,
+    complete_adapter,
+    get_mask,
+    load_mask,
+    remove_mask,
+)
 
 STOCK = """
 import json, sys
@@ -227,7 +237,7 @@ def test_our_own_card_is_renewed(classifier: Any, adapter: Path) -> None:
 
 
 def test_checkpoints_stand_alone(classifier: Any, base_folder: Path, tmp_path: Path) -> None:
-    from fish_tuning import get_mask, load_adapter
+    from fish_tuning import load_adapter
 
     args = TrainingArguments(
         str(tmp_path), max_steps=1, save_steps=1, report_to="none", use_cpu=True, disable_tqdm=True
@@ -254,6 +264,34 @@ def test_checkpoints_stand_alone(classifier: Any, base_folder: Path, tmp_path: P
     assert "runtime" not in card
     resumed = FishTuningTrainer(model, args, mask=load_mask(tmp_path / "checkpoint-1"), train_dataset=rows)
     resumed.train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("kind", [Trainer, FishTuningTrainer])
+def test_what_a_trainer_saves_tells_of_its_training(kind: type[Trainer], classifier: Any, tmp_path: Path) -> None:
+    rows = Rows({key: value % 19 if key == "input_ids" else value for key, value in classification_batch().items()})
+    settings = {"max_steps": 3, "save_steps": 1, "eval_steps": 2, "eval_strategy": "steps", "report_to": "none"}
+    args = TrainingArguments(str(tmp_path), learning_rate=0.01, seed=7, use_cpu=True, disable_tqdm=True, **settings)
+    mask = get_mask(classifier)
+    own: dict[str, Any] = {"callbacks": [FishMaskCallback(mask)]} if kind is Trainer else {"mask": mask}
+    trainer = kind(classifier, args, train_dataset=rows, eval_dataset=rows, **own)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    cards = {name: (tmp_path / name / "README.md").read_text() for name in ("checkpoint-1", "checkpoint-2", "saved")}
+    for name, steps in {"checkpoint-1": 1, "checkpoint-2": 2, "saved": 3}.items():
+        assert f"| training | {steps} steps, learning_rate 0.01, batches of 8, seed 7 |" in cards[name]
+        assert f"| training data | {len(rows)} examples |" in cards[name]
+    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert "## Result" not in cards["checkpoint-1"]  # nothing was measured yet
+    for name, loss in {"checkpoint-2": losses[0], "saved": losses[-1]}.items():
+        assert f"\n\nloss {loss:.4g} on the evaluation set, with one seed." in cards[name]
+    complete_adapter(classifier, tmp_path / "saved", facts=CardFacts(dataset="me/reviews", rows={"training": "mine"}))
+    card = (tmp_path / "saved" / "README.md").read_text()
+    assert "| training | mine |" in card  # what is asked for has the last word
+    assert "on the evaluation set" in card
+    again = kind(classifier, args, train_dataset=rows, eval_dataset=rows, **own)
+    again.train()  # what is told is of the training that ran last
+    classifier.save_pretrained(tmp_path / "again")
+    assert "| training | 3 steps," in (tmp_path / "again" / "README.md").read_text()
 
 
 def test_a_folder_without_an_adapter_is_refused(classifier: Any, tmp_path: Path) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
+from fake_hub import Hub
 from folders import write_bert
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -67,6 +69,26 @@ def test_under_another_name_too(classifier: Any, adapter: Path) -> None:
     assert count_trainable_parameters(model) == count_trainable_parameters(classifier)
 
 
+@pytest.mark.parametrize("bias", ["none", "all"])  # PEFT saves biases without the adapter's name
+@pytest.mark.parametrize("called", ["default", "reviews", "mine"])
+def test_an_adapter_that_was_saved_under_a_name_trains_on(
+    called: str, bias: Literal["none", "all"], base_folder: Path, tmp_path: Path
+) -> None:
+    base = AutoModelForSequenceClassification.from_pretrained(base_folder)
+    config = LoraConfig(task_type="SEQ_CLS", target_modules=["query"], init_lora_weights=False, bias=bias)
+    model: Any = get_peft_model(base, config, adapter_name="reviews")
+    apply_mask(model, random_mask(model, dense=["classifier"]))
+    model.save_pretrained(tmp_path)
+    loaded = load_adapter(tmp_path / "reviews", is_trainable=True, adapter_name=called)
+    assert torch.equal(logits(loaded), logits(model))
+    assert count_trainable_parameters(loaded) == count_trainable_parameters(model)
+    assert sorted(map(_without(called), get_mask(loaded))) == sorted(map(_without("reviews"), get_mask(model)))
+
+
+def _without(adapter: str) -> Callable[[str], str]:
+    return lambda name: name.replace(f".{adapter}.", ".")
+
+
 def test_what_was_frozen_stays_frozen(classifier: Any, adapter: Path) -> None:
     mask = load_mask(adapter)
     frozen = [name for name in mask if ".lora_A." in name]
@@ -115,6 +137,16 @@ def test_damage_is_told(damage: Any, message: str, adapter: Path) -> None:
     damage(adapter)
     with pytest.raises(ConfigurationError, match=message):
         load_adapter(adapter)
+
+
+def test_a_mistyped_folder_gets_its_neighbour(
+    adapter: Path, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ConfigurationError, match=r"There is no folder '.*/adaptr'\. Did you mean 'adapter'\?"):
+        load_adapter(tmp_path / "adaptr")
+    monkeypatch.chdir(tmp_path)  # a name alone may be the hub's, too
+    with pytest.raises(ConfigurationError, match=r"'adaptr' is no folder here, .* Did you mean 'adapter'\?"):
+        load_adapter("adaptr")
 
 
 def test_a_damaged_mask_is_told_where_it_matters(adapter: Path) -> None:

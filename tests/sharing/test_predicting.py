@@ -67,6 +67,25 @@ def test_a_file_of_texts_gets_labels_and_probabilities(classifier: Any, adapter:
     assert [row["id"] for row in rows] == ["0", "1", "2"]
 
 
+@pytest.mark.filterwarnings("error::fish_tuning.FishTuningWarning")
+@pytest.mark.parametrize("answers", [("good", "bad", "fair "), ("3", "-1", "2.5")])
+def test_answers_in_a_column_of_any_name_are_no_second_text(answers: tuple[str, ...], adapter: Path) -> None:
+    rows = [{"mood": answer, "text": text} for answer, text in zip(answers, TEXTS, strict=True)]
+    alone = predict(adapter, [{"text": text} for text in TEXTS])
+    assert [row["probability"] for row in predict(adapter, rows)] == [row["probability"] for row in alone]
+    assert predict(adapter, [{"text": "good"}])[0]["prediction"]  # the only column is the text, whatever it says
+
+
+def test_two_columns_that_nobody_named_are_told(adapter: Path) -> None:
+    rows = [{"title": "plot", "text": "good film"}]
+    with pytest.warns(FishTuningWarning, match=r"'title' and 'text' are read as pairs .* --text-column title"):
+        pair = predict(adapter, rows)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FishTuningWarning)
+        assert predict(adapter, rows, columns=["title", "text"]) == pair
+        assert predict(adapter, rows, columns=["text"]) != pair
+
+
 @pytest.mark.parametrize("suffix", ["json", "jsonl", "txt", "tsv"])
 def test_every_kind_of_file(suffix: str, adapter: Path, tmp_path: Path) -> None:
     file = tmp_path / f"in.{suffix}"
@@ -159,6 +178,23 @@ def test_a_missing_file_is_no_text(adapter: Path, tmp_path: Path) -> None:
     done = invoke("predict", adapter, "good", "--output", tmp_path / "out.xlsx")
     assert "must end with .csv" in done.stderr
     assert text_columns([{"label": "a", "text": "b"}]) == ("text",)
+
+
+def test_a_file_that_is_there_is_not_overwritten(adapter: Path, tmp_path: Path) -> None:
+    (tmp_path / "in.csv").write_text("text\ngood film\n")
+    done = invoke("predict", adapter, tmp_path / "in.csv", "--output", tmp_path / "in.csv")
+    assert (done.exit_code, "in.csv' is there already, and is not overwritten" in done.stderr) == (2, True)
+    assert (tmp_path / "in.csv").read_text() == "text\ngood film\n"
+
+
+def test_a_file_that_may_not_be_read_is_told(adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: Any, **__: Any) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    (tmp_path / "in.csv").write_text("text\ngood film\n")
+    monkeypatch.setattr(Path, "read_text", refused)  # whoever runs the tests may be allowed to read everything
+    with pytest.raises(ConfigurationError, match=r"in.csv' is not readable as csv: .*Permission denied"):
+        read_rows(str(tmp_path / "in.csv"))
 
 
 @pytest.fixture

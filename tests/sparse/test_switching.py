@@ -304,7 +304,7 @@ def test_another_base_is_refused(tmp_path: Path) -> None:
     adapter, expected = one(1, tmp_path)
     small = bert()
     del small.bert.encoder.layer[1]
-    assert_refused(bert(seed=1), adapter, "another base model, None: the weight of 'bert.encoder.layer.0.* has other")
+    assert_refused(bert(seed=1), adapter, "another base model: the weight of 'bert.encoder.layer.0.* has other")
     assert_refused(bert(hidden_size=8), adapter, r"has a weight of the shape \(8, 8\), not \(16, 16\)")
     assert_refused(small, adapter, "it has no layer 'bert.encoder.layer.1.attention.self.query'")
     slightly = bert()

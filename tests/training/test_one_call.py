@@ -277,3 +277,11 @@ def test_scoring_leaves_the_random_state_of_a_shuffled_loader(tmp_path: Path) ->
     before = torch.get_rng_state()
     calculate_fisher_information(model, loader, progress=False)
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_the_card_tells_the_score(tmp_path: Path) -> None:
+    trainer = fish_tune(plain(tmp_path), keep_ratio=0.25, num_samples=8, progress=False)
+    trainer.save_model(str(tmp_path / "saved"))
+    card = (tmp_path / "saved" / "README.md").read_text()
+    assert "| score | fisher, on up to 8 training examples |" in card
+    assert "| training | 4 steps, learning_rate 0.02, batches of 2, seed 42 |" in card

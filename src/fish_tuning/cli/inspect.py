@@ -13,7 +13,7 @@ from fish_tuning.cli.application import app, console, errors_told, tell
 def inspect(
     masks: Annotated[
         list[str],
-        typer.Argument(metavar="MASK_OR_ADAPTER", help="Mask files, sparse deltas, adapter folders or checkpoints."),
+        typer.Argument(metavar="MASK_OR_ADAPTER", help="Mask files, sparse deltas or adapters, folders of adapters."),
     ],
     picture: Annotated[
         str | None, typer.Option("--picture", metavar="FILE.png", help="Draw layers by modules to this file.")

@@ -6,7 +6,7 @@ import hashlib
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,6 +65,11 @@ class CardFacts:
     metric: str | None = None
     value: float | None = None
     result: str = ""
+
+
+def joined(facts: CardFacts, asked: CardFacts) -> CardFacts:
+    """Both, where they differ what was asked for."""
+    return replace(asked, rows={**facts.rows, **asked.rows}, result=asked.result or facts.result)
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,10 @@ from fish_tuning.errors import ConfigurationError, MaskError
 from fish_tuning.files.atomic import write_atomically
 from fish_tuning.files.delta_file import DELTA_FILE_NAME
 from fish_tuning.files.mask_file import MASK_FILE_NAME, load_mask
-from fish_tuning.sharing.card import CARD, CardFacts, Described, card_text, is_hub_name, users_card
+from fish_tuning.sharing.card import CARD, CardFacts, Described, card_text, is_hub_name, joined, users_card
 from fish_tuning.sharing.tasks import task_kind, task_type
 from fish_tuning.sharing.usage import OWN_METHODS, usage
+from fish_tuning.sparse.adapter_names import check_saved_names
 from fish_tuning.sparse.masked_tensors import count_trainable_parameters
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -34,6 +35,7 @@ PROCESSING_FILES = (
     "vocab.txt", "vocab.json", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model",
     "preprocessor_config.json", "processor_config.json",
 )  # fmt: skip
+TOLD = "_fish_tuning_told"  # an attribute of a model: what a Trainer's callback has for the card
 _ONE_OF = ("tokenizer_config.json", "preprocessor_config.json", "processor_config.json")
 
 
@@ -61,21 +63,22 @@ def complete_adapter(
         folder: where the adapter lies.
         adapter_name: which of the model's adapters it is.
         processing_class: the tokenizer or image processor.
-        facts: what the card is to tell beside what the adapter's own files tell.
+        facts: what the card is to tell beside what the adapter's own files and its Trainer tell.
 
     Raises:
-        MaskError: there is no adapter, and no delta, in the folder.
+        MaskError: there is no adapter, and no delta, in the folder, or PEFT could not save the adapter under its name.
 
     Example:
         >>> complete_adapter(model, "adapter", processing_class=tokenizer)  # doctest: +SKIP
     """
     folder, base = Path(folder), base_of(model)
-    facts = facts or CardFacts()
+    facts = joined(getattr(model, TOLD, None) or CardFacts(), facts or CardFacts())
     if not (folder / ADAPTER_CONFIG).is_file() and not (folder / DELTA_FILE_NAME).is_file():
         raise MaskError(f"The folder {str(folder)!r} has neither {ADAPTER_CONFIG} nor {DELTA_FILE_NAME}.")
     name = facts.base_model or getattr(base, "name_or_path", "") or None
     config = getattr(model, "peft_config", {}).get(adapter_name)
     if config is not None:
+        check_saved_names(model, [adapter_name])
         facts = replace(facts, revision=facts.revision or config.revision)
         _complete_config(folder / ADAPTER_CONFIG, task_type(base, config), facts.revision)
     _write_model_config(base, folder / MODEL_CONFIG)

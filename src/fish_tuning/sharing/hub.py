@@ -17,7 +17,7 @@ from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download, snapshot
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils._validators import validate_repo_id
 
-from fish_tuning.errors import ConfigurationError, FishTuningWarning
+from fish_tuning.errors import ConfigurationError, FishTuningWarning, did_you_mean_beside
 from fish_tuning.files.atomic import disk_full, recover_folder, whole_folder
 from fish_tuning.files.delta_file import DELTA_FILE_NAME
 from fish_tuning.files.mask_file import MASK_FILE_NAME, load_mask
@@ -158,19 +158,19 @@ def fetched(folder: str | os.PathLike[str], *, revision: str | None = None, toke
             "folder) makes one, and add_sparse_adapter(model, file) puts it onto its base model."
         )
     if is_local(name) or not is_hub_name(name):
-        raise ConfigurationError(f"There is no folder {name!r}.")
+        raise ConfigurationError(f"There is no folder {name!r}.{did_you_mean_beside(name)}")
     return _snapshot(name, revision, token)
 
 
 def _snapshot(repo_id: str, revision: str | None, token: str | bool | None) -> Path:
-    with _told(f"{repo_id!r} is no folder here, and cannot be read from the hub", token):
+    with _told(f"{repo_id!r} is no folder here, and cannot be read from the hub", token, did_you_mean_beside(repo_id)):
         validate_repo_id(repo_id)
         return Path(snapshot_download(repo_id, revision=revision, token=token))
 
 
 def _check(folder: Path, repo_id: str) -> None:
     if not folder.is_dir():
-        raise ConfigurationError(f"There is no folder {str(folder)!r}.")
+        raise ConfigurationError(f"There is no folder {str(folder)!r}.{did_you_mean_beside(folder)}")
     _check_adapter(folder, shown=str(folder))
     try:
         validate_repo_id(repo_id)
@@ -222,7 +222,7 @@ def _has_users_card(repo_id: str, revision: str | None, token: str | bool | None
 
 
 @contextmanager
-def _told(what: str, token: str | bool | None) -> Iterator[None]:
+def _told(what: str, token: str | bool | None, hint: str = "") -> Iterator[None]:
     """The hub's errors as one of ours, which never tell the token."""
     try:
         yield
@@ -232,4 +232,4 @@ def _told(what: str, token: str | bool | None) -> Iterator[None]:
         reason = " ".join(str(error).split())[:400]
         if isinstance(token, str) and token:
             reason = reason.replace(token, "***")
-        raise ConfigurationError(f"{what}: {reason}") from error
+        raise ConfigurationError(f"{what}: {reason}{hint}") from error

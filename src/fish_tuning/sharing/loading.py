@@ -26,8 +26,9 @@ from fish_tuning.sharing.hub import fetched
 from fish_tuning.sharing.label_numbers import labels_of_head
 from fish_tuning.sharing.reaching import hub_arguments
 from fish_tuning.sharing.usage import OWN_METHODS
-from fish_tuning.sparse.adapter_names import rename_adapter
+from fish_tuning.sparse.adapter_names import check_saved_names, rename_adapter
 from fish_tuning.sparse.applying import apply_mask
+from fish_tuning.sparse.sparse_adapters import mask_adapter_name
 
 _AUTO_CLASSES = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
@@ -121,7 +122,8 @@ def _loaded(
             f"The adapter in {str(path)!r} does not fit {type(base).__name__}: {reason}"
         ) from error
     if is_trainable and (path / MASK_FILE_NAME).is_file():
-        _apply(model, load_mask(path), adapter_name)
+        check_saved_names(model, [adapter_name])
+        _apply(model, load_mask(path), _weights(path), adapter_name)
     return model if is_trainable else model.eval(), random
 
 
@@ -149,13 +151,16 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     return content
 
 
-def _apply(model: Any, mask: Mapping[str, Any], adapter_name: str) -> None:
-    if adapter_name != "default" and not any(name in mask for name, _ in model.named_parameters()):
-        mask = rename_adapter(mask, "default", adapter_name)
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and name not in mask:
-            parameter.requires_grad_(False)  # as it was while the mask was made: a factor that was left at its start
+def _apply(model: Any, mask: Mapping[str, Tensor], weights: Mapping[str, Tensor], adapter_name: str) -> None:
+    names = {name for name, _ in model.named_parameters()}
     try:
+        if not names.issuperset(mask):  # the adapter was called otherwise when it was saved
+            mask = rename_adapter(mask, mask_adapter_name(mask, weights), adapter_name)
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and name not in mask:
+                parameter.requires_grad_(
+                    False
+                )  # as it was while the mask was made: a factor that was left at its start
         apply_mask(model, mask)
     except MaskError as error:
         raise MaskError(f"The mask beside the adapter does not fit it: {error}") from error

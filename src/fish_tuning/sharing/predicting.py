@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,11 @@ import torch
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoTokenizer
 
-from fish_tuning.errors import ConfigurationError
+from fish_tuning.errors import ConfigurationError, FishTuningWarning
 from fish_tuning.sharing.folder import PROCESSING_FILES
 from fish_tuning.sharing.hub import fetched
 from fish_tuning.sharing.loading import base_arguments, load_whole_adapter, read_adapter_config
-from fish_tuning.sharing.rows import IMAGE, Row, has_images, read_image, text_columns
+from fish_tuning.sharing.rows import IMAGE, Row, check_columns, has_images, read_image, text_columns
 from fish_tuning.sharing.sources import adapter_folder
 from fish_tuning.sharing.tasks import task_kind
 
@@ -46,7 +47,8 @@ def predict(
     Args:
         folder: an adapter's folder, a sparse adapter's file, or a repository of the hub.
         rows: with a column of texts, or two for pairs, or a column `image` of image files or PIL images.
-        columns: the columns to read; found from the rows by default.
+        columns: the columns to read; found from the rows by default, where a column of nothing but label names or
+            numbers is none.
         batch_size: rows at a time.
         max_length: tokens that a text is cut to; by default those of `model_max_length` beside the adapter, which an
             experiment sets to its `max_seq_length`, or as many as the model takes.
@@ -57,17 +59,22 @@ def predict(
     Raises:
         ConfigurationError: a model for something else, rows without texts or images, or tensors that are random.
 
+    Warns:
+        FishTuningWarning: two columns are read as pairs of texts that nobody named.
+
     Example:
         >>> predict("adapter", [{"text": "a fine film"}])  # doctest: +SKIP
         [{'text': 'a fine film', 'prediction': 'positive', 'probability': 0.93, ...}]
     """
     images = has_images(rows, columns)
-    names = (IMAGE,) if images else text_columns(rows, columns)
+    if not images:
+        check_columns(rows, columns)
     taken = {name for row in rows for name in row if name == PREDICTION or name.startswith(PROBABILITY)}
     if taken:
         raise ConfigurationError(f"The rows have a column {sorted(taken)[0]!r} already. Rename it, or take it out.")
     with adapter_folder(folder) as path:
         model = load_whole_adapter(path, **loading)
+        names = (IMAGE,) if images else _text_columns(rows, columns, model.config)
         kind = _kind(model.get_base_model(), images, names)
         processor = _processor(AutoImageProcessor if images else AutoTokenizer, path, loading)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -90,6 +97,18 @@ def predict(
                 cut = _cut(model, processor, max_length)
                 found += _classes(model, processor(*texts, return_tensors="pt", padding=True, **cut))
     return [{**row, **prediction} for row, prediction in zip(rows, found, strict=True)]
+
+
+def _text_columns(rows: Sequence[Row], asked: Sequence[str], config: Any) -> tuple[str, ...]:
+    names = text_columns(rows, asked, {str(label) for label in (getattr(config, "id2label", None) or {}).values()})
+    if len(names) == 2 and not asked:
+        warnings.warn(
+            f"The columns {names[0]!r} and {names[1]!r} are read as pairs of texts. If the adapter was trained on one "
+            f"of them, name it: --text-column {names[0]} (in Python columns=[{names[0]!r}]).",
+            FishTuningWarning,
+            stacklevel=3,
+        )
+    return names
 
 
 def _kind(base: Any, images: bool, names: Sequence[str]) -> str:

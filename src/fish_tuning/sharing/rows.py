@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ TEXT = "text"  # the column of a text that has no name
 IMAGE = "image"  # the column of image files
 # Columns of answers, which a file to predict on may have too.
 _ANSWERS = ("label", "labels", "target", "class", "score", "completion", "response", "answer", "output", "id", "idx")
+_NUMBER = re.compile(r"[-+]?\d*\.?\d+")
 
 Row = dict[str, Any]
 
@@ -50,7 +52,7 @@ def read_rows(source: str) -> list[Row]:
         )
     try:
         rows = _parsed(file.read_text(encoding="utf-8-sig"), suffix)
-    except (ValueError, RecursionError, csv.Error) as error:
+    except (OSError, ValueError, RecursionError, csv.Error) as error:
         raise ConfigurationError(f"{source!r} is not readable as {suffix[1:]}: {error}") from error
     if not rows:
         raise ConfigurationError(f"{source!r} has no rows.")
@@ -88,17 +90,28 @@ def read_image(image: Any) -> Any:
         raise ConfigurationError(f"{str(image)!r} is no image that can be read: {error}") from error
 
 
-def text_columns(rows: Sequence[Row], asked: Sequence[str] = ()) -> tuple[str, ...]:
-    """The one or two columns whose texts the model reads: those asked for, else the only ones that can be meant."""
-    found = list(dict.fromkeys(name for row in rows for name in row))
+def check_columns(rows: Sequence[Row], asked: Sequence[str] = ()) -> None:
+    """Refuse columns that are not there, and rows without a text, before a model is loaded to read them."""
+    found = _names(rows)
     for name in asked:
         if name not in found:
             raise ConfigurationError(
                 f"There is no column {name!r}; found: {', '.join(found)}.{did_you_mean(name, found)}"
             )
-    chosen = tuple(asked) or tuple(
-        name for name in found if name.lower() not in _ANSWERS and all(isinstance(row.get(name), str) for row in rows)
-    )
+    if not asked and not _texts(rows):
+        text_columns(rows)
+
+
+def text_columns(rows: Sequence[Row], asked: Sequence[str] = (), labels: Collection[str] = ()) -> tuple[str, ...]:
+    """The one or two columns whose texts the model reads: those asked for, else the only ones that can be meant.
+
+    A column of nothing but `labels`, or of numbers, has the answers, where another has texts.
+    """
+    if asked:
+        check_columns(rows, asked)
+    found, texts = _names(rows), _texts(rows)
+    others = [name for name in texts if not _answers((row[name] for row in rows), labels)]
+    chosen = tuple(asked or others or texts)
     if len(chosen) not in (1, 2):
         raise ConfigurationError(
             f"One or two columns of texts are needed, found {len(chosen)} ({', '.join(chosen) or 'none'}) among "
@@ -111,12 +124,31 @@ def text_columns(rows: Sequence[Row], asked: Sequence[str] = ()) -> tuple[str, .
     return chosen
 
 
+def _names(rows: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(name for row in rows for name in row))
+
+
+def _texts(rows: Sequence[Row]) -> list[str]:
+    """The columns of texts that are not called as answers are."""
+    return [
+        name
+        for name in _names(rows)
+        if name.lower() not in _ANSWERS and all(isinstance(row.get(name), str) for row in rows)
+    ]
+
+
+def _answers(texts: Iterable[str], labels: Collection[str]) -> bool:
+    return all(text.strip() in labels or _NUMBER.fullmatch(text.strip()) for text in texts)
+
+
 def check_output(file: Path) -> None:
-    """Refuse a file to write that could not be written, before anything is predicted."""
+    """Refuse a file to write that could not be written or is there already, before anything is predicted."""
     if file.suffix.lower() not in WRITTEN:
         raise ConfigurationError(f"{str(file)!r} cannot be written: it must end with {', '.join(WRITTEN)}.")
     if not file.absolute().parent.is_dir():
         raise ConfigurationError(f"There is no folder {str(file.parent)!r} to write {file.name!r} to.")
+    if file.exists():  # which may be the very file that is predicted on
+        raise ConfigurationError(f"{str(file)!r} is there already, and is not overwritten. Name another, or remove it.")
 
 
 def written(rows: Sequence[Row], suffix: str) -> str:

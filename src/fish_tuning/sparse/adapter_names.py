@@ -83,6 +83,50 @@ def check_adapter(model: nn.Module, adapter_name: str) -> None:
         )
 
 
+def check_saved_names(model: nn.Module, adapters: Iterable[str]) -> None:
+    """MaskError where PEFT would save one of these adapters in a file that nothing loads; `check_head_name` says why.
+
+    Trained biases of the base model are saved without the adapter's name, as heads are.
+    """
+    for adapter in adapters:
+        for path, module in model.named_modules():
+            heads = getattr(module, "modules_to_save", None)
+            if isinstance(heads, nn.ModuleDict) and adapter in heads:
+                for local, _ in heads[adapter].named_parameters():
+                    check_head_name(f"{path}.modules_to_save.{adapter}.{local}", adapter)
+        if getattr(_config_of(model, adapter), "bias", "none") != "none":
+            biases = [name for name, tensor in model.named_parameters() if tensor.requires_grad and "bias" in name]
+            for name, owner in adapters_of(model, biases).items():
+                if owner is None:
+                    _check_saved_name(name, adapter, "a bias that it trains")
+
+
+def check_head_name(name: str, adapter_name: str, called: str | None = None) -> None:
+    """MaskError where PEFT would lose the tensor `name` of a head, because the adapter has the name of a part of it.
+
+    PEFT takes the adapter's name off the end of every key of its file, those of heads too, which have it no more: an
+    adapter `weight` turns `classifier.weight` into `classifier`, which nothing can load. `called` is the name that the
+    adapter is to have, where that is another than in `name`.
+    """
+    path, of_head, local = name.partition(f".modules_to_save.{adapter_name}.")
+    if of_head:
+        _check_saved_name(f"{path}.{local}", called or adapter_name, "a part of its head")
+
+
+def _check_saved_name(key: str, adapter: str, what: str) -> None:
+    if adapter in key.split(".")[-2:]:
+        raise MaskError(
+            f"An adapter cannot be called {adapter!r} here: {what}, {key!r}, is called so too, and PEFT leaves that "
+            "out of the name in the adapter's file, which then cannot be loaded. Give the adapter another name: "
+            "get_peft_model(base, config, adapter_name='task'), add_sparse_adapter(model, file, 'task')."
+        )
+
+
+def _config_of(model: nn.Module, adapter: str) -> object:
+    configs = [getattr(module, "peft_config", None) for module in model.modules()]
+    return next((config[adapter] for config in configs if isinstance(config, dict) and adapter in config), None)
+
+
 def idle_names(model: nn.Module, names: Iterable[str]) -> set[str]:
     """Those of the tensors `names` whose adapter is not active."""
     return {

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fish_tuning.errors import MaskError, did_you_mean
 from fish_tuning.peft_methods import refusal
-from fish_tuning.sparse.adapter_names import adapters_of, check_adapter, idle_names
+from fish_tuning.sparse.adapter_names import adapters_of, check_adapter, check_saved_names, idle_names
 from fish_tuning.sparse.masked_tensors import (
     LEFT_DENSE,
     NamedMaskedTensor,
@@ -46,7 +46,8 @@ def apply_mask(model: nn.Module, mask: Mapping[str, Tensor]) -> None:
 
     Raises:
         MaskError: unknown names, wrong shapes or dtypes, tensors that are not trainable or that an engine has taken
-            already, or a mask that is applied already to what trains. The model is then unchanged.
+            already, a mask that is applied already to what trains, or an adapter whose name PEFT could not save it
+            under. The model is then unchanged.
 
     Example:
         >>> import torch
@@ -195,6 +196,8 @@ def _check(model: nn.Module, mask: Mapping[str, Tensor]) -> None:
                 f"mask cannot split. Ways out: model.get_parameter({name!r}).requires_grad_(False) before scoring "
                 f"leaves it out of the pool; names_to_exclude=[{name!r}] trains it as a whole."
             )
+    # Before anything is trained that could not be loaded again.
+    check_saved_names(model, dict.fromkeys(adapter for adapter in adapters_of(model, mask).values() if adapter))
 
 
 def _shared_names(model: nn.Module) -> dict[str, list[str]]:

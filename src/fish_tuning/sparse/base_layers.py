@@ -70,8 +70,9 @@ def check_base_layers(base: nn.Module, layers: tuple[Layer, ...], told: object) 
             fault = f"the weight of {name!r} has other entries"
         else:
             continue
+        named = f", {told!r}" if told else ""
         raise MaskError(
-            f"The sparse adapter was trained on another base model, {told!r}: {fault}. Load that base, or pass "
+            f"The sparse adapter was trained on another base model{named}: {fault}. Load that base, or pass "
             "check_base=False to add the adapter all the same."
         )
 

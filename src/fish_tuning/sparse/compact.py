@@ -17,8 +17,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fish_tuning.errors import MaskError
+from fish_tuning.files.adapter_folders import check_replaceable
 from fish_tuning.files.atomic import whole_folder
-from fish_tuning.sparse.adapter_names import check_adapter
+from fish_tuning.sparse.adapter_names import check_adapter, check_saved_names
 
 # Starts that change the base model's weights too, which a smaller adapter could not repeat.
 CHANGES_THE_BASE = ("pissa", "olora", "corda", "orthogonal", "loftq", "lora_ga")
@@ -43,7 +44,8 @@ def save_compact_adapter(model: PeftModel, save_directory: str | Path, adapter_n
 
     Raises:
         MaskError: another PEFT method, DoRA, trained biases, `target_parameters`, grouped convolutions, a start that
-            changes the base weights (PiSSA and its kin), or an adapter without any working component.
+            changes the base weights (PiSSA and its kin), an adapter without any working component, or a folder that
+            holds something else than an adapter.
 
     Example:
         >>> import tempfile, torch
@@ -58,6 +60,8 @@ def save_compact_adapter(model: PeftModel, save_directory: str | Path, adapter_n
         {'1': 1}
     """
     check_adapter(model, adapter_name)
+    check_saved_names(model, [adapter_name])
+    check_replaceable(Path(save_directory))
     if reason := why_whole(model, adapter_name):
         raise MaskError(f"The adapter {adapter_name!r} cannot be made smaller: {reason}. Use save_pretrained.")
     factors, others = lora_factors(model, adapter_name)

@@ -22,7 +22,7 @@ from torch import nn
 
 from fish_tuning.errors import MaskError
 from fish_tuning.files.mask_file import MASK_FILE_NAME, save_mask
-from fish_tuning.sparse.adapter_names import adapters_of, idle_names
+from fish_tuning.sparse.adapter_names import adapters_of, check_saved_names, idle_names
 from fish_tuning.sparse.masked_tensors import (
     LEFT_DENSE,
     get_mask,
@@ -119,6 +119,7 @@ def _save_pretrained(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             "save_pretrained(folder, state_dict=...). A Trainer's save_model does so."
         )
     if given.get("is_main_process", True) and not folder.is_file():
+        check_saved_names(self, _saved_adapters(self, given.get("selected_adapters")))  # others than the masked one too
         # A Trainer's checkpoint counts from the moment that this file is there, which it writes last.
         if re.fullmatch(r"checkpoint-\d+", folder.name):
             (folder / "trainer_state.json").unlink(missing_ok=True)
@@ -166,8 +167,12 @@ def _completed(model: nn.Module, folder: Path, selected_adapters: Iterable[str] 
         return nullcontext()  # a whole model stands alone by itself
     from fish_tuning.sharing.folder import completed
 
-    chosen = list(model.peft_config) if selected_adapters is None else list(selected_adapters)
+    chosen = _saved_adapters(model, selected_adapters)
     return completed(model, folder, {name: "" if name == "default" else name for name in chosen})
+
+
+def _saved_adapters(model: nn.Module, selected_adapters: Iterable[str] | None) -> list[str]:
+    return list(getattr(model, "peft_config", {}) if selected_adapters is None else selected_adapters)
 
 
 def _push_to_hub(self: nn.Module, repo_id: str, **kwargs: Any) -> Any:
@@ -211,10 +216,9 @@ def _saved_folders(
     if not isinstance(model, PeftModel):
         return {"": idle_names(model, names)}  # transformers writes the active adapters, or the whole model
     adapters = adapters_of(model, names)
-    chosen = model.peft_config if selected_adapters is None else selected_adapters
     return {
         "" if adapter == "default" else adapter: {name for name in names if adapters[name] not in (None, adapter)}
-        for adapter in chosen
+        for adapter in _saved_adapters(model, selected_adapters)
     }
 
 

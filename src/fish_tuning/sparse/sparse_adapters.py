@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from fish_tuning.errors import FishTuningWarning, MaskError
+from fish_tuning.files.adapter_folders import check_replaceable
 from fish_tuning.files.atomic import whole_folder
 from fish_tuning.files.mask_file import MASK_FILE_NAME, load_mask, save_mask
 from fish_tuning.files.seeded import find_seed
@@ -33,7 +34,7 @@ from fish_tuning.files.sparse_adapter_file import (
     state_digest,
     write_sparse_adapter,
 )
-from fish_tuning.sparse.adapter_names import adapters_of, check_adapter
+from fish_tuning.sparse.adapter_names import adapters_of, check_adapter, check_head_name
 from fish_tuning.sparse.base_layers import base_layers
 from fish_tuning.sparse.masked_tensors import masked_tensors
 from fish_tuning.sparse.seeded_starts import PROMPT, seeded_bound
@@ -106,7 +107,8 @@ def write_adapter_folder(path_or_adapter: str | os.PathLike[str] | SparseAdapter
     wrote of the masked model, byte by byte; stock PEFT loads the folder, and `save_sparse_adapter` takes it. The README
     that PEFT writes beside them is not part of it.
 
-    Raises MaskError when the file is missing, something else, or damaged, or the adapter cannot be rebuilt.
+    Raises MaskError when the file is missing, something else, or damaged, the adapter cannot be rebuilt, or the folder
+    holds something else than an adapter.
 
     Example:
         >>> import tempfile, torch
@@ -124,6 +126,7 @@ def write_adapter_folder(path_or_adapter: str | os.PathLike[str] | SparseAdapter
         ['adapter_config.json', 'adapter_model.safetensors', 'fish_mask.safetensors']
     """
     adapter = path_or_adapter if isinstance(path_or_adapter, SparseAdapter) else load_sparse_adapter(path_or_adapter)
+    check_replaceable(Path(save_directory))
     state = adapter.state_dict()
     with whole_folder(save_directory) as folder:
         write_unmasked(adapter, state, folder)
@@ -158,29 +161,12 @@ def read_adapter_folder(
     except (SafetensorError, OSError) as error:
         raise MaskError(f"{os.fspath(weights)!r} is not a readable safetensors file: {error}") from error
     mask = load_mask(Path(folder, MASK_FILE_NAME))
-    adapter_name = _adapter_name(mask, state)
+    adapter_name = mask_adapter_name(mask, state)
     for name in {**mask, **(keys or {})}:
         check_head_name(name, adapter_name)
     names = _names_of_keys(mask, state, adapter_name, keys or {})
     seed, tensors = _sparse_tensors(state, mask, names, json.loads(config))
     return SparseAdapter(adapter_name, config, metadata, seed, tensors, base, state_digest(state))
-
-
-def check_head_name(name: str, adapter_name: str, called: str | None = None) -> None:
-    """MaskError where PEFT would lose the tensor `name` of a head, because the adapter has the name of a part of it.
-
-    PEFT takes the adapter's name off the end of every key of its file, those of heads too, which have it no more: an
-    adapter `weight` turns `classifier.weight` into `classifier`, which nothing can load. `called` is the name that the
-    adapter is to have, where that is another than in `name`.
-    """
-    path, of_head, local = name.partition(f".modules_to_save.{adapter_name}.")
-    wanted = called or adapter_name
-    if of_head and wanted in f"{path}.{local}".split(".")[-2:]:
-        raise MaskError(
-            f"An adapter cannot be called {wanted!r} here: a part of its head's {f'{path}.{local}'!r} is called so "
-            "too, and PEFT leaves that part out of the adapter's file, which then cannot be loaded. Give the adapter "
-            "another name: add_sparse_adapter(model, file, 'task'), get_peft_model(base, config, adapter_name='task')."
-        )
 
 
 def _config_text(path: Path) -> str:
@@ -232,8 +218,8 @@ def _keys(model: Any, adapter_name: str) -> dict[str, str]:
     return {name: by_place[place] for name, place in places.items() if place in by_place}
 
 
-def _adapter_name(mask: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
-    """The part of the masked names that PEFT leaves out of the keys of its file."""
+def mask_adapter_name(mask: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
+    """The adapter that a saved mask is of: the part of its names that PEFT leaves out of the keys of its file."""
     for name in mask:
         for part in reversed(name.split(".")):
             if name not in state and key_of(name, part) in state:

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from fish_tuning.errors import MaskError, did_you_mean
 from fish_tuning.files.sparse_adapter_file import SparseAdapter, load_sparse_adapter
-from fish_tuning.sparse.adapter_names import adapter_names, adapters_of, rename_adapter
+from fish_tuning.sparse.adapter_names import adapter_names, adapters_of, check_head_name, rename_adapter
 from fish_tuning.sparse.applying import apply_mask
 from fish_tuning.sparse.base_layers import check_base_layers
-from fish_tuning.sparse.sparse_adapters import check_head_name, write_unmasked
+from fish_tuning.sparse.sparse_adapters import write_unmasked
 
 _STATE = "_fish_tuning_sparse_adapters"
 _OF_THE_BASE = ("base_model_name_or_path", "revision", "inference_mode", "peft_version")

@@ -132,6 +132,9 @@ def fish_tune(
             )
         mask = create_mask_from_fisher(scores, keep_ratio, excluded, num_trainable=num_trainable)
     add_mask(trainer, mask)
+    if checkpoint is None:
+        callback = next(each for each in trainer.callback_handler.callbacks if isinstance(each, FishMaskCallback))
+        callback.rows["score"] = f"{score}, on up to {num_samples} training examples"  # for the adapter's card
     if head_learning_rate is not None:
         set_head_learning_rate(trainer, head_learning_rate)
     trainer.train(resume_from_checkpoint=checkpoint)

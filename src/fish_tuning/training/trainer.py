@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,7 +19,7 @@ from fish_tuning.errors import MaskError
 from fish_tuning.files.atomic import sync_folder, write_atomically
 from fish_tuning.files.mask_file import MASK_FILE_NAME, load_mask, save_mask
 from fish_tuning.sharing.card import CardFacts
-from fish_tuning.sharing.folder import ADAPTER_CONFIG, MODEL_CONFIG, complete_adapter
+from fish_tuning.sharing.folder import ADAPTER_CONFIG, MODEL_CONFIG, TOLD, complete_adapter
 from fish_tuning.sparse.adapter_names import idle_names
 from fish_tuning.sparse.applying import apply_mask, synchronize_mask, take_off_trained
 from fish_tuning.sparse.ddp import together
@@ -35,6 +36,7 @@ from fish_tuning.sparse.sharding import (
     plain_name,
     training_engine_of,
 )
+from fish_tuning.training.card_facts import data_rows, training_facts
 from fish_tuning.training.checkpoints import check_mask, checkpoint_folders, find_fault, last_checkpoint, same_selection
 from fish_tuning.training.head_rate import set_head_learning_rate
 from fish_tuning.training.reporting import report_figures
@@ -75,6 +77,7 @@ class FishMaskCallback(TrainerCallback):
         self.mask = {plain_name(name): selected for name, selected in mask.items()}
         self.reselect_every, self.choose = reselect_every, choose
         self.resumed_from: Path | None = None  # where it is not in the Trainer's own folder
+        self.rows: dict[str, str] = {}  # for the card: how the mask was made, and of which data
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
@@ -98,6 +101,7 @@ class FishMaskCallback(TrainerCallback):
         control: TrainerControl,
         model: Any = None,
         optimizer: Any = None,
+        train_dataloader: Any = None,
         **_: Any,
     ) -> None:
         trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
@@ -135,6 +139,27 @@ class FishMaskCallback(TrainerCallback):
                 "belong to an earlier mask. Leave one of the two out."
             )
         synchronize_mask(model)
+        self.rows |= data_rows(train_dataloader)
+        self._tell(args, state, model)
+
+    def _tell(self, args: TrainingArguments, state: TrainerState, model: Any) -> None:
+        """Have the model know what the card of the adapter tells of this training."""
+        setattr(model, TOLD, training_facts(args, state, self.rows))
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
+    ) -> None:
+        self._tell(args, state, model)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
+    ) -> None:
+        self._tell(args, state, model)  # a checkpoint may follow
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
+    ) -> None:
+        self._tell(args, state, model)
 
     def on_step_end(
         self,
@@ -150,6 +175,8 @@ class FishMaskCallback(TrainerCallback):
             with together():
                 self.mask = replace_mask(model, self._chosen, optimizer)
             synchronize_mask(model)
+        if control.should_save:
+            self._tell(args, state, model)
 
     def _chosen(self, model: nn.Module) -> Mapping[str, Tensor]:
         if self.choose is None:
@@ -302,21 +329,13 @@ class FishTuningTrainer(Trainer):
 
     def _facts(self, asked: Mapping[str, Any]) -> CardFacts:
         """What `create_model_card` was asked to tell, and what this training was."""
-        args, history = self.args, self.state.log_history
-        measured = next((entry for entry in reversed(history) if any(key.startswith("eval_") for key in entry)), {})
-        slow = ("runtime", "samples_per_second", "steps_per_second")
-        told = {k.removeprefix("eval_"): v for k, v in measured.items() if k.startswith("eval_")}
-        figures = [f"{k} {v:.4g}" for k, v in told.items() if isinstance(v, float) and not k.endswith(slow)]
         dataset = asked.get("dataset")
-        return CardFacts(
+        facts = training_facts(self.args, self.state, self._mask_callback.rows)
+        return replace(
+            facts,
             title=asked.get("model_name") or CardFacts.title,
             base_model=asked.get("finetuned_from"),
             dataset=dataset if isinstance(dataset, str) else None,
-            rows={
-                "training": f"{self.state.global_step} steps, learning_rate {args.learning_rate:g}, batches of "
-                f"{args.train_batch_size}, seed {args.seed}"
-            },
-            result=f"{', '.join(figures)} on the evaluation set, with one seed." if figures else "",
         )
 
 

@@ -317,6 +317,11 @@ def _unmasked(folder: Path) -> list[str]:
     return [saved(lora(1, 2), folder / "one"), adapter(folder / "two", None)]
 
 
+def _mistyped(folder: Path) -> list[str]:
+    saved(lora(1, 2), folder / "lora-fish")
+    return [str(folder / "lora-fihs")]
+
+
 def _nothing_kept(folder: Path) -> list[str]:
     return [saved(lora(1, 2), folder / "one"), saved(lora(0, 0), folder / "two")]
 
@@ -325,6 +330,7 @@ def _nothing_kept(folder: Path) -> list[str]:
     ("arguments", "message"),
     [
         (lambda folder: [str(folder / "gone")], "There is no file or folder at '{}/gone'."),
+        (_mistyped, "There is no file or folder at '{}/lora-fihs'. Did you mean 'lora-fish'?"),
         (_empty, "The folder '{}' has neither fish_mask.safetensors nor adapter_model.safetensors."),
         (_of_a_run, "nor adapter_model.safetensors. Folders below have masks, e.g. '{}/run'."),
         (

@@ -271,10 +271,17 @@ def test_the_command_writes_and_tells(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "expected"), [("nothing", "does not exist"), ("", "no readable run"), ("f", "is not a folder")]
+    ("name", "expected"),
+    [
+        ("nothing", "does not exist; name the output folder of an experiment.\n"),
+        ("reslts", "does not exist; name the output folder of an experiment. Did you mean 'results'?"),
+        ("", "no readable run"),
+        ("f", "is not a folder; name the output folder of an experiment.\n"),
+    ],
 )
 def test_wrong_folders_are_exit_code_2_without_a_traceback(tmp_path: Path, name: str, expected: str) -> None:
     (tmp_path / "f").write_text("")
+    (tmp_path / "results").mkdir()
     result = CliRunner().invoke(app, ["report", str(tmp_path / name)], catch_exceptions=False)
     assert result.exit_code == 2
     assert result.stderr.startswith("error: report: ")

@@ -162,6 +162,8 @@ def test_a_pooler_that_was_never_trained_belongs_to_the_head(
     args = said["peft"].get("args", {})
     assert args == ({"modules_to_save": ["classifier", "pooler"]} if reason else {})
     assert (reason or "Linear layers") in draft.text
+    words = " ".join(draft.text.replace("#", " ").split())
+    assert ("in reverse, the head alone, with pooler as it was made." in words) == bool(reason)
     assert plan.arm("lora").dense == 2 * 16 + 2 + (16 * 16 + 16 if reason else 0)
 
 

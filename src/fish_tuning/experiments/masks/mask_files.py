@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fish_tuning.errors import MaskError
+from fish_tuning.errors import MaskError, did_you_mean_beside
 from fish_tuning.files.atomic import recover_folder
 from fish_tuning.files.delta_file import DELTA_FILE_NAME, load_delta
 from fish_tuning.files.mask_file import MASK_FILE_NAME, load_mask
@@ -56,7 +56,7 @@ def _read(file: Path) -> Inspected:
             return _without_mask(file)
         file = found[0]
     elif not file.exists():
-        raise MaskError(f"There is no file or folder at {str(file)!r}.")
+        raise MaskError(f"There is no file or folder at {str(file)!r}.{did_you_mean_beside(file)}")
     kind = kind_of(file)
     if kind is None:
         raise MaskError(

@@ -33,7 +33,7 @@ from fish_tuning.experiments.data.tasks.base import first_present, is_text
 from fish_tuning.experiments.data.tasks.labels import LABEL_COLUMNS
 from fish_tuning.experiments.data.tasks.token_classification import TAG_COLUMNS
 from fish_tuning.experiments.models.building import load_config, load_processing_class, model_to_look_at, read_config
-from fish_tuning.experiments.models.poolers import untrained_poolers
+from fish_tuning.experiments.models.poolers import POOLER, untrained_poolers
 from fish_tuning.experiments.models.targets import head_names, linear_names, target_modules
 from fish_tuning.experiments.run.draft_text import draft_text, listed
 from fish_tuning.experiments.run.plan import HELD_OUT, plan_experiment
@@ -346,7 +346,10 @@ def _ratio(found: _Found) -> tuple[float, str]:
 
 def _describe_rest(found: _Found, task: Task) -> None:
     arms = "Dense, chosen by Fisher information, at random, in reverse"
-    remark = f"{arms}{', the head alone' if task.brings_head else ''}. By another score: its name, as in lora-gain."
+    poolers = [name for name in found.config().peft[0].args.get("modules_to_save") or () if POOLER in name]
+    frozen = f", with {' and '.join(poolers)} as it was made" if poolers else ""
+    head = f", the head alone{frozen}" if task.brings_head else ""
+    remark = f"{arms}{head}. By another score: its name, as in lora-gain."
     if not found.is_asked("protocol"):
         named = [arm for arm in found.config().fish_tuning.methods_to_run if arm != HEAD_ALONE or task.brings_head]
         found.set("fish_tuning.methods_to_run", named, remark)

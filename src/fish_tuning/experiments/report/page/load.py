@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from fish_tuning.errors import ConfigurationError, RecordError
+from fish_tuning.errors import ConfigurationError, RecordError, did_you_mean_beside
 from fish_tuning.experiments.records.run_record import RunRecord
 from fish_tuning.files.sealed_json import read_sealed
 
@@ -49,7 +49,9 @@ def read_experiments(folders: Sequence[Path]) -> tuple[list[Experiment], list[st
     for folder in folders:
         if not folder.is_dir():
             state = "is not a folder" if folder.exists() else "does not exist"
-            raise ConfigurationError(f"report: {folder} {state}; name the output folder of an experiment.")
+            raise ConfigurationError(
+                f"report: {folder} {state}; name the output folder of an experiment.{did_you_mean_beside(folder)}"
+            )
         before = len(notes)
         below = [read_experiment(path, notes) for path in _experiment_folders(folder)]
         if not any(experiment.runs for experiment in below):
