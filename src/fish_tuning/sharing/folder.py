@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,7 +18,7 @@ from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
 
-from fish_tuning.errors import ConfigurationError, MaskError
+from fish_tuning.errors import ConfigurationError, FishTuningWarning, MaskError
 from fish_tuning.files.atomic import write_atomically
 from fish_tuning.files.delta_file import DELTA_FILE_NAME
 from fish_tuning.files.mask_file import MASK_FILE_NAME, load_mask
@@ -66,7 +67,10 @@ def complete_adapter(
         facts: what the card is to tell beside what the adapter's own files and its Trainer tell.
 
     Raises:
-        MaskError: there is no adapter, and no delta, in the folder, or PEFT could not save the adapter under its name.
+        MaskError: there is no adapter, and no delta, in the folder.
+
+    Warns:
+        FishTuningWarning: PEFT loses parts of an adapter of that name when it is loaded.
 
     Example:
         >>> complete_adapter(model, "adapter", processing_class=tokenizer)  # doctest: +SKIP
@@ -78,7 +82,7 @@ def complete_adapter(
     name = facts.base_model or getattr(base, "name_or_path", "") or None
     config = getattr(model, "peft_config", {}).get(adapter_name)
     if config is not None:
-        check_saved_names(model, [adapter_name])
+        _tell_of_lost_names(model, adapter_name)
         facts = replace(facts, revision=facts.revision or config.revision)
         _complete_config(folder / ADAPTER_CONFIG, task_type(base, config), facts.revision)
     _write_model_config(base, folder / MODEL_CONFIG)
@@ -90,6 +94,14 @@ def complete_adapter(
     if users_card(folder / CARD) is None:
         card = card_text(_described(model, base, config, folder), facts)
         write_atomically(folder / CARD, card.encode())
+
+
+def _tell_of_lost_names(model: Any, adapter_name: str) -> None:
+    """Masks are refused beforehand. Of what was trained without one, or lies beside it, nothing is to end here."""
+    try:
+        check_saved_names(model, [adapter_name])
+    except MaskError as error:
+        warnings.warn(f"What PEFT has saved will not load. {error}", FishTuningWarning, stacklevel=3)
 
 
 @contextmanager
