@@ -107,11 +107,11 @@ class Gatherer:
     @torch.no_grad()
     def copy(self, parameter: Any) -> Tensor:
         """The whole of a parameter."""
-        if _is_together(parameter):
-            return parameter.detach().clone()
-        _gather([parameter])
-        copy = parameter.detach().clone()
-        parameter.partition()
+        together = _is_together(parameter)
+        _gather([] if together else [parameter])
+        copy: Tensor = parameter.detach().clone()
+        if not together:
+            parameter.partition()
         return copy
 
     def release_all(self) -> None:
@@ -147,7 +147,7 @@ def _gather(parameters: list[Any]) -> None:
 
 
 def _keep_traces(model: nn.Module, stack: ExitStack) -> None:
-    """What the hooks themselves write down is set back when the stack closes."""
+    """What the hooks themselves write down, and those that would reduce gradients, are back when the stack closes."""
     running: list[nn.Module] = _deepspeed().FWD_MODULE_STACK
     stack.callback(running.__setitem__, slice(None), list(running))  # a pass that failed leaves its modules
     for module in model.modules():
@@ -159,6 +159,12 @@ def _keep_traces(model: nn.Module, stack: ExitStack) -> None:
             stack.callback(_set_back, own["_external_params"], dict(own["_external_params"]))
         if hasattr(module._parameters, "_in_forward"):
             stack.callback(setattr, module._parameters, "_in_forward", module._parameters._in_forward)
+        for number, hook in list(module._backward_hooks.items()):
+            if getattr(hook, "__module__", "").startswith(
+                "deepspeed."
+            ):  # reduces the gradients of a leaf module, of which there are none
+                stack.callback(_set_back, module._backward_hooks, dict(module._backward_hooks))
+                del module._backward_hooks[number]
 
 
 def _set_or_delete(owner: dict[str, Any], name: str, value: Any) -> None:
@@ -187,8 +193,8 @@ def _engines(model: nn.Module) -> list[Any]:
             if parameter is not None and _is_split(parameter) and module not in gathered:
                 raise FisherError(
                     f"{f'{prefix}.{name}'.lstrip('.')!r} is split by {ZERO3}, and no engine gathers it for a forward "
-                    "pass (zero.Init or a Trainer's arguments split it, or DeepCompile took the hooks away). Score what "
-                    "deepspeed.initialize(model=model, config=...) returns, or score a model that is whole."
+                    "pass (zero.Init or a Trainer's arguments split it, or DeepCompile took the hooks away). Score the "
+                    "engine that deepspeed.initialize(model=model, config=...) gives, or a model that is whole."
                 )
     for engine in found.values():
         _check_settings(engine)
@@ -218,7 +224,8 @@ def _check_settings(engine: Any) -> None:
 
 
 def _check_no_gradients(trained: Iterable[Any]) -> None:
-    for optimizer in {id(each._z3_optimizer): each._z3_optimizer for each in trained if hasattr(each, "_z3_optimizer")}.values():
+    optimizers = {id(each._z3_optimizer): each._z3_optimizer for each in trained if hasattr(each, "_z3_optimizer")}
+    for optimizer in optimizers.values():
         if optimizer.micro_step_id > 0 or optimizer._epilogue_ran_this_backward:
             raise FisherError(
                 f"{ZERO3} holds gradients of a step that is not yet done (gradient_accumulation_steps, or backward "
