@@ -283,7 +283,7 @@ ALONE: dict[str, Callable[[], dict[str, Tensor]]] = {
 
 def masked_then(rank: int, folder: Path) -> dict[str, Tensor]:
     """Scores, a mask of them, and training under it, which starts anew and is saved; gives the mask."""
-    mask = create_mask_from_fisher(scored(engine_of(adapted())), keep_ratio=0.1)
+    mask = create_mask_from_fisher(scored(engine_of(adapted())), keep_ratio=0.1, quotas="tensor")
     model = adapted()
     apply_mask(model, mask)
     engine = engine_of(model)
@@ -363,7 +363,7 @@ def test_no_process_ever_holds_the_whole_base(results: list[dict[str, Any]]) -> 
 
 def test_a_mask_of_such_scores_is_trained_as_in_one_process(results: list[dict[str, Any]]) -> None:
     model = adapted()
-    mask = create_mask_from_fisher(scored(model), keep_ratio=0.1)
+    mask = create_mask_from_fisher(scored(model), keep_ratio=0.1, quotas="tensor")
     apply_mask(model, mask)
     optimizer = adamw(model)
     for _ in range(2):

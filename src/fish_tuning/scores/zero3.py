@@ -160,9 +160,8 @@ def _keep_traces(model: nn.Module, stack: ExitStack) -> None:
         if hasattr(module._parameters, "_in_forward"):
             stack.callback(setattr, module._parameters, "_in_forward", module._parameters._in_forward)
         for number, hook in list(module._backward_hooks.items()):
-            if getattr(hook, "__module__", "").startswith(
-                "deepspeed."
-            ):  # reduces the gradients of a leaf module, of which there are none
+            # That of a leaf module reduces its gradients, of which there are none.
+            if str(getattr(hook, "__module__", None)).startswith("deepspeed."):
                 stack.callback(_set_back, module._backward_hooks, dict(module._backward_hooks))
                 del module._backward_hooks[number]
 
@@ -226,7 +225,7 @@ def _check_settings(engine: Any) -> None:
 def _check_no_gradients(trained: Iterable[Any]) -> None:
     optimizers = {id(each._z3_optimizer): each._z3_optimizer for each in trained if hasattr(each, "_z3_optimizer")}
     for optimizer in optimizers.values():
-        if optimizer.micro_step_id > 0 or optimizer._epilogue_ran_this_backward:
+        if optimizer.micro_step_id > 0 or getattr(optimizer, "_epilogue_ran_this_backward", False):
             raise FisherError(
                 f"{ZERO3} holds gradients of a step that is not yet done (gradient_accumulation_steps, or backward "
                 "without step). Score before or after the accumulation of a step, not within."
