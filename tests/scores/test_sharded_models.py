@@ -1,4 +1,4 @@
-"""Two processes score a model that FSDP2 has sharded over them: as one process scores it whole, and it is as it was."""
+"""Two processes score a model that an engine has sharded over them: as one process scores it whole; it is as it was."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from accelerate.data_loader import prepare_data_loader  # type: ignore[import-untyped]
+from engines import NEEDS_DEEPSPEED, adamw, deepspeed_config, deepspeed_on_the_cpu
 from processes import in_two_processes
 from tiny import assert_scores_close, bert, causal_batch, classification_batch, llama, lora, rebatch
 from torch import Tensor, nn
@@ -75,11 +77,64 @@ def looped() -> Any:
     return model
 
 
-def sharded(model: Any, **options: Any) -> Any:
-    for module in list(model.modules()):
-        if isinstance(module, BertLayer | LlamaDecoderLayer):
-            fully_shard(module, **options)
-    return fully_shard(model, **options)
+class Fsdp2:
+    holds = "holds a gradient that FSDP has not reduced"
+
+    @staticmethod
+    def sharded(model: Any, in_bf16: bool = False) -> Any:
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16) if in_bf16 else MixedPrecisionPolicy()
+        for module in list(model.modules()):
+            if isinstance(module, BertLayer | LlamaDecoderLayer):
+                fully_shard(module, mp_policy=policy)
+        return fully_shard(model, mp_policy=policy)
+
+    @staticmethod
+    def part(parameter: Any) -> Tensor:
+        return parameter.to_local()  # type: ignore[no-any-return]
+
+    @staticmethod
+    def gradients(model: Any, batch: Any) -> dict[str, Tensor]:
+        """Of a training's next step, whole."""
+        model(**batch).loss.backward()
+        return {n: p.grad.full_tensor() for n, p in model.named_parameters() if p.grad is not None}
+
+    @staticmethod
+    def accumulating() -> Any:
+        model = Fsdp2.sharded(lora(base()))
+        model.set_requires_gradient_sync(False)
+        model(**BATCH).loss.backward()
+        return model
+
+
+class Zero3:
+    holds = "holds gradients of a step that is not yet done"
+
+    @staticmethod
+    def sharded(model: Any, in_bf16: bool = False) -> Any:
+        config = deepspeed_config(3, stage3_param_persistence_threshold=20)  # some biases above it, some below
+        config["bf16"] = {"enabled": in_bf16}
+        engine, *_ = deepspeed_on_the_cpu().initialize(model=model, optimizer=adamw(model), config=config)
+        return engine
+
+    @staticmethod
+    def part(parameter: Any) -> Tensor:
+        part = parameter.ds_tensor  # filled up by whatever lay in memory
+        return part[: parameter.ds_numel - dist.get_rank() * part.numel()]  # type: ignore[no-any-return]
+
+    @staticmethod
+    def gradients(model: Any, batch: Any) -> dict[str, Tensor]:
+        model.backward(model(**batch).loss)
+        whole = deepspeed_on_the_cpu().utils.safe_get_full_grad
+        return {n: whole(p) for n, p in model.module.named_parameters() if p.requires_grad}
+
+    @staticmethod
+    def accumulating() -> Any:
+        engine = Zero3.sharded(lora(base()))
+        engine.backward(engine(**BATCH).loss)
+        return engine
+
+
+ENGINES: dict[str, Any] = {"FSDP2": Fsdp2, "ZeRO-3": Zero3}
 
 
 def sampler() -> Any:
@@ -127,10 +182,11 @@ PARTS: dict[str, Callable[[int], Any]] = {
 }
 
 
-def traces(model: nn.Module) -> dict[str, Any]:
+def traces(engine: Any, model: nn.Module) -> dict[str, Any]:
     return {
+        "states": [getattr(p, "ds_status", None) for p in model.parameters()],
         "parameters": [(name, id(p), p.requires_grad, p.grad) for name, p in model.named_parameters()],
-        "values": [float(p.to_local().double().sum()) for p in model.parameters()],  # type: ignore[operator]
+        "values": [float(engine.part(p).double().sum()) for p in model.parameters()],
         "modes": [module.training for module in model.modules()],
     }
 
@@ -143,51 +199,48 @@ def message(call: Callable[[], Any]) -> str:
     return "no error"
 
 
-def worker(rank: int, folder: Path) -> dict[str, Any]:
+def worker(rank: int, folder: Path, name_of_engine: str) -> dict[str, Any]:
+    engine = ENGINES[name_of_engine]
     found: dict[str, Any] = {}
     for name, (make, batches, options) in CASES.items():
-        model = sharded(make())
-        before = traces(model)
+        model = engine.sharded(make())
+        before = traces(engine, model)
         found[name] = calculate_fisher_information(model, batches(), **QUIET, **options)
-        assert traces(model) == before, name
+        assert traces(engine, model) == before, name
+
+    def adapter(**options: Any) -> Any:
+        return engine.sharded(lora(base()), **options)
+
     for name, part in PARTS.items():
-        found[name] = calculate_fisher_information(sharded(lora(base())), part(rank), warmup_steps=0, **QUIET)
+        found[name] = calculate_fisher_information(adapter(), part(rank), warmup_steps=0, **QUIET)
     with torch.autocast("cpu", torch.bfloat16):
-        found["autocast"] = calculate_fisher_information(sharded(lora(base())), rebatch(BATCH, 2), **QUIET)
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
-    found["FSDP's own mixed precision"] = calculate_fisher_information(
-        sharded(lora(base()), mp_policy=policy), rebatch(BATCH, 2), **QUIET
-    )
-    model = sharded(adapted())
+        found["autocast"] = calculate_fisher_information(adapter(), rebatch(BATCH, 2), **QUIET)
+    found["in bf16"] = calculate_fisher_information(adapter(in_bf16=True), rebatch(BATCH, 2), **QUIET)
+    model = engine.sharded(adapted())
     gain = calculate_scores(model, rebatch(BATCH, 2), "gain", warmup_steps=2, **QUIET)
     found["gain"], found["mask"] = gain, create_mask_from_fisher(gain, keep_ratio=0.1)
     found["magnitude"] = calculate_scores(model, [], "magnitude", **QUIET)
     found["moments"] = measure_moments(model, rebatch(BATCH, 2), warmup_steps=2, **QUIET).mean_gradients
-    found["trained on"] = trained_on(model, rank)
-    found["rows"] = rows_seen(sharded(lora(base())), rebatch(BATCH, 2) * 4)
-    found["told"] = refusals(rank)
-    return found
-
-
-def trained_on(model: Any, rank: int) -> dict[str, Tensor]:
-    """A step after scoring is that of a model that was never scored."""
     model.train()
-    model(**rebatch(BATCH, 5)[rank]).loss.backward()
-    return {n: p.grad.full_tensor() for n, p in model.named_parameters() if p.grad is not None}
+    found["trained on"] = engine.gradients(model, rebatch(BATCH, 5)[rank])
+    found["rows"] = rows_seen(adapter(), rebatch(BATCH, 2) * 4)
+    found["told"] = refusals(engine, rank)
+    return found
 
 
 def rows_seen(model: Any, batches: Any) -> int:
     """How many rows went through the model while it was scored."""
     seen: list[int] = []
-    head = model.base_model.model.classifier
+    head = next(module for name, module in model.named_modules() if name.endswith("base_model.model.classifier"))
     head.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
     calculate_fisher_information(model, batches, warmup_steps=0, **QUIET)
     return sum(seen)
 
 
-def refusals(rank: int) -> dict[str, str]:
+def refusals(engine: Any, rank: int) -> dict[str, str]:
     def scored(batches: Any, **options: Any) -> str:
-        return message(lambda: calculate_fisher_information(sharded(lora(base())), batches, **QUIET, **options))
+        model = engine.sharded(lora(base()))
+        return message(lambda: calculate_fisher_information(model, batches, **QUIET, **options))
 
     broken = [dict(batch) for batch in rebatch(BATCH, 2)]
     broken[3]["labels"] = broken[3]["labels"] + 100  # process 1's, once rules are proven
@@ -198,9 +251,7 @@ def refusals(rank: int) -> dict[str, str]:
             raise FisherError("no more data")
         yield from rebatch(BATCH, 2)[3:]
 
-    accumulating = sharded(lora(base()))
-    accumulating.set_requires_gradient_sync(False)
-    accumulating(**BATCH).loss.backward()
+    accumulating = engine.accumulating()
     return {
         "broken": scored(broken),
         "different": scored(rebatch(BATCH, 2 + rank)),
@@ -210,9 +261,16 @@ def refusals(rank: int) -> dict[str, str]:
     }
 
 
+@pytest.fixture(scope="module", params=ENGINES)
+def engine(request: pytest.FixtureRequest) -> str:
+    if request.param == "ZeRO-3":
+        pytest.importorskip("deepspeed", reason=NEEDS_DEEPSPEED)
+    return str(request.param)
+
+
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return in_two_processes(worker, tmp_path_factory.mktemp("sharded"))
+def results(engine: str, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return in_two_processes(worker, tmp_path_factory.mktemp("sharded"), engine)
 
 
 @pytest.mark.slow
@@ -239,7 +297,7 @@ def test_low_precision_comes_close(results: list[dict[str, Any]]) -> None:
         alone = calculate_fisher_information(lora(base()), rebatch(BATCH, 2), **QUIET)
     for result in results:
         assert_scores_close(result["autocast"], alone, tolerance=0.05)
-        assert_scores_close(result["FSDP's own mixed precision"], alone, tolerance=0.3)
+        assert_scores_close(result["in bf16"], alone, tolerance=0.3)
 
 
 @pytest.mark.slow
@@ -278,7 +336,7 @@ def test_training_goes_on_as_if_nothing_had_been_scored(results: list[dict[str, 
 
 
 @pytest.mark.slow
-def test_no_process_waits_for_one_that_failed(results: list[dict[str, Any]]) -> None:
+def test_no_process_waits_for_one_that_failed(engine: str, results: list[dict[str, Any]]) -> None:
     told = [result["told"] for result in results]
     assert "Process 1 of 2 failed while scoring: FisherError" in told[0]["broken"]
     assert "label" in told[1]["broken"]
@@ -287,4 +345,4 @@ def test_no_process_waits_for_one_that_failed(results: list[dict[str, Any]]) -> 
     for each in told:
         assert "different batches" in each["different"]
         assert "no process can score it by itself" in each["alone"]
-        assert "holds a gradient that FSDP has not reduced" in each["accumulating"]
+        assert ENGINES[engine].holds in each["accumulating"]

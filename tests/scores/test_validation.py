@@ -198,20 +198,12 @@ def test_numbers_that_are_none(arguments: dict[str, Any]) -> None:
 # Tensors that are no numbers, or elsewhere
 
 
-def test_weights_that_zero_3_has_split_are_named() -> None:
-    """Frozen ones too, which it splits while they are loaded; those that are gathered for the moment are whole."""
+def test_a_part_of_a_tensor_is_named() -> None:
+    """As tensor parallelism leaves one, which no engine gathers."""
     model: Any = lora(bert())
-    frozen = next(parameter for parameter in model.parameters() if not parameter.requires_grad)
-    frozen.ds_id, frozen.ds_shape = 0, frozen.shape
-    whole = frozen.data
-    scored(model, classification_batch())
-    frozen.data = torch.empty(0)
-    with pytest.raises(FisherError, match=r"is sharded: this process holds a part.*ZeRO-3.*save_mask.*FSDP2"):
-        scored(model, classification_batch())
-    frozen.data = whole
     trained = next(parameter for parameter in model.parameters() if parameter.requires_grad)
-    trained.ds_id = 1
-    with pytest.raises(FisherError, match="is sharded: this process holds a part"):
+    trained.full_tensor = trained.detach  # what DTensors are known by
+    with pytest.raises(FisherError, match=r"is sharded: this process holds a part.*save_mask.*FSDP2.*ZeRO-3"):
         scored(model, classification_batch())
 
 

@@ -18,13 +18,13 @@ _AUTOCAST_CODE = torch.autocast("cpu")(lambda: None).__code__  # that of every f
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The module within DistributedDataParallel, DataParallel, `torch.compile` and an FSDP1 that shards nothing."""
+    """The module within DDP, DataParallel, `torch.compile`, a DeepSpeed engine and an FSDP1 that shards nothing."""
     check_not_sharded_by_fsdp1(model)
     while True:
         kinds = {cls.__name__ for cls in type(model).__mro__}
         if "OptimizedModule" in kinds:
             inner = model._orig_mod
-        elif kinds & {"DistributedDataParallel", "DataParallel"} or "FullyShardedDataParallel" in kinds:
+        elif kinds & {"DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "DeepSpeedEngine"}:
             inner = model.module
         else:
             return model
@@ -38,7 +38,7 @@ def check_not_sharded_by_fsdp1(model: nn.Module) -> None:
         if type(module).__name__ == "FullyShardedDataParallel" and strategy.name != "NO_SHARD":
             raise FisherError(
                 f"The model is sharded by FSDP1 ({strategy}), so no process has its whole tensors. Score it before "
-                "it is wrapped, or shard it with FSDP2 (fully_shard)."
+                "it is wrapped, or shard it with FSDP2 (fully_shard) or DeepSpeed ZeRO-3."
             )
 
 

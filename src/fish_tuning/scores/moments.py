@@ -26,7 +26,7 @@ from fish_tuning.scores.prepared import prepared
 from fish_tuning.scores.processes import Processes
 from fish_tuning.scores.scorer import Scorer
 from fish_tuning.scores.scoring_state import random_state_kept, scoring_state
-from fish_tuning.scores.sharded_models import sharded_by_fsdp2, whole_trained_tensors
+from fish_tuning.scores.sharded_models import gathered_layer_by_layer, whole_trained_tensors
 from fish_tuning.scores.totals import Scores, Totals
 from fish_tuning.scores.validation import check_arguments, check_rows_per_example, check_warmup, device_errors_explained
 from fish_tuning.scores.warmup import WARMUP_EXAMPLES, warmed_up, warmup_steps_needed
@@ -155,7 +155,8 @@ class _Work:
 
 def _must_go_together(model: nn.Module, processes: Processes) -> bool:
     """Whether the model lies on several processes, so that none can pass it alone; FisherError where this one is to."""
-    sharded = sharded_by_fsdp2(model) and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    sharded = several and gathered_layer_by_layer(model)
     if sharded and processes.number == 1:
         raise FisherError(
             "split_between_processes=False: the model is sharded, so no process can score it by itself. Leave it out, "

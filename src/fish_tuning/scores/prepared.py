@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fish_tuning.scores.bare_model import unwrapped
-from fish_tuning.scores.sharded_models import sharded_by_fsdp2
+from fish_tuning.scores.sharded_models import gathered_layer_by_layer
 from fish_tuning.scores.validation import check_model
 
 
@@ -36,6 +36,6 @@ def prepared(model: nn.Module, device: torch.device | str | None = None) -> Prep
 
 def move(model: nn.Module, device: torch.device | str) -> None:
     """Move the model to `device`, unless it stays where it was loaded: one in parts, sharded, or in 8 bits."""
-    stays = hasattr(model, "hf_device_map") or getattr(model, "is_loaded_in_8bit", False) or sharded_by_fsdp2(model)
-    if not stays:
+    in_parts = hasattr(model, "hf_device_map") or gathered_layer_by_layer(model)
+    if not in_parts and not getattr(model, "is_loaded_in_8bit", False):
         model.to(device)

@@ -1,136 +1,83 @@
-"""Models that FSDP2 has sharded: what trains is whole while it is scored, all else comes layer by layer as ever."""
+"""Models that an engine gathers layer by layer: what trains is whole while it is scored, all else comes as ever."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Protocol
 
-import torch
 from torch import Tensor, nn
 
-from fish_tuning.errors import FisherError
-from fish_tuning.sparse.sharding import is_sharded, whole
+from fish_tuning.scores.fsdp2 import Fsdp2
+from fish_tuning.scores.zero3 import Zero3
+from fish_tuning.sparse.sharding import engine_of
 
 
-def sharded_by_fsdp2(model: nn.Module) -> bool:
-    """Whether `fully_shard` has been called on the model or a part of it."""
-    return any(_state_of(module) is not None for module in model.modules())
+class LayerByLayer(Protocol):
+    """An engine that leaves each process a part of every tensor, and gathers a layer's for its passes."""
+
+    @property
+    def name(self) -> str:
+        """As `engine_of` tells it."""
+
+    def gathers(self, module: nn.Module) -> bool:
+        """Whether it gathers tensors when this module is called."""
+
+    def only_frozen(self, model: nn.Module, trained: Sequence[nn.Parameter]) -> AbstractContextManager[list[Tensor]]:
+        """Until this is left, it gathers the frozen rest and looks after no other; gives whole copies of `trained`.
+
+        All processes enter this, and do the same passes inside. FisherError where the engine cannot do so, or holds
+        gradients of an unfinished step.
+        """
+
+
+ENGINES: tuple[LayerByLayer, ...] = (Fsdp2(), Zero3())
+
+
+def gathered_layer_by_layer(model: nn.Module) -> bool:
+    """Whether an engine has left each process a part of the model, or of a module of it."""
+    return _engine(model) is not None
 
 
 def is_gathered(module: nn.Module) -> bool:
-    """Whether FSDP2 gathers this module's tensors when it is called, which it cannot be within a backward pass."""
-    return any(_state_of(each) is not None for each in module.modules())
+    """Whether calling this module gathers tensors, which cannot be within a backward pass: others may not be there."""
+    return any(engine.gathers(module) for engine in ENGINES)
 
 
 @contextmanager
 def whole_trained_tensors(model: nn.Module) -> Iterator[None]:
     """Every tensor that trains is whole and an ordinary parameter, on every process, until this is left.
 
-    FSDP is not told of them meanwhile: it gathers the frozen rest for each layer's forward and backward pass, and has
-    no gradient to reduce. All processes must enter this, and do the same passes inside. A model that is not sharded by
-    FSDP2 is left alone.
+    The engine is not told of them meanwhile: it gathers the frozen rest for each layer's forward and backward pass, and
+    has no gradient to reduce. All processes must enter this, and do the same passes inside. A model that no engine
+    gathers layer by layer is left alone.
 
-    Raises FisherError where gradients of an unfinished step lie on what FSDP has gathered.
+    Raises FisherError where the engine cannot do so, or holds gradients of an unfinished step.
     """
-    if not sharded_by_fsdp2(model):
+    engine = _engine(model)
+    if engine is None:
         yield
         return
-    roots = _roots(model)
-    for root in roots:
-        _state_of(root)._lazy_init()  # it goes by what trains, so it comes before that is taken out
-    _reshard(model)
+    slots = _slots_of_trained(model, engine.name)
     with ExitStack() as stack:
-        try:
-            _take_out(model, stack)
-            yield
-        except BaseException:
-            for root in roots:
-                if hasattr(root, "reset_iter_state"):  # newer versions of torch
-                    root.reset_iter_state()
-            raise
-        finally:
-            _reshard(model)
+        copies = stack.enter_context(engine.only_frozen(model, list(slots)))
+        for (parameter, places), copy in zip(slots.items(), copies, strict=True):
+            ordinary = nn.Parameter(copy)
+            for module, name in places:
+                stack.callback(module._parameters.__setitem__, name, parameter)
+                module._parameters[name] = ordinary
+        yield
 
 
-def _take_out(model: nn.Module, stack: ExitStack) -> None:
-    slots: dict[int, list[tuple[nn.Module, str]]] = {}
-    trained: dict[int, Any] = {}
+def _engine(model: nn.Module) -> LayerByLayer | None:
+    return next((engine for engine in ENGINES if engine.gathers(model)), None)
+
+
+def _slots_of_trained(model: nn.Module, engine: str) -> dict[nn.Parameter, list[tuple[nn.Module, str]]]:
+    """Every place of each tensor that trains and that the engine has taken."""
+    slots: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
-            if parameter is not None and parameter.requires_grad and is_sharded(parameter):
-                trained[id(parameter)] = parameter
-                slots.setdefault(id(parameter), []).append((module, name))
-    dtypes: dict[int, torch.dtype] = {}
-    for group in _groups(model):
-        own = {id(each.sharded_param): each for each in group.fsdp_params}
-        dtypes |= {key: each.param_dtype or each.orig_dtype for key, each in own.items()}
-        left = [each for key, each in own.items() if key not in trained]
-        if len(left) < len(own):
-            _check_no_gradients(own[key] for key in own.keys() & trained.keys())
-            stack.callback(setattr, group, "fsdp_params", group.fsdp_params)
-            group.fsdp_params = left
-        if not left:
-            group.unshard = _nothing
-            stack.callback(delattr, group, "unshard")
-    for key, parameter in trained.items():
-        gathered = whole(parameter.detach()).clone().to(dtypes.get(key, parameter.dtype))
-        ordinary = nn.Parameter(gathered)
-        for module, name in slots[key]:
-            stack.callback(module._parameters.__setitem__, name, parameter)
-            module._parameters[name] = ordinary
-
-
-def _nothing(*_: Any, **__: Any) -> None:
-    """Of a group that is all taken out, there is nothing to gather."""
-
-
-def _check_no_gradients(parameters: Any) -> None:
-    for each in parameters:
-        unsharded: Tensor | None = getattr(each, "_unsharded_param", None)
-        if each.unsharded_accumulated_grad is not None or (unsharded is not None and unsharded.grad is not None):
-            raise FisherError(
-                f"{each._param_fqn!r} holds a gradient that FSDP has not reduced (set_requires_gradient_sync(False)). "
-                "Score before or after the accumulation of a step, not within."
-            )
-
-
-def _state_of(module: nn.Module) -> Any:
-    """FSDP2's record of a module that it was called on; None for others."""
-    get = getattr(module, "_get_fsdp_state", None)
-    return get() if get is not None else None
-
-
-def _roots(model: nn.Module) -> list[Any]:
-    """The outermost modules that `fully_shard` was called on."""
-    found: list[Any] = []
-
-    def look(module: nn.Module) -> None:
-        if _state_of(module) is not None:
-            found.append(module)
-            return
-        for child in module.children():
-            look(child)
-
-    look(model)
-    return found
-
-
-def _groups(model: nn.Module) -> Iterator[Any]:
-    """FSDP's groups of parameters, which it gathers together."""
-    seen: set[int] = set()
-    for module in model.modules():
-        state = _state_of(module)
-        if state is None:
-            continue
-        several = getattr(state, "_fsdp_param_groups", None)  # before torch 2.13 there was one
-        for group in [state._fsdp_param_group] if several is None else several:
-            if group is not None and id(group) not in seen:
-                seen.add(id(group))
-                yield group
-
-
-def _reshard(model: nn.Module) -> None:
-    for module in model.modules():
-        if _state_of(module) is not None:
-            module.reshard()  # type: ignore[operator]
+            if parameter is not None and parameter.requires_grad and engine_of(parameter) == engine:
+                slots.setdefault(parameter, []).append((module, name))
+    return slots

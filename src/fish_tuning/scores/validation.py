@@ -17,7 +17,7 @@ from fish_tuning.scores.loss_vectors import LossFunction
 from fish_tuning.scores.losses import FisherType, TokenReduction
 from fish_tuning.scores.quantized import check_unpacked
 from fish_tuning.sparse.masked_tensors import trains_masked
-from fish_tuning.sparse.sharding import FSDP2, ZERO3, engine_of, full_shape
+from fish_tuning.sparse.sharding import FSDP2, ZERO3, engine_of
 
 SCORES_DTYPES = (torch.float32, torch.float64, torch.bfloat16)  # float16 has no room for small squares
 SEEDS = range(-(2**62), 2**62)  # leaves room for a generator of its own for each example
@@ -84,13 +84,12 @@ def check_model(model: nn.Module, trainable: Mapping[str, nn.Parameter]) -> None
         raise FisherError(
             "The model has a mask applied; its tensors cannot be scored as a whole. Call remove_mask(model) first."
         )
-    for name, parameter in model.named_parameters():
-        if _is_a_part(parameter, scored=name in trainable):
+    for name, parameter in trainable.items():
+        if engine_of(parameter) in (FSDP2, ZERO3):
             raise FisherError(
-                f"{name!r} is sharded: this process holds a part of it. Score the model before DeepSpeed (whose ZeRO-3 "
-                "splits weights while they are loaded, where TrainingArguments or zero.Init name it) or tensor "
-                "parallelism shards it, save_mask, and train with that mask; or shard it with FSDP2 (fully_shard). "
-                "Under torchrun or accelerate launch each process then scores its share of the examples."
+                f"{name!r} is sharded: this process holds a part of it. Score the model before tensor parallelism "
+                "shards it, save_mask, and train with that mask; or shard it with FSDP2 (fully_shard) or DeepSpeed "
+                "ZeRO-3. Under torchrun or accelerate launch each process then scores its share of the examples."
             )
     check_unpacked(model)
     offloaded = any(hasattr(module, "_hf_hook") for module in model.modules())  # its weights come when they are needed
@@ -99,13 +98,6 @@ def check_model(model: nn.Module, trainable: Mapping[str, nn.Parameter]) -> None
             raise FisherError(
                 f"{name!r} is on the meta device: it has a shape, but no values. Load the model's weights first."
             )
-
-
-def _is_a_part(parameter: nn.Parameter, *, scored: bool) -> bool:
-    """Whether a process has a part of what is scored, or of what ZeRO-3 would not gather for a pass by itself."""
-    if scored:
-        return engine_of(parameter) in (FSDP2, ZERO3)
-    return engine_of(parameter) == ZERO3 and parameter.numel() != full_shape(parameter).numel()
 
 
 @contextmanager
