@@ -61,6 +61,21 @@ def test_stock_libraries_load_what_was_saved(tmp_path: Path) -> None:
     assert_same_tensors(BertForSequenceClassification.from_pretrained(tmp_path / "whole").state_dict(), tensors(whole))
 
 
+def test_what_an_engine_leaves_out_of_its_state_dict_for_lack_of_entries_is_saved(tmp_path: Path) -> None:
+    model, mask = lora(bert()), {}
+    for number, (name, selected) in enumerate(random_mask(model, dense=["classifier"]).items()):
+        mask[name] = selected & bool(number % 2)
+    apply_mask(model, mask)
+    model.save_pretrained(tmp_path / "whole")
+    for parameter in model.parameters():
+        parameter.ds_id = 0  # what ZeRO-3 knows a parameter by; it consolidates these and no other tensor
+    model.save_pretrained(tmp_path / "given", state_dict=dict(model.named_parameters()))
+    assert_same_tensors(*(load_file(tmp_path / each / "adapter_model.safetensors") for each in ("given", "whole")))
+    trained = {name: tensor for name, tensor in model.named_parameters() if "lora_" not in name}
+    with pytest.raises(MaskError, match=r"state_dict has no .*so what has been trained would not be saved"):
+        model.save_pretrained(tmp_path / "short", state_dict=trained)
+
+
 def test_without_a_mask_there_is_no_file(tmp_path: Path) -> None:
     model, _ = masked_lora()
     own = vars(model).keys()

@@ -109,9 +109,9 @@ def _save_pretrained(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             f"({whole_state_dict_of(FSDP1)}) into a model that is not wrapped, and save that; or use FSDP2."
         )
     if others.get("state_dict") is not None:
+        others["state_dict"] = with_whole_tensors(self, others["state_dict"])
         if given.get("is_main_process", True):
             _check_complete(self, others["state_dict"])
-        others["state_dict"] = with_whole_tensors(self, others["state_dict"])
     elif engine := splitting_engine_of(self, though_gathered=False):
         raise MaskError(
             f"The model is split by {engine}, so this process has only a part of what is to be saved. On every "
@@ -144,10 +144,16 @@ def _check_complete(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
 
 
 def with_whole_tensors(model: nn.Module, state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """A state dict of whole tensors, where an engine that gathers parameters has put the selected entries alone."""
+    """A state dict of whole tensors, where an engine that gathers parameters has put the selected entries alone.
+
+    A tensor without a selected entry has no parameter, so such an engine leaves it out.
+    """
     made = dict(state_dict)
+    trained = trained_names(model) if splitting_engine_of(model) else set()
     for tensor in masked_tensors(model):
         stored = made.get(tensor.name)
+        if stored is None and tensor.masked.values is None and tensor.name in trained:
+            made[tensor.name] = tensor.frozen.detach().clone()
         if stored is None or stored.shape == tensor.masked.shape:
             continue
         if stored.numel() != len(tensor.masked.index):
