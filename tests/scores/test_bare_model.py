@@ -17,7 +17,7 @@ from tiny import Batch, Rows, assert_scores_close, bert, causal_batch, classific
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
-from fish_tuning import FisherError, apply_mask, calculate_fisher_information, create_mask_from_fisher
+from fish_tuning import apply_mask, calculate_fisher_information, create_mask_from_fisher
 from fish_tuning.scores.bare_model import unwrapped, without_mixed_precision
 
 
@@ -132,23 +132,3 @@ def test_compiled_layers_are_run_as_they_are_written() -> None:
     model(**batch)
     scores = scored(model, batch)
     assert_scores_close({name.replace("_orig_mod.", ""): score for name, score in scores.items()}, before)
-
-
-class FullyShardedDataParallel(nn.Module):
-    """The one thing about torch's own that tells whether a process has its whole tensors."""
-
-    def __init__(self, module: nn.Module, strategy: str) -> None:
-        super().__init__()
-        self.module = module
-        self.sharding_strategy = torch.distributed.fsdp.ShardingStrategy[strategy]
-
-
-def test_fsdp_is_scored_only_where_nothing_is_sharded() -> None:
-    model = lora(bert())
-    assert unwrapped(FullyShardedDataParallel(model, "NO_SHARD")) is model
-    with pytest.raises(FisherError, match=r"sharded by FSDP1 \(ShardingStrategy.FULL_SHARD\).*fully_shard"):
-        scored(FullyShardedDataParallel(model, "FULL_SHARD"), classification_batch())
-    layers = model.base_model.model.bert.encoder.layer
-    layers[0] = FullyShardedDataParallel(layers[0], "FULL_SHARD")
-    with pytest.raises(FisherError, match="sharded by FSDP1"):
-        scored(model, classification_batch())

@@ -12,34 +12,20 @@ import torch
 from accelerate.utils.operations import ConvertOutputsToFp32  # type: ignore[import-untyped]
 from torch import nn
 
-from fish_tuning.errors import FisherError
-
 _AUTOCAST_CODE = torch.autocast("cpu")(lambda: None).__code__  # that of every function under an autocast decorator
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The module within DDP, DataParallel, `torch.compile`, a DeepSpeed engine and an FSDP1 that shards nothing."""
-    check_not_sharded_by_fsdp1(model)
+    """The module within DDP, DataParallel, `torch.compile` and a DeepSpeed engine."""
     while True:
         kinds = {cls.__name__ for cls in type(model).__mro__}
         if "OptimizedModule" in kinds:
             inner = model._orig_mod
-        elif kinds & {"DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "DeepSpeedEngine"}:
+        elif kinds & {"DistributedDataParallel", "DataParallel", "DeepSpeedEngine"}:
             inner = model.module
         else:
             return model
         model = inner  # type: ignore[assignment]
-
-
-def check_not_sharded_by_fsdp1(model: nn.Module) -> None:
-    """FisherError for a part of a model whose tensors FullyShardedDataParallel has put into flat ones, and split."""
-    for module in model.modules():
-        strategy: Any = getattr(module, "sharding_strategy", None)
-        if type(module).__name__ == "FullyShardedDataParallel" and strategy.name != "NO_SHARD":
-            raise FisherError(
-                f"The model is sharded by FSDP1 ({strategy}), so no process has its whole tensors. Score it before "
-                "it is wrapped, or shard it with FSDP2 (fully_shard) or DeepSpeed ZeRO-3."
-            )
 
 
 def without_mixed_precision(model: nn.Module, stack: ExitStack) -> None:

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from fish_tuning.devices import moved
 from fish_tuning.errors import FisherError
-from fish_tuning.scores.bare_model import unwrapped
 from fish_tuning.scores.finite import why_not_finite
 from fish_tuning.scores.loss_vectors import LossFunction
 from fish_tuning.scores.losses import FisherType, TokenReduction
@@ -102,7 +101,7 @@ def calculate_scores(
             progress=progress,
             stacklevel=2,
         )
-    with whole_trained_tensors(unwrapped(model)):
+    with whole_trained_tensors(model) as model:
         return _named(chosen, score, prepared(model).model, moments, batch_size, seed, scores_dtype, scores_device)
 
 

@@ -42,8 +42,8 @@ def calculate_fisher_information(
         model: any model whose forward pass takes the batch as keyword arguments and returns `logits`. All tensors with
             `requires_grad` are scored, in the precision that the weights have: an autocast that accelerate has left in
             the model is off meanwhile, one that you open around the call counts. DDP, DataParallel, `torch.compile`,
-            DeepSpeed's engine and an FSDP1 that shards nothing are looked through. A model that FSDP2 (`fully_shard`)
-            or DeepSpeed ZeRO-3 has sharded is scored by all processes together, as one that is whole.
+            and DeepSpeed's engine are looked through. A model that FSDP or DeepSpeed ZeRO-3 has sharded is scored by
+            all processes together, as one that is whole; under FSDP1 each then holds all of it for that time.
         calibration_dataloader: gives mappings of tensors with `labels`, as transformers' collators do; any batch size.
         device: where to compute. The model is moved there. Default: where its first trainable tensor is.
         num_samples: stop after that many examples. Default: all of the loader.

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from fish_tuning.errors import FisherError, FishTuningWarning
-from fish_tuning.scores.bare_model import unwrapped
 from fish_tuning.scores.batches import Batch, batch_size, calibration_batches
 from fish_tuning.scores.finite import check_finite
 from fish_tuning.scores.lockstep import Lockstep, Share, rounds
@@ -103,8 +102,7 @@ def measure_moments(
             f"fisher_type={fisher_type!r}: the mean gradient under the model's own labels is zero but for chance. Use "
             "fisher_type='empirical', or gradients=False."
         )
-    model = unwrapped(model)
-    with whole_trained_tensors(model):
+    with whole_trained_tensors(model) as model:
         model, trainable, target = prepared(model, device)
         scored = LossVectors(model, fisher_type, token_reduction, loss_fn, seed, rows_per_example)
         scorer = Scorer(

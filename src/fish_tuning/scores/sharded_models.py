@@ -8,6 +8,8 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
+from fish_tuning.scores.bare_model import unwrapped
+from fish_tuning.scores.fsdp1 import without_fsdp1
 from fish_tuning.scores.fsdp2 import Fsdp2
 from fish_tuning.scores.zero3 import Zero3
 from fish_tuning.sparse.sharding import engine_of
@@ -45,28 +47,29 @@ def is_gathered(module: nn.Module) -> bool:
 
 
 @contextmanager
-def whole_trained_tensors(model: nn.Module) -> Iterator[None]:
-    """Every tensor that trains is whole and an ordinary parameter, on every process, until this is left.
+def whole_trained_tensors(model: nn.Module) -> Iterator[nn.Module]:
+    """The bare model, every tensor that trains whole and an ordinary parameter, on every process, until this is left.
 
-    The engine is not told of them meanwhile: it gathers the frozen rest for each layer's forward and backward pass, and
-    has no gradient to reduce. All processes must enter this, and do the same passes inside. A model that no engine
-    gathers layer by layer is left alone.
+    Under FSDP1 all tensors are. Another engine is not told of those that train: it gathers the frozen rest for each
+    layer's forward and backward pass, and has no gradient to reduce; inside, all processes do the same passes. All
+    processes must enter this. A model that no engine has split is left alone.
 
     Raises FisherError where the engine cannot do so, or holds gradients of an unfinished step.
     """
-    engine = _engine(model)
-    if engine is None:
-        yield
-        return
-    slots = _slots_of_trained(model, engine.name)
     with ExitStack() as stack:
+        model = unwrapped(stack.enter_context(without_fsdp1(model)))
+        engine = _engine(model)
+        if engine is None:
+            yield model
+            return
+        slots = _slots_of_trained(model, engine.name)
         copies = stack.enter_context(engine.only_frozen(model, list(slots)))
         for (parameter, places), copy in zip(slots.items(), copies, strict=True):
             ordinary = nn.Parameter(copy)
             for module, name in places:
                 stack.callback(module._parameters.__setitem__, name, parameter)
                 module._parameters[name] = ordinary
-        yield
+        yield model
 
 
 def _engine(model: nn.Module) -> LayerByLayer | None:

@@ -17,7 +17,7 @@ from fish_tuning.scores.loss_vectors import LossFunction
 from fish_tuning.scores.losses import FisherType, TokenReduction
 from fish_tuning.scores.quantized import check_unpacked
 from fish_tuning.sparse.masked_tensors import trains_masked
-from fish_tuning.sparse.sharding import FSDP2, ZERO3, engine_of
+from fish_tuning.sparse.sharding import FSDP1, FSDP2, ZERO3, engine_of
 
 SCORES_DTYPES = (torch.float32, torch.float64, torch.bfloat16)  # float16 has no room for small squares
 SEEDS = range(-(2**62), 2**62)  # leaves room for a generator of its own for each example
@@ -94,6 +94,11 @@ def check_model(model: nn.Module, trainable: Mapping[str, nn.Parameter]) -> None
     check_unpacked(model)
     offloaded = any(hasattr(module, "_hf_hook") for module in model.modules())  # its weights come when they are needed
     for name, tensor in trainable.items() if offloaded else tensors_of(model):
+        if engine_of(tensor) == FSDP1:
+            raise FisherError(
+                f"{name!r} lies in a flat tensor of {FSDP1}. Score the wrapped model (a Trainer's model_wrapped), not "
+                "what is inside; a start along the gradient comes before it is wrapped."
+            )
         if tensor.is_meta:
             raise FisherError(
                 f"{name!r} is on the meta device: it has a shape, but no values. Load the model's weights first."
