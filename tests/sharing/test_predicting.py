@@ -182,9 +182,17 @@ def test_a_missing_file_is_no_text(adapter: Path, tmp_path: Path) -> None:
 
 def test_a_file_that_is_there_is_not_overwritten(adapter: Path, tmp_path: Path) -> None:
     (tmp_path / "in.csv").write_text("text\ngood film\n")
-    done = invoke("predict", adapter, tmp_path / "in.csv", "--output", tmp_path / "in.csv")
-    assert (done.exit_code, "in.csv' is there already, and is not overwritten" in done.stderr) == (2, True)
-    assert (tmp_path / "in.csv").read_text() == "text\ngood film\n"
+    for options in ([], ["--force"]):
+        done = invoke("predict", adapter, tmp_path / "in.csv", "--output", tmp_path / "in.csv", *options)
+        assert (done.exit_code, "in.csv' is what is predicted on" in done.stderr) == (2, True)
+        assert (tmp_path / "in.csv").read_text() == "text\ngood film\n"
+    out = tmp_path / "out.csv"
+    out.write_text("of yesterday\n")
+    done = invoke("predict", adapter, tmp_path / "in.csv", "--output", out)
+    assert (done.exit_code, "replace it with --force" in done.stderr) == (2, True)
+    assert out.read_text() == "of yesterday\n"
+    assert invoke("predict", adapter, tmp_path / "in.csv", "--output", out, "--force").exit_code == 0
+    assert out.read_text().startswith("text,prediction,")
 
 
 def test_a_file_that_may_not_be_read_is_told(adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

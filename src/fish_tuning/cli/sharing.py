@@ -111,6 +111,7 @@ def predict(
     chat_template: Annotated[
         bool | None, typer.Option("--chat-template/--no-chat-template", help="By default where there is one.")
     ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the output FILE where it is there already.")] = False,
     base_model: BaseModel = None,
     revision: Revision = None,
 ) -> None:
@@ -123,7 +124,7 @@ def predict(
         from fish_tuning.sharing.rows import check_output, read_rows, write_rows, written
 
         if output is not None:
-            check_output(output)
+            check_output(output, source, force=force)
         options: dict[str, Any] = {"base_model": base_model, "revision": revision}
         rows = predictions(
             folder,

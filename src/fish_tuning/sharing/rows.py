@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import re
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
@@ -141,14 +142,19 @@ def _answers(texts: Iterable[str], labels: Collection[str]) -> bool:
     return all(text.strip() in labels or _NUMBER.fullmatch(text.strip()) for text in texts)
 
 
-def check_output(file: Path) -> None:
-    """Refuse a file to write that could not be written or is there already, before anything is predicted."""
+def check_output(file: Path, source: str, *, force: bool = False) -> None:
+    """Refuse a file that could not be written or is there already, before anything is predicted.
+
+    `force` lets go of one that is there, but not of the `source`, what is predicted on.
+    """
     if file.suffix.lower() not in WRITTEN:
         raise ConfigurationError(f"{str(file)!r} cannot be written: it must end with {', '.join(WRITTEN)}.")
     if not file.absolute().parent.is_dir():
         raise ConfigurationError(f"There is no folder {str(file.parent)!r} to write {file.name!r} to.")
-    if file.exists():  # which may be the very file that is predicted on
-        raise ConfigurationError(f"{str(file)!r} is there already, and is not overwritten. Name another, or remove it.")
+    if file.exists() and os.path.exists(source) and file.samefile(source):
+        raise ConfigurationError(f"{str(file)!r} is what is predicted on, and is not overwritten. Name another file.")
+    if file.exists() and not force:
+        raise ConfigurationError(f"{str(file)!r} is there already. Name another, or replace it with --force.")
 
 
 def written(rows: Sequence[Row], suffix: str) -> str:
