@@ -283,3 +283,22 @@ def test_fully_sharded_training_is_that_of_one_process(version: int, tmp_path: P
         torch.testing.assert_close(state, on_cpu(alone.state_dict()))
         assert_only_selected_moved(before, state, mask)
     assert count_trainable_parameters(alone) == sum(int(selected.sum()) for selected in mask.values())
+
+
+@pytest.mark.parametrize("place", ["parameters", "attribute"])
+def test_what_writes_into_a_tensor_whose_values_an_engine_has_is_refused(place: str) -> None:
+    """FSDP puts other tensors in the place of the values, and would keep none of what is written."""
+    layer = nn.Linear(3, 2)
+    apply_mask(layer, {"weight": torch.tensor([[True, False, False], [False, True, False]])})
+    values = layer._parameters["weight"].detach().clone()  # type: ignore[union-attr]
+    if place == "parameters":
+        layer._parameters["weight"] = values  # type: ignore[assignment]
+    else:
+        del layer._parameters["weight"]
+        vars(layer)["weight"] = values
+    for _ in range(2):
+        read = layer.weight  # again and again
+    with torch.no_grad():
+        read.mul_(2)
+    with pytest.raises(MaskError, match=r"shape \(2, 3\) was written into while FSDP.*remove_mask"):
+        layer(torch.ones(1, 3))

@@ -16,6 +16,7 @@ from torch.autograd.graph import increment_version
 from torch.compiler import is_dynamo_compiling
 from torch.utils.hooks import RemovableHandle
 
+from fish_tuning.errors import MaskError
 from fish_tuning.sparse.optimizer_steps import held_by_others, watch_optimizers
 from fish_tuning.sparse.selected_gradients import whole_tensor, whole_tensors
 from fish_tuning.sparse.sharding import is_sharded, whole
@@ -56,6 +57,7 @@ class MaskedTensor:
         self.plain: Any = None  # the same for compiled models, which take no tensors of other classes
         self.trains = False  # whether `tensor` has a gradient
         self.written = self.seen = -1  # the counts of changes of `tensor` and of `values` when they were equal
+        self.given = -1  # the count of changes of `frozen` when an engine's values were written into it last
 
     def read(self) -> Tensor:
         """The whole tensor, whatever has happened to it or to the values."""
@@ -91,14 +93,26 @@ class MaskedTensor:
 
         Else they themselves: another parameter, a part of them on each device, or memory that is given up, which the
         engine wants to see as it is. `copy` for those of a replica on another device.
+
+        Raises MaskError where the last tensor that was given has been written into: the engine has the values, which
+        would not follow.
         """
         if not isinstance(values, Tensor) or values.numel() != len(self.index) or is_sharded(values):
             return values
         if not values.untyped_storage().nbytes():
             return values
         index, frozen = self.index.to(values.device), self.frozen.to(values.device)
+        if frozen is self.frozen and self.given not in (-1, frozen._version):
+            self.given = -1  # it is told once
+            raise MaskError(
+                f"A masked tensor of shape {tuple(self.shape)} was written into while FSDP, DeepSpeed or "
+                "DataParallel has its values (constrained OFT does so in each forward pass). That would not reach the "
+                "values: remove_mask(model) before they have the model, or train without them."
+            )
         if not copy:
             self.index, self.frozen = index, frozen
+        if frozen is self.frozen:
+            self.given = frozen._version
         frozen.data.view(-1).index_copy_(0, index.long(), values.detach().flatten().to(frozen.dtype))
         return whole_tensor(index, frozen, values)
 
