@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fish_tuning.errors import FisherError
+from fish_tuning.sparse.fsdp2 import check_no_gradients, groups_of, reshard, roots_of, state_of
 from fish_tuning.sparse.sharding import FSDP2, whole
 
 
@@ -20,15 +21,15 @@ class Fsdp2:
 
     def gathers(self, module: nn.Module) -> bool:
         """Whether `fully_shard` has been called on the module or a part of it."""
-        return any(_state_of(each) is not None for each in module.modules())
+        return any(state_of(each) is not None for each in module.modules())
 
     @contextmanager
     def only_frozen(self, model: nn.Module, trained: Sequence[nn.Parameter]) -> Iterator[list[Tensor]]:
         """Whole copies of what trains, in the dtype that it computes in."""
-        roots = _roots(model)
+        roots = roots_of(model)
         for root in roots:
-            _state_of(root)._lazy_init()  # it goes by what trains, so it comes before that is taken out
-        _reshard(model)
+            state_of(root)._lazy_init()  # it goes by what trains, so it comes before that is taken out
+        reshard(model)
         with ExitStack() as stack:
             try:
                 dtypes = _take_out(model, {id(each) for each in trained}, stack)
@@ -39,18 +40,18 @@ class Fsdp2:
                         root.reset_iter_state()
                 raise
             finally:
-                _reshard(model)
+                reshard(model)
 
 
 def _take_out(model: nn.Module, trained: set[int], stack: ExitStack) -> dict[int, torch.dtype]:
     """Takes what trains out of the groups until the stack closes; gives all dtypes that they compute in."""
     dtypes: dict[int, torch.dtype] = {}
-    for group in _groups(model):
+    for group in groups_of(model):
         own = {id(each.sharded_param): each for each in group.fsdp_params}
         dtypes |= {key: each.param_dtype or each.orig_dtype for key, each in own.items()}
         left = [each for key, each in own.items() if key not in trained]
         if len(left) < len(own):
-            _check_no_gradients(own[key] for key in own.keys() & trained)
+            check_no_gradients((own[key] for key in own.keys() & trained), "Score", FisherError)
             stack.callback(setattr, group, "fsdp_params", group.fsdp_params)
             group.fsdp_params = left
         if not left:
@@ -61,54 +62,3 @@ def _take_out(model: nn.Module, trained: set[int], stack: ExitStack) -> dict[int
 
 def _nothing(*_: Any, **__: Any) -> None:
     """Of a group that is all taken out, there is nothing to gather."""
-
-
-def _check_no_gradients(parameters: Iterable[Any]) -> None:
-    for each in parameters:
-        unsharded: Tensor | None = getattr(each, "_unsharded_param", None)
-        if each.unsharded_accumulated_grad is not None or (unsharded is not None and unsharded.grad is not None):
-            raise FisherError(
-                f"{each._param_fqn!r} holds a gradient that FSDP has not reduced (set_requires_gradient_sync(False)). "
-                "Score before or after the accumulation of a step, not within."
-            )
-
-
-def _state_of(module: nn.Module) -> Any:
-    """FSDP2's record of a module that it was called on; None for others."""
-    get = getattr(module, "_get_fsdp_state", None)
-    return get() if get is not None else None
-
-
-def _roots(model: nn.Module) -> list[Any]:
-    """The outermost modules that `fully_shard` was called on."""
-    found: list[Any] = []
-
-    def look(module: nn.Module) -> None:
-        if _state_of(module) is not None:
-            found.append(module)
-            return
-        for child in module.children():
-            look(child)
-
-    look(model)
-    return found
-
-
-def _groups(model: nn.Module) -> Iterator[Any]:
-    """FSDP's groups of parameters, which it gathers together."""
-    seen: set[int] = set()
-    for module in model.modules():
-        state = _state_of(module)
-        if state is None:
-            continue
-        several = getattr(state, "_fsdp_param_groups", None)  # before torch 2.13 there was one
-        for group in [state._fsdp_param_group] if several is None else several:
-            if group is not None and id(group) not in seen:
-                seen.add(id(group))
-                yield group
-
-
-def _reshard(model: nn.Module) -> None:
-    for module in model.modules():
-        if _state_of(module) is not None:
-            module.reshard()  # type: ignore[operator]

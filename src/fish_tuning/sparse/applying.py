@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from fish_tuning.errors import MaskError, did_you_mean
 from fish_tuning.peft_methods import refusal
 from fish_tuning.sparse.adapter_names import adapters_of, check_adapter, check_saved_names, idle_names
+from fish_tuning.sparse.fsdp2 import check_no_gradients, fsdp_parameters, reshard, sharded_again
 from fish_tuning.sparse.masked_tensors import (
     LEFT_DENSE,
     NamedMaskedTensor,
@@ -26,7 +28,12 @@ from fish_tuning.sparse.masked_tensors import (
     unmask_tensor,
 )
 from fish_tuning.sparse.overrides import override_methods, restore_methods
-from fish_tuning.sparse.sharding import engine_of, full_shape, plain_name, splitting_engine_of
+from fish_tuning.sparse.sharding import FSDP2, engine_of, full_shape, plain_name, splitting_engine_of
+
+_DIFFERENT = (
+    "The processes have different masks. Score the same examples on every rank, or make the mask on rank 0, save_mask "
+    "it and load_mask it on the others."
+)
 
 
 def apply_mask(model: nn.Module, mask: Mapping[str, Tensor]) -> None:
@@ -41,7 +48,7 @@ def apply_mask(model: nn.Module, mask: Mapping[str, Tensor]) -> None:
 
     Args:
         model: the model, changed in place, before an engine (DDP, FSDP, DeepSpeed) takes it. With several processes do
-            it on every rank, and call `synchronize_mask` after it.
+            it on every rank, and call `synchronize_mask` after it. FSDP2 (`fully_shard`) may have it already.
         mask: {name as in `model.named_parameters()`: bool tensor of the tensor's shape}, true where it trains.
 
     Raises:
@@ -58,16 +65,20 @@ def apply_mask(model: nn.Module, mask: Mapping[str, Tensor]) -> None:
         3
     """
     mask = {plain_name(name): selected for name, selected in mask.items()}
-    _check(model, mask)
-    for name, parameter in list(model.named_parameters()):
-        selected = mask.get(plain_name(name))
-        module, local = _owner(model, name)
-        if selected is not None and not selected.all():
-            mask_tensor(module, local, selected)
-        elif parameter.requires_grad:
-            vars(module).setdefault(LEFT_DENSE, {})[local] = full_shape(parameter)
-    group_small(model)
-    override_methods(model)
+    reshard(model)  # else FSDP may show what it has gathered for the moment
+    taken = fsdp_parameters(model)
+    with _agreed(mask, among_all=bool(taken)):
+        _check(model, mask, taken)
+    with sharded_again(model, {name for name, selected in mask.items() if not selected.all()}):
+        for name, parameter in list(model.named_parameters()):
+            selected = mask.get(plain_name(name))
+            module, local = _owner(model, name)
+            if selected is not None and not selected.all():
+                mask_tensor(module, local, selected)
+            elif parameter.requires_grad:
+                vars(module).setdefault(LEFT_DENSE, {})[local] = full_shape(parameter)
+        group_small(model)
+        override_methods(model)
 
 
 def remove_mask(model: nn.Module, adapter_name: str | None = None) -> None:
@@ -134,10 +145,7 @@ def synchronize_mask(model: nn.Module) -> None:
     ranks: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(ranks, (mask.hexdigest(), [tensor.masked.digest for tensor in tensors]))
     if len({digest for digest, _ in ranks}) > 1:
-        raise MaskError(
-            "The processes have different masks. Score the same examples on every rank, or make the mask on rank 0, "
-            "save_mask it and load_mask it on the others."
-        )
+        raise MaskError(_DIFFERENT)
     for tensor, digest in zip(tensors, ranks[0][1], strict=True):
         # NCCL sends no memory of the host, where an engine that moves parameters leaves what is none.
         nccl = torch.cuda.is_available() and dist.get_backend() == "nccl"
@@ -153,7 +161,31 @@ def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     return model.get_submodule(path), local
 
 
-def _check(model: nn.Module, mask: Mapping[str, Tensor]) -> None:
+@contextmanager
+def _agreed(mask: Mapping[str, Tensor], among_all: bool) -> Iterator[None]:
+    """What one process refuses all do, and masks that differ, where all must go on together."""
+    error = None
+    try:
+        yield
+    except MaskError as raised:
+        error = raised
+    if among_all and dist.get_world_size() > 1:
+        digest = hashlib.sha256()
+        for name in sorted(mask):
+            digest.update(name.encode() + mask[name].nonzero().cpu().numpy().tobytes())
+        ranks: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(ranks, (None if error is None else str(error), digest.hexdigest()))
+        failed = [(rank, text) for rank, (text, _) in enumerate(ranks) if text is not None]
+        if error is None and failed:
+            raise MaskError(f"Process {failed[0][0]} of {len(ranks)} cannot apply the mask: {failed[0][1]}")
+        if error is None and len({found for _, found in ranks}) > 1:
+            raise MaskError(_DIFFERENT)
+    if error is not None:
+        raise error
+
+
+def _check(model: nn.Module, mask: Mapping[str, Tensor], taken: Mapping[int, Any]) -> None:
+    """MaskError for a mask that cannot be applied; `taken` are FSDP2's records of what it has, by parameter."""
     if trains_masked(model):
         raise MaskError("The model has a mask already. Call remove_mask(model) before applying another.")
     if reason := refusal({type(module).__name__ for module in model.modules()}, "masked"):
@@ -172,7 +204,8 @@ def _check(model: nn.Module, mask: Mapping[str, Tensor]) -> None:
                 "the model whose scores it was made from."
             )
         parameter, shape = parameters[name], full_shape(parameters[name])
-        if (engine := engine_of(parameter)) and not (selected.dtype == torch.bool and selected.all()):
+        engine = None if id(parameter) in taken else engine_of(parameter)
+        if engine and not (selected.dtype == torch.bool and selected.all()):
             raise MaskError(
                 f"{engine} has taken {name!r} already, and would go on with the whole tensor. Call "
                 "apply_mask(model, mask) before the model is wrapped, sharded or given to the engine, and make the "
@@ -196,6 +229,11 @@ def _check(model: nn.Module, mask: Mapping[str, Tensor]) -> None:
                 f"mask cannot split. Ways out: model.get_parameter({name!r}).requires_grad_(False) before scoring "
                 f"leaves it out of the pool; names_to_exclude=[{name!r}] trains it as a whole."
             )
+    if taken and any(masked_tensors(model)):
+        raise MaskError(
+            f"{FSDP2} has the model, and an adapter of it is masked already. Apply masks of several adapters before it."
+        )
+    check_no_gradients((taken[id(p)] for p in parameters.values() if id(p) in taken), "Apply the mask", MaskError)
     # Before anything is trained that could not be loaded again.
     check_saved_names(model, dict.fromkeys(adapter for adapter in adapters_of(model, mask).values() if adapter))
 

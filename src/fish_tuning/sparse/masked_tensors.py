@@ -17,7 +17,7 @@ from torch.compiler import is_dynamo_compiling
 
 from fish_tuning.errors import MaskError
 from fish_tuning.sparse.adapter_names import adapters_of, check_adapter, idle_names
-from fish_tuning.sparse.sharding import full_shape, is_sharded, plain_name, shard_like, whole
+from fish_tuning.sparse.sharding import full_shape, is_sharded, only_names, plain_name, shard_like, whole
 from fish_tuning.sparse.whole_tensors import Group, MaskedTensor
 
 Mask = dict[str, Tensor]
@@ -328,6 +328,8 @@ class _DenseStateDict:
             state_dict[prefix + self.local] = masked.unselected()
         elif stored is None or own:
             state_dict[prefix + self.local] = _own_memory(masked.read().detach())
+        elif is_sharded(stored) and only_names():
+            state_dict[prefix + self.local] = torch.empty(masked.shape, dtype=stored.dtype, device="meta")
         elif is_sharded(stored):
             dense = torch.empty(masked.shape, device="meta") if stored.is_meta else masked.dense_of(stored)
             state_dict[prefix + self.local] = shard_like(dense, stored)

@@ -31,7 +31,7 @@ from fish_tuning.sparse.masked_tensors import (
     trained_names,
     unmask_tensor,
 )
-from fish_tuning.sparse.sharding import FSDP1, splitting_engine_of, whole_state_dict_of
+from fish_tuning.sparse.sharding import FSDP1, names_alone, splitting_engine_of, whole_state_dict_of
 
 _SAVING = "_fish_tuning_saving"  # an attribute of a model for as long as it is saved
 _BEFORE = "_fish_tuning_before_"  # holds what the object itself had under the method's name, if anything
@@ -126,7 +126,8 @@ def _save_pretrained(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         _write_masks(self, folder, given.get("selected_adapters"))
         vars(self)[_SAVING] = True
         try:
-            with _completed(self, folder, given.get("selected_adapters")):
+            given_whole = names_alone() if others.get("state_dict") is not None else nullcontext()
+            with _completed(self, folder, given.get("selected_adapters")), given_whole:
                 return original(*bound.args, **bound.kwargs)
         finally:
             vars(self).pop(_SAVING, None)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 
 FSDP2, FSDP1 = "FSDP2 (fully_shard)", "FSDP1 (FullyShardedDataParallel)"
 ZERO3, ZERO12 = "DeepSpeed ZeRO-3", "DeepSpeed ZeRO-1 or ZeRO-2"
+_names_alone = ContextVar("names_alone", default=False)
 _WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 # How each gives the whole state dict, on all processes at once, which save_pretrained then takes.
 _WHOLE_STATE_DICT = {
@@ -18,6 +21,24 @@ _WHOLE_STATE_DICT = {
     FSDP1: "the FSDP model's state_dict() with StateDictType.FULL_STATE_DICT",
     ZERO3: "engine._zero3_consolidated_16bit_state_dict()",
 }
+
+
+@contextmanager
+def names_alone() -> Iterator[None]:
+    """State dicts give of split tensors no more than name and shape: one process alone can ask for them.
+
+    PEFT's saving takes the names of a head's tensors from its module, where it has been given all tensors.
+    """
+    token = _names_alone.set(True)
+    try:
+        yield
+    finally:
+        _names_alone.reset(token)
+
+
+def only_names() -> bool:
+    """Whether one process alone asks for a state dict, by `names_alone`."""
+    return _names_alone.get()
 
 
 def engine_of(parameter: Tensor) -> str | None:

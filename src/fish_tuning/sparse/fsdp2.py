@@ -1,0 +1,133 @@
+"""FSDP2's (`fully_shard`) own record of a model: which group gathers which parameter, and masks in their place."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from fish_tuning.errors import FishTuningError
+from fish_tuning.sparse.sharding import plain_name, whole
+
+
+def state_of(module: nn.Module) -> Any:
+    """FSDP2's record of a module that it was called on; None for others."""
+    get = getattr(module, "_get_fsdp_state", None)
+    return get() if get is not None else None
+
+
+def roots_of(model: nn.Module) -> list[Any]:
+    """The outermost modules that `fully_shard` was called on."""
+    found: list[Any] = []
+
+    def look(module: nn.Module) -> None:
+        if state_of(module) is not None:
+            found.append(module)
+            return
+        for child in module.children():
+            look(child)
+
+    look(model)
+    return found
+
+
+def groups_of(model: nn.Module) -> Iterator[Any]:
+    """FSDP's groups of parameters, which it gathers together."""
+    seen: set[int] = set()
+    for module in model.modules():
+        state = state_of(module)
+        if state is None:
+            continue
+        several = getattr(state, "_fsdp_param_groups", None)  # before torch 2.13 there was one
+        for group in [state._fsdp_param_group] if several is None else list(several):
+            if group is not None and id(group) not in seen:
+                seen.add(id(group))
+                yield group
+
+
+def fsdp_parameters(model: nn.Module) -> dict[int, Any]:
+    """FSDP's records of what it has, by the id of the parameter."""
+    return {id(each.sharded_param): each for group in groups_of(model) for each in group.fsdp_params}
+
+
+def reshard(model: nn.Module) -> None:
+    """Each process has its part alone, of whatever was gathered."""
+    for module in model.modules():
+        if state_of(module) is not None:
+            module.reshard()  # type: ignore[operator]
+
+
+def check_no_gradients(parameters: Iterable[Any], doing: str, kind: type[FishTuningError]) -> None:
+    """An error of this kind where FSDP's records of parameters hold gradients of an unfinished step."""
+    for each in parameters:
+        unsharded: Tensor | None = getattr(each, "_unsharded_param", None)
+        if each.unsharded_accumulated_grad is not None or (unsharded is not None and unsharded.grad is not None):
+            raise kind(
+                f"{each._param_fqn!r} holds a gradient that FSDP has not reduced (set_requires_gradient_sync(False)). "
+                f"{doing} before or after the accumulation of a step, not within."
+            )
+
+
+@contextmanager
+def sharded_again(model: nn.Module, names: Collection[str]) -> Iterator[None]:
+    """Of these tensors, those that FSDP2 has are whole until this is left; what is then in their places is sharded.
+
+    A place that is left without a parameter leaves its group. All processes must enter this.
+    """
+    own: dict[int, tuple[nn.Module, str]] = {}
+    for prefix, module in model.named_modules():
+        for local, parameter in module._parameters.items():
+            if parameter is not None and plain_name(f"{prefix}.{local}" if prefix else local) in names:
+                own[id(parameter)] = module, local
+    taken = [
+        (group, each, *own[id(each.sharded_param)])
+        for group in groups_of(model)
+        for each in group.fsdp_params
+        if id(each.sharded_param) in own
+    ]
+    if taken:
+        reshard(model)
+    for _, each, module, local in taken:
+        dense = whole(each.sharded_param.detach()).clone()
+        module._parameters[local] = nn.Parameter(dense, requires_grad=each.sharded_param.requires_grad)
+    yield
+    for group, each, module, local in taken:
+        each._post_load_hook_handle.remove()
+        parameter = module._parameters.get(local)
+        place = group.fsdp_params.index(each)
+        group.fsdp_params[place : place + 1] = [] if parameter is None else [_like(each, parameter, group)]
+    for group in {id(group): group for group, *_ in taken}.values():
+        if not group.fsdp_params:
+            _forget(model, group)
+        elif hasattr(group, "_orig_dtype"):  # which the first pass sets
+            group._init_mp_dtypes()
+
+
+def _like(each: Any, parameter: nn.Parameter, group: Any) -> Any:
+    """FSDP's record of another parameter in the same place; it shards it."""
+    made = type(each)(
+        parameter,
+        each._module_info,
+        each.mesh_info,
+        each.post_forward_mesh_info,
+        each.device,
+        None,
+        each.mp_policy,
+        group.offload_policy,
+    )
+    made._param_fqn = each._param_fqn
+    return made
+
+
+def _forget(model: nn.Module, group: Any) -> None:
+    """A group without parameters has nothing to gather."""
+    for module in model.modules():
+        state = state_of(module)
+        if state is None:
+            continue
+        if getattr(state, "_fsdp_param_groups", None) is not None:
+            state._fsdp_param_groups[:] = [each for each in state._fsdp_param_groups if each is not group]
+        elif state._fsdp_param_group is group:
+            state._fsdp_param_group = None
