@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
 from fish_tuning.errors import ConfigurationError, FishTuningWarning, MaskError
 from fish_tuning.files.atomic import write_atomically
@@ -38,6 +39,15 @@ PROCESSING_FILES = (
 )  # fmt: skip
 TOLD = "_fish_tuning_told"  # an attribute of a model: what a Trainer's callback has for the card
 _ONE_OF = ("tokenizer_config.json", "preprocessor_config.json", "processor_config.json")
+
+
+def check_weights(folder: Path, shown: str | None = None) -> None:
+    """Refuse a folder without an adapter's weights, for which PEFT would ask the hub."""
+    if not any((folder / name).is_file() for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)):
+        raise ConfigurationError(
+            f"The adapter in {shown or str(folder)!r} has no weights: there is no {SAFETENSORS_WEIGHTS_NAME} beside "
+            f"its {ADAPTER_CONFIG}."
+        )
 
 
 def complete_adapter(

@@ -22,7 +22,7 @@ from fish_tuning.files.atomic import disk_full, recover_folder, whole_folder
 from fish_tuning.files.delta_file import DELTA_FILE_NAME
 from fish_tuning.files.mask_file import MASK_FILE_NAME, load_mask
 from fish_tuning.sharing.card import CARD, is_hub_name, is_local, public_name, users_card, with_base_model
-from fish_tuning.sharing.folder import ADAPTER_CONFIG, check_new
+from fish_tuning.sharing.folder import ADAPTER_CONFIG, check_new, check_weights
 from fish_tuning.sharing.reaching import TRANSPORT
 
 # Of a Trainer's checkpoint: what serves to resume alone, and its arguments, a pickle that names folders of this place.
@@ -183,6 +183,8 @@ def _check_adapter(folder: Path, shown: str) -> None:
         below = sorted(str(found.parent.name) for found in folder.glob(f"*/{ADAPTER_CONFIG}"))
         hint = f" Folders in it have one: {', '.join(below[:5])}." if below else ""
         raise ConfigurationError(f"There is no adapter in {shown!r}: it has no {ADAPTER_CONFIG}.{hint}")
+    if (folder / ADAPTER_CONFIG).is_file():
+        check_weights(folder, shown)
     if (folder / MASK_FILE_NAME).is_file():
         load_mask(folder)  # whose checksum tells whether it came whole
 
