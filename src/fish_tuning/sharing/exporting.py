@@ -25,9 +25,16 @@ from transformers.pytorch_utils import Conv1D
 from fish_tuning.errors import ConfigurationError, FishTuningWarning
 from fish_tuning.files.atomic import whole_folder
 from fish_tuning.sharing.card import CARD, CardFacts, public_name, read_card
-from fish_tuning.sharing.folder import MODEL_CONFIG, PROCESSING_FILES, check_new, check_weights, complete_adapter
+from fish_tuning.sharing.folder import (
+    MODEL_CONFIG,
+    PROCESSING_FILES,
+    check_new,
+    check_weights,
+    complete_adapter,
+    read_adapter_config,
+)
 from fish_tuning.sharing.hub import fetched
-from fish_tuning.sharing.loading import load_adapter, read_adapter_config
+from fish_tuning.sharing.loading import load_adapter
 from fish_tuning.sharing.low_rank import distance, norm, truncated
 from fish_tuning.sharing.mutated_starts import as_ordinary_lora, is_recomputed
 from fish_tuning.sharing.sources import adapter_folder

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import re
 import textwrap
@@ -26,7 +25,7 @@ from transformers import AutoConfig, PreTrainedModel
 from fish_tuning.errors import ConfigurationError, FishTuningWarning, MaskError, did_you_mean
 from fish_tuning.files.mask_file import MASK_FILE_NAME, load_mask
 from fish_tuning.sharing.card import is_local
-from fish_tuning.sharing.folder import ADAPTER_CONFIG, MODEL_CONFIG, check_weights
+from fish_tuning.sharing.folder import ADAPTER_CONFIG, MODEL_CONFIG, check_weights, read_adapter_config
 from fish_tuning.sharing.hub import fetched
 from fish_tuning.sharing.label_numbers import labels_of_head
 from fish_tuning.sharing.reaching import hub_arguments
@@ -189,32 +188,6 @@ def _random_text(names: list[str]) -> str:
         f"Neither the base model's weights nor the adapter has {_some(names)}: they are new random "
         "numbers at each loading, not those that the adapter was trained beside."
     )
-
-
-def read_adapter_config(folder: Path) -> dict[str, Any]:
-    """The content of `adapter_config.json`. Raises ConfigurationError where there is none that can be read."""
-    file = folder / ADAPTER_CONFIG
-    if not file.is_file():
-        below = [
-            str(found.parent) for depth in ("*", "*/*") for found in sorted(folder.glob(f"{depth}/{ADAPTER_CONFIG}"))
-        ]
-        hint = f" Folders below have one, e.g. {below[0]!r}." if below else ""
-        raise ConfigurationError(f"There is no adapter in {str(folder)!r}: it has no {ADAPTER_CONFIG}.{hint}")
-    try:
-        content = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigurationError(f"{str(file)!r} is not readable JSON: {error}") from error
-    if not isinstance(content, dict) or "peft_type" not in content:
-        raise ConfigurationError(f"{str(file)!r} is no adapter's configuration: it has no peft_type.")
-    for key, kind, shown in (
-        ("peft_type", str, "a name"),
-        ("base_model_name_or_path", str, "a name or a path"),
-        ("revision", str, "a name"),
-        ("auto_mapping", dict, "an object"),
-    ):
-        if not isinstance(content.get(key), (kind, type(None))):
-            raise ConfigurationError(f"{str(file)!r}: {key}={content[key]!r} must be {shown}.")
-    return content
 
 
 def _apply(model: Any, mask: Mapping[str, Tensor], weights: Mapping[str, Tensor], adapter_name: str) -> None:

@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import AutoImageProcessor, AutoTokenizer
 
 from fish_tuning.errors import ConfigurationError, FishTuningWarning
-from fish_tuning.sharing.folder import PROCESSING_FILES
+from fish_tuning.sharing.folder import PROCESSING_FILES, read_adapter_config
 from fish_tuning.sharing.hub import fetched
-from fish_tuning.sharing.loading import base_arguments, load_whole_adapter, read_adapter_config
+from fish_tuning.sharing.loading import base_arguments, load_whole_adapter
 from fish_tuning.sharing.rows import IMAGE, Row, check_columns, has_images, read_image, text_columns
 from fish_tuning.sharing.sources import adapter_folder
 from fish_tuning.sharing.tasks import task_kind
