@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +15,7 @@ from fake_hub import Hub
 from folders import write_bert
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from shelf import CASES, adapted, base_model, supported
 from tiny import assert_same_tensors, random_mask, text_batch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -279,3 +281,17 @@ def test_tied_weights_and_prompts_bring_all_they_need(base_folder: Path, llama_f
     prefix.save_pretrained(tmp_path / "prefix")
     complete_adapter(prefix, tmp_path / "prefix")
     load_adapter(tmp_path / "prefix")
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if supported(case)])
+def test_every_method_brings_all_that_its_model_has(name: str, tmp_path: Path) -> None:
+    if "layer_replication" in name:
+        pytest.skip("its base model has more layers once it is adapted")
+    base_model(CASES[name]).save_pretrained(tmp_path / "base")  # type: ignore[operator]
+    (tmp_path / "made").mkdir()
+    model = adapted(CASES[name], tmp_path / "made")
+    model.save_pretrained(tmp_path / "adapter")
+    complete_adapter(model, tmp_path / "adapter")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FishTuningWarning)
+        load_adapter(tmp_path / "adapter", base_model=tmp_path / "base")
