@@ -44,6 +44,27 @@ def test_with_the_extra_it_runs(python_environment: dict[str, str]) -> None:
     assert "digits" in done.stdout
 
 
+def test_an_interrupt_while_packages_are_imported_is_no_traceback(python_environment: dict[str, str]) -> None:
+    code = """
+import builtins, sys
+imported = builtins.__import__
+
+def interrupting(name, *rest):
+    if name == "typer":
+        raise KeyboardInterrupt
+    return imported(name, *rest)
+
+builtins.__import__ = interrupting
+from fish_tuning.command import main
+sys.argv = ["fish-tuning", "configs"]
+main()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=python_environment, check=False
+    )
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")
+
+
 def test_what_is_looked_for_is_what_the_extra_installs() -> None:
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
     named = {name.partition(">")[0] for name in project["optional-dependencies"]["experiments"]}

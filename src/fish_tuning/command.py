@@ -13,7 +13,15 @@ LABORATORY = (
 
 
 def main() -> None:
-    """The `fish-tuning` command; exit code 2 where the extra is not installed."""
+    """The `fish-tuning` command; exit code 2 where the extra is not installed, 130 where it is interrupted."""
+    try:
+        _command()
+    except KeyboardInterrupt:  # while packages are imported, which takes its time
+        sys.stderr.write("interrupted\n")
+        sys.exit(130)
+
+
+def _command() -> None:
     missing = [name for name in LABORATORY if find_spec(name) is None]
     if missing:
         sys.stderr.write(

@@ -118,6 +118,19 @@ def test_folder_where_a_file_is(tmp_path: Path) -> None:
     assert (tmp_path / "b").read_text() == "a file"
 
 
+def test_folder_that_may_not_be_made_is_named_as_it_was_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(self: Path, *_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "mkdir", lambda self, *a, **k: refused(self) if self.suffix == ".tmp" else None)
+        with pytest.raises(PermissionError) as raised, whole_folder(tmp_path / "adapter"):
+            pass
+    assert raised.value.filename == str(tmp_path / "adapter")
+
+
 def test_link_to_a_folder_is_replaced_and_what_it_names_is_kept(tmp_path: Path) -> None:
     write_folder(tmp_path / "real", "one")
     (tmp_path / "link").symlink_to(tmp_path / "real")

@@ -329,6 +329,15 @@ def test_files_of_others(write: Callable[..., Any], load: Callable[[Path], Any],
             kind_of(nothing)
 
 
+@EITHER
+def test_a_mistyped_file_gets_its_neighbour(
+    write: Callable[..., Any], load: Callable[[Path], Any], content: Any, tmp_path: Path
+) -> None:
+    write(content, tmp_path / "reviews.safetensors")
+    with pytest.raises(MaskError, match=r"Did you mean 'reviews\.safetensors'\?"):
+        load(tmp_path / "revews.safetensors")
+
+
 # The first version
 
 

@@ -94,6 +94,19 @@ class _Handler(BaseHTTPRequestHandler):
     def validate(self, body: bytes) -> None:
         self._answer(200, {"errors": [], "warnings": []})
 
+    def branch(self, body: bytes, name: str, branch: str) -> None:
+        repository = self._repository(name)
+        if repository:
+            there = branch in repository.branches
+            repository.branches.add(branch)
+            self._answer(409 if there else 200, {"error": "exists"} if there else {})
+
+    def _has(self, repository: Repository, revision: str) -> bool:
+        known = revision in repository.branches or revision == repository.sha
+        if not known:
+            self._answer(404, {"error": "no revision"}, {"X-Error-Code": "RevisionNotFound"})
+        return known
+
     def preupload(self, body: bytes, name: str, revision: str) -> None:
         files = json.loads(body)["files"]
         modes = [
@@ -104,7 +117,8 @@ class _Handler(BaseHTTPRequestHandler):
             }
             for f in files
         ]
-        if self._repository(name):
+        repository = self._repository(name)
+        if repository and self._has(repository, revision):
             self._answer(200, {"files": modes})
 
     def batch(self, body: bytes, name: str) -> None:
@@ -121,8 +135,13 @@ class _Handler(BaseHTTPRequestHandler):
 
     def commit(self, body: bytes, name: str, revision: str) -> None:
         repository = self._repository(name)
-        if repository is None:
+        if repository is None or not self._has(repository, revision):
             return None
+        if "create_pr=1" in urlparse(self.path).query:  # whose files are not on the branch
+            url = f"{self.hub.address}/{name}/commit/{repository.sha}"
+            pull_request = f"{self.hub.address}/{name}/discussions/1"
+            answer = {"commitUrl": url, "commitOid": repository.sha, "pullRequestUrl": pull_request}
+            return self._answer(200, answer)
         for line in body.decode().splitlines():
             part = json.loads(line)
             value = part["value"]
@@ -137,7 +156,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def info(self, body: bytes, name: str, revision: str = "main") -> None:
         repository = self._repository(name)
-        if repository:
+        if repository and self._has(repository, revision):
             siblings = [{"rfilename": path} for path in repository.files]
             self._answer(200, {"id": name, "modelId": name, "sha": repository.sha, "siblings": siblings})
 
@@ -165,6 +184,7 @@ _NAME = r"([\w.-]+/[\w.-]+)"
 ROUTES: dict[str, Any] = {
     "POST /api/repos/create": _Handler.create,
     "POST /api/validate-yaml": _Handler.validate,
+    rf"POST /api/models/{_NAME}/branch/(.+)": _Handler.branch,
     rf"POST /api/models/{_NAME}/preupload/(.+)": _Handler.preupload,
     rf"POST /{_NAME}\.git/info/lfs/objects/batch": _Handler.batch,
     r"PUT /objects/(\w+)": _Handler.put,

@@ -422,7 +422,10 @@ def spoil(folder: Path, value: float) -> None:
     [
         (lambda folder: spoil(folder, float("nan")), "not finite in 'bert"),
         (lambda folder: spoil(folder, 0.0), "changes nothing"),
-        (lambda folder: (folder / "adapter_model.safetensors").unlink(), "has no adapter_model.safetensors"),
+        (
+            lambda folder: (folder / "adapter_model.safetensors").unlink(),
+            "has no weights: there is no adapter_model.safetensors",
+        ),
         (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"cut"), "does not fit|cannot be"),
         (lambda folder: (folder / "adapter_config.json").unlink(), "has no adapter_config.json"),
         (lambda folder: (folder / "adapter_config.json").write_text("{"), "not readable JSON"),

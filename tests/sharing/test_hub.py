@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 from fake_hub import TOKEN, Hub
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, constants
 from tiny import assert_same_tensors
+from typer.testing import CliRunner
 
 from fish_tuning import (
     ConfigurationError,
@@ -23,6 +24,7 @@ from fish_tuning import (
     pull_adapter,
     push_adapter,
 )
+from fish_tuning.cli import app
 
 FILES = {
     *("README.md", "adapter_config.json", "adapter_model.safetensors", "fish_mask.safetensors"),
@@ -95,7 +97,7 @@ def test_a_mask_that_came_damaged_leaves_nothing(adapter: Path, hub: Hub, tmp_pa
     files = hub.repositories["me/first"].files
     mask = files["fish_mask.safetensors"]
     files["fish_mask.safetensors"] = mask[:-1] + bytes([mask[-1] ^ 1])
-    with pytest.raises(MaskError, match="damaged"):
+    with pytest.raises(MaskError, match=r"'me/first/fish_mask\.safetensors' is damaged"):
         pull_adapter("me/first", tmp_path / "pulled")
     assert not (tmp_path / "pulled").exists()
 
@@ -126,7 +128,7 @@ def test_wrong_names_are_refused_before_anything_is_made(
 
 
 def test_a_folder_of_folders_is_refused(adapter: Path, hub: Hub) -> None:
-    with pytest.raises(ConfigurationError, match="Folders in it have one: adapter"):
+    with pytest.raises(ConfigurationError, match=r"Folders below have one, e\.g\. '.*adapter'"):
         push_adapter(adapter.parent, "me/first")
 
 
@@ -137,6 +139,76 @@ def test_the_hubs_refusal_is_told_without_the_token(part: str, adapter: Path, hu
         push_adapter(adapter, "me/first", base_model="google/bert", token=TOKEN)
     assert TOKEN not in str(raised.value)
     assert not hub.repositories.get("me/first") or not hub.repositories["me/first"].files
+
+
+def test_a_branch_is_made_and_a_pull_request_leaves_it_alone(adapter: Path, hub: Hub, tmp_path: Path) -> None:
+    push_adapter(adapter, "me/first", base_model="google/bert", revision="dev")
+    assert "dev" in hub.repositories["me/first"].branches
+    pull_adapter("me/first", tmp_path / "pulled", revision="dev")
+    before = dict(hub.repositories["me/first"].files)
+    (adapter / "more.txt").write_text("more")
+    address = push_adapter(adapter, "me/first", base_model="google/bert", create_pr=True)
+    assert address == f"{hub.address}/me/first/discussions/1"
+    assert hub.repositories["me/first"].files == before
+    done = CliRunner().invoke(app, ["push", str(adapter), "me/first", "--base-model", "google/bert", "--create-pr"])
+    assert (done.exit_code, done.stdout) == (0, f"pull request: {address}\n")
+
+
+def test_what_the_hub_answers_often_is_told_with_the_way_out(
+    adapter: Path, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    push_adapter(adapter, "me/first", base_model="google/bert")
+    with pytest.raises(ConfigurationError, match="from the hub: it has no such revision"):
+        pull_adapter("me/first", tmp_path / "pulled", revision="v1")
+    with pytest.raises(ConfigurationError, match=r"there is no such repository, or it may not be read .*hf auth login"):
+        pull_adapter("me/no-such", tmp_path / "pulled")
+    pull_adapter("me/first", tmp_path / "cached")
+    monkeypatch.setenv("HF_TOKEN", "hf_another")
+    with pytest.raises(ConfigurationError, match=r"be written: the hub wants a token.* or set HF_TOKEN"):
+        push_adapter(adapter, "me/first", base_model="google/bert")
+    with pytest.raises(ConfigurationError, match="from the hub: the hub wants a token"):  # though the cache has it
+        pull_adapter("me/first", tmp_path / "pulled")
+    assert not (tmp_path / "pulled").exists()
+
+
+def test_what_comes_from_the_cache_alone_is_told(
+    adapter: Path, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    push_adapter(adapter, "me/first", base_model="google/bert")
+    pull_adapter("me/first", tmp_path / "pulled")
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.warns(FishTuningWarning, match="The hub cannot be reached .*cache had of 'me/first'"):
+        pull_adapter("me/first", tmp_path / "again")
+    assert (tmp_path / "again" / "adapter_config.json").is_file()
+
+
+def test_a_repository_without_an_adapter_is_told_by_its_name(adapter: Path, hub: Hub, tmp_path: Path) -> None:
+    push_adapter(adapter, "me/first", base_model="google/bert")
+    files = hub.repositories["me/first"].files
+    del files["adapter_model.safetensors"]
+    with pytest.raises(ConfigurationError, match="adapter in 'me/first' has no weights"):
+        pull_adapter("me/first", tmp_path / "pulled")
+    files.clear()
+    with pytest.raises(ConfigurationError, match=r"no adapter in 'me/first': it has no adapter_config\.json"):
+        pull_adapter("me/first", tmp_path / "pulled")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("adapter_config.json", "{", "adapter_config.json' is not readable JSON"),
+        ("adapter_config.json", "[]", "is no adapter's configuration"),
+        ("adapter_config.json", '{"peft_type": "LORA", "base_model_name_or_path": 5}', "must be a name or a path"),
+        ("tokenizer_config.json", "{", "adapter/tokenizer_config.json' is not readable JSON"),
+    ],
+)
+def test_a_damaged_folder_is_not_pushed(name: str, content: str, message: str, adapter: Path, hub: Hub) -> None:
+    (adapter / name).write_text(content)
+    with pytest.raises(ConfigurationError, match=message):
+        push_adapter(adapter, "me/first", base_model="google/bert")
+    assert not hub.repositories
+    with pytest.raises(ConfigurationError, match="is a file, and no folder of an adapter"):
+        push_adapter(adapter / name, "me/first")
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +15,7 @@ from fake_hub import Hub
 from folders import write_bert
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from shelf import CASES, adapted, base_model, supported
 from tiny import assert_same_tensors, random_mask, text_batch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -34,6 +36,11 @@ from fish_tuning.adapters import SerialAdapterConfig
 from fish_tuning.sharing.predicting import predict
 
 INPUTS = {name: tensor % 19 for name, tensor in text_batch().items()}
+
+
+def changed(folder: Path, name: str = "adapter_config.json", **values: Any) -> None:
+    file = folder / name
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -130,6 +137,25 @@ def test_another_base_model_is_refused(adapter: Path, tmp_path: Path) -> None:
         (lambda folder: (folder / "adapter_config.json").write_text("{"), "is not readable JSON"),
         (lambda folder: (folder / "adapter_config.json").write_text("[]"), "is no adapter's configuration"),
         (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"cut"), "does not fit|cannot be"),
+        (lambda folder: (folder / "adapter_model.safetensors").unlink(), "has no weights: there is no adapter_model"),
+        (
+            lambda folder: (folder / "model_config/config.json").write_text("{"),
+            "label names, cannot be read: .* valid JSON",
+        ),
+        (
+            lambda folder: (folder / "model_config/config.json").write_text("[]"),
+            "label names, cannot be read: .*model_type",
+        ),
+        (lambda folder: changed(folder, "model_config/config.json", hidden_size="x"), "cannot be read: .*hidden_size"),
+        (
+            lambda folder: changed(folder, base_model_name_or_path=5),
+            "base_model_name_or_path=5 must be a name or a path",
+        ),
+        (lambda folder: changed(folder, auto_mapping=[1]), r"auto_mapping=\[1\] must be an object"),
+        (lambda folder: changed(folder, peft_type="LORAX"), r"no method peft_type='LORAX'.* Did you mean 'LORA'\?"),
+        (lambda folder: changed(folder, r="four"), "does not fit BertForSequenceClassification: .*'str'"),
+        (lambda folder: changed(folder, modules_to_save="classifier"), "does not fit BertForSequenceClassification"),
+        (lambda folder: changed(folder, target_modules=["query", "key", "value"]), "its weights lack .*key.lora_A"),
         (shutil.rmtree, "There is no folder"),
     ],
 )
@@ -137,6 +163,20 @@ def test_damage_is_told(damage: Any, message: str, adapter: Path) -> None:
     damage(adapter)
     with pytest.raises(ConfigurationError, match=message):
         load_adapter(adapter)
+
+
+def test_weights_for_layers_that_the_base_model_lacks_are_told(adapter: Path) -> None:
+    changed(adapter, "model_config/config.json", num_hidden_layers=1)
+    with pytest.warns(FishTuningWarning, match=r"weights for layers that Bert.* lacks, .*layer\.1\.attention"):
+        load_adapter(adapter)
+
+
+def test_a_folder_two_levels_above_names_one(adapter: Path) -> None:
+    adapter.rename(adapter.parent / "x")
+    (adapter.parent / "runs" / "adapters").mkdir(parents=True)
+    (adapter.parent / "x").rename(adapter.parent / "runs" / "adapters" / "x")
+    with pytest.raises(ConfigurationError, match=r"Folders below have one, e\.g\. '.*/runs/adapters/x'"):
+        load_adapter(adapter.parent / "runs")
 
 
 def test_a_mistyped_folder_gets_its_neighbour(
@@ -241,3 +281,17 @@ def test_tied_weights_and_prompts_bring_all_they_need(base_folder: Path, llama_f
     prefix.save_pretrained(tmp_path / "prefix")
     complete_adapter(prefix, tmp_path / "prefix")
     load_adapter(tmp_path / "prefix")
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if supported(case)])
+def test_every_method_brings_all_that_its_model_has(name: str, tmp_path: Path) -> None:
+    if "layer_replication" in name:
+        pytest.skip("its base model has more layers once it is adapted")
+    base_model(CASES[name]).save_pretrained(tmp_path / "base")  # type: ignore[operator]
+    (tmp_path / "made").mkdir()
+    model = adapted(CASES[name], tmp_path / "made")
+    model.save_pretrained(tmp_path / "adapter")
+    complete_adapter(model, tmp_path / "adapter")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FishTuningWarning)
+        load_adapter(tmp_path / "adapter", base_model=tmp_path / "base")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import torch
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tiny import lora, random_mask, vit
 from transformers import (
     AutoImageProcessor,
@@ -155,9 +157,10 @@ def test_a_chat_template_is_used_where_there_is_one(language_adapter: Path) -> N
     [
         ("a,b,c\nx,y,z\n", "in.csv", "found 3 (a, b, c)"),
         ("number\n", "in.csv", "has no rows"),
-        ("a\nx,y\n", "in.csv", "more cells than there are names"),
+        ("a\nx,y\n", "in.csv", "line 2 has more cells than there are names"),
+        ("text,text\nx,y\n", "in.csv", "two columns are called 'text'"),
         ("[1, 2]", "in.json", "each row must be an object"),
-        ("{", "in.jsonl", "is not readable as jsonl"),
+        ('"good"\n{', "in.jsonl", "is not readable as jsonl: line 2 is no JSON"),
         ("text,prediction\nx,y\n", "in.csv", "have a column 'prediction' already"),
         ("x", "in.pdf", "is none of .csv"),
     ],
@@ -178,6 +181,41 @@ def test_a_missing_file_is_no_text(adapter: Path, tmp_path: Path) -> None:
     done = invoke("predict", adapter, "good", "--output", tmp_path / "out.xlsx")
     assert "must end with .csv" in done.stderr
     assert text_columns([{"label": "a", "text": "b"}]) == ("text",)
+
+
+def test_a_file_in_another_encoding_is_told_with_the_way_out(adapter: Path, tmp_path: Path) -> None:
+    (tmp_path / "in.csv").write_bytes("text\ncaf\u00e9\n".encode("latin-1"))
+    done = invoke("predict", adapter, tmp_path / "in.csv")
+    assert (done.exit_code, "is not in UTF-8 (byte 0xe9 at 8). Save it in UTF-8" in done.stderr) == (2, True)
+
+
+def test_an_empty_text_is_no_folder(adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.new("RGB", (2, 2)).save(tmp_path / "a.png")
+    monkeypatch.chdir(tmp_path)
+    assert "The text to predict on is empty." in invoke("predict", adapter, "").stderr
+
+
+def test_a_folder_is_no_file_to_write(adapter: Path, tmp_path: Path) -> None:
+    (tmp_path / "out.csv").mkdir()
+    done = invoke("predict", adapter, "good", "--output", tmp_path / "out.csv", "--force")
+    assert (done.exit_code, "out.csv' is a folder. Name a file." in done.stderr) == (2, True)
+
+
+def test_outputs_that_are_not_finite_are_no_predictions(adapter: Path) -> None:
+    weights = load_file(adapter / "adapter_model.safetensors")
+    head = next(name for name in weights if "classifier" in name)
+    save_file({**weights, head: weights[head] * math.nan}, adapter / "adapter_model.safetensors")
+    done = invoke("predict", adapter, "good film")
+    assert (done.exit_code, "outputs are not finite" in done.stderr, done.stdout) == (2, True, "")
+
+
+def test_a_folder_that_cannot_be_written_is_told(adapter: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    out = tmp_path / "file" / "out"
+    for command in (["merge", adapter, "--output", out], ["export", adapter, out, "--rank", "1"]):
+        done = invoke(*command)
+        assert (done.exit_code, "Traceback" in done.output) == (2, False)
+        assert done.stderr.endswith(f"error: '{tmp_path / 'file'}': File exists\n")
 
 
 def test_a_file_that_is_there_is_not_overwritten(adapter: Path, tmp_path: Path) -> None:

@@ -145,6 +145,9 @@ def errors_told(
         raise
     except Exception as error:
         full = disk_full(error)  # a library may wrap what a full disk raises
+        if full is None and isinstance(error, OSError) and error.filename is not None:
+            tell(f"error: {str(error.filename)!r}: {error.strerror}", err=True)  # a file or folder that is not ours
+            raise typer.Exit(WRONG_USE) from None
         if full is None:
             raise
         tell(f"error: the disk is full ({full}). {full_disk}", err=True)

@@ -172,7 +172,7 @@ def _run_one(config: ExperimentConfig, plan: Plan, how: How, shard: Shard, launc
     together = f", each on {launch.number} processes" if launch.number > 1 else ""
     output.tell(
         f"{config.name}: {config.model.name} on {config.dataset.source}, {len(plan.arms)} arms x "
-        f"{len(config.seeds)} seeds{part}{together}"
+        f"{len(config.seeds)} {'seed' if len(config.seeds) == 1 else 'seeds'}{part}{together}"
     )
     began, fingerprints = time.time(), dict[str, str]()
     try:

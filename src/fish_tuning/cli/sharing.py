@@ -44,7 +44,9 @@ def push(
     repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="The repository on the hub: user/name.")],
     public: Annotated[bool, typer.Option("--public", help="Make a new repository public, not private.")] = False,
     base_model: BaseModel = None,
-    revision: Annotated[str | None, typer.Option(metavar="BRANCH", help="The branch to commit to.")] = None,
+    revision: Annotated[
+        str | None, typer.Option(metavar="BRANCH", help="The branch to commit to; made if new.")
+    ] = None,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request, not a commit.")] = False,
     message: Annotated[str | None, typer.Option(metavar="TEXT", help="The commit's message.")] = None,
 ) -> None:
@@ -66,7 +68,7 @@ def push(
             create_pr=create_pr,
             commit_message=message,
         )
-    tell(f"pushed: {address}")
+    tell(f"{'pull request' if create_pr else 'pushed'}: {address}")
 
 
 @app.command()

@@ -78,7 +78,10 @@ def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     recover_folder(path)
     _remove_leftovers(path.parent)
     with _unfinished(path.parent) as unfinished:
-        unfinished.mkdir()
+        try:
+            unfinished.mkdir()
+        except OSError as error:  # which names a folder that nobody asked for
+            raise OSError(error.errno, error.strerror, str(path)) from error
         yield unfinished
         sync_folder(unfinished)
         _put_in_place(unfinished, path)

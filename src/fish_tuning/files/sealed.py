@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fish_tuning.errors import FishTuningWarning, MaskError
+from fish_tuning.errors import FishTuningWarning, MaskError, did_you_mean_beside
 from fish_tuning.files.atomic import write_atomically
 
 _KEY = "fish_tuning"
@@ -68,7 +68,8 @@ def read_sealed(path: str | os.PathLike[str], kind: str) -> Sealed:
     """Read a file of this kind. Raises MaskError when it is missing, something else, or not as it was written."""
     shown = repr(os.fspath(path))
     if not Path(path).is_file():
-        raise MaskError(f"There is no {kind} file at {shown}.")
+        found = " It is a folder." if Path(path).is_dir() else did_you_mean_beside(path)
+        raise MaskError(f"There is no {kind} file at {shown}.{found}")
     header, tensors = _read(Path(path), kind)
     if not isinstance(header.described, dict):
         raise MaskError(f"{shown} is damaged: its header does not describe its tensors.")

@@ -25,9 +25,16 @@ from transformers.pytorch_utils import Conv1D
 from fish_tuning.errors import ConfigurationError, FishTuningWarning
 from fish_tuning.files.atomic import whole_folder
 from fish_tuning.sharing.card import CARD, CardFacts, public_name, read_card
-from fish_tuning.sharing.folder import MODEL_CONFIG, PROCESSING_FILES, check_new, complete_adapter
+from fish_tuning.sharing.folder import (
+    MODEL_CONFIG,
+    PROCESSING_FILES,
+    check_new,
+    check_weights,
+    complete_adapter,
+    read_adapter_config,
+)
 from fish_tuning.sharing.hub import fetched
-from fish_tuning.sharing.loading import load_adapter, read_adapter_config
+from fish_tuning.sharing.loading import load_adapter
 from fish_tuning.sharing.low_rank import distance, norm, truncated
 from fish_tuning.sharing.mutated_starts import as_ordinary_lora, is_recomputed
 from fish_tuning.sharing.sources import adapter_folder
@@ -174,11 +181,9 @@ def _as_folder(source: str | os.PathLike[str], hub: Mapping[str, Any]) -> Iterat
         return
     path = fetched(source, **hub)
     read_adapter_config(path)
-    for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME):
-        if (path / name).is_file():
-            yield path, path / name
-            return
-    raise ConfigurationError(f"There is no adapter in {str(path)!r}: it has no {SAFETENSORS_WEIGHTS_NAME}.")
+    check_weights(path)
+    files = (path / name for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME))
+    yield path, next(file for file in files if file.is_file())
 
 
 def _lora_of(model: PeftModel, path: Path, rank: float) -> _Lora:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
 from fish_tuning.errors import ConfigurationError, FishTuningWarning, MaskError
 from fish_tuning.files.atomic import write_atomically
@@ -38,6 +39,40 @@ PROCESSING_FILES = (
 )  # fmt: skip
 TOLD = "_fish_tuning_told"  # an attribute of a model: what a Trainer's callback has for the card
 _ONE_OF = ("tokenizer_config.json", "preprocessor_config.json", "processor_config.json")
+
+
+def read_adapter_config(folder: Path, shown: str | None = None) -> dict[str, Any]:
+    """The content of `adapter_config.json`. Raises ConfigurationError where there is none that can be read."""
+    file = folder / ADAPTER_CONFIG
+    if not file.is_file():
+        depths = ("*", "*/*")
+        below = [str(found.parent) for depth in depths for found in sorted(folder.glob(f"{depth}/{ADAPTER_CONFIG}"))]
+        hint = f" Folders below have one, e.g. {below[0]!r}." if below and shown is None else ""
+        raise ConfigurationError(f"There is no adapter in {shown or str(folder)!r}: it has no {ADAPTER_CONFIG}.{hint}")
+    try:
+        content = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigurationError(f"{str(file)!r} is not readable JSON: {error}") from error
+    if not isinstance(content, dict) or "peft_type" not in content:
+        raise ConfigurationError(f"{str(file)!r} is no adapter's configuration: it has no peft_type.")
+    for key, kind, shown in (
+        ("peft_type", str, "a name"),
+        ("base_model_name_or_path", str, "a name or a path"),
+        ("revision", str, "a name"),
+        ("auto_mapping", dict, "an object"),
+    ):
+        if not isinstance(content.get(key), (kind, type(None))):
+            raise ConfigurationError(f"{str(file)!r}: {key}={content[key]!r} must be {shown}.")
+    return content
+
+
+def check_weights(folder: Path, shown: str | None = None) -> None:
+    """Refuse a folder without an adapter's weights, for which PEFT would ask the hub."""
+    if not any((folder / name).is_file() for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)):
+        raise ConfigurationError(
+            f"The adapter in {shown or str(folder)!r} has no weights: there is no {SAFETENSORS_WEIGHTS_NAME} beside "
+            f"its {ADAPTER_CONFIG}."
+        )
 
 
 def complete_adapter(

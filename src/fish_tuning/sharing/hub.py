@@ -7,28 +7,43 @@ import os
 import re
 import shutil
 import tempfile
+import textwrap
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download, snapshot_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download, is_offline_mode, snapshot_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from huggingface_hub.utils._validators import validate_repo_id
 
-from fish_tuning.errors import ConfigurationError, FishTuningWarning, did_you_mean_beside
+from fish_tuning.errors import ConfigurationError, FishTuningWarning, MaskError, did_you_mean_beside
 from fish_tuning.files.atomic import disk_full, recover_folder, whole_folder
 from fish_tuning.files.delta_file import DELTA_FILE_NAME
 from fish_tuning.files.mask_file import MASK_FILE_NAME, load_mask
 from fish_tuning.sharing.card import CARD, is_hub_name, is_local, public_name, users_card, with_base_model
-from fish_tuning.sharing.folder import ADAPTER_CONFIG, check_new
+from fish_tuning.sharing.folder import ADAPTER_CONFIG, check_new, check_weights, read_adapter_config
 from fish_tuning.sharing.reaching import TRANSPORT
 
 # Of a Trainer's checkpoint: what serves to resume alone, and its arguments, a pickle that names folders of this place.
 _OF_CHECKPOINTS = re.compile(
     r"optimizer\.(pt|bin)|scheduler\.pt|scaler\.pt|rng_state.*\.pth|trainer_state\.json|training_args\.bin|\..*"
 )
+
+_NO_FOLDER = (
+    "{!r} is a file, and no folder of an adapter. Of a sparse adapter's file write_adapter_folder(file, folder) makes "
+    "one, and add_sparse_adapter(model, file) puts it onto its base model."
+)
+_LOG_IN = "Log in with `hf auth login`, or set HF_TOKEN to a token that may do this."
 
 
 def push_adapter(
@@ -55,12 +70,12 @@ def push_adapter(
         private: whether a new repository is private; None leaves it to the account's default.
         base_model: the base model's name on the hub, where the adapter names a folder.
         token: as huggingface_hub takes it; the one of `hf auth login` or HF_TOKEN by default.
-        revision: the branch to commit to.
+        revision: the branch to commit to; made where there is none.
         create_pr: whether to open a pull request in place of a commit.
         commit_message, commit_description: of the commit.
 
     Returns:
-        The address of the commit.
+        The address of the commit, or of the pull request.
 
     Raises:
         ConfigurationError: no adapter there, a name that cannot be one, or what the hub answered.
@@ -82,6 +97,8 @@ def push_adapter(
         copy = Path(parent, "adapter")
         _copy(folder, copy, base_model)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None and not create_pr and not revision.startswith("refs/"):
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
         if _has_users_card(repo_id, revision, token):
             (copy / CARD).unlink(missing_ok=True)
         # Not upload_folder, which may make several commits: an adapter is on the hub as a whole, or not at all.
@@ -134,16 +151,43 @@ def pull_adapter(
         ConfigurationError: the folder has something in it, the repository holds no adapter, or what the hub answered.
         MaskError: the mask is damaged.
 
+    Warns:
+        FishTuningWarning: the hub cannot be reached, and what its cache on this machine holds was taken.
+
     Example:
         >>> pull_adapter("me/my-adapter", "adapter")  # doctest: +SKIP
     """
     folder = Path(folder)
     check_new(folder)
-    found = _snapshot(repo_id, revision, token)
+    with _told(f"{repo_id!r} cannot be read from the hub", token):
+        validate_repo_id(repo_id)
+        unreachable = _why_unreachable(repo_id, revision, token)
+        found = Path(snapshot_download(repo_id, revision=revision, token=token))
     with whole_folder(folder) as unfinished:
-        shutil.copytree(found, unfinished, dirs_exist_ok=True)
+        if found.is_dir():  # of an empty repository there is none
+            shutil.copytree(found, unfinished, dirs_exist_ok=True)
         _check_adapter(unfinished, shown=repo_id)
+    if unreachable is not None:
+        warnings.warn(
+            f"The hub cannot be reached ({unreachable}): {str(folder)!r} is what this machine's cache had of "
+            f"{repo_id!r}, which may be older.",
+            FishTuningWarning,
+            stacklevel=2,
+        )
     return folder
+
+
+def _why_unreachable(repo_id: str, revision: str | None, token: str | bool | None) -> str | None:
+    """Why no connection can be made, where the cache would answer in silence; None where the hub answers."""
+    if is_offline_mode():  # as the user wants it
+        return None
+    try:
+        HfApi(token=token).model_info(repo_id, revision=revision, timeout=10)
+    except HfHubHTTPError:  # an answer: what the cache has of a repository that may not be read is none of ours
+        raise
+    except TRANSPORT as error:
+        return textwrap.shorten(str(error), 200, placeholder=" …")
+    return None
 
 
 def fetched(folder: str | os.PathLike[str], *, revision: str | None = None, token: str | bool | None = None) -> Path:
@@ -153,10 +197,7 @@ def fetched(folder: str | os.PathLike[str], *, revision: str | None = None, toke
         return Path(folder)
     name = os.fspath(folder)
     if Path(folder).is_file():
-        raise ConfigurationError(
-            f"{name!r} is a file, and no folder of an adapter. Of a sparse adapter's file write_adapter_folder(file, "
-            "folder) makes one, and add_sparse_adapter(model, file) puts it onto its base model."
-        )
+        raise ConfigurationError(_NO_FOLDER.format(name))
     if is_local(name) or not is_hub_name(name):
         raise ConfigurationError(f"There is no folder {name!r}.{did_you_mean_beside(name)}")
     return _snapshot(name, revision, token)
@@ -169,27 +210,40 @@ def _snapshot(repo_id: str, revision: str | None, token: str | bool | None) -> P
 
 
 def _check(folder: Path, repo_id: str) -> None:
+    if folder.is_file():
+        raise ConfigurationError(_NO_FOLDER.format(str(folder)))
     if not folder.is_dir():
         raise ConfigurationError(f"There is no folder {str(folder)!r}.{did_you_mean_beside(folder)}")
-    _check_adapter(folder, shown=str(folder))
+    _check_adapter(folder)
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
         raise ConfigurationError(f"{repo_id!r} can be no repository's name: {error}") from error
 
 
-def _check_adapter(folder: Path, shown: str) -> None:
-    if not (folder / ADAPTER_CONFIG).is_file() and not (folder / DELTA_FILE_NAME).is_file():
-        below = sorted(str(found.parent.name) for found in folder.glob(f"*/{ADAPTER_CONFIG}"))
-        hint = f" Folders in it have one: {', '.join(below[:5])}." if below else ""
-        raise ConfigurationError(f"There is no adapter in {shown!r}: it has no {ADAPTER_CONFIG}.{hint}")
+def _check_adapter(folder: Path, shown: str | None = None) -> None:
+    """Refuse what is no whole adapter; `shown` is its name where the folder has one of our own."""
+    if (folder / ADAPTER_CONFIG).is_file() or not (folder / DELTA_FILE_NAME).is_file():
+        read_adapter_config(folder, shown)
+        check_weights(folder, shown)
     if (folder / MASK_FILE_NAME).is_file():
-        load_mask(folder)  # whose checksum tells whether it came whole
+        try:
+            load_mask(folder)  # whose checksum tells whether it came whole
+        except MaskError as error:
+            if shown is None:
+                raise
+            raise MaskError(str(error).replace(str(folder), shown)) from error
 
 
 def _copy(folder: Path, copy: Path, base_model: str | None) -> None:
     """What is to go, without what belongs to this machine."""
-    shutil.copytree(folder, copy, ignore=lambda _, names: [name for name in names if _OF_CHECKPOINTS.fullmatch(name)])
+    try:
+        shutil.copytree(
+            folder, copy, ignore=lambda _, names: [name for name in names if _OF_CHECKPOINTS.fullmatch(name)]
+        )
+    except shutil.Error as error:
+        file, _, reason = error.args[0][0]
+        raise ConfigurationError(f"{str(file)!r} cannot be read: {reason}") from error
     for file in copy.rglob(ADAPTER_CONFIG):
         config = json.loads(file.read_bytes())
         base = config.get("base_model_name_or_path")
@@ -207,7 +261,12 @@ def _copy(folder: Path, copy: Path, base_model: str | None) -> None:
             )
         file.write_text(json.dumps(config, indent=2, sort_keys=True))
     for file in copy.rglob("tokenizer_config.json"):
-        config = json.loads(file.read_bytes())
+        try:
+            config = json.loads(file.read_bytes())
+        except (ValueError, RecursionError) as error:
+            raise ConfigurationError(
+                f"{str(folder / file.relative_to(copy))!r} is not readable JSON: {error}"
+            ) from error
         kept = {name: value for name, value in config.items() if name not in ("name_or_path", "_name_or_path")}
         if kept != config:
             file.write_text(json.dumps(kept, indent=2, sort_keys=True))
@@ -229,7 +288,21 @@ def _told(what: str, token: str | bool | None, hint: str = "") -> Iterator[None]
     except (TRANSPORT, HFValidationError, OSError, ValueError) as error:
         if disk_full(error):
             raise
-        reason = " ".join(str(error).split())[:400]
+        reason = _reason(error)
         if isinstance(token, str) and token:
             reason = reason.replace(token, "***")
         raise ConfigurationError(f"{what}: {reason}{hint}") from error
+
+
+def _reason(error: BaseException) -> str:
+    """What the hub answered; of frequent answers, in few words, with the way out."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, RevisionNotFoundError):
+        return "it has no such revision; a branch, a tag or a commit is needed."
+    if isinstance(error, GatedRepoError):
+        return f"its owner must grant access first, on its page. {_LOG_IN}"
+    if isinstance(error, RepositoryNotFoundError):
+        return f"there is no such repository, or it may not be read with the token at hand. {_LOG_IN}"
+    if status == 401:
+        return f"the hub wants a token, and none, or a wrong one, is at hand (401 Unauthorized). {_LOG_IN}"
+    return textwrap.shorten(str(error), 400, placeholder=" …")

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import importlib
-import json
 import os
+import re
+import textwrap
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from peft import PeftModel
+from peft import __version__ as peft_version
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.utils import load_peft_weights
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
-from fish_tuning.errors import ConfigurationError, FishTuningWarning, MaskError
+from fish_tuning.errors import ConfigurationError, FishTuningWarning, MaskError, did_you_mean
 from fish_tuning.files.mask_file import MASK_FILE_NAME, load_mask
 from fish_tuning.sharing.card import is_local
-from fish_tuning.sharing.folder import ADAPTER_CONFIG, MODEL_CONFIG
+from fish_tuning.sharing.folder import ADAPTER_CONFIG, MODEL_CONFIG, check_weights, read_adapter_config
 from fish_tuning.sharing.hub import fetched
 from fish_tuning.sharing.label_numbers import labels_of_head
 from fish_tuning.sharing.reaching import hub_arguments
@@ -109,46 +113,81 @@ def _loaded(
     """The model, and the names of its random tensors: neither the base model's weights nor the adapter has them."""
     path = fetched(folder, revision=revision, token=token)
     settings = read_adapter_config(path)
-    if settings.get("peft_type") in OWN_METHODS:
-        importlib.import_module("fish_tuning.adapters")  # makes PEFT know them
+    check_weights(path)
+    _make_known(settings["peft_type"], path)
     given = {} if token is None else {"token": token}
     asked = None if base_model is None else os.fspath(base_model)
     base, random = load_base(path, settings, asked, {**given, **kwargs})
     try:
-        model = PeftModel.from_pretrained(base, str(path), adapter_name=adapter_name, is_trainable=is_trainable)
-    except (RuntimeError, ValueError, KeyError, OSError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:300]
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            model = PeftModel.from_pretrained(base, str(path), adapter_name=adapter_name, is_trainable=is_trainable)
+    # The last two are what values of a wrong type in adapter_config.json come to.
+    except (RuntimeError, ValueError, KeyError, OSError, SafetensorError, TypeError, AttributeError) as error:
+        lacking = "its weights lack " if isinstance(error, KeyError) else ""
+        reason = lacking + _short(error)
         raise ConfigurationError(
             f"The adapter in {str(path)!r} does not fit {type(base).__name__}: {reason}"
         ) from error
+    _check_complete(model, path, settings, told)
     if is_trainable and (path / MASK_FILE_NAME).is_file():
         check_saved_names(model, [adapter_name])
         _apply(model, load_mask(path), _weights(path), adapter_name)
     return model if is_trainable else model.eval(), random
 
 
+def _short(error: BaseException) -> str:
+    return textwrap.shorten(str(error), 300, placeholder=" …")
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _make_known(peft_type: Any, path: Path) -> None:
+    """Refuse a method that PEFT does not know, once it knows ours."""
+    if peft_type in OWN_METHODS:
+        importlib.import_module("fish_tuning.adapters")
+    known = [str(getattr(name, "value", name)) for name in PEFT_TYPE_TO_CONFIG_MAPPING]
+    if peft_type not in known:
+        raise ConfigurationError(
+            f"{str(path / ADAPTER_CONFIG)!r}: PEFT {peft_version} knows no method peft_type={peft_type!r}; a newer one "
+            f"may.{did_you_mean(str(peft_type), known)}"
+        )
+
+
+def _check_complete(
+    model: PeftModel, path: Path, settings: Mapping[str, Any], told: list[warnings.WarningMessage]
+) -> None:
+    """Refuse an adapter that lacks tensors of the model, which PEFT warns of; warn of some that the model lacks."""
+    for warning in told:
+        if "missing adapter keys" in str(warning.message):
+            lacking = re.findall(r"'([^' ]+\.[^' ]+)'", str(warning.message))
+            raise ConfigurationError(
+                f"The adapter in {str(path)!r} does not fit {type(model.get_base_model()).__name__}: its weights lack "
+                f"{_some(lacking)}. Give the base model that it was trained on with base_model=... (in the command "
+                "--base-model)."
+            )
+        warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(settings["peft_type"])
+    if not prefix:
+        return
+    modules = {name for name, _ in model.named_modules()}
+    unused = sorted({name.partition(f".{prefix}")[0] for name in _weights(path) if f".{prefix}" in name} - modules)
+    if unused:
+        warnings.warn(
+            f"The adapter in {str(path)!r} has weights for layers that {type(model.get_base_model()).__name__} lacks, "
+            f"which are not used: {_some(unused)}. Is it the base model that it was trained on?",
+            FishTuningWarning,
+            stacklevel=4,
+        )
+
+
 def _random_text(names: list[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return (
-        f"Neither the base model's weights nor the adapter has {', '.join(names[:3])}{more}: they are new random "
+        f"Neither the base model's weights nor the adapter has {_some(names)}: they are new random "
         "numbers at each loading, not those that the adapter was trained beside."
     )
-
-
-def read_adapter_config(folder: Path) -> dict[str, Any]:
-    """The content of `adapter_config.json`. Raises ConfigurationError where there is none that can be read."""
-    file = folder / ADAPTER_CONFIG
-    if not file.is_file():
-        below = sorted(str(found.parent) for found in folder.glob(f"*/{ADAPTER_CONFIG}"))
-        hint = f" Folders below have one, e.g. {below[0]!r}." if below else ""
-        raise ConfigurationError(f"There is no adapter in {str(folder)!r}: it has no {ADAPTER_CONFIG}.{hint}")
-    try:
-        content = json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ConfigurationError(f"{str(file)!r} is not readable JSON: {error}") from error
-    if not isinstance(content, dict) or "peft_type" not in content:
-        raise ConfigurationError(f"{str(file)!r} is no adapter's configuration: it has no peft_type.")
-    return content
 
 
 def _apply(model: Any, mask: Mapping[str, Tensor], weights: Mapping[str, Tensor], adapter_name: str) -> None:
@@ -185,7 +224,7 @@ def load_base(
     revision = None if asked else settings.get("revision")
     reached = base_arguments(name, revision, kwargs)
     own = folder / MODEL_CONFIG
-    config = {"config": AutoConfig.from_pretrained(str(own))} if (own / "config.json").is_file() else {}
+    config = {"config": _own_config(own)} if (own / "config.json").is_file() else {}
     kind = _model_class(settings, config.get("config"))
     try:
         unsaid = kwargs.keys().isdisjoint(("config", "num_labels", "id2label", "label2id"))
@@ -207,6 +246,16 @@ def load_base(
     carried = _carried(folder)
     _check_fit(base, name, carried, loading)
     return base, sorted(name for name in loading["missing_keys"] if not carried(name))
+
+
+def _own_config(folder: Path) -> Any:
+    try:
+        return AutoConfig.from_pretrained(str(folder))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
+        raise ConfigurationError(
+            f"{str(folder / 'config.json')!r}, the base model's configuration with the adapter's label names, cannot "
+            f"be read: {_short(error)} Bring the folder anew, or remove {MODEL_CONFIG}: the labels then have no names."
+        ) from error
 
 
 def _config_for_head(
@@ -262,7 +311,7 @@ def _weights(folder: Path) -> dict[str, Tensor]:
     try:
         return dict(load_peft_weights(str(folder), device="cpu"))
     except (OSError, ValueError, RuntimeError, EOFError, UnpicklingError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = _short(error)
         raise ConfigurationError(f"The adapter in {str(folder)!r} cannot be read: {reason}") from error
 
 

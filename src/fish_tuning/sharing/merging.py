@@ -9,9 +9,9 @@ from typing import Any
 from fish_tuning.errors import ConfigurationError
 from fish_tuning.files.atomic import whole_folder
 from fish_tuning.sharing.card import CARD, CardFacts, Described, card_text
-from fish_tuning.sharing.folder import PROCESSING_FILES, check_new, copy_processing
+from fish_tuning.sharing.folder import PROCESSING_FILES, check_new, copy_processing, read_adapter_config
 from fish_tuning.sharing.hub import fetched
-from fish_tuning.sharing.loading import load_whole_adapter, read_adapter_config
+from fish_tuning.sharing.loading import load_whole_adapter
 from fish_tuning.sharing.sources import adapter_folder
 from fish_tuning.sharing.tasks import task_kind
 

@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import AutoImageProcessor, AutoTokenizer
 
 from fish_tuning.errors import ConfigurationError, FishTuningWarning
-from fish_tuning.sharing.folder import PROCESSING_FILES
+from fish_tuning.sharing.folder import PROCESSING_FILES, read_adapter_config
 from fish_tuning.sharing.hub import fetched
-from fish_tuning.sharing.loading import base_arguments, load_whole_adapter, read_adapter_config
+from fish_tuning.sharing.loading import base_arguments, load_whole_adapter
 from fish_tuning.sharing.rows import IMAGE, Row, check_columns, has_images, read_image, text_columns
 from fish_tuning.sharing.sources import adapter_folder
 from fish_tuning.sharing.tasks import task_kind
@@ -133,7 +133,7 @@ def _kind(base: Any, images: bool, names: Sequence[str]) -> str:
 
 def _classes(model: Any, encoded: Any) -> Iterator[Row]:
     logits = model(**encoded.to(model.device)).logits
-    logits = (logits[0] if isinstance(logits, tuple) else logits).float().cpu()
+    logits = _finite((logits[0] if isinstance(logits, tuple) else logits).float().cpu())
     config = model.config
     if config.problem_type == "regression" or config.num_labels == 1:
         for numbers in logits.tolist():
@@ -149,6 +149,16 @@ def _classes(model: Any, encoded: Any) -> Iterator[Row]:
             yield {PREDICTION: best, PROBABILITY: named[best], **_each(named)}
 
 
+def _finite(logits: Tensor) -> Tensor:
+    """Refuse outputs that say nothing, which JSON could not hold either."""
+    if not bool(logits.isfinite().all()):
+        raise ConfigurationError(
+            "The model's outputs are not finite, so they are no predictions: the adapter or its base model holds "
+            "numbers that are not, or its dtype is too narrow for it."
+        )
+    return logits
+
+
 def _each(named: dict[str, float]) -> Row:
     return {f"{PROBABILITY}_{name}": share for name, share in named.items()}
 
@@ -161,7 +171,7 @@ def _tagged(model: Any, tokenizer: Any, words: Sequence[list[str]], max_length: 
         padding=True,
         **_cut(model, tokenizer, max_length),
     )
-    shares: Tensor = model(**encoded.to(model.device)).logits.float().softmax(-1).cpu()
+    shares = _finite(model(**encoded.to(model.device)).logits.float().cpu()).softmax(-1)
     for number, row in enumerate(words):
         first: dict[int, int] = {}
         for position, word in enumerate(encoded.word_ids(number)):

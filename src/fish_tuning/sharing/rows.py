@@ -32,6 +32,8 @@ def read_rows(source: str) -> list[Row]:
     Raises ConfigurationError for a file that is not there, of another kind, damaged or empty, and for a folder without
     images.
     """
+    if not source.strip():
+        raise ConfigurationError("The text to predict on is empty.")
     file = Path(source)
     suffix = file.suffix.lower()
     if _is(file, Path.is_dir):
@@ -44,8 +46,6 @@ def read_rows(source: str) -> list[Row]:
     if not _is(file, Path.is_file):
         if suffix in (*READ, *IMAGES) and not any(map(str.isspace, source)):
             raise ConfigurationError(f"There is no file {source!r}.{did_you_mean(file.name, _beside(file))}")
-        if not source.strip():
-            raise ConfigurationError("The text to predict on is empty.")
         return [{TEXT: source}]
     if suffix not in READ:
         raise ConfigurationError(
@@ -53,6 +53,11 @@ def read_rows(source: str) -> list[Row]:
         )
     try:
         rows = _parsed(file.read_text(encoding="utf-8-sig"), suffix)
+    except UnicodeDecodeError as error:
+        raise ConfigurationError(
+            f"{source!r} is not in UTF-8 (byte {error.object[error.start]:#04x} at {error.start}). Save it in UTF-8: "
+            "iconv -f latin1 -t utf-8."
+        ) from error
     except (OSError, ValueError, RecursionError, csv.Error) as error:
         raise ConfigurationError(f"{source!r} is not readable as {suffix[1:]}: {error}") from error
     if not rows:
@@ -151,6 +156,8 @@ def check_output(file: Path, source: str, *, force: bool = False) -> None:
         raise ConfigurationError(f"{str(file)!r} cannot be written: it must end with {', '.join(WRITTEN)}.")
     if not file.absolute().parent.is_dir():
         raise ConfigurationError(f"There is no folder {str(file.parent)!r} to write {file.name!r} to.")
+    if file.is_dir():
+        raise ConfigurationError(f"{str(file)!r} is a folder. Name a file.")
     if file.exists() and os.path.exists(source) and file.samefile(source):
         raise ConfigurationError(f"{str(file)!r} is what is predicted on, and is not overwritten. Name another file.")
     if file.exists() and not force:
@@ -194,20 +201,32 @@ def _is(path: Path, kind: Callable[[Path], bool]) -> bool:
         return False
 
 
+def _json_line(number: int, line: str) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"line {number} is no JSON: {error.msg} at column {error.colno}") from error
+
+
 def _parsed(text: str, suffix: str) -> list[Row]:
     if suffix == ".txt":
         return [{TEXT: line} for line in text.splitlines() if line.strip()]
     if suffix in (".csv", ".tsv"):
         reader = csv.DictReader(io.StringIO(text), delimiter="\t" if suffix == ".tsv" else ",", strict=True)
-        rows = [dict(row) for row in reader]
-        if any(None in row for row in rows):
-            raise ValueError("a row has more cells than there are names of columns")
+        names = list(reader.fieldnames or ())
+        if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+            raise ValueError(f"two columns are called {twice[0]!r}")
+        rows = []
+        for row in reader:
+            if None in row:
+                raise ValueError(f"line {reader.line_num} has more cells than there are names of columns")
+            rows.append(dict(row))
         return rows
     if suffix == ".json":
         content = json.loads(text)
         content = content if isinstance(content, list) else [content]
     else:
-        content = [json.loads(line) for line in text.splitlines() if line.strip()]
+        content = [_json_line(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
     rows = [{TEXT: row} if isinstance(row, str) else row for row in content]
     if not all(isinstance(row, dict) for row in rows):
         raise ValueError("each row must be an object with columns, or a text")

@@ -152,7 +152,7 @@ def test_environment_variables_are_expanded(experiment: Path, monkeypatch: pytes
         ("model.torch_dtype=bfloat16", "write 'model.dtype'"),
         ("model.name=", "model.name=null: must be a model's name"),
         ("name=a/b", "name='a/b': must be a name that begins with no dot and holds no slash"),
-        ("seeds=[]", "seeds=[]: must be a list of different whole numbers"),
+        ("seeds=[]", "seeds=[]: must be a list of one or more different whole numbers"),
         ("seeds=[1, 1]", "holds 1 twice"),
         ("seeds=[-1]", "must be whole numbers from 0"),
         ("training=5", "training=5: must be a section with the keys max_seq_length"),

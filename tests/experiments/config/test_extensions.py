@@ -106,6 +106,7 @@ def test_without_the_extension_its_names_are_unknown(experiment: Callable[..., E
     [
         ("missing.py", "there is no such file"),
         ("no_such_module_at_all", "ModuleNotFoundError"),
+        ("./broken.yaml", "a file must be one of Python"),
         ("broken.py", "ZeroDivisionError: division by zero"),
     ],
 )

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import logging
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 from datasets import Dataset
@@ -82,6 +84,33 @@ def test_files_that_cannot_be_splits_are_told(tmp_path: Path, names: tuple[str, 
     files = dict(zip(("train", "validation"), (str(tmp_path / name) for name in names), strict=True))
     with pytest.raises(ConfigurationError, match=message):
         load_task(DatasetConfig(data_files=files))
+
+
+@pytest.mark.parametrize(
+    ("content", "name", "message"),
+    [
+        (b"", "a.csv", "cannot be read: it is empty."),
+        (b"text,label\n", "a.csv", "cannot be read: it has no rows."),
+        ("text,label\ncaf\u00e9,1\n".encode("latin-1"), "a.csv", r"not in UTF-8 \(byte 0xe9 .*Save it in UTF-8"),
+        (b"{", "a.json", "cannot be read: JSON parse error"),
+        (None, "a.csv", "'.*a.csv' is a folder. Name files"),
+    ],
+)
+def test_damaged_files_are_told_once(
+    content: bytes | None, name: str, message: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / name
+    if content is None:
+        file.mkdir()
+    else:
+        file.write_bytes(content)
+    datasets_logger = logging.getLogger("datasets")
+    with (
+        patch.object(datasets_logger, "propagate", new=True),
+        pytest.raises(ConfigurationError, match=message),
+    ):
+        load_task(DatasetConfig(data_files={"train": str(file)}))
+    assert not caplog.records
 
 
 def test_a_share_of_the_training_split_can_be_held_out(tmp_path: Path) -> None:

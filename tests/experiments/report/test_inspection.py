@@ -340,7 +340,10 @@ def _nothing_kept(folder: Path) -> list[str]:
         ),
         (_text, "'{}/notes.txt' is not a readable safetensors file: "),
         (_no_tensors, "'{}/none/fish_mask.safetensors' holds no tensors."),
-        (_other_model, "have no masked tensor in common, so there is nothing to compare: other models or methods?"),
+        (
+            _other_model,
+            "have no masked tensor in common, so there is nothing to compare: they are of other models or methods",
+        ),
         (_other_rank, "have tensors of other shapes (first 2 x 4 against 2 x 2), so there is nothing to compare"),
         (_unmasked, "cannot be compared: no tensor is masked in the second."),
         (_nothing_kept, "'{}/two/fish_mask.safetensors' keeps no entry of the tensors in common."),

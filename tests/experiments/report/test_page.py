@@ -291,3 +291,16 @@ def test_without_a_readable_run_there_is_no_page(tmp_path: Path) -> None:
 def _serialize(node: Node) -> str:
     inner = "".join(child if isinstance(child, str) else _serialize(child) for child in node.children)
     return f"<{node.tag}>{inner}"
+
+
+def test_differences_on_each_task_have_their_interval_below_them(tmp_path: Path) -> None:
+    """On a phone the table is as narrow as the others."""
+    for task in ("sst2", "mrpc"):
+        write_experiment(tmp_path / task, complete(task=task), settings=config("trial", ARMS, range(1, 9)), task=task)
+    (table,) = (
+        section(page_of(tmp_path, tmp_path / "sst2", tmp_path / "mrpc"), "differences").one("details").all("table")
+    )
+    assert "95 % interval, corrected" in table.one("thead").text.replace("\N{NO-BREAK SPACE}", " ")
+    differences = [row.all("td")[1] for row in table.one("tbody").all("tr")]
+    assert differences
+    assert all(cell.one("small").text.startswith("[") for cell in differences)

@@ -55,3 +55,9 @@ def test_first_steps_leave_the_next_start_alone(experiment: MakeExperiment) -> N
     before = tensors(context.starts("lora-fish", 1))
     use_once(context, context.plan.arms[1], 1)
     assert_same_tensors(tensors(context.starts("lora-fish", 1)), before)
+
+
+def test_a_learning_rate_that_is_too_large_is_no_fault_of_the_examples(experiment: MakeExperiment) -> None:
+    config = experiment("training.args_override.learning_rate=1e30")
+    context = make_context(config, plan_experiment(config), TrainerCallback())
+    use_once(context, context.plan.arms[0], 1)  # raises nothing: what diverges is told by the arm itself

@@ -54,6 +54,19 @@ def test_without_a_terminal_there_is_a_line_now_and_then(tmp_path: Path, capsys:
     ]
 
 
+def test_what_is_made_once_for_all_runs_is_no_measure_of_the_time_that_is_left(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args, state, control = TrainingArguments(str(tmp_path), report_to="none"), TrainerState(), TrainerControl()
+    state.max_steps, clock = 10, Clock()
+    with RunProgress(15, clock=clock) as progress:
+        clock.now = 120.0  # a built-in model is made, data are read
+        progress.start("lora", 1)
+        clock.now, state.global_step = 121.0, 1
+        progress.on_step_end(args, state, control)
+    assert capsys.readouterr().err == "lora, seed 1: step 1 of 10; 0 of 15 runs done, about 2 min left\n"
+
+
 def test_nothing_is_shown_where_nothing_is_to_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     args, state, control = TrainingArguments(str(tmp_path), report_to="none"), TrainerState(), TrainerControl()
     state.max_steps, clock = 10, Clock()

@@ -32,7 +32,9 @@ class ExperimentConfig(Section):
     lora: LoraSection = LoraSection()
     fish_tuning: FishTuningConfig = Field(description="a section")  # always there: its arms follow from peft
     training: TrainingConfig = TrainingConfig()
-    seeds: list[int] = Field(default=[42, 43, 44], min_length=1, description="a list of different whole numbers from 0")
+    seeds: list[int] = Field(
+        default=[42, 43, 44], min_length=1, description="a list of one or more different whole numbers from 0"
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import entry_points
@@ -33,6 +34,8 @@ def _import(shown: str, name: str) -> None:
     try:
         if name.endswith(".py"):
             _run_file(Path(name).expanduser())
+        elif "/" in name or os.sep in name:
+            raise ConfigurationError(f"--extension {shown}: a file must be one of Python, which ends in .py.")
         else:
             importlib.import_module(name)
     except ConfigurationError:

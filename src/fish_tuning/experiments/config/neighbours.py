@@ -34,6 +34,10 @@ def refuse_missing(files: Iterable[str]) -> None:
     """Data files must be there; needs no library, so that a mistyped name is told at once."""
     missing = [file for file in files if not Path(file).expanduser().is_file()]
     if missing:
+        if Path(missing[0]).expanduser().is_dir():
+            raise ConfigurationError(
+                f"dataset.data_files: {missing[0]!r} is a folder. Name files, or give the folder to dataset.load_args."
+            )
         hint = nearest_file(Path(missing[0]).expanduser(), DATA_FILES)
         raise ConfigurationError(
             f"dataset.data_files: there is no file {missing[0]!r} (from {str(Path.cwd())!r}).{hint}"

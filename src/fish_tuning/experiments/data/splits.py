@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 from datasets import DatasetDict, load_dataset
 from datasets.exceptions import DatasetNotFoundError, DatasetsError
+from datasets.utils import logging as datasets_logging
 
 from fish_tuning.errors import ConfigurationError, did_you_mean
 from fish_tuning.experiments.config.neighbours import refuse_missing
@@ -103,7 +105,8 @@ def load_all(config: DatasetConfig) -> DatasetDict:
     if Path(args[0]).is_file():
         raise ConfigurationError(f"dataset.load_args: {load_args[0]!r} is a file; {needed}")
     try:
-        splits = load_dataset(*args, **({"revision": config.revision} if config.revision else {}))
+        with _datasets_quiet():
+            splits = load_dataset(*args, **({"revision": config.revision} if config.revision else {}))
     except (DatasetNotFoundError, ConnectionError, FileNotFoundError) as error:
         if Path(args[0]).is_dir():
             raise ConfigurationError(
@@ -113,9 +116,7 @@ def load_all(config: DatasetConfig) -> DatasetDict:
             f"dataset.load_args: {named!r} is neither a folder here nor a data set that the hub gave: {error}"
         ) from error
     except (DatasetsError, ValueError, TypeError, RuntimeError, OSError) as error:
-        # What is wrong in a file is told by the cause; the error itself says only that something is.
-        reason = str(error.__cause__ or error).strip()
-        raise ConfigurationError(f"dataset.load_args: {named!r} cannot be loaded: {reason}") from error
+        raise ConfigurationError(f"dataset.load_args: {named!r} cannot be loaded: {_reason(error)}") from error
     if not isinstance(splits, DatasetDict):
         raise ConfigurationError(f"dataset.load_args: {named!r} names one split; name the data set, splits are found.")
     return splits
@@ -133,7 +134,36 @@ def _load_files(files: Mapping[str, str]) -> DatasetDict:
         )
     ((builder, options),) = formats  # type: ignore[misc]
     try:
-        return load_dataset(builder, data_files=paths, **dict(options))
+        with _datasets_quiet():
+            return load_dataset(builder, data_files=paths, **dict(options))
     except (DatasetsError, ValueError, TypeError, RuntimeError, OSError) as error:
-        reason = str(error.__cause__ or error).strip()
-        raise ConfigurationError(f"dataset.data_files: {', '.join(paths.values())} cannot be read: {reason}") from error
+        raise ConfigurationError(
+            f"dataset.data_files: {', '.join(paths.values())} cannot be read: {_reason(error)}"
+        ) from error
+
+
+@contextmanager
+def _datasets_quiet() -> Iterator[None]:
+    """Without its log, which tells of a damaged file what its error tells."""
+    before = datasets_logging.get_verbosity()
+    datasets_logging.set_verbosity(datasets_logging.CRITICAL)
+    try:
+        yield
+    finally:
+        datasets_logging.set_verbosity(before)
+
+
+def _reason(error: Exception) -> str:
+    """What is wrong in a file: told by the cause; the error itself says only that something is."""
+    cause = error.__cause__ or error
+    if isinstance(cause, UnicodeDecodeError):
+        return (
+            f"it is not in UTF-8 (byte {cause.object[cause.start]:#04x} at {cause.start}). Save it in UTF-8: "
+            "iconv -f latin1 -t utf-8."
+        )
+    reason = str(cause).strip()
+    if "No columns to parse" in reason:
+        return "it is empty."
+    if "corresponds to no data" in reason:
+        return "it has no rows."
+    return reason

@@ -55,5 +55,7 @@ def _why_apart(one: Inspected, other: Inspected, pairs: Sequence[tuple[Tensor, T
         return "cannot be compared: no tensor is masked in " + ("the first" if not one.masked else "the second")
     if pairs:
         a, b = (" x ".join(map(str, tensor.shape)) for tensor in pairs[0])
-        return f"have tensors of other shapes (first {a} against {b}), so there is nothing to compare: other ranks?"
-    return "have no masked tensor in common, so there is nothing to compare: other models or methods?"
+        return (
+            f"have tensors of other shapes (first {a} against {b}), so there is nothing to compare: their ranks differ"
+        )
+    return "have no masked tensor in common, so there is nothing to compare: they are of other models or methods"

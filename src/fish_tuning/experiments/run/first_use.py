@@ -16,14 +16,12 @@ ONE_STEP = {"max_steps": 1, "eval_strategy": "no", "save_strategy": "no", **NO_R
 
 
 def use_once(context: Context, arm: ArmPlan, seed: int) -> None:
-    """One training step and one scored batch of a model that is thrown away, so that no arm's seconds hold the cost."""
+    """One scored batch and one training step of a model that is thrown away, so that no arm's seconds hold the cost."""
     args = context.arguments(arm, seed, extra=ONE_STEP)
     model = context.starts(arm.arm, seed, args.device)
-    trainer = make_trainer(context, arm, model, args, [])
-    trainer.train()
-    # In 16 bits accelerate wraps the forward pass; what is scored must be the bare model.
-    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     batches = list(islice(context.calibration_loader(arm, seed, args.per_device_train_batch_size), 1))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FishTuningWarning)  # of a model that nobody asked for
+        # Before the step: after it, a learning rate that is too large would be told as a fault of the examples.
         calculate_fisher_information(model, batches, device=args.device, warmup_steps=0, progress=False)
+    make_trainer(context, arm, model, args, []).train()

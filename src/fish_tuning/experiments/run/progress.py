@@ -37,7 +37,7 @@ class RunProgress(TrainerCallback):
         )
         self.lines = _Lines(runs, clock) if shown and not on_terminal else None
         self.begun = 0.0
-        self.run = ""
+        self.run: str | None = None
         self.evaluated = 0
 
     def __enter__(self) -> RunProgress:
@@ -48,6 +48,10 @@ class RunProgress(TrainerCallback):
         self.bar.close()
 
     def start(self, arm: str, seed: int) -> None:
+        if self.run is None:  # what was made before it, for all runs, is no measure of how long one takes
+            self.bar.reset()
+            if self.lines is not None:
+                self.lines.begin()
         self.run = f"{arm}, seed {seed}"
         self._describe(0)
 
@@ -76,7 +80,7 @@ class RunProgress(TrainerCallback):
     def _describe(self, evaluated: int) -> None:
         """The run at hand, and how many batches of its evaluation are done: generating answers takes its time."""
         self.evaluated = evaluated
-        self.bar.set_description_str(self.run + (f", evaluating: batch {evaluated}" if evaluated else ""))
+        self.bar.set_description_str((self.run or "") + (f", evaluating: batch {evaluated}" if evaluated else ""))
 
     def _show(self, amount: float) -> None:
         self.bar.n = max(self.bar.n, round(amount, 3))
@@ -91,6 +95,9 @@ class _Lines:
         self.began = self.told = clock()
         self.done = self.worked = 0  # runs, and those of them that this process has trained
         self.part = 0.0  # of the run at hand
+
+    def begin(self) -> None:
+        self.began = self.clock()
 
     def finish(self) -> None:
         self.worked += self.part > 0  # one that was found finished tells nothing of the time that is left
