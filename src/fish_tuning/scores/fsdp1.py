@@ -44,7 +44,7 @@ def without_fsdp1(model: nn.Module) -> Iterator[nn.Module]:
 
 def _is_wrapper(module: nn.Module) -> bool:
     """By name, since FSDP1 is not loaded where nobody uses it."""
-    return any(cls.__name__ == "FullyShardedDataParallel" for cls in type(module).__mro__)
+    return type(module).__name__ == "FullyShardedDataParallel"
 
 
 def _within(module: Any) -> nn.Module:

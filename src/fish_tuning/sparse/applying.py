@@ -205,6 +205,7 @@ def _check(model: nn.Module, mask: Mapping[str, Tensor], taken: Mapping[int, Any
             )
         parameter, shape = parameters[name], full_shape(parameters[name])
         engine = None if id(parameter) in taken else engine_of(parameter)
+        engine = "Tensor parallelism" if engine == FSDP2 else engine
         if engine and not (selected.dtype == torch.bool and selected.all()):
             raise MaskError(
                 f"{engine} has taken {name!r} already, and would go on with the whole tensor. Call "

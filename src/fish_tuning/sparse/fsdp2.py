@@ -48,8 +48,9 @@ def groups_of(model: nn.Module) -> Iterator[Any]:
 
 
 def fsdp_parameters(model: nn.Module) -> dict[int, Any]:
-    """FSDP's records of what it has, by the id of the parameter."""
-    return {id(each.sharded_param): each for group in groups_of(model) for each in group.fsdp_params}
+    """FSDP's records of what it alone has split, by the id of the parameter."""
+    every = (each for group in groups_of(model) for each in group.fsdp_params)
+    return {id(each.sharded_param): each for each in every if not each.is_dtensor}  # which tensor parallelism has made
 
 
 def reshard(model: nn.Module) -> None:
