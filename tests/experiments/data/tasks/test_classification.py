@@ -99,7 +99,7 @@ def test_what_is_not_there_is_told_with_the_nearest(
         ({"text": ["x", "y"], "label": [1, 1]}, "the 2 rows of the split 'train' have one class only"),
         ({"text": ["x", "y"], "label": [0.5, 0.5]}, "the split 'train' have one value only; there is nothing to learn"),
         ({"text": ["x", "y"], "other": [1, 1]}, "none of the usual names"),
-        ({"text": [], "label": []}, "is empty|no data"),
+        ({"text": [], "label": []}, "is empty|has no rows"),
     ],
 )
 def test_data_that_cannot_be_learned_from_is_refused(
