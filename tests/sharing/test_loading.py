@@ -295,3 +295,19 @@ def test_every_method_brings_all_that_its_model_has(name: str, tmp_path: Path) -
     with warnings.catch_warnings():
         warnings.simplefilter("error", FishTuningWarning)
         load_adapter(tmp_path / "adapter", base_model=tmp_path / "base")
+
+
+def test_layers_that_peft_repeats_are_not_taken_for_the_base_models_own(llama_folder: Path, tmp_path: Path) -> None:
+    base = AutoModelForCausalLM.from_pretrained(llama_folder)
+    layers = base.config.num_hidden_layers
+    config = LoraConfig(
+        target_modules=["q_proj"], init_lora_weights=False, layer_replication=[(0, layers), (0, layers)]
+    )  # fmt: skip
+    model = get_peft_model(base, config).eval()
+    apply_mask(model, random_mask(model))
+    model.save_pretrained(tmp_path / "adapter")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FishTuningWarning)  # that layers are random
+        loaded = load_adapter(tmp_path / "adapter")
+    assert torch.equal(logits(loaded), logits(model))
+    assert loaded.config.num_hidden_layers == 2 * layers

@@ -227,6 +227,10 @@ def load_base(
     config = {"config": _own_config(own)} if (own / "config.json").is_file() else {}
     kind = _model_class(settings, config.get("config"))
     try:
+        if config and settings.get("layer_replication"):
+            # PEFT counts the layers that it repeats into the configuration; the base model has those of its own.
+            layers = _base_config(name, revision, reached, kwargs).num_hidden_layers
+            config["config"].num_hidden_layers = layers
         unsaid = kwargs.keys().isdisjoint(("config", "num_labels", "id2label", "label2id"))
         if not config and unsaid and "Classification" in kind.__name__:
             config = _config_for_head(folder, kind, name, revision, reached, kwargs)
@@ -258,12 +262,16 @@ def _own_config(folder: Path) -> Any:
         ) from error
 
 
+def _base_config(name: str, revision: str | None, reached: Mapping[str, bool], given: Mapping[str, Any]) -> Any:
+    own = {key: given[key] for key in ("token", "trust_remote_code") if given.get(key) is not None}
+    return AutoConfig.from_pretrained(name, revision=revision or "main", **own, **reached)
+
+
 def _config_for_head(
     folder: Path, kind: Any, name: str, revision: str | None, reached: Mapping[str, bool], given: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The base model's configuration with as many labels as the adapter's head has; nothing where it has as many."""
-    own = {key: given[key] for key in ("token", "trust_remote_code") if given.get(key) is not None}
-    config = AutoConfig.from_pretrained(name, revision=revision or "main", **own, **reached)
+    config = _base_config(name, revision, reached, given)
     before, labels = config.num_labels, labels_of_head(kind, config, _weights(folder))
     if labels is None:
         return {}
