@@ -13,6 +13,17 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from fish_tuning.errors import FishTuningError
+
+
+def refusal(call: Callable[[], Any]) -> str:
+    """The library's own error of a call; `accepted` where it raises none. Any other error ends the process."""
+    try:
+        call()
+    except FishTuningError as error:
+        return str(error)
+    return "accepted"
+
 
 def in_two_processes(work: Callable[..., Any], folder: Path, *args: Any) -> list[Any]:
     """What `work(rank, folder, *args)` gives in each of two processes of one group."""

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from engines import adamw
-from processes import in_two_processes
+from processes import in_two_processes, refusal
 from tiny import assert_scores_close, bert, causal_batch, classification_batch, llama, lora, rebatch
 from torch import Tensor
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
@@ -19,7 +19,7 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from transformers.models.bert.modeling_bert import BertLayer
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from fish_tuning import FisherError, calculate_fisher_information
+from fish_tuning import calculate_fisher_information
 from fish_tuning.starts.along_gradient import gradient_directions
 
 BATCH = classification_batch((5, 9, 3, 7, 9, 4, 8, 6, 9, 5))
@@ -107,14 +107,6 @@ def trained(interrupted: bool, strategy: ShardingStrategy) -> dict[str, Any]:
     return {"losses": torch.stack(losses), **parts, **state}
 
 
-def message(call: Callable[[], Any]) -> str:
-    try:
-        call()
-    except FisherError as error:
-        return str(error)
-    return "no error"
-
-
 def gathers_while_scored(model: Any) -> int:
     """How often FSDP1 gathered while one process alone went through its batches."""
     calls: list[str] = []
@@ -143,12 +135,12 @@ def worker(rank: int, folder: Path) -> dict[str, Any]:
     found["gathers"] = gathers_while_scored(model), units
     broken = dict(BATCH, labels=BATCH["labels"] + 100)
     with FullyShardedDataParallel.summon_full_params(model):
-        within = message(lambda: scored(model))
+        within = refusal(lambda: scored(model))
     found["told"] = {
-        "broken": message(lambda: scored(model, [broken])),
+        "broken": refusal(lambda: scored(model, [broken])),
         "within": within,
-        "part": message(lambda: scored(model.module)),
-        "start": message(lambda: gradient_directions(model, [BATCH], progress=False)),
+        "part": refusal(lambda: scored(model.module)),
+        "start": refusal(lambda: gradient_directions(model, [BATCH], progress=False)),
     }
     assert [(name, id(module)) for name, module in model.named_modules()] == before
     found["afterwards"] = scored(model)

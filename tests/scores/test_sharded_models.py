@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from accelerate.data_loader import prepare_data_loader  # type: ignore[import-untyped]
 from engines import NEEDS_DEEPSPEED, adamw, deepspeed_config, deepspeed_on_the_cpu
-from processes import in_two_processes
+from processes import in_two_processes, refusal
 from tiny import assert_scores_close, bert, causal_batch, classification_batch, llama, lora, rebatch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, MixedPrecisionPolicy, fully_shard
@@ -109,7 +109,7 @@ class Fsdp2:
 
 
 class Fsdp1:
-    alone = "no error"  # each process has the whole model
+    alone = "accepted"  # each process has the whole model
     holds = "hold gradients that it has not reduced (no_sync)"
 
     @staticmethod
@@ -226,14 +226,6 @@ def traces(engine: Any, model: nn.Module) -> dict[str, Any]:
     }
 
 
-def message(call: Callable[[], Any]) -> str:
-    try:
-        call()
-    except FisherError as error:
-        return str(error)
-    return "no error"
-
-
 def worker(rank: int, folder: Path, name_of_engine: str) -> dict[str, Any]:
     engine = ENGINES[name_of_engine]
     found: dict[str, Any] = {}
@@ -275,7 +267,7 @@ def rows_seen(model: Any, batches: Any) -> int:
 def refusals(engine: Any, rank: int) -> dict[str, str]:
     def scored(batches: Any, **options: Any) -> str:
         model = engine.sharded(lora(base()))
-        return message(lambda: calculate_fisher_information(model, batches, **QUIET, **options))
+        return refusal(lambda: calculate_fisher_information(model, batches, **QUIET, **options))
 
     broken = [dict(batch) for batch in rebatch(BATCH, 2)]
     broken[3]["labels"] = broken[3]["labels"] + 100  # process 1's, once rules are proven
@@ -292,7 +284,7 @@ def refusals(engine: Any, rank: int) -> dict[str, str]:
         "different": scored(rebatch(BATCH, 2 + rank)),
         "loader": scored(failing()),
         "alone": scored(rebatch(BATCH, 2), split_between_processes=False),
-        "accumulating": message(lambda: calculate_fisher_information(accumulating, [BATCH], **QUIET)),
+        "accumulating": refusal(lambda: calculate_fisher_information(accumulating, [BATCH], **QUIET)),
     }
 
 

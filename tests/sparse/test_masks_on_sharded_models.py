@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from engines import adamw, entries_of_state
-from processes import in_two_processes
+from processes import in_two_processes, refusal
 from tiny import assert_only_selected_moved, bert, classification_batch, lora, random_mask, rebatch, tensors
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -18,7 +18,6 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers.models.bert.modeling_bert import BertLayer
 
 from fish_tuning import (
-    MaskError,
     apply_mask,
     calculate_fisher_information,
     count_trainable_parameters,
@@ -126,18 +125,10 @@ def scored_then_masked(folder: Path) -> dict[str, Any]:
     return found
 
 
-def message(call: Callable[[], Any]) -> str:
-    try:
-        call()
-    except MaskError as error:
-        return str(error)
-    return "no error"
-
-
 def refusals(rank: int) -> dict[str, str]:
     def after(mask: Any, prepare: Callable[[Any], Any] = lambda model: model) -> str:
         model = prepare(sharded(adapted()))
-        return message(lambda: apply_mask(model, mask))
+        return refusal(lambda: apply_mask(model, mask))
 
     def accumulating(model: Any) -> Any:
         model.set_requires_gradient_sync(False)
@@ -154,7 +145,7 @@ def refusals(rank: int) -> dict[str, str]:
         "one process": after(unknown if rank == 1 else mask),
         "shape": after({f"{LAYER}.lora_B.default.weight": torch.zeros(3, dtype=torch.bool)}),
         "accumulating": after(mask, accumulating),
-        "twice": message(lambda: apply_mask(twice, mask)),
+        "twice": refusal(lambda: apply_mask(twice, mask)),
     }
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from engines import ENGINES, NEEDS_DEEPSPEED, Fsdp1, adamw, entries_of_state
 from peft import PeftModel
-from processes import in_two_processes
+from processes import in_two_processes, refusal
 from tiny import (
     assert_only_selected_moved,
     assert_same_tensors,
@@ -24,7 +24,6 @@ from tiny import (
 from torch import Tensor
 
 from fish_tuning import (
-    MaskError,
     apply_mask,
     get_mask,
     load_mask,
@@ -48,14 +47,6 @@ def model_of(seed: int = 0) -> PeftModel:
 
 def mask_of(model: torch.nn.Module) -> dict[str, Tensor]:
     return random_mask(model, 0.2, dense=["classifier"])
-
-
-def refusal(call: Any) -> str:
-    try:
-        call()
-    except MaskError as error:
-        return str(error)
-    return "accepted"
 
 
 def save_adapter(engine: Any, folder: Path) -> None:
