@@ -31,7 +31,7 @@ from common import (
     base_model,
     batches,
     median,
-    peak_of_own_process,
+    peaks_of_own_processes,
     place_of,
     print_rise,
     print_table,
@@ -135,9 +135,9 @@ def main() -> int:
         return 0
 
     print(f"{args.shape} shape, {args.batch_size} x {TOKENS} tokens a step; {place.describe()}\n")
-    common = ["--shape", args.shape, "--batch-size", str(args.batch_size), *place.arguments]
+    common = ["--shape", args.shape, "--batch-size", str(args.batch_size)]
     os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**18)  # read by glibc when a process starts
-    rises = {name: peak_of_own_process(__file__, name, *common) for name in (*ARMS, *SCORING)}
+    rises = peaks_of_own_processes(__file__, (*ARMS, *SCORING), place, *common)
     arms = {name: Arm(name, place, args) for name in ARMS}
     seconds = turns({name: arm.step for name, arm in arms.items()}, place, args.steps, warm_up=3)
     to_lora = {name: median(ratios(values, seconds[LORA])) for name, values in seconds.items()}

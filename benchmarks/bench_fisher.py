@@ -24,7 +24,7 @@ from common import (
     add_place,
     batches,
     median,
-    peak_of_own_process,
+    peaks_of_own_processes,
     place_of,
     plain_pass,
     print_rise,
@@ -69,8 +69,8 @@ def main() -> int:
           f"batches of {args.batch_size}; {place.describe()}\n")  # fmt: skip
     seconds = turns({way: work(way, model, place, args) for way in WAYS}, place, args.rounds)
     common = ["--batch-size", str(args.batch_size), "--shape", args.shape]
-    common += ["--examples", str(args.examples), "--tokens", str(args.tokens), *place.arguments]
-    peaks = {way: peak_of_own_process(__file__, way, *common) for way in WAYS}
+    common += ["--examples", str(args.examples), "--tokens", str(args.tokens)]
+    peaks = peaks_of_own_processes(__file__, WAYS, place, *common)
     to_plain = {way: median(ratios(seconds[way], seconds["plain"])) for way in WAYS}
     print_table(
         ["", "seconds (min / median / max)", "to plain", "peak memory above start"],

@@ -24,7 +24,7 @@ from common import (
     add_place,
     batches,
     median,
-    peak_of_own_process,
+    peaks_of_own_processes,
     place_of,
     print_rise,
     print_table,
@@ -96,7 +96,7 @@ def main() -> int:
     seconds = turns({name: arm.step for name, arm in arms.items()}, place, args.steps, warm_up=3)
     to_plain = {name: median(ratios(values, seconds["plain LoRA"])) for name, values in seconds.items()}
     common = ["--shape", args.shape, "--batch-size", str(args.batch_size), "--tokens", str(args.tokens)]
-    common += place.arguments
+    peaks = peaks_of_own_processes(__file__, ARMS, place, *common)
     print_table(
         ["", "trained parameters", "ms a step (min / median)", "to plain", "optimizer state", "peak above start",
          "adapter file"],
@@ -107,7 +107,7 @@ def main() -> int:
                 f"{min(seconds[name]) * 1e3:.4g} / {median(seconds[name]) * 1e3:.4g}",
                 f"{to_plain[name]:.3f}",
                 f"{optimizer_state_bytes(arm.optimizer) / 1e3:.0f} kB",
-                f"{peak_of_own_process(__file__, name, *common) / 2**20:.0f} MiB",
+                f"{peaks[name] / 2**20:.0f} MiB",
                 f"{arm.adapter_bytes() / 1e3:.0f} kB",
             ]
             for name, arm in arms.items()

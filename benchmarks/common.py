@@ -11,7 +11,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -201,6 +202,17 @@ def peak_of_own_process(script: str, *args: str) -> int:
     command = [sys.executable, script, "--peak", *args]
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return int(json.loads(output.splitlines()[-1])["peak_bytes"])
+
+
+def peaks_of_own_processes(script: str, ways: Iterable[str], place: Place, *args: str) -> dict[str, int]:
+    """The same for each way, in that place; on a GPU at the same time, since it tells each process's own memory."""
+
+    def peak(way: str) -> int:
+        return peak_of_own_process(script, way, *args, *place.arguments)
+
+    ways = list(ways)
+    with ThreadPoolExecutor(1 if place.is_cpu else len(ways)) as pool:
+        return dict(zip(ways, pool.map(peak, ways), strict=True))
 
 
 def print_rise(run: Callable[[], object], place: Place) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import tiny
 import torch
+from device import placed
 from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import (
@@ -40,31 +41,31 @@ SIZE = {
 
 def roberta(**config: Any) -> nn.Module:
     torch.manual_seed(0)
-    return RobertaForSequenceClassification(RobertaConfig(**(SIZE | {"num_labels": 3} | config))).eval()
+    return placed(RobertaForSequenceClassification(RobertaConfig(**(SIZE | {"num_labels": 3} | config))).eval())
 
 
 def modernbert(**config: Any) -> nn.Module:
     """Its first layer attends globally, its second one to the nearest tokens only."""
     torch.manual_seed(0)
     own = {"num_labels": 3, "cls_token_id": 1, "sep_token_id": 2, "local_attention": 4, "global_attn_every_n_layers": 2}
-    return ModernBertForSequenceClassification(ModernBertConfig(**(SIZE | own | config))).eval()
+    return placed(ModernBertForSequenceClassification(ModernBertConfig(**(SIZE | own | config))).eval())
 
 
 def qwen2(**config: Any) -> nn.Module:
     torch.manual_seed(0)
-    return Qwen2ForCausalLM(Qwen2Config(**(SIZE | {"num_key_value_heads": 1} | config))).eval()
+    return placed(Qwen2ForCausalLM(Qwen2Config(**(SIZE | {"num_key_value_heads": 1} | config))).eval())
 
 
 def distilbert() -> nn.Module:
     torch.manual_seed(0)
     size = {"vocab_size": tiny.VOCABULARY, "dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 24, "num_labels": 3}
-    return DistilBertForSequenceClassification(DistilBertConfig(**size, initializer_range=0.3)).eval()
+    return placed(DistilBertForSequenceClassification(DistilBertConfig(**size, initializer_range=0.3)).eval())
 
 
 def gpt2() -> nn.Module:
     torch.manual_seed(0)
     size = {"vocab_size": tiny.VOCABULARY, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64}
-    return GPT2LMHeadModel(GPT2Config(**size, initializer_range=0.3, bos_token_id=1, eos_token_id=2)).eval()
+    return placed(GPT2LMHeadModel(GPT2Config(**size, initializer_range=0.3, bos_token_id=1, eos_token_id=2)).eval())
 
 
 FAMILIES: dict[str, tuple[Callable[[], nn.Module], Callable[[], tiny.Batch], str | None]] = {

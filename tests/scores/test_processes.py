@@ -102,7 +102,7 @@ def test_sums_are_those_of_one_process(results: list[dict[str, Any]]) -> None:
     for result in results:
         assert_scores_close(result["same loader"].pop("squares"), moments.mean_squares, tolerance=ROUNDING)
         for name, gradient in moments.mean_gradients.items():
-            torch.testing.assert_close(result["same loader"][name], gradient, rtol=1e-4, atol=1e-7)
+            torch.testing.assert_close(result["same loader"][name], gradient.cpu(), rtol=1e-4, atol=1e-7)
         assert_scores_close(result["num_samples"], alone(num_samples=7), tolerance=ROUNDING)
         assert_scores_close(result["drawn labels"], alone(fisher_type="sampled"), tolerance=ROUNDING)
         assert_scores_close(result["one batch"], alone(), tolerance=1e-4)  # the other process has nothing to do

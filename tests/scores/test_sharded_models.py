@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate.data_loader import prepare_data_loader  # type: ignore[import-untyped]
+from device import DEVICE
 from engines import NEEDS_DEEPSPEED, adamw, deepspeed_config, deepspeed_on_the_cpu
 from processes import in_two_processes, refusal
 from tiny import assert_scores_close, bert, causal_batch, classification_batch, llama, lora, rebatch
@@ -48,7 +49,7 @@ def recomputed() -> Any:
     model = lora(llama())
     torch.manual_seed(0)
     embed = model.base_model.model.model.embed_tokens
-    model.base_model.model.model.embed_tokens = nn.Sequential(embed, Convolved())
+    model.base_model.model.model.embed_tokens = nn.Sequential(embed, Convolved().to(DEVICE))
     return model
 
 
@@ -65,7 +66,7 @@ def looped() -> Any:
     """A parameter of the whole model itself, which nothing smaller than the loop can score."""
     model = base().requires_grad_(False)
     torch.manual_seed(0)
-    model.register_parameter("shift", nn.Parameter(torch.randn(3)))
+    model.register_parameter("shift", nn.Parameter(torch.randn(3).to(DEVICE)))
     plain = model.forward
 
     def forward(**inputs: Any) -> Any:
@@ -320,7 +321,7 @@ def test_a_loader_that_gives_each_its_part(name: str, results: list[dict[str, An
 
 @pytest.mark.slow
 def test_low_precision_comes_close(results: list[dict[str, Any]]) -> None:
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         alone = calculate_fisher_information(lora(base()), rebatch(BATCH, 2), **QUIET)
     for result in results:
         assert_scores_close(result["autocast"], alone, tolerance=0.05)
@@ -340,7 +341,7 @@ def test_named_scores_and_masks(results: list[dict[str, Any]]) -> None:
     assert_scores_close(results[0]["gain"], alone, tolerance=1e-3)
     for name, weight in adapted().named_parameters():
         if weight.requires_grad:
-            assert torch.equal(results[0]["magnitude"][name], weight.abs())
+            assert torch.equal(results[0]["magnitude"][name], weight.abs().cpu())
 
 
 @pytest.mark.slow
@@ -359,7 +360,7 @@ def test_training_goes_on_as_if_nothing_had_been_scored(results: list[dict[str, 
         (model(**half).loss / 2).backward()
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
-            torch.testing.assert_close(results[0]["trained on"][name], parameter.grad, rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(results[0]["trained on"][name], parameter.grad.cpu(), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.slow

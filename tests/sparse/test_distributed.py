@@ -135,7 +135,7 @@ def test_both_processes_hold_the_weights_of_one(how: str, results: list[dict[str
     assert_same_tensors(results[0][how], results[1][how])
     single = in_one_process() if how == "loop" else train_by_trainer(tmp_path, processes=1)
     for name, tensor in single.items():
-        torch.testing.assert_close(results[0][how][name], tensor, rtol=0, atol=1e-6)
+        torch.testing.assert_close(results[0][how][name], tensor.cpu(), rtol=0, atol=1e-6)
 
 
 @pytest.mark.slow

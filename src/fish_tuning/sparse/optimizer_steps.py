@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import operator
 import weakref
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.optim import Optimizer
@@ -18,17 +19,37 @@ held_by_others: weakref.WeakSet[MaskedGroup] = weakref.WeakSet()
 _OF_WHOLE_MATRICES = {"LoraFAOptimizer", "RiemannianPreconditionedOptimizer", "Muon"}
 
 
-def _values_of(optimizer: Optimizer) -> tuple[list[Any], set[MaskedGroup]]:
+class _Trained(NamedTuple):
+    """All that an optimizer trains, and which of it are masked values, of which groups."""
+
+    parameters: list[Any]
+    values: list[Any]
+    groups: list[weakref.ref[MaskedGroup]]
+
+
+# To look at each of hundreds of parameters costs more than to see that they are those of the step before.
+_trained: weakref.WeakKeyDictionary[Optimizer, _Trained] = weakref.WeakKeyDictionary()
+
+
+def look_again() -> None:
+    """Masked values have got groups since optimizers were looked at."""
+    _trained.clear()
+
+
+def _values_of(optimizer: Optimizer) -> tuple[list[Any], list[MaskedGroup]]:
     """The masked values that an optimizer trains, and their groups."""
-    parameters, groups = [], set()
-    for held in optimizer.param_groups:
-        for parameter in held["params"]:
-            reference = getattr(parameter, "masked_group", None)
-            group = reference() if reference is not None else None
-            if group is not None:
-                parameters.append(parameter)
-                groups.add(group)
-    return parameters, groups
+    parameters = [parameter for held in optimizer.param_groups for parameter in held["params"]]
+    known = _trained.get(optimizer)
+    if known is None or not _same_objects(known.parameters, parameters):
+        values = [each for each in parameters if getattr(each, "masked_group", None) is not None]
+        groups = dict.fromkeys(each.masked_group for each in values)
+        known = _trained[optimizer] = _Trained(parameters, values, list(groups))
+    there = [group for reference in known.groups if (group := reference()) is not None]
+    return known.values, there
+
+
+def _same_objects(ours: list[Any], others: list[Any]) -> bool:
+    return len(ours) == len(others) and all(map(operator.is_, ours, others))
 
 
 def _before_step(optimizer: Optimizer, *_: Any) -> None:
@@ -39,7 +60,7 @@ def _before_step(optimizer: Optimizer, *_: Any) -> None:
     the middle of it (a closure's) finds its group unsettled, and has them watched again.
     """
     name = type(optimizer).__name__
-    parameters, groups = _values_of(optimizer)
+    values, groups = _values_of(optimizer)
     if name in _OF_WHOLE_MATRICES and groups:
         raise MaskError(
             f"{name} computes its steps from whole matrices; of masked tensors it holds selected entries alone. Use "
@@ -47,15 +68,13 @@ def _before_step(optimizer: Optimizer, *_: Any) -> None:
         )
     for group in groups:
         group.stale, group.settled = True, False
-    for parameter in parameters:
-        stop_watching(parameter)
+    stop_watching(values)
 
 
 def _after_step(optimizer: Optimizer, *_: Any) -> None:
     """After every step of every optimizer of the process."""
-    parameters, groups = _values_of(optimizer)
-    for parameter in parameters:
-        watch_again(parameter)
+    values, groups = _values_of(optimizer)
+    watch_again(values)
     for group in groups:
         group.write()  # now, because compiled models do not look whether they are out of date
     for group in held_by_others:

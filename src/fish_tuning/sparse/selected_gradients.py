@@ -43,6 +43,7 @@ class _Selected(torch.autograd.Function):
         ctx: Any, indices: list[Tensor], joined: Tensor | None, frozen: list[Tensor], *values: Tensor
     ) -> tuple[Tensor, ...]:
         ctx.indices, ctx.joined, ctx.shapes = indices, joined, [tensor.shape for tensor in values]
+        ctx.sizes = [len(tensor) for tensor in values]
         ctx.set_materialize_grads(False)
         return tuple(tensor.detach() for tensor in frozen)
 
@@ -50,9 +51,9 @@ class _Selected(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         if ctx.joined is not None and all(grad is not None for grad in grads):
             entries = torch._utils._flatten_dense_tensors(grads).index_select(0, ctx.joined)
-            sizes, shape = [shape[0] for shape in ctx.shapes], ctx.shapes[0][1:]
             # Unsafe only for who changes one and derives another: autograd need not know that they share memory.
-            return (None, None, None, *torch.unsafe_split_with_sizes(entries.view(-1, *shape), sizes))
+            entries = entries.view(-1, *ctx.shapes[0][1:])
+            return (None, None, None, *torch.unsafe_split_with_sizes(entries, ctx.sizes))
         return (None, None, None, *map(_gathered, grads, ctx.indices, ctx.shapes))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 import torch
@@ -106,13 +107,15 @@ class Values(Watched, nn.Parameter):
         return Values, (DATA.__get__(self), self.requires_grad)
 
 
-def watch_again(parameter: Any) -> None:
-    """Have an ordinary parameter notice what autograd does not count; any other is left as it is."""
-    if type(parameter) is nn.Parameter:
-        parameter.__class__ = Values
+def watch_again(parameters: Iterable[Any]) -> None:
+    """Have ordinary parameters notice what autograd does not count; any other is left as it is."""
+    for parameter in parameters:
+        if type(parameter) is nn.Parameter:
+            parameter.__class__ = Values
 
 
-def stop_watching(parameter: Any) -> None:
-    """Make an ordinary parameter of values, until `watch_again`."""
-    if type(parameter) is Values:
-        parameter.__class__ = nn.Parameter  # type: ignore[assignment]
+def stop_watching(parameters: Iterable[Any]) -> None:
+    """Make ordinary parameters of values, until `watch_again`."""
+    for parameter in parameters:
+        if type(parameter) is Values:
+            parameter.__class__ = nn.Parameter  # type: ignore[assignment]

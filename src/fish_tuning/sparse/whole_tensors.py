@@ -17,7 +17,7 @@ from torch.compiler import is_dynamo_compiling
 from torch.utils.hooks import RemovableHandle
 
 from fish_tuning.errors import MaskError
-from fish_tuning.sparse.optimizer_steps import held_by_others, watch_optimizers
+from fish_tuning.sparse.optimizer_steps import held_by_others, look_again, watch_optimizers
 from fish_tuning.sparse.selected_gradients import whole_tensor, whole_tensors
 from fish_tuning.sparse.sharding import is_sharded, whole
 from fish_tuning.sparse.values import DATA, Values, Whole, watch_again
@@ -223,9 +223,10 @@ class Group:
         for member in self.members:
             values: Any = member.values
             member.trains = values is not None and values.requires_grad
-            watch_again(values)  # another may have taken the place of ours
             if values is not None:
                 values.masked_group = weakref.ref(self)
+        watch_again(member.values for member in self.with_values)  # others may have taken the place of ours
+        look_again()
         for member, tensor, plain in zip(self.members, self._tensors(), self._tensors(), strict=True):
             tensor.__class__ = Whole
             tensor.of = None if member.values is None else weakref.ref(member.values)
@@ -253,8 +254,7 @@ class Group:
         ):
             self.bind()
         else:
-            for member in self.with_values:
-                watch_again(member.values)
+            watch_again(member.values for member in self.with_values)
             self.switched = False
             self.write()
 
