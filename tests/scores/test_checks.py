@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fish_tuning.scores.checks import Checksums, Comparison, add_checksum, checksum, projections, random_weights
+from fish_tuning.scores.checks import Checksumming, Checksums, Comparison, random_weights
+
+checksum, projections = Checksumming().checksum, Checksumming().projections
 
 
 def test_checksums_tell_apart_what_is_only_moved() -> None:
@@ -19,7 +21,15 @@ def test_checksum_tells_the_place_of_the_entries() -> None:
     turned = squares.flip(1)
     assert checksum(squares)[0] == pytest.approx(float(checksum(turned)[0]))
     assert checksum(squares)[1] != pytest.approx(float(checksum(turned)[1]), rel=1e-3)
-    assert checksum(torch.zeros(0)).tolist() == [0, 0]
+    assert checksum(torch.zeros(0)).tolist() == [0, 0, 0, 0]
+
+
+def test_checksum_is_four_sums_weighted_by_place() -> None:
+    squares = torch.rand(5, 3)
+    rows, columns = torch.linspace(0, 1, 5)[:, None], torch.linspace(0, 1, 3)
+    expected = [squares.sum(), (squares * columns).sum(), (squares * rows).sum(), (squares * rows * columns).sum()]
+    torch.testing.assert_close(checksum(squares), torch.stack(expected))
+    torch.testing.assert_close(checksum(squares.view(5, 3, 1)), torch.stack(expected))
 
 
 def test_sparse_squares_have_the_checksum_of_the_dense_ones() -> None:
@@ -53,8 +63,9 @@ def test_signs_are_told_apart_where_squares_and_sums_are_equal(wrong: str, toler
     found = {"negated": -gradient, "abs": gradient.abs(), "one row negated": gradient * torch.tensor([[1.0], [-1.0]])}
     plain: Checksums = {}
     rule: Checksums = {}
-    add_checksum(plain, "a", gradient.square(), gradient)
-    add_checksum(rule, "a", gradient.square(), found[wrong])
+    signed = Checksumming(signed=True)
+    signed.add(plain, "a", gradient.square(), lambda: gradient)
+    signed.add(rule, "a", gradient.square(), lambda: found[wrong])
     assert Comparison.of(["a"], plain, plain, tolerance, floor=0.0).right == {"a"}
     assert Comparison.of(["a"], rule, plain, tolerance, floor=0.0).disagree == {"a"}
     assert Comparison.of(["a"], {}, plain, tolerance, floor=0.0).disagree == {"a"}
@@ -70,11 +81,14 @@ def test_weights_are_far_from_zero_and_the_same_for_the_same_batch() -> None:
 
 
 def test_comparison() -> None:
-    plain = {"same": torch.tensor([4.0, 2.0]), "other": torch.tensor([4.0, 2.0]), "moved": torch.tensor([4.0, 2.0]),
-             "tiny": torch.tensor([1e-9, 1e-9]), "missed": torch.tensor([4.0, 2.0]),
-             "nan": torch.tensor([float("nan"), 0.0])}  # fmt: skip
-    rule = plain | {"other": torch.tensor([4.1, 2.0]), "moved": torch.tensor([4.0, 2.1]),
-                    "tiny": torch.tensor([0.0, 0.0])}  # fmt: skip
+    sums = torch.tensor([4.0, 2.0, 3.0, 1.5])
+    tiny, nan = torch.tensor([1e-9, 1e-9, 0.0, 0.0]), torch.tensor([float("nan"), 0.0, 0.0, 0.0])
+    plain = {"same": sums, "other": sums, "moved": sums, "tiny": tiny, "missed": sums, "nan": nan}
+    rule = plain | {
+        "other": sums + torch.tensor([0.1, 0.0, 0.0, 0.0]),
+        "moved": sums + torch.tensor([0.0, 0.0, 0.0, 0.1]),
+        "tiny": torch.zeros(4),
+    }
     del rule["missed"]
     found = Comparison.of([*plain, "neither"], rule, plain, tolerance=1e-3, floor=1e-5)
     assert found.right == {"same"}

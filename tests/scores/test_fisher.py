@@ -34,8 +34,9 @@ from tiny import (
 from torch import Tensor, nn
 
 import fish_tuning.scores.moments as moments_module
-from fish_tuning import FisherError, FishTuningWarning, apply_mask, calculate_fisher_information
+from fish_tuning import FisherError, apply_mask, calculate_fisher_information
 from fish_tuning.scores.layer_rules import Gradients
+from fish_tuning.scores.scorer import Scorer
 
 # That a rule failed is what some of the tests are about; those that are about the warning ask for it.
 pytestmark = pytest.mark.filterwarnings("ignore::fish_tuning.FishTuningWarning")
@@ -410,17 +411,27 @@ def test_layer_first_called_in_a_later_batch_is_never_silently_wrong() -> None:
     assert_scores_close(scored(model, late), reference_fisher(model, everything))
 
 
-def test_layer_called_differently_later_goes_to_the_loop() -> None:
+def test_a_module_is_done_again_for_a_layer_that_is_called_differently_later_and_proven_anew(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Moody(SequenceFirst):
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x) if x.shape[0] == 3 else self.layer(x).tanh()  # type: ignore[no-any-return]
 
     model, loader = Toy(Moody()), [vectors(2), vectors(3, 4), vectors(2)]
     by_loop = scored(model, loader, method="loop")
-    with pytest.warns(
-        FishTuningWarning, match=r"2 of 6 tensors, e\.g\. 'middle\.layer\.weight': it was called with first"
-    ):
+    checked: list[list[str]] = []
+    add_checked = Scorer._add_checked
+
+    def noted(self: Scorer, batch: Any, first_example: int, names: list[str]) -> dict[str, str]:
+        checked.append(sorted(names))
+        return add_checked(self, batch, first_example, names)
+
+    monkeypatch.setattr(Scorer, "_add_checked", noted)
+    with caplog.at_level("INFO", logger="fish_tuning.scores.fisher"):
         assert_scores_close(scored(model, loader), by_loop)
+    assert "middle.layer.weight: it was called with first dimension" in caplog.text
+    assert checked[1:] == [["middle.layer.bias", "middle.layer.weight"]]  # in the third batch, what was moved alone
 
 
 def test_unused_tensor_scores_zero() -> None:

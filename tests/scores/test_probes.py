@@ -4,7 +4,7 @@ import torch
 from tiny import bert, classification_batch, llama, lora
 from torch import nn
 
-from fish_tuning.scores.checks import Check, checksum
+from fish_tuning.scores.checks import Check, Checksumming
 from fish_tuning.scores.probes import Probes
 from fish_tuning.scores.totals import Totals
 
@@ -50,6 +50,7 @@ def test_squares_and_what_a_check_is_given() -> None:
     torch.testing.assert_close(into.squares["weight"], squares)
     assert into.gradients is not None
     torch.testing.assert_close(into.gradients["weight"], 3 * batch.sum(0).expand(2, 3))  # freed of the weights
+    checksum = Checksumming().checksum
     torch.testing.assert_close(check.of_batch["weight"], checksum(squares))
     torch.testing.assert_close(check.of_row["weight"], checksum(5 * (batch[1] ** 2).expand(2, 3)))
     torch.testing.assert_close(check.of_sum["weight"], checksum(5 * (weights @ batch).square().expand(2, 3)))

@@ -112,11 +112,16 @@ def rows(batch: Mapping[str, Tensor], start: int, stop: int) -> Batch:
     return changed(batch, lambda key, value: value[start:stop] if value.dim() else value)
 
 
-def one_by_one_is_as_fast(batch: Mapping[str, Tensor]) -> bool:
-    """Whether a batch is one example, or few that are long: of these, each fills the processor by itself."""
+def one_by_one_is_as_fast(batch: Mapping[str, Tensor], gpu: bool | None = None) -> bool:
+    """Whether a batch is one example, or few that are long: of these, each fills a CPU by itself, though not a GPU.
+
+    `gpu`: whether it is for one; default: whether the batch is on one.
+    """
     size, ids = batch_size(batch), batch.get("input_ids")
-    long = ids is not None and ids.dim() == 2 and ids.shape[1] >= LONG
-    return size == 1 or (size <= FEW and long)
+    if size == 1 or ids is None or ids.dim() != 2:
+        return size == 1
+    gpu = ids.device.type != "cpu" if gpu is None else gpu
+    return not gpu and size <= FEW and ids.shape[1] >= LONG
 
 
 def most_padded_row(batch: Mapping[str, Tensor]) -> int:

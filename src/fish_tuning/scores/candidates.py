@@ -36,6 +36,7 @@ class Candidates:
                 self._users[id(parameter)].append(module)
         self._parents = Counter(id(child) for module in self._modules.values() for child in module._modules.values())
         self._seen: dict[int, list[torch.Size]] = defaultdict(list)
+        self._seen_of = Pass()
         self._tried: dict[str, list[str]] = defaultdict(list)  # by tensor: the modules that were done again
 
     def first(self, names: set[str], state: Pass) -> list[WatchedLayer]:
@@ -65,10 +66,12 @@ class Candidates:
 
     def further_out(self, names: Iterable[str], state: Pass) -> list[WatchedLayer]:
         """The next layers for these tensors, after their last ones failed."""
-        return self._done_again({name: self._around(name, state) for name in names}, state)
+        return self._done_again({name: self._around(name) for name in names}, state)
 
     @contextmanager
-    def shapes_seen(self) -> Iterator[None]:
+    def shapes_seen(self, state: Pass) -> Iterator[None]:
+        """Remember the shapes that the modules give in a forward pass, with what batch they are of."""
+
         def remember(module: nn.Module, args: Any, output: Any) -> None:
             shapes = [value.shape for value in tree_leaves(output) if isinstance(value, Tensor) and value.requires_grad]
             self._seen[id(module)] += shapes
@@ -79,6 +82,7 @@ class Candidates:
             yield
         finally:
             handle.remove()
+            self._seen_of = Pass(state.batch_size, state.shapes)
 
     def _done_again(self, places: dict[str, str | None], state: Pass) -> list[WatchedLayer]:
         own: dict[str, dict[str, str]] = {}
@@ -105,7 +109,7 @@ class Candidates:
         # Several modules use a container that is none's alone.
         return None if isinstance(module, _CONTAINERS) or id(module) in self._whole else prefix
 
-    def _around(self, name: str, state: Pass) -> str | None:
+    def _around(self, name: str) -> str | None:
         """The next module further out that keeps examples apart, by the shapes that it gives."""
         if len(self._users_of(name)) > 1:
             return None
@@ -116,7 +120,8 @@ class Candidates:
             shapes = self._seen.get(id(module), [])
             if id(module) in self._whole or is_gathered(module):
                 return None
-            if shapes and all(shape[:1].numel() == state.batch_size or state.relations(shape) for shape in shapes):
+            seen_of = self._seen_of
+            if shapes and all(shape[:1].numel() == seen_of.batch_size or seen_of.relations(shape) for shape in shapes):
                 return prefix
             prefix = prefix.rpartition(".")[0]
         return None

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from fish_tuning.devices import exact_dtype
+from fish_tuning.scores.mixed_precision import without_autocast
 from fish_tuning.scores.reading import placed, read
 from fish_tuning.scores.totals import squared
 
@@ -18,27 +19,8 @@ Checksums = dict[str, Tensor]
 TOLERANCE = 1e-3
 LOW_PRECISION_TOLERANCE = 0.1
 NEGLIGIBLE_GRADIENT = 1e-4  # of the norm of an example's gradient over all tensors
-_SUMS_OF_SQUARES, _PROJECTIONS = 2, 16
-
-
-@dataclass
-class Check:
-    """A batched pass that is checked: what the rules found for some tensors, as checksums.
-
-    For the tensors `alone`, the squares of one `row`. For those `together`, the square of the batch's gradient, in
-    which the loss of each example is multiplied by its entry in the random `weights`: whatever a rule misses, in
-    whichever example, shows there. Squares of single examples are freed of their weights. Where it is `signed`, the
-    gradients are looked at beside their squares, which tell nothing of signs.
-    """
-
-    alone: frozenset[str]
-    together: frozenset[str]
-    row: int
-    weights: Tensor  # all ones when there is nothing to look at together
-    signed: bool = False
-    of_row: Checksums = field(default_factory=dict)
-    of_sum: Checksums = field(default_factory=dict)
-    of_batch: Checksums = field(default_factory=dict)  # for those `together`, of what is added to the scores
+_SUMS_OF_SQUARES, _PROJECTIONS = 4, 16
+_KEPT_LENGTH = 2**16  # of vectors: longer ones are few, and take memory
 
 
 def random_weights(size: int, seed: int) -> Tensor:
@@ -48,57 +30,98 @@ def random_weights(size: int, seed: int) -> Tensor:
     return signs * (1 + torch.rand(size, generator=generator))
 
 
-def add_checksum(sums: Checksums, name: str, squares: Tensor, gradient: Tensor | None = None) -> None:
-    """Add the checksum of `squares`, and that of the signed `gradient` behind it, to those of the tensor `name`."""
-    found = checksum(squares)
-    if gradient is not None:
-        found = torch.cat([found, projections(gradient)])
-    sums[name] = sums[name] + found if name in sums else found
+class Checksumming:
+    """Makes checksums of squares, and where it is `signed`, of the gradients behind them too.
 
-
-def add_plain_checksum(sums: Checksums, name: str, gradient: Tensor, signed: bool) -> None:
-    """The same of a plain gradient, which is given up."""
-    of_signs = [projections(gradient)] if signed else []
-    found = torch.cat([checksum(squared(gradient)), *of_signs])
-    sums[name] = sums[name] + found if name in sums else found
-
-
-def checksum(squares: Tensor) -> Tensor:
-    """Two sums that tell apart tensors of squares, in fp64: plain, and weighted by position."""
-    rows, values = _by_rows(squares)
-    width, exact = values.shape[1], exact_dtype(squares.device)
-    of_rows, of_columns = values.sum(1).to(exact), values.sum(0).to(exact)
-    columns = torch.arange(width, device=values.device)
-    # The position of an entry is row * width + column: no tensor of positions is needed.
-    weighted = width * (rows * of_rows).sum() + (columns * of_columns).sum()
-    return torch.stack([of_rows.sum(), weighted / max(1, squares.numel() - 1)])
-
-
-def projections(gradient: Tensor) -> Tensor:
-    """a_k^T G b_k for seeded normal vectors a_k and b_k, in fp64.
-
-    Linear in G, so those of a sum are the sum of those; the mean of their squares is on average the squared norm of G,
-    hence that of the difference of two gradients from the differences of their projections. A plain sum would not do:
-    where G's signs cancel, its negative has the same.
+    The vectors that they multiply with are made once: on a GPU, where each operation on a small tensor costs the same,
+    checksums of many of them would cost more than the gradients.
     """
-    rows, values = _by_rows(gradient)
-    height = gradient.shape[0] if gradient.dim() > 1 else 1
-    generator = torch.Generator().manual_seed(0)
-    left, right = (
-        placed(torch.randn(length, _PROJECTIONS, generator=generator), values.device).to(values)
-        for length in (height, values.shape[1])
-    )
-    with torch.autocast(values.device.type, enabled=False):
-        of_rows = values @ right
-    return (left[rows] * of_rows).to(exact_dtype(gradient.device)).sum(0)
+
+    def __init__(self, signed: bool = False) -> None:
+        self.signed = signed
+        self._vectors: dict[tuple[str, int, torch.device], Tensor] = {}
+
+    def add(self, sums: Checksums, name: str, squares: Tensor, gradient: Callable[[], Tensor]) -> None:
+        """Add the checksum of the tensor `name`; `gradient` is called only where it is wanted."""
+        found = self.checksum(squares)
+        if self.signed:
+            found = torch.cat([found, self.projections(gradient())])
+        sums[name] = sums[name] + found if name in sums else found
+
+    def add_gradient(self, sums: Checksums, name: str, gradient: Tensor) -> None:
+        """The same of a gradient, plain or a sum by a rule, which is given up."""
+        of_signs = [self.projections(gradient)] if self.signed else []
+        found = self.checksum(squared(gradient))
+        if of_signs:
+            found = torch.cat([found, *of_signs])
+        sums[name] = sums[name] + found if name in sums else found
+
+    def checksum(self, squares: Tensor) -> Tensor:
+        """(4,) sums that tell apart tensors of squares: plain, and weighted by row, by column, and by both."""
+        rows, values, height = _by_rows(squares)
+        left = self._vector("positions", height, values.device)
+        right = self._vector("positions", values.shape[1], values.device)
+        with without_autocast(values.device):
+            return ((left if rows is None else left[rows]).T @ (values.float() @ right)).flatten()
+
+    def projections(self, gradient: Tensor) -> Tensor:
+        """(16,) numbers a_k^T G b_k for seeded normal vectors a_k and b_k.
+
+        Linear in G, so those of a sum are the sum of those; the mean of their squares is on average the squared norm of
+        G, hence that of the difference of two gradients from the differences of their projections. A plain sum would
+        not do: where G's signs cancel, its negative has the same.
+        """
+        rows, values, height = _by_rows(gradient)
+        left = self._vector("normal left", height, values.device)
+        right = self._vector("normal right", values.shape[1], values.device)
+        with without_autocast(values.device):
+            return ((left if rows is None else left[rows]) * (values.float() @ right)).sum(0)
+
+    def _vector(self, kind: str, length: int, device: torch.device) -> Tensor:
+        """(length, 2) ones and positions from 0 to 1, or (length, 16) normal numbers."""
+        key = kind, length, device
+        if key in self._vectors:
+            return self._vectors[key]
+        if kind == "positions":
+            made = torch.stack([torch.ones(length), torch.linspace(0, 1, length)], dim=1)
+        else:
+            seed = 0 if kind == "normal left" else 1
+            made = torch.randn(length, _PROJECTIONS, generator=torch.Generator().manual_seed(seed))
+        made = placed(made, device)
+        if length <= _KEPT_LENGTH:
+            self._vectors[key] = made
+        return made
 
 
-def _by_rows(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """Numbers of the rows that are there, and their values (rows, width); a vector is one row."""
+def _by_rows(tensor: Tensor) -> tuple[Tensor | None, Tensor, int]:
+    """Numbers of the rows that are there (None: all), their values (rows, width), and how many there could be.
+
+    A vector is one row.
+    """
     if tensor.is_sparse:
-        return tensor.indices()[0], tensor.values()
+        return tensor.indices()[0], tensor.values(), tensor.shape[0]
     values = tensor.reshape(tensor.shape[0] if tensor.dim() > 1 else 1, -1)
-    return torch.arange(values.shape[0], device=values.device), values
+    return None, values, values.shape[0]
+
+
+@dataclass
+class Check:
+    """A batched pass that is checked: what the rules found for some tensors, as checksums.
+
+    For the tensors `alone`, the squares of one `row`. For those `together`, the square of the batch's gradient, in
+    which the loss of each example is multiplied by its entry in the random `weights`: whatever a rule misses, in
+    whichever example, shows there. Squares of single examples are freed of their weights. Where its
+    checksums are signed, the gradients are looked at beside their squares, which tell nothing of signs.
+    """
+
+    alone: frozenset[str]
+    together: frozenset[str]
+    row: int
+    weights: Tensor  # all ones when there is nothing to look at together
+    made: Checksumming = field(default_factory=Checksumming)
+    of_row: Checksums = field(default_factory=dict)
+    of_sum: Checksums = field(default_factory=dict)
+    of_batch: Checksums = field(default_factory=dict)  # for those `together`, of what is added to the scores
 
 
 def on_cpu(sums: Checksums) -> Checksums:

@@ -54,6 +54,8 @@ class OuterProducts:
         g, x = self.g, self.x
         if g.shape[1] == 1:  # one position: the square of an outer product is the outer product of the squares
             return g[:, 0].square().T @ x[:, 0].square()
+        if g.shape[0] * g.shape[2] * x.shape[2] <= CHUNK_ENTRIES:
+            return torch.bmm(g.transpose(1, 2), x).square_().sum(0)
         total = g.new_zeros(g.shape[2], x.shape[2])
         height = max(1, CHUNK_ENTRIES // x.shape[2])
         for rows, g_rows in zip(total.split(height), g.split(height, dim=2), strict=True):

@@ -104,13 +104,18 @@ def rule_for(module: nn.Module) -> LayerRule | None:
 @register_rule(nn.Linear)
 def _linear(module: nn.Module, x: Tensor, g: Tensor) -> Gradients:
     """y = x W^T + b: G_n = g_n^T x_n."""
-    return {"weight": OuterProducts(g, x), "bias": Each(g.sum(1))}
+    return {"weight": OuterProducts(g, x)} | _bias(module, g)
+
+
+def _bias(module: nn.Module, g: Tensor) -> Gradients:
+    """Of what is added to each position. LoRA's layers have none, and sums for nothing take time."""
+    return {} if module.bias is None else {"bias": Each(g.sum(1))}
 
 
 @register_rule("transformers.pytorch_utils.Conv1D")
 def _transposed_linear(module: nn.Module, x: Tensor, g: Tensor) -> Gradients:
     """y = x W + b, GPT-2's way of storing a linear layer."""
-    return {"weight": OuterProducts(x, g), "bias": Each(g.sum(1))}
+    return {"weight": OuterProducts(x, g)} | _bias(module, g)
 
 
 def _ids(module: nn.Module, ids: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
@@ -160,4 +165,4 @@ def _conv2d(module: nn.Module, patches: Tensor, g: Tensor) -> Gradients:
     groups: int = module.groups  # type: ignore[assignment]
     pairs = zip(g.chunk(groups, 2), patches.chunk(groups, 2), strict=True)
     weight = Stacked([OuterProducts(*pair) for pair in pairs], module.weight.shape)  # type: ignore[arg-type]
-    return {"weight": weight, "bias": Each(g.sum(1))}
+    return {"weight": weight} | _bias(module, g)

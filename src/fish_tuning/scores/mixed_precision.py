@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import nn
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Nothing is computed in 16 bits that is not. Where autocast is off, turning it off costs time."""
+    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
 
 
 class Autocast:

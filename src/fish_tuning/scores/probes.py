@@ -84,7 +84,7 @@ class Probes:
 
     def shapes_seen(self) -> AbstractContextManager[None]:
         """For a forward pass: remember what the modules give, which tells from where a tensor can be watched."""
-        return self._candidates.shapes_seen()
+        return self._candidates.shapes_seen(self.state)
 
     def start(self, batch_size: int, device: torch.device, batch: Mapping[str, Tensor] = MappingProxyType({})) -> None:
         """Call before each forward pass."""

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from fish_tuning.scores.checks import add_checksum
 from fish_tuning.scores.watched_layers import WatchedLayer
 
 
@@ -76,12 +75,12 @@ class RecomputedLayer(WatchedLayer):
         if check is not None:
             for name, gradient in self._gradients(arrived, None).items() if check.together else ():
                 if name in check.together:
-                    add_checksum(check.of_sum, name, gradient.square(), gradient if check.signed else None)
+                    check.made.add(check.of_sum, name, gradient.square(), lambda of=gradient: of)  # type: ignore[misc]
             if check.together:
                 arrived = [(call, kept, _freed(g, check.weights)) for call, kept, g in arrived]
             for name, gradient in self._gradients(arrived, check.row).items() if check.alone else ():
                 if name in check.alone:
-                    add_checksum(check.of_row, name, gradient.square(), gradient if check.signed else None)
+                    check.made.add(check.of_row, name, gradient.square(), lambda of=gradient: of)  # type: ignore[misc]
         sums: dict[str, Tensor] = {}
         squares: dict[str, Tensor] = {}
         for row in range(size):
@@ -91,7 +90,7 @@ class RecomputedLayer(WatchedLayer):
         for name, total in squares.items():
             into.add(name, total, lambda name=name: sums[name])  # type: ignore[union-attr, misc]
             if check is not None and name in check.together:
-                add_checksum(check.of_batch, name, total, sums[name] if check.signed else None)
+                check.made.add(check.of_batch, name, total, lambda name=name: sums[name])  # type: ignore[misc]
 
     def _gradients(self, arrived: list[tuple[_Call, tuple[Tensor, ...], Tensor]], row: int | None) -> dict[str, Tensor]:
         """{name in the model: fp32 gradient} of one example, or of all together."""

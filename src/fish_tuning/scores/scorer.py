@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +19,9 @@ from fish_tuning.scores.checks import (
     NEGLIGIBLE_GRADIENT,
     TOLERANCE,
     Check,
+    Checksumming,
     Checksums,
     Comparison,
-    add_plain_checksum,
     on_cpu,
     random_weights,
 )
@@ -39,6 +40,10 @@ PADDING = "an example has another loss without its padding"
 DISAGREES = "its rule does not agree with the plain gradient"
 
 
+class _PaddingMatters(Exception):
+    """An example has another loss without its padding."""
+
+
 class Scorer:
     """Adds batches up into `totals`, tensor by tensor by rule or by loop.
 
@@ -54,7 +59,7 @@ class Scorer:
         totals: Totals,
     ) -> None:
         self.trainable, self.losses, self.totals = trainable, losses, totals
-        self.signed = totals.gradients is not None  # squares alone prove no sign, and need none
+        self.checksums = Checksumming(signed=totals.gradients is not None)  # squares prove no sign, and need none
         self.probes = Probes(model, trainable if method == "auto" else ())
         self.plain = PlainGradients(model, trainable)
         self.looped = dict.fromkeys(
@@ -63,7 +68,9 @@ class Scorer:
         self.failed: dict[str, str] = {}
         self.proven: set[str] = set()
         self.looked_at: set[str] = set()  # those of which an example was looked at alone
-        self.scale = LossScale(_computes_in_fp16(losses))
+        weights = {parameter.dtype for parameter in losses.model.parameters()}
+        self._low_weights = not weights <= {torch.float32, torch.float64}
+        self.scale = LossScale(fp16=torch.float16 in {*losses.autocast.dtypes.values(), *weights})
         self.probes.state.scale = self.plain.scale = self.scale
         self.begun = False  # whether the totals hold anything
         self.told = False  # whether the log says how tensors are scored
@@ -92,20 +99,17 @@ class Scorer:
             self.begun = True
             return
         unproven = [name for name in self.probes.names if name not in self.proven]
-        if unproven and not self.looked_at and self._low_precision():
-            row = most_padded_row(batch)
-            if self._padding_matters(batch, first_example, row):
-                self._give_up(PADDING)
-                unproven = []
+        failed: dict[str, str] = {}
         if unproven:
-            with full_precision():
-                failed = self._add_checked(batch, first_example, unproven)
+            try:
+                with full_precision():
+                    failed = self._add_checked(batch, first_example, unproven)
+            except _PaddingMatters:
+                self._give_up(PADDING)
         elif self.probes.names:
             self.probes.backward(self._forward(batch, first_example), self.totals)
             self.scale.check()
             failed = dict(self.probes.broken)
-        else:
-            failed = {}
         moved = self.without(failed)
         self.loop(batch, first_example, [name for name in self.trainable if name in self.looped or name in moved])
         self.begun = True
@@ -121,6 +125,7 @@ class Scorer:
         moved = self.probes.release(failed)
         for name in moved:
             self.looked_at.discard(name)
+            self.proven.discard(name)
             logger.info("Fisher information: %s: %s; a module is done again for it.", name, failed[name])
         given_up = {name: reason for name, reason in failed.items() if name not in moved}
         self.failed |= given_up
@@ -156,18 +161,17 @@ class Scorer:
         size, row = batch_size(batch), most_padded_row(batch)  # what spills between examples shows there
         before = self.totals.copy(names) if self.begun else None
         new = [name for name in names if name not in self.looked_at]
+        compared = row if not self.looked_at else None
         self.looked_at |= set(new)
-        alone = self._plain_checksums(batch, first_example, [row], new)
+        alone = self._plain_checksums(batch, first_example, [row], new, compared)
         floor = self._floor(alone)
         waiting = [name for name in names if name not in alone or float(alone[name][0]) <= floor]
 
         weights = random_weights(size, seed=first_example) if waiting else torch.ones(size)
-        check = Check(frozenset(new), frozenset(waiting), row, placed(weights, self._device()), self.signed)
+        check = Check(frozenset(new), frozenset(waiting), row, placed(weights, self._device()), self.checksums)
         together: Checksums = {}
-        stand_ins = self.plain.stand_ins(
-            waiting, lambda name, gradient: add_plain_checksum(together, name, gradient, self.signed)
-        )
-        with self.probes.shapes_seen():
+        stand_ins = self.plain.stand_ins(waiting, partial(self.checksums.add_gradient, together))
+        with self.probes.shapes_seen() if new else AS_IT_IS:
             losses = self._forward(batch, first_example, self.plain.in_place(stand_ins))
         self.losses.check_finite()
         self.probes.backward(losses, self.totals, check, stand_ins.values())
@@ -202,20 +206,27 @@ class Scorer:
             self.gradient_scale = max(self.gradient_scale, total)
         return NEGLIGIBLE_GRADIENT**2 * self.gradient_scale
 
-    def _plain_checksums(self, batch: Batch, first_example: int, numbers: Iterable[int], names: list[str]) -> Checksums:
+    def _plain_checksums(
+        self,
+        batch: Batch,
+        first_example: int,
+        numbers: Iterable[int],
+        names: list[str],
+        compared: int | None = None,
+    ) -> Checksums:
         """Of single examples' plain gradients, added up; on the CPU.
 
         In 32 bits each example is by itself, without its padding. In 16 bits that would tell little: another shape
-        rounds otherwise, by more than a small gradient. There, each is one of its batch whose loss alone is taken.
+        rounds otherwise, by more than a small gradient. There, each is one of its batch whose loss alone is taken;
+        _PaddingMatters where the row `compared` has another loss by itself.
         """
         sums: Checksums = {}
-
-        def take(name: str, gradient: Tensor) -> None:
-            add_plain_checksum(sums, name, gradient, self.signed)
-
+        take = partial(self.checksums.add_gradient, sums)
         if names and self._low_precision():
             stand_ins = self.plain.stand_ins(names, take)
             losses = self._losses(batch, first_example, self.plain.in_place(stand_ins))
+            if compared is not None and self._padding_matters(batch, first_example, compared, losses):
+                raise _PaddingMatters
             self.plain.check_reach(losses[0], names)
             for row in numbers:
                 for loss in losses:
@@ -228,22 +239,20 @@ class Scorer:
         self.losses.check_finite()
         return on_cpu(sums)
 
-    def _padding_matters(self, batch: Batch, first_example: int, row: int) -> bool:
-        """Whether the row has another loss without its padding, so that no batch tells what it is alone.
+    def _padding_matters(self, batch: Batch, first_example: int, row: int, together: list[Tensor]) -> bool:
+        """Whether the row has another loss without its padding than `together`: no batch tells what it is alone then.
 
         Gradients stay on: 4-bit layers on a CPU are packed by a forward pass without, and have none from then on.
         """
         example = self.losses.trimmed(rows(batch, row, row + 1))
-        alone, together = self.losses(example, first_example + row), self.losses(batch, first_example)
+        alone = self.losses(example, first_example + row)
         self.losses.check_finite()
         found = read([*(loss[0] for loss in alone), *(loss[row] for loss in together)])
         pairs = [(float(a), float(b)) for a, b in zip(found[: len(alone)], found[len(alone) :], strict=True)]
         return any(abs(a - b) > LOW_PRECISION_TOLERANCE * max(1.0, abs(a)) for a, b in pairs)
 
     def _low_precision(self) -> bool:
-        return bool(self.losses.autocast.dtypes) or any(
-            parameter.dtype not in (torch.float32, torch.float64) for parameter in self.losses.model.parameters()
-        )
+        return bool(self.losses.autocast.dtypes) or self._low_weights
 
     def _forward(
         self, batch: Batch, first_example: int, in_place: AbstractContextManager[None] = AS_IT_IS
@@ -306,8 +315,3 @@ class Scorer:
         for reason, number in Counter(self.looped.values()).items():
             example = next(name for name, why in self.looped.items() if why == reason)
             logger.info("Fisher information: %d tensors by the loop (%s), e.g. %s.", number, reason, example)
-
-
-def _computes_in_fp16(losses: LossVectors) -> bool:
-    dtypes = [*losses.autocast.dtypes.values(), *(parameter.dtype for parameter in losses.model.parameters())]
-    return torch.float16 in dtypes

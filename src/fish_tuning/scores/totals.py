@@ -88,6 +88,8 @@ class Totals:
 
 def squared(gradient: Tensor) -> Tensor:
     """Its square, in its own memory where that can be written to as it is."""
+    if gradient.is_sparse:
+        return gradient.square()
     return gradient.square_() if gradient.is_contiguous() else gradient.square()
 
 

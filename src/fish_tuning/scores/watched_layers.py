@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from fish_tuning.errors import FisherError
-from fish_tuning.scores.checks import Check, add_checksum
+from fish_tuning.scores.checks import Check
 from fish_tuning.scores.example_gradients import Each, ExampleGradients
 from fish_tuning.scores.layer_rules import LayerRule
 from fish_tuning.scores.loss_scale import LossScale
+from fish_tuning.scores.mixed_precision import without_autocast
 from fish_tuning.scores.totals import Totals
 
 Relation = tuple[str, int]
@@ -156,31 +157,29 @@ class BatchedLayer(WatchedLayer):
         if not calls:
             return
         into, check = self.state.into, self.state.check
-        with torch.autocast(calls[0][2].device.type, enabled=False):
+        with without_autocast(calls[0][2].device):
             if check is not None:
                 calls = self._add_checksums(check, calls)
             for name, gradients in self.gradients(calls):
                 squares = gradients.squares()
                 into.add(name, squares, gradients.sum)  # type: ignore[union-attr]
                 if check is not None and name in check.together:
-                    add_checksum(check.of_batch, name, squares, gradients.sum() if check.signed else None)
+                    check.made.add(check.of_batch, name, squares, gradients.sum)
 
     def _add_checksums(self, check: Check, calls: list[Call]) -> list[Call]:
         """Of one row, and of the batch's sum; gives the calls freed of the weights."""
         own = self.names.values()
         if not check.together.isdisjoint(own):
-            # To a rule, the positions of all examples put one after another are one example, whose gradient is the sum.
-            together = [(module, x.flatten(0, 1)[None], g.flatten(0, 1)[None]) for module, x, g in calls]
-            for name, gradients in self.gradients(together):
+            for name, gradients in self.gradients(calls):
                 if name in check.together:
-                    add_checksum(check.of_sum, name, *_looked_at(gradients, check))
+                    check.made.add_gradient(check.of_sum, name, gradients.sum())
         if check.together:
             calls = [(m, x, g / check.weights.to(g).view(-1, *[1] * (g.dim() - 1))) for m, x, g in calls]
         if not check.alone.isdisjoint(own):
             row = check.row
             for name, gradients in self.gradients([(module, x[row, None], g[row, None]) for module, x, g in calls]):
                 if name in check.alone:
-                    add_checksum(check.of_row, name, *_looked_at(gradients, check))
+                    check.made.add(check.of_row, name, gradients.squares(), gradients.sum)
         return calls
 
 
@@ -262,10 +261,6 @@ class _Probe(torch.autograd.Function):
 def _by_example(tensor: Tensor, examples: int) -> Tensor:
     """(n * m, P, ...) as (n, m * P, ...)."""
     return tensor if tensor.shape[0] == examples else tensor.reshape(examples, -1, *tensor.shape[2:])
-
-
-def _looked_at(gradients: ExampleGradients, check: Check) -> tuple[Tensor, Tensor | None]:
-    return gradients.squares(), gradients.sum() if check.signed else None
 
 
 def _joined(calls: list[Tensor]) -> Tensor:

@@ -61,7 +61,7 @@ def scoring_peak(
 
     def scored() -> LiveBytes:
         try:
-            return _scored(model, mode, batch, held, signed)
+            return _scored(model, mode, batch, held, signed, gpu)
         except DynamicOutputShapeException:  # which rows of an embedding a batch reads, its values say
             return _warmed_up(model, mode, batch, held)
 
@@ -90,9 +90,9 @@ def _warmed_up(model: Any, mode: FakeTensorMode, batch: Shapes, held: list[Tenso
     return live
 
 
-def _scored(model: Any, mode: FakeTensorMode, batch: Shapes, held: list[Tensor], signed: bool) -> LiveBytes:
+def _scored(model: Any, mode: FakeTensorMode, batch: Shapes, held: list[Tensor], signed: bool, gpu: bool) -> LiveBytes:
     with mode:
-        alone = one_by_one_is_as_fast(made(batch))
+        alone = one_by_one_is_as_fast(made(batch), gpu)
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if alone:
         return _one_by_one(model, mode, batch, held)
