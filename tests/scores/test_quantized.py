@@ -52,7 +52,7 @@ def test_scoring_changes_no_weight(model: Any) -> None:
 def test_packed_weights_are_refused(model: Any) -> None:
     with torch.no_grad():
         model.eval()(**causal_batch())
-    with pytest.raises(FisherError, match=r"4-bit weight of '.*q_proj' is packed.*Load the model again"):
+    with pytest.raises(FisherError, match=r"4-bit weight of '.*q_proj.base_layer' is packed.*Load the model again"):
         scored(model)
 
 

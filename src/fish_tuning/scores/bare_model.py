@@ -12,6 +12,8 @@ import torch
 from accelerate.utils.operations import ConvertOutputsToFp32  # type: ignore[import-untyped]
 from torch import nn
 
+from fish_tuning.model_walks import every_module
+
 _AUTOCAST_CODE = torch.autocast("cpu")(lambda: None).__code__  # that of every function under an autocast decorator
 
 
@@ -33,7 +35,7 @@ def without_mixed_precision(model: nn.Module, stack: ExitStack) -> None:
 
     `Accelerator.prepare`, which every Trainer with bf16 or fp16 calls, leaves it there: its casts would be scored.
     """
-    for module in model.modules():
+    for module in every_module(model):
         forward = vars(module).get("forward")
         if forward is not None and (bare := _bare(forward)) is not forward:
             _set_own(module, bare, stack)

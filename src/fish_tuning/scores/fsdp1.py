@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from fish_tuning.errors import FisherError
+from fish_tuning.model_walks import every_module
 from fish_tuning.sparse.sharding import FSDP1, engine_of, plain_name
 
 
@@ -22,7 +23,7 @@ def without_fsdp1(model: nn.Module) -> Iterator[nn.Module]:
 
     Raises FisherError within a pass or a `summon_full_params`, and where FSDP1 holds gradients of an unfinished step.
     """
-    wrappers: list[Any] = [module for module in model.modules() if _is_wrapper(module)]
+    wrappers: list[Any] = [module for module in every_module(model) if _is_wrapper(module)]
     if not wrappers:
         yield model
         return

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fish_tuning.errors import FisherError
+from fish_tuning.model_walks import every_module
 from fish_tuning.sparse.fsdp2 import check_no_gradients, groups_of, reshard, roots_of, state_of
 from fish_tuning.sparse.sharding import FSDP2, whole
 
@@ -21,7 +22,7 @@ class Fsdp2:
 
     def gathers(self, module: nn.Module) -> bool:
         """Whether `fully_shard` has been called on the module or a part of it."""
-        return any(state_of(each) is not None for each in module.modules())
+        return any(state_of(each) is not None for each in every_module(module))
 
     @contextmanager
     def only_frozen(self, model: nn.Module, trained: Sequence[nn.Parameter]) -> Iterator[list[Tensor]]:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from fish_tuning.model_walks import every_parameter
+
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """Nothing is computed in 16 bits that is not. Where autocast is off, turning it off costs time."""
@@ -24,7 +26,7 @@ class Autocast:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        kinds = {parameter.device.type for parameter in model.parameters()} - {"meta"} | {"cpu"}
+        kinds = {parameter.device.type for parameter in every_parameter(model)} - {"meta"} | {"cpu"}
         if torch.accelerator.is_available():  # offloaded weights are on none until they are needed
             kinds.add(torch.accelerator.current_accelerator().type)  # type: ignore[union-attr]
         self.kinds = sorted(kinds)

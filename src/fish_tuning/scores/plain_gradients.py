@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from fish_tuning.errors import FisherError
+from fish_tuning.model_walks import every_module
 from fish_tuning.scores.loss_scale import LossScale
 
 Take = Callable[[str, Tensor], None]
@@ -108,7 +109,7 @@ def _slots(model: nn.Module, trainable: dict[str, nn.Parameter]) -> dict[str, li
     """Every place of each tensor, a tied one's several; a module that is registered twice counts once."""
     names = {id(parameter): name for name, parameter in trainable.items()}
     slots: dict[str, list[Slot]] = {name: [] for name in trainable}
-    for module in model.modules():
+    for module in every_module(model):
         for local, parameter in module._parameters.items():
             if id(parameter) in names:
                 slots[names[id(parameter)]].append((module, local))

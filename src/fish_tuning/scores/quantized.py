@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from fish_tuning.errors import FisherError
+from fish_tuning.model_walks import attribute, every_module
 
 _PACKS = "support_avx512bf16_for_cpu"  # bitsandbytes' own attribute of such a layer
 
@@ -19,7 +20,7 @@ def keep_unpacked(model: nn.Module) -> list[nn.Module]:
     without a word, and the scales of its blocks are rounded. So call this before the first pass; what is packed cannot
     be unpacked without loss. Returns the layers that would have packed.
     """
-    layers = [module for module in model.modules() if getattr(module, _PACKS, False)]
+    layers = [module for module in every_module(model) if attribute(module, _PACKS)]
     for module in layers:
         setattr(module, _PACKS, False)
     return layers
@@ -33,11 +34,17 @@ def allow_packing(layers: list[nn.Module]) -> None:
 
 def check_unpacked(model: nn.Module) -> None:
     """FisherError where a layer is packed already."""
+    if not any(map(_is_packed, every_module(model))):
+        return
     for name, module in model.named_modules():
-        state: Any = getattr(getattr(module, "weight", None), "quant_state", None)
-        if getattr(state, "packing_format_for_cpu", False):
+        if _is_packed(module):
             raise FisherError(
                 f"The 4-bit weight of {name!r} is packed: on the CPU, bitsandbytes packs weights at the first pass in "
                 "evaluation mode, and no gradient passes through them from then on. Load the model again, and score "
                 "it before it is evaluated."
             )
+
+
+def _is_packed(module: nn.Module) -> bool:
+    weight: Any = module._parameters.get("weight")
+    return bool(getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False))

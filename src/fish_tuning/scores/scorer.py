@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fish_tuning.errors import FisherError
+from fish_tuning.model_walks import every_parameter
 from fish_tuning.scores.batches import Batch, batch_size, most_padded_row, one_by_one_is_as_fast, rows
 from fish_tuning.scores.checks import (
     LOW_PRECISION_TOLERANCE,
@@ -68,7 +69,7 @@ class Scorer:
         self.failed: dict[str, str] = {}
         self.proven: set[str] = set()
         self.looked_at: set[str] = set()  # those of which an example was looked at alone
-        weights = {parameter.dtype for parameter in losses.model.parameters()}
+        weights = {parameter.dtype for parameter in every_parameter(losses.model)}
         self._low_weights = not weights <= {torch.float32, torch.float64}
         self.scale = LossScale(fp16=torch.float16 in {*losses.autocast.dtypes.values(), *weights})
         self.probes.state.scale = self.plain.scale = self.scale

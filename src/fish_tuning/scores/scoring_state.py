@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from fish_tuning.model_walks import attribute, every_module, every_parameter
 from fish_tuning.scores.bare_model import uncompiled, without_mixed_precision
 from fish_tuning.scores.mixed_precision import Autocast
 from fish_tuning.scores.quantized import allow_packing, keep_unpacked
@@ -30,7 +31,7 @@ def scoring_state(model: nn.Module) -> Iterator[None]:
 
     4-bit layers on the CPU stay unpacked, which a pass in evaluation mode would otherwise change for good.
     """
-    modes = {module: module.training for module in model.modules()}
+    modes = {module: module.training for module in every_module(model)}
     with ExitStack() as stack:
         stack.enter_context(random_state_kept(model))
         stack.enter_context(torch.enable_grad())
@@ -39,9 +40,10 @@ def scoring_state(model: nn.Module) -> Iterator[None]:
             uncompiled(stack)
             without_mixed_precision(model, stack)
             stack.callback(allow_packing, keep_unpacked(model))
-            model.eval()
+            if any(modes.values()):
+                model.eval()
             for module in modes:
-                if getattr(module, "gradient_checkpointing", False) and hasattr(module, "_gradient_checkpointing_func"):
+                if attribute(module, "gradient_checkpointing") and hasattr(module, "_gradient_checkpointing_func"):
                     _keep_checkpointing(module, stack)
             config = getattr(model, "config", None)
             if getattr(config, "use_cache", None):
@@ -49,7 +51,8 @@ def scoring_state(model: nn.Module) -> Iterator[None]:
             yield
         finally:
             for module, training in modes.items():
-                module.training = training
+                if module.training is not training:
+                    module.training = training
 
 
 def _keep_checkpointing(module: nn.Module, stack: ExitStack) -> None:
@@ -71,7 +74,7 @@ def _set(owner: Any, name: str, value: Any, stack: ExitStack) -> None:
 @contextmanager
 def random_state_kept(model: nn.Module) -> Iterator[None]:
     """Of torch on every device, and of Python and NumPy, which data loaders and collators draw from."""
-    devices = {parameter.device for parameter in model.parameters() if parameter.device.type not in ("cpu", "meta")}
+    devices = {parameter.device for parameter in every_parameter(model)} - {torch.device("cpu"), torch.device("meta")}
     kinds = {device.type for device in devices} or {"cuda"}
     with ExitStack() as stack:
         stack.callback(random.setstate, random.getstate())

@@ -11,12 +11,13 @@ import torch
 from torch import nn
 
 from fish_tuning.errors import FisherError
+from fish_tuning.model_walks import every_module, every_tensor
 from fish_tuning.peft_methods import refusal
 from fish_tuning.scores.finite import tensors_of
 from fish_tuning.scores.loss_vectors import LossFunction
 from fish_tuning.scores.losses import FisherType, TokenReduction
 from fish_tuning.scores.quantized import check_unpacked
-from fish_tuning.sparse.masked_tensors import trains_masked
+from fish_tuning.sparse.masked_tensors import masked_tensors, trains_masked
 from fish_tuning.sparse.sharding import FSDP1, FSDP2, ZERO3, engine_of
 
 SCORES_DTYPES = (torch.float32, torch.float64, torch.bfloat16)  # float16 has no room for small squares
@@ -78,7 +79,7 @@ def check_model(model: nn.Module, trainable: Mapping[str, nn.Parameter]) -> None
     """FisherError for a model that cannot be scored, whatever the data."""
     if not trainable:
         raise FisherError("The model has no trainable tensor (requires_grad=True); there is nothing to score.")
-    if reason := refusal({type(module).__name__ for module in model.modules()}, "scored"):
+    if reason := refusal({type(module).__name__ for module in every_module(model)}, "scored"):
         raise FisherError(reason)
     if trains_masked(model):
         raise FisherError(
@@ -92,7 +93,11 @@ def check_model(model: nn.Module, trainable: Mapping[str, nn.Parameter]) -> None
                 "ZeRO-3. Under torchrun or accelerate launch each process then scores its share of the examples."
             )
     check_unpacked(model)
-    offloaded = any(hasattr(module, "_hf_hook") for module in model.modules())  # its weights come when they are needed
+    offloaded = any("_hf_hook" in vars(module) for module in every_module(model))  # weights come when needed
+    frozen = (tensor.frozen for tensor in masked_tensors(model))
+    tensors = trainable.values() if offloaded else (*every_tensor(model), *frozen)
+    if not any(tensor.is_meta or engine_of(tensor) == FSDP1 for tensor in tensors):
+        return
     for name, tensor in trainable.items() if offloaded else tensors_of(model):
         if engine_of(tensor) == FSDP1:
             raise FisherError(

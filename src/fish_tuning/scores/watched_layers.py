@@ -114,7 +114,8 @@ class WatchedLayer(ABC):
 
     @property
     def failed(self) -> bool:
-        return not self.state.broken.keys().isdisjoint(self.names.values())
+        broken = self.state.broken
+        return bool(broken) and not broken.keys().isdisjoint(self.names.values())
 
     def examples_in_order(self, shape: torch.Size) -> bool:
         """Whether the rows of the layer's first dimension may be the examples', one after another; else it fails.
@@ -148,10 +149,14 @@ class BatchedLayer(WatchedLayer):
     def gradients(self, calls: list[Call]) -> Iterator[tuple[str, ExampleGradients]]:
         """Each tensor's name in the model and its gradients."""
 
-    @torch.no_grad()
     def add_up(self) -> None:
+        if self.arrived:
+            self._add_up()
+
+    @torch.no_grad()
+    def _add_up(self) -> None:
         arrived, self.arrived = self.arrived, []
-        if not arrived or self.failed:
+        if self.failed:
             return
         calls = self.calls_by_example(arrived)
         if not calls:

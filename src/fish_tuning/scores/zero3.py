@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fish_tuning.errors import FisherError
+from fish_tuning.model_walks import every_parameter
 from fish_tuning.sparse.sharding import ZERO3, engine_of
 
 _OFTEN = 2**40  # above 0 however often it is counted down
@@ -38,7 +39,7 @@ class Zero3:
 
     def gathers(self, module: nn.Module) -> bool:
         """Whether ZeRO-3 has split a tensor of the module or of a part of it."""
-        return any(_is_split(parameter) for parameter in module.parameters())
+        return any(_is_split(parameter) for parameter in every_parameter(module))
 
     @contextmanager
     def only_frozen(self, model: nn.Module, trained: Sequence[nn.Parameter]) -> Iterator[list[Tensor]]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
 from fish_tuning.errors import MaskError
+from fish_tuning.model_walks import every_module
 from fish_tuning.sparse.adapter_names import adapters_of, check_adapter, idle_names
 from fish_tuning.sparse.sharding import full_shape, is_sharded, only_names, plain_name, shard_like, whole
 from fish_tuning.sparse.whole_tensors import Group, MaskedTensor
@@ -380,6 +381,8 @@ class _TakeLoaded:
 
 def masked_tensors(model: nn.Module) -> Iterator[NamedMaskedTensor]:
     """Every masked tensor of `model`, by the name that it has without the mask."""
+    if not any(map(_masked_names, every_module(model))):
+        return
     for path, module in model.named_modules():
         for local, masked in _own_masked_tensors(module):
             yield NamedMaskedTensor(plain_name(f"{path}.{local}" if path else local), module, local, masked)

@@ -1,0 +1,33 @@
+"""Quick walks through a model give what torch's own give."""
+
+from __future__ import annotations
+
+import pytest
+from tiny import bert, llama, lora, random_mask
+from torch import nn
+
+from fish_tuning import apply_mask
+from fish_tuning.model_walks import every_module, every_parameter, every_tensor
+
+
+def shared() -> nn.Module:
+    """A module in two places, a tensor in two modules, an empty place, buffers."""
+    layer = nn.Linear(2, 2)
+    model = nn.ModuleDict({"one": nn.Sequential(layer, nn.BatchNorm1d(2)), "two": nn.Linear(2, 2), "again": layer})
+    model["two"].weight = layer.weight  # type: ignore[assignment]
+    model.register_module("empty", None)
+    return model
+
+
+def masked() -> nn.Module:
+    model = lora(bert())
+    apply_mask(model, random_mask(model))
+    return model
+
+
+@pytest.mark.parametrize("make", [shared, lambda: lora(llama(tie_word_embeddings=True)), masked, nn.Identity])
+def test_they_give_what_torchs_walks_give(make) -> None:  # type: ignore[no-untyped-def]
+    model = make()
+    assert every_module(model) == list(model.modules())
+    assert list(map(id, every_parameter(model))) == list(map(id, model.parameters()))
+    assert {*map(id, every_tensor(model))} == {*map(id, model.parameters()), *map(id, model.buffers())}
