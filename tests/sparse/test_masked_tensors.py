@@ -468,6 +468,15 @@ def test_one_dense_gradient_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     assert peaks == {False: 5, True: 1}  # four kept, and one on its way to be added to them
 
 
+def test_small_tensors_that_go_together() -> None:
+    """Of one kind; up to so many entries, more on a GPU; large ones and those without a key stay alone."""
+    small, large = masked_tensors._SMALL, masked_tensors._SMALL + 1
+    sizes, keys = [small, large, small, small, small, small, 10, 10], ["a", "a", "b", "a", "a", "a", None, "a"]
+    assert 4 * small == masked_tensors._TOGETHER
+    assert masked_tensors.small_groups(sizes, keys) == [[0, 3, 4, 5], [1], [2], [6], [7]]
+    assert masked_tensors.small_groups(sizes, keys, gpu=True) == [[0, 3, 4, 5, 7], [1], [2], [6]]
+
+
 def test_gradient_that_is_not_contiguous_is_not_copied() -> None:
     model = placed(nn.Linear(40, 30, bias=False))
     mask = random_mask(model, 0.1)

