@@ -6,7 +6,7 @@ from tiny import text_batch
 from transformers import BatchEncoding
 
 from fish_tuning import FisherError
-from fish_tuning.scores.batches import batch_size, calibration_batches, rows, trim_padding
+from fish_tuning.scores.batches import batch_size, calibration_batches, one_by_one_is_as_fast, rows, trim_padding
 
 CPU = torch.device("cpu")
 
@@ -100,3 +100,15 @@ def test_unknown_tensor_as_wide_as_the_tokens_keeps_the_batch_whole() -> None:
 def test_masks_that_tell_nothing(mask: torch.Tensor) -> None:
     batch = padded() | {"attention_mask": mask}
     assert trim_padding(batch)["input_ids"].shape == (2, 7)
+
+
+@pytest.mark.parametrize(
+    ("size", "tokens", "on_cpu", "on_gpu"),
+    [(1, 8, True, True), (1, 600, True, True), (4, 512, True, False), (4, 511, False, False), (5, 600, False, False)],
+)
+def test_which_batches_are_scored_one_by_one(size: int, tokens: int, on_cpu: bool, on_gpu: bool) -> None:
+    batch = {"input_ids": torch.zeros(size, tokens, dtype=torch.long), "labels": torch.zeros(size)}
+    assert one_by_one_is_as_fast(batch) == one_by_one_is_as_fast(batch, gpu=False) == on_cpu
+    assert one_by_one_is_as_fast(batch, gpu=True) == on_gpu
+    images = {"pixel_values": torch.zeros(size, 3, tokens, 2), "labels": torch.zeros(size)}
+    assert one_by_one_is_as_fast(images) == (size == 1)
