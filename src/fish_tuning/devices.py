@@ -12,11 +12,6 @@ def has_float64(device: torch.device) -> bool:
     return device.type not in WITHOUT_FLOAT64
 
 
-def exact_dtype(device: torch.device) -> torch.dtype:
-    """float64, or the widest that the device has."""
-    return torch.float64 if has_float64(device) else torch.float32
-
-
 def in_float64(tensor: Tensor) -> Tensor:
     """The tensor in float64, on the CPU where its device has none."""
     return tensor.double() if has_float64(tensor.device) else tensor.cpu().double()
