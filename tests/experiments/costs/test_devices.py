@@ -16,6 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from fish_tuning import apply_mask
 from fish_tuning.experiments.costs.devices import STRATEGIES, Sizes, device_costs, traffic
+from fish_tuning.experiments.costs.kernels import matmul_workspace
 
 SIZES = Sizes(
     parameters=1000,
@@ -40,6 +41,24 @@ def test_one_device_needs_all_and_sends_nothing(strategy: str) -> None:
     costs = device_costs(SIZES, strategy, 1, 500, peak)
     assert (costs.weights, costs.gradients, costs.gathered, costs.buckets, costs.traffic) == (1100, 40, 0, 0, 0)
     assert costs.peak == 1100 + 84 + 540
+
+
+def test_each_device_keeps_a_workspace() -> None:
+    for strategy in STRATEGIES:
+        without = device_costs(SIZES, strategy, 4, 500, peak)
+        given = device_costs(replace(SIZES, workspace=7000), strategy, 4, 500, peak)
+        assert given == replace(without, peak=(without.peak or 0) + 7000)
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"), [(None, 2 * 2**25), ((8, 6), 2 * 8_519_680), ((9, 0), 2 * 2**25), ((12, 0), 2 * 2**25)]
+)
+def test_workspace_is_that_of_the_gpu_that_is_there_else_of_a_later_one(
+    capability: tuple[int, int] | None, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert matmul_workspace() == expected
 
 
 def test_ddp() -> None:

@@ -19,6 +19,7 @@ from fish_tuning.experiments.config.experiment import ExperimentConfig
 from fish_tuning.experiments.config.loading import load_experiment
 from fish_tuning.experiments.costs.arm_costs import spread
 from fish_tuning.experiments.costs.experiment_costs import ArmCosts, experiment_costs, parse_devices, plannable
+from fish_tuning.experiments.costs.kernels import matmul_workspace
 from fish_tuning.experiments.run.arm import choose_mask, needs_scores, save
 from fish_tuning.experiments.run.calibration import calibrate
 from fish_tuning.experiments.run.context import make_context
@@ -240,6 +241,8 @@ def test_a_gpu_is_planned_for_where_there_is_none(experiment: Experiment, monkey
     full = costs_of(experiment("fish_tuning.methods_to_run=[lora]"), kind="cuda", devices=[1])["lora"]
     assert half.activations is not None
     assert half.activations < (full.activations or 0)
+    assert half.devices[0].peak is not None
+    assert half.devices[0].peak > matmul_workspace() + half.weights
     assert plannable(config, "cpu") is config
 
 

@@ -16,6 +16,7 @@ from transformers import TrainingArguments
 from fish_tuning.experiments.costs.batches import Shapes
 from fish_tuning.experiments.costs.devices import Sizes
 from fish_tuning.experiments.costs.fake_models import make_fake, mask_fake
+from fish_tuning.experiments.costs.kernels import matmul_workspace
 from fish_tuning.experiments.costs.optimizers import OptimizerState, Trained, optimizer_state, step_bytes
 from fish_tuning.experiments.costs.quantized import StoredWeights, quantize_like
 from fish_tuning.experiments.costs.repeated_layers import Peaks, repeated_layers
@@ -153,6 +154,7 @@ def _sizes(model: nn.Module, beside: list[Any], held: list[Trained], state: Opti
         optimizer=state.nbytes,
         copies=4 * low,
         step=step_bytes(optimizer_name(work.args), held, work.gpu),
+        workspace=matmul_workspace() if work.gpu else 0,
         accumulates=work.args.gradient_accumulation_steps,
     )
 

@@ -23,6 +23,7 @@ class Sizes:
         optimizer: of the optimizer's state.
         copies: fp32 copies of trained values in 16 bits, which DeepSpeed keeps.
         step: what the optimizer's step needs beside all of these.
+        workspace: what products of matrices have been given, and keep.
         accumulates: over how many batches gradients are accumulated.
     """
 
@@ -36,6 +37,7 @@ class Sizes:
     optimizer: int
     copies: int
     step: int
+    workspace: int = 0
     accumulates: int = 1
 
 
@@ -80,7 +82,7 @@ def device_costs(
     optimizer = math.ceil(sizes.optimizer * held)
     if strategy.startswith("zero"):
         optimizer += math.ceil(sizes.copies * held)
-    kept = weights + optimizer + buckets
+    kept = weights + optimizer + buckets + sizes.workspace
     passing = None if peak is None else peak(share) + gathered
     stepping = gradients + math.ceil(sizes.step * held)
     return DeviceCosts(

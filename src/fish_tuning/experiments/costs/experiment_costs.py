@@ -15,6 +15,7 @@ from fish_tuning.experiments.config.experiment import ExperimentConfig
 from fish_tuning.experiments.costs.arm_costs import Files, Measured, Work, measure, spread
 from fish_tuning.experiments.costs.batches import Shapes, first_rows, largest_batch
 from fish_tuning.experiments.costs.devices import STRATEGIES, DeviceCosts, device_costs
+from fish_tuning.experiments.costs.kernels import matmul_workspace
 from fish_tuning.experiments.costs.quantized import stored_weights_of
 from fish_tuning.experiments.costs.unknown_values import experts_of
 from fish_tuning.experiments.data.tasks import CausalLM
@@ -129,7 +130,7 @@ def experiment_costs(
     planner = _Planner(config, plan, kind == "cuda", tokens)
     arms = tuple(_of_arm(arm, planner.measured(arm), devices, strategy, planner.scores(arm)) for arm in plan.arms)
     batch = {name: list(tensor.shape) for name, tensor in planner.batch(plan.arms[0]).items()}
-    notes = tuple(dict.fromkeys([*planner.notes, *_notes(first, planner.batch(plan.arms[0]))]))
+    notes = tuple(dict.fromkeys([*planner.notes, *_notes(first, planner.batch(plan.arms[0]), planner.gpu)]))
     return ExperimentCosts(config.name, config.model.name, kind, strategy, batch, arms, notes)
 
 
@@ -235,15 +236,17 @@ def _of_arm(arm: ArmPlan, found: Measured, devices: Sequence[int], strategy: str
         optimizer=sizes.optimizer,
         activations=activations,
         scores=None if calibration is None else calibration.scores,
-        calibration_peak=None if calibration is None else weights - found.masked + calibration.peak,
+        calibration_peak=None if calibration is None else weights - found.masked + calibration.peak + sizes.workspace,
         devices=tuple(device_costs(sizes, strategy, number, activations, peak) for number in devices),
         files=found.files,
     )
 
 
-def _notes(args: Any, batch: Shapes) -> list[str]:
+def _notes(args: Any, batch: Shapes, gpu: bool) -> list[str]:
     shapes = ", ".join(f"{name} {'x'.join(map(str, tensor.shape))}" for name, tensor in batch.items())
     notes = [f"A batch of one device: {shapes}."]
+    if gpu:
+        notes.append(f"Peaks hold {matmul_workspace() / 1e6:.1f} MB that cuBLAS keeps for products of matrices.")
     if args.gradient_accumulation_steps > 1:
         notes.append(f"Gradients are accumulated over {args.gradient_accumulation_steps} batches.")
     return notes
