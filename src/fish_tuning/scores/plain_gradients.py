@@ -7,7 +7,6 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
 
 from fish_tuning.errors import FisherError
 from fish_tuning.model_walks import every_module
@@ -59,9 +58,6 @@ class PlainGradients:
         if self._reach_checked.issuperset(own):
             return
         self._reach_checked |= own.keys()
-        own = reached(loss, own)
-        if not own:
-            return
         gradients = torch.autograd.grad(loss.sum(), list(own.values()), allow_unused=True, retain_graph=True)
         for name, gradient in zip(own, gradients, strict=True):
             if gradient is not None:
@@ -69,21 +65,6 @@ class PlainGradients:
                     f"{name!r} cannot be scored: its layer keeps a reference to it of its own, past the module's "
                     "attribute. Set requires_grad_(False) on it, or use another PEFT method."
                 )
-
-
-def reached(loss: Tensor, parameters: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
-    """Those of the parameters that a loss may depend on: its graph leads to them. No gradient is computed for it."""
-    ends = {get_gradient_edge(parameter).node: name for name, parameter in parameters.items()}
-    seen, left, found = {loss.grad_fn}, [loss.grad_fn], {}
-    while left:
-        node = left.pop()
-        if node in ends:
-            found[ends[node]] = parameters[ends[node]]
-        for following, _ in node.next_functions if node is not None else ():
-            if following is not None and following not in seen:
-                seen.add(following)
-                left.append(following)
-    return found
 
 
 class InPlace:
