@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -79,3 +80,24 @@ def test_a_gpu_is_waited_for_before_and_after(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.accelerator, "synchronize", lambda: done.append("waited"))
     common.Place(torch.device("cuda")).seconds(lambda: done.append("ran"))
     assert done == ["waited", "ran", "waited"]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_peaks_are_taken_one_by_one_on_a_cpu_and_together_on_a_gpu(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    common: Any = importlib.import_module("common")
+    ways, together = ["plain", "masked", "loop"], 3 if device == "cuda" else 1
+    all_there = threading.Barrier(together)
+    asked: list[tuple[str, ...]] = []
+
+    def peak(script: str, *args: str) -> int:
+        all_there.wait(timeout=10)
+        asked.append((script, *args))
+        return ways.index(args[0])
+
+    monkeypatch.setattr(common, "peak_of_own_process", peak)
+    found = common.peaks_of_own_processes("script.py", ways, common.Place(torch.device(device)), "--shape", "tiny")
+    assert found == {"plain": 0, "masked": 1, "loop": 2}
+    place = ("--shape", "tiny", "--device", device, "--dtype", "float32")
+    assert sorted(asked) == sorted(("script.py", way, *place) for way in ways)

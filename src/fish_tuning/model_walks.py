@@ -1,7 +1,6 @@
 """A model's modules and tensors, each once, for who asks for no names.
 
-torch's own walks are generators within generators, of which a call that scores a few examples would make two dozen:
-half of what such a call took beyond the passes.
+torch's own walks are generators within generators, of which a call that scores a few examples would make two dozen.
 """
 
 from __future__ import annotations

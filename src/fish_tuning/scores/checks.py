@@ -43,17 +43,16 @@ class Checksumming:
 
     def add(self, sums: Checksums, name: str, squares: Tensor, gradient: Callable[[], Tensor]) -> None:
         """Add the checksum of the tensor `name`; `gradient` is called only where it is wanted."""
-        found = self.checksum(squares)
-        if self.signed:
-            found = torch.cat([found, self.projections(gradient())])
-        sums[name] = sums[name] + found if name in sums else found
+        self._add(sums, name, squares, self.projections(gradient()) if self.signed else None)
 
     def add_gradient(self, sums: Checksums, name: str, gradient: Tensor) -> None:
         """The same of a gradient, plain or a sum by a rule, which is given up."""
-        of_signs = [self.projections(gradient)] if self.signed else []
-        found = self.checksum(squared(gradient))
-        if of_signs:
-            found = torch.cat([found, *of_signs])
+        of_signs = self.projections(gradient) if self.signed else None  # before it is squared in its own memory
+        self._add(sums, name, squared(gradient), of_signs)
+
+    def _add(self, sums: Checksums, name: str, squares: Tensor, of_signs: Tensor | None) -> None:
+        of_squares = self.checksum(squares)
+        found = of_squares if of_signs is None else torch.cat([of_squares, of_signs])
         sums[name] = sums[name] + found if name in sums else found
 
     def checksum(self, squares: Tensor) -> Tensor:

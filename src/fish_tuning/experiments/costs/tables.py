@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 LEGEND = (
     "Exact: parameters, weights, gradients, optimizer, files, and what is sent in a ring. Estimated (~): activations, "
     "peak, calibration and what is gathered. They are counted tensor by tensor, without what an allocator rounds up "
-    "and holds in reserve, a GPU's own context, and what kernels and communication use inside themselves."
+    "and holds in reserve, a GPU's own context, and what most kernels and communication use inside themselves."
 )
 _MOST_COLUMNS = 5  # of devices, side by side
 
