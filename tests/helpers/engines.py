@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.bert.modeling_bert import BertLayer
 
 NEEDS_DEEPSPEED = "DeepSpeed is missing: pip install 'fish-tuning[deepspeed]'"
@@ -76,7 +77,7 @@ class Fsdp2:
     resumes = True
 
     def __init__(self, model: Any) -> None:
-        for block in model.base_model.model.bert.encoder.layer:
+        for block in [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]:
             fully_shard(block)
         self.inner, self.model = model, fully_shard(model)
         self.optimizer = adamw(model)
