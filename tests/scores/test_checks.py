@@ -7,51 +7,60 @@ import torch
 
 from fish_tuning.scores.checks import Checksumming, Checksums, Comparison, random_weights
 
-checksum, projections = Checksumming().checksum, Checksumming().projections
+checksum = Checksumming().checksum
 
 
-def test_checksums_tell_apart_what_is_only_moved() -> None:
-    one, other = checksum(torch.tensor([[1.0, 2.0], [3.0, 4.0]])), checksum(torch.tensor([[1.0, 3.0], [2.0, 4.0]]))
-    assert one[0] == other[0] == 10
-    assert one[1] != other[1]
+def norm(checksum: torch.Tensor) -> torch.Tensor:
+    return checksum[1:].square().mean()
 
 
-def test_checksum_tells_the_place_of_the_entries() -> None:
-    squares = torch.rand(3, 4)
-    turned = squares.flip(1)
-    assert checksum(squares)[0] == pytest.approx(float(checksum(turned)[0]))
-    assert checksum(squares)[1] != pytest.approx(float(checksum(turned)[1]), rel=1e-3)
-    assert checksum(torch.zeros(0)).tolist() == [0, 0, 0, 0]
+def test_a_checksum_is_the_sum_and_16_projections_by_signs() -> None:
+    found = checksum(torch.ones(5, 3))
+    assert found.shape == (17,)
+    assert found[0] == 15
+    one_entry = torch.zeros(5, 3)
+    one_entry[3, 2] = 2.0
+    assert checksum(one_entry)[1:].abs().tolist() == [2.0] * 16
+    assert torch.equal(checksum(one_entry.view(5, 3, 1)), checksum(one_entry))
+    assert checksum(torch.zeros(0)).tolist() == [0.0] * 17
 
 
-def test_checksum_is_four_sums_weighted_by_place() -> None:
-    squares = torch.rand(5, 3)
-    rows, columns = torch.linspace(0, 1, 5)[:, None], torch.linspace(0, 1, 3)
-    expected = [squares.sum(), (squares * columns).sum(), (squares * rows).sum(), (squares * rows * columns).sum()]
-    torch.testing.assert_close(checksum(squares), torch.stack(expected))
-    torch.testing.assert_close(checksum(squares.view(5, 3, 1)), torch.stack(expected))
+@pytest.mark.parametrize("tolerance", [1e-3, 0.1])
+@pytest.mark.parametrize("moved", ["a row further", "a column further", "turned"])
+@pytest.mark.parametrize("entries", [1, 64, 4096])
+def test_squares_in_another_place_are_told(entries: int, moved: str, tolerance: float) -> None:
+    squares = torch.zeros(4096, 8)
+    squares[:entries] = torch.rand(entries, 8, generator=torch.Generator().manual_seed(0))
+    others = {"a row further": squares.roll(1, 0), "a column further": squares.roll(1, 1), "turned": squares.flip(0)}
+    plain, rule = {"a": checksum(squares).double()}, {"a": checksum(others[moved]).double()}
+    assert rule["a"][0] == pytest.approx(float(plain["a"][0]))
+    assert Comparison.of(["a"], rule, plain, tolerance, floor=0.0).disagree == {"a"}
+    assert Comparison.of(["a"], plain, plain, tolerance, floor=0.0).right == {"a"}
 
 
-def test_sparse_squares_have_the_checksum_of_the_dense_ones() -> None:
-    dense = torch.zeros(5, 3)
-    dense[[1, 4]] = torch.rand(2, 3)
-    assert torch.allclose(checksum(dense.to_sparse(1).coalesce()), checksum(dense))
+def test_rounding_is_let_pass() -> None:
+    generator = torch.Generator().manual_seed(0)
+    gradient = torch.randn(300, 40, generator=generator)
+    rounded = gradient * (1 + 0.03 * torch.randn(300, 40, generator=generator))
+    plain, rule = ({"a": checksum(each.square()).double()} for each in (gradient, rounded))
+    assert Comparison.of(["a"], rule, plain, 0.1, floor=0.0).right == {"a"}
+    assert Comparison.of(["a"], rule, plain, 1e-3, floor=0.0).disagree == {"a"}
 
 
-def test_projections_are_linear_and_those_of_sparse_gradients_too() -> None:
+def test_checksums_are_linear_and_those_of_sparse_tensors_too() -> None:
     one, other = torch.randn(5, 3), torch.zeros(5, 3)
     other[[1, 4]] = torch.randn(2, 3)
-    assert torch.allclose(projections(one + 2 * other), projections(one) + 2 * projections(other), atol=1e-5)
-    assert torch.allclose(projections(other.to_sparse(1).coalesce()), projections(other))
+    assert torch.allclose(checksum(one + 2 * other), checksum(one) + 2 * checksum(other), atol=1e-5)
+    assert torch.allclose(checksum(other.to_sparse(1).coalesce()), checksum(other), atol=1e-6)
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (40,), (8, 6), (4, 3, 2, 2)])
-def test_projections_tell_how_far_apart_gradients_are(shape: tuple[int, ...]) -> None:
+def test_projections_tell_how_far_apart_tensors_are(shape: tuple[int, ...]) -> None:
     generator = torch.Generator().manual_seed(0)
     ratios = []
     for _ in range(50):
         gradient = torch.randn(shape, generator=generator)
-        ratios.append(float(projections(gradient).square().mean() / gradient.square().sum()))
+        ratios.append(float(norm(checksum(gradient)) / gradient.square().sum()))
     assert min(ratios) > 0.05
     assert max(ratios) < 5
 
@@ -81,16 +90,14 @@ def test_weights_are_far_from_zero_and_the_same_for_the_same_batch() -> None:
 
 
 def test_comparison() -> None:
-    sums = torch.tensor([4.0, 2.0, 3.0, 1.5])
-    tiny, nan = torch.tensor([1e-9, 1e-9, 0.0, 0.0]), torch.tensor([float("nan"), 0.0, 0.0, 0.0])
-    plain = {"same": sums, "other": sums, "moved": sums, "tiny": tiny, "missed": sums, "nan": nan}
-    rule = plain | {
-        "other": sums + torch.tensor([0.1, 0.0, 0.0, 0.0]),
-        "moved": sums + torch.tensor([0.0, 0.0, 0.0, 0.1]),
-        "tiny": torch.zeros(4),
-    }
+    def sums(first: float, others: float = 0.0) -> torch.Tensor:
+        return torch.tensor([first, *[others] * 16], dtype=torch.float64)
+
+    plain = {name: sums(4.0, 1.0) for name in ("same", "other", "moved", "missed")}
+    plain |= {"tiny": sums(1e-9, 1e-9), "nan": sums(float("nan")), "nan elsewhere": sums(1e-9, float("nan"))}
+    rule = plain | {"other": sums(4.1, 1.0), "moved": sums(4.0, 1.1), "tiny": sums(0.0)}
     del rule["missed"]
     found = Comparison.of([*plain, "neither"], rule, plain, tolerance=1e-3, floor=1e-5)
     assert found.right == {"same"}
     assert found.agree == {"same", "tiny", "neither"}
-    assert found.disagree == {"other", "moved", "missed", "nan"}
+    assert found.disagree == {"other", "moved", "missed", "nan", "nan elsewhere"}

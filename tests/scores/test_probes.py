@@ -1,9 +1,13 @@
 from __future__ import annotations
 
-import torch
-from tiny import bert, classification_batch, llama, lora
-from torch import nn
+from typing import Any
 
+import pytest
+import torch
+from tiny import assert_scores_close, bert, classification_batch, llama, lora
+from torch import Tensor, nn
+
+from fish_tuning import calculate_fisher_information
 from fish_tuning.scores.checks import Check, Checksumming
 from fish_tuning.scores.probes import Probes
 from fish_tuning.scores.totals import Totals
@@ -23,10 +27,45 @@ def test_a_table_that_is_read_and_multiplied_with_is_watched_in_both() -> None:
     assert set(names) == set(Probes(model, names).names)
 
 
-def test_a_tensor_of_two_layers_is_not() -> None:
-    model = nn.Sequential(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)))
-    model[0][1].weight = model[0][0].weight
-    assert sorted(Probes(model, ["0.0.weight", "0.0.bias"]).names) == ["0.0.bias"]
+def test_a_tensor_of_two_layers_is_where_both_have_a_rule_that_can_be_added_up() -> None:
+    def names(*layers: nn.Module) -> list[str]:
+        model = nn.Sequential(nn.Sequential(*layers))
+        model[0][1].weight = model[0][0].weight
+        return sorted(Probes(model, ["0.0.weight", "0.0.bias"]).names)
+
+    assert names(nn.Linear(3, 3), nn.Linear(3, 3)) == ["0.0.bias", "0.0.weight"]
+    assert names(nn.LayerNorm(3), nn.LayerNorm(3)) == ["0.0.bias"]
+
+
+@pytest.mark.parametrize("layers", ["linear", "embeddings", "both", "held alone"])
+def test_all_uses_of_a_tensor_are_added_up(layers: str) -> None:
+    class Shares(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.table, self.other = nn.Embedding(5, 5), nn.Embedding(5, 5)
+            self.first, self.last = nn.Linear(5, 5), nn.Linear(5, 5)
+            if layers == "linear":
+                self.last.weight = self.first.weight
+            elif layers == "embeddings":
+                self.other.weight = self.table.weight
+            elif layers == "both":
+                self.last.weight = self.first.weight = self.other.weight = self.table.weight
+            else:  # by a module that does not use it
+                self.kept = self.last.bias
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.first(self.table(x) * self.other(x.flip(1))).tanh().mean(1))  # type: ignore[no-any-return]
+
+    def loss_fn(outputs: Tensor, batch: Any) -> Tensor:
+        return nn.functional.cross_entropy(outputs, batch["y"], reduction="none")
+
+    model = Shares()
+    assert len(Probes(model, dict(model.named_parameters())).names) == len(list(model.parameters()))
+    batch = {"x": torch.tensor([[0, 1, 2], [2, 2, 4], [3, 1, 0], [1, 1, 1]]), "y": torch.tensor([0, 3, 2, 4])}
+    scores = calculate_fisher_information(model, [batch], loss_fn=loss_fn, progress=False)
+    by_loop = calculate_fisher_information(model, [batch], loss_fn=loss_fn, method="loop", progress=False)
+    assert_scores_close(scores, by_loop)
 
 
 def test_hooks_are_there_only_within() -> None:

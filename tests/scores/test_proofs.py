@@ -238,3 +238,34 @@ def test_the_warning_points_at_the_callers_line() -> None:
     with pytest.warns(FishTuningWarning) as given:
         calculate_fisher_information(PastTheLayer(), [batch], progress=False)
     assert {warning.filename for warning in given if warning.category is FishTuningWarning} == {__file__}
+
+
+class Shifted(nn.Embedding):
+    """Reads other rows than those it is asked for."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids + 1)
+
+
+class OfATable(nn.Module):
+    loss_type = "ForSequenceClassification"
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.head = Shifted(5000, 8), nn.Linear(8, 3)
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> object:
+        logits = self.head(self.table(input_ids).mean(1).tanh())
+        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
+        return type("Output", (), {"logits": logits, "loss": loss})()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("first", [0, 40, 4000])
+def test_the_next_row_of_a_large_table_is_another(first: int, dtype: torch.dtype) -> None:
+    ids = torch.randint(first, first + 40, (4, 6), generator=torch.Generator().manual_seed(0))
+    model, batch = OfATable().to(dtype), {"input_ids": ids, "labels": torch.arange(4) % 3}
+    by_loop = scored(model, batch, method="loop")["table.weight"]
+    found = scored(model, batch)["table.weight"]
+    assert float((found - by_loop).norm()) < (1e-5 if dtype == torch.float32 else 0.1) * float(by_loop.norm())

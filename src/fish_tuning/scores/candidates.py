@@ -43,23 +43,31 @@ class Candidates:
         """The innermost layers for these tensors, as far as there are any."""
         layers: list[WatchedLayer] = []
         left = set(names)
-        for prefix, module in self._modules.items():
-            rule = rule_for(module)
-            if rule is None:
-                continue
-            full = {local: f"{prefix}.{local}" if prefix else local for local in rule.parameters(module)}
-            # A tensor shared by two layers needs the sum of both before squaring, which no single layer sees.
+        ids = {id(self._tensor(name)): name for name in names}
+        ruled: dict[str, list[nn.Module]] = defaultdict(list)  # the layers that share a tensor, and have a rule for it
+        rules = [(module, rule) for module in self._modules.values() if (rule := rule_for(module)) is not None]
+        named = [
+            (module, rule, {local: ids.get(id(module.get_parameter(local)), "") for local in rule.parameters(module)})
+            for module, rule in rules
+        ]
+        for module, _, found in named:
+            for local, name in found.items():
+                if local in module._parameters and len(self._users[id(module.get_parameter(local))]) > 1:
+                    ruled[name].append(module)
+        for module, rule, found in named:
+            # A tensor shared by two layers needs the sum of both before squaring, which no single layer sees. Of those
+            # that have it and no rule for it, as heads hold their decoder's bias, its proof shows that none uses it.
             own = {
                 local: name
-                for local, name in full.items()
-                if name in left and len(self._users[id(module.get_parameter(local))]) == 1
+                for local, name in found.items()
+                if name in left and (len(self._users_of(name)) == 1 or ruled[name] == [module])
             }
             if own:
                 layers.append(RuleLayer(module, own, state, rule))
                 left -= set(own.values())
         for name in sorted(left):
-            users = self._users_of(name)
-            if len(users) > 1 and TiedLayers.can_watch(users, name):
+            users = ruled[name]
+            if len(users) > 1 and TiedLayers.can_watch(users, self._tensor(name)):
                 layers.append(TiedLayers(users, name, state))
                 left.remove(name)
         return [*layers, *self._done_again({name: self._innermost(name) for name in left}, state)]
@@ -92,9 +100,12 @@ class Candidates:
                 own.setdefault(prefix, {})[name.removeprefix(f"{prefix}.")] = name
         return [RecomputedLayer(self._modules[prefix], found, state) for prefix, found in own.items()]
 
-    def _users_of(self, name: str) -> list[nn.Module]:
+    def _tensor(self, name: str) -> Any:
         prefix, _, local = name.rpartition(".")
-        return self._users[id(self._modules[prefix]._parameters[local])]
+        return self._modules[prefix]._parameters[local]
+
+    def _users_of(self, name: str) -> list[nn.Module]:
+        return self._users[id(self._tensor(name))]
 
     def _innermost(self, name: str) -> str | None:
         """The module that holds the tensor and is called."""

@@ -19,7 +19,7 @@ Checksums = dict[str, Tensor]
 TOLERANCE = 1e-3
 LOW_PRECISION_TOLERANCE = 0.1
 NEGLIGIBLE_GRADIENT = 1e-4  # of the norm of an example's gradient over all tensors
-_SUMS_OF_SQUARES, _PROJECTIONS = 4, 16
+_PROJECTIONS = 16
 _KEPT_LENGTH = 2**16  # of vectors: longer ones are few, and take memory
 
 
@@ -43,11 +43,11 @@ class Checksumming:
 
     def add(self, sums: Checksums, name: str, squares: Tensor, gradient: Callable[[], Tensor]) -> None:
         """Add the checksum of the tensor `name`; `gradient` is called only where it is wanted."""
-        self._add(sums, name, squares, self.projections(gradient()) if self.signed else None)
+        self._add(sums, name, squares, self.checksum(gradient()) if self.signed else None)
 
     def add_gradient(self, sums: Checksums, name: str, gradient: Tensor) -> None:
         """The same of a gradient, plain or a sum by a rule, which is given up."""
-        of_signs = self.projections(gradient) if self.signed else None  # before it is squared in its own memory
+        of_signs = self.checksum(gradient) if self.signed else None  # before it is squared in its own memory
         self._add(sums, name, squared(gradient), of_signs)
 
     def _add(self, sums: Checksums, name: str, squares: Tensor, of_signs: Tensor | None) -> None:
@@ -55,38 +55,28 @@ class Checksumming:
         found = of_squares if of_signs is None else torch.cat([of_squares, of_signs])
         sums[name] = sums[name] + found if name in sums else found
 
-    def checksum(self, squares: Tensor) -> Tensor:
-        """(4,) sums that tell apart tensors of squares: plain, and weighted by row, by column, and by both."""
-        rows, values, height = _by_rows(squares)
-        left = self._vector("positions", height, values.device)
-        right = self._vector("positions", values.shape[1], values.device)
-        with without_autocast(values.device):
-            return ((left if rows is None else left[rows]).T @ (values.float() @ right)).flatten()
+    def checksum(self, tensor: Tensor) -> Tensor:
+        """(17,) the sum of all entries T, and 16 projections a_k^T T b_k for vectors a_k and b_k of drawn signs.
 
-    def projections(self, gradient: Tensor) -> Tensor:
-        """(16,) numbers a_k^T G b_k for seeded normal vectors a_k and b_k.
-
-        Linear in G, so those of a sum are the sum of those; the mean of their squares is on average the squared norm of
-        G, hence that of the difference of two gradients from the differences of their projections. A plain sum would
-        not do: where G's signs cancel, its negative has the same.
+        They are linear in T, so those of a sum are the sum of those; the mean of the projections' squares is on average
+        the squared norm of T, hence that of the difference of two tensors from the differences of their projections:
+        entries in another place, or of another sign, show as what they are. Sums alone do not tell: weighted by their
+        place, those of rows side by side in a large table are the same but for rounding in 16 bits.
         """
-        rows, values, height = _by_rows(gradient)
-        left = self._vector("normal left", height, values.device)
-        right = self._vector("normal right", values.shape[1], values.device)
+        rows, values, height = _by_rows(tensor)
+        left = self._vector("left", height, values.device)
+        right = self._vector("right", values.shape[1], values.device)
         with without_autocast(values.device):
             return ((left if rows is None else left[rows]) * (values.float() @ right)).sum(0)
 
-    def _vector(self, kind: str, length: int, device: torch.device) -> Tensor:
-        """(length, 2) ones and positions from 0 to 1, or (length, 16) normal numbers."""
-        key = kind, length, device
+    def _vector(self, side: str, length: int, device: torch.device) -> Tensor:
+        """(length, 17) ones, and signs that are the same in every pass."""
+        key = side, length, device
         if key in self._vectors:
             return self._vectors[key]
-        if kind == "positions":
-            made = torch.stack([torch.ones(length), torch.linspace(0, 1, length)], dim=1)
-        else:
-            seed = 0 if kind == "normal left" else 1
-            made = torch.randn(length, _PROJECTIONS, generator=torch.Generator().manual_seed(seed))
-        made = placed(made, device)
+        generator = torch.Generator().manual_seed(0 if side == "left" else 1)
+        signs = torch.randint(2, (length, _PROJECTIONS), generator=generator) * 2.0 - 1
+        made = placed(torch.cat([torch.ones(length, 1), signs], dim=1), device)
         if length <= _KEPT_LENGTH:
             self._vectors[key] = made
         return made
@@ -123,6 +113,11 @@ class Check:
     of_batch: Checksums = field(default_factory=dict)  # for those `together`, of what is added to the scores
 
 
+def _norms(checksums: Tensor) -> Tensor:
+    """The squared norms of the tensors that these are the checksums of, by their projections."""
+    return checksums[:, 1:].square().sum(dim=1) / _PROJECTIONS
+
+
 def on_cpu(sums: Checksums) -> Checksums:
     """The checksums in fp64 on the CPU, with one wait for a device."""
     return {name: found.double() for name, found in zip(sums, read(sums.values()), strict=True)}
@@ -141,15 +136,18 @@ class Comparison:
         """Of checksums on the CPU. `floor`: a squared norm at and below which a gradient may be all rounding."""
         if not names:
             return cls(set(), set(), set())
-        length = max(map(len, (*rule.values(), *plain.values())), default=_SUMS_OF_SQUARES)
+        length = max(map(len, (*rule.values(), *plain.values())), default=1 + _PROJECTIONS)
         no_gradient = torch.zeros(length, dtype=torch.float64)
         by_rule, by_plain = (torch.stack([sums.get(name, no_gradient) for name in names]) for sums in (rule, plain))
-        of_squares, of_signs = (by_rule - by_plain).split([_SUMS_OF_SQUARES, length - _SUMS_OF_SQUARES], dim=1)
-        norm = by_plain[:, :1].clamp(min=floor)  # squared
+        squares, signs = (by_rule - by_plain).split([1 + _PROJECTIONS, length - 1 - _PROJECTIONS], dim=1)
+        norm = by_plain[:, 0]  # squared
+        telling = norm > floor
         # A square is off by twice what its gradient is off by; the same room is left to the gradient itself.
-        agreeing = (of_squares.abs() <= 2 * tolerance * norm).all(dim=1)
-        agreeing &= of_signs.square().sum(dim=1) <= _PROJECTIONS * (2 * tolerance) ** 2 * norm[:, 0]
-        telling = by_plain[:, 0] > floor
+        room = 2 * tolerance
+        agreeing = squares[:, 0].abs() <= room * norm.clamp(min=floor)
+        in_place = _norms(squares) <= room**2 * _norms(by_plain[:, : 1 + _PROJECTIONS])
+        agreeing &= in_place | (squares.isfinite().all(dim=1) & ~telling)
+        agreeing &= _norms(signs) <= room**2 * norm.clamp(min=floor)
         agree = {name for name, yes in zip(names, agreeing.tolist(), strict=True) if yes}
         tell = {name for name, yes in zip(names, telling.tolist(), strict=True) if yes}
         return cls(agree, set(names) - agree, agree & tell)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -122,9 +123,24 @@ def _ids(module: nn.Module, ids: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     return ids.flatten(1) if ids.dim() > 1 else ids[:, None], g.flatten(1, -2) if g.dim() > 2 else g[:, None]
 
 
+def is_embedding(module: nn.Module) -> bool:
+    """Whether the module reads rows of its table, and scales them at most: BART's and Gemma's word embeddings do."""
+    known = type(module).forward is nn.Embedding.forward or hasattr(module, "embed_scale")
+    return isinstance(module, nn.Embedding) and known and not module.max_norm
+
+
+def scaled(module: nn.Module, g: Tensor) -> Tensor:
+    """The gradient at an embedding's output as that at the rows that it read."""
+    plain = type(module).forward is nn.Embedding.forward
+    scale: Any = None if plain else getattr(module, "embed_scale", None)
+    if isinstance(scale, Tensor):
+        scale = scale.to(module.get_parameter("weight").dtype).to(g)  # rounded as the model rounds it
+    return g if scale is None else g * scale
+
+
 @register_rule(nn.Embedding, positions=_ids)
 def _embedding(module: nn.Module, ids: Tensor, g: Tensor) -> Gradients:
-    return {"weight": OfRows(ids, g, module.num_embeddings, module.padding_idx)}  # type: ignore[arg-type]
+    return {"weight": OfRows(ids, scaled(module, g), module.num_embeddings, module.padding_idx)}  # type: ignore[arg-type]
 
 
 def _by_normalized_shape(module: nn.Module, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:

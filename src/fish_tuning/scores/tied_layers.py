@@ -1,4 +1,4 @@
-"""A table that embeddings read and output layers multiply with: both uses are added up before squaring."""
+"""A table that several layers read or multiply with: all uses are added up before squaring."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ import torch
 from torch import Tensor, nn
 
 from fish_tuning.scores.example_gradients import ExampleGradients, OfRows, OfTable, OuterProducts
+from fish_tuning.scores.layer_rules import is_embedding, scaled
 from fish_tuning.scores.watched_layers import Arrived, BatchedLayer, Call, Pass
 
 
 class TiedLayers(BatchedLayer):
-    """The layers that use one table, the weight of plain embeddings and linear layers."""
+    """The layers that use one table, the weight of embeddings (scaled ones too) and of plain linear layers."""
 
     def __init__(self, modules: list[nn.Module], name: str, state: Pass) -> None:
         super().__init__(modules[0], {"weight": name}, state)
         self.modules = modules
 
     @staticmethod
-    def can_watch(modules: list[nn.Module], name: str) -> bool:
-        kinds = {type(module).forward for module in modules}
-        plain = kinds == {nn.Embedding.forward, nn.Linear.forward} and name.endswith(".weight")
-        return plain and not any(getattr(module, "max_norm", None) for module in modules)
+    def can_watch(modules: list[nn.Module], table: Tensor) -> bool:
+        plain = all(is_embedding(module) or type(module).forward is nn.Linear.forward for module in modules)
+        return plain and all(getattr(module, "weight", None) is table for module in modules)
 
     def watch(self) -> None:
         self.handles = [module.register_forward_hook(self.after_forward, with_kwargs=True) for module in self.modules]
@@ -48,12 +48,14 @@ class TiedLayers(BatchedLayer):
         (name,) = self.names.values()
         table: Tensor = self.module.weight  # type: ignore[assignment]
         padding = {m.padding_idx for m in self.modules if isinstance(m, nn.Embedding)}
-        read = [(x, g) for module, x, g in calls if isinstance(module, nn.Embedding)]
-        multiplied = [(g, x) for module, x, g in calls if isinstance(module, nn.Linear)]
-        nothing = calls[0][2].new_zeros(calls[0][2].shape[0], 1, table.shape[1])
-        none = nothing.new_zeros(nothing.shape[:2], dtype=torch.long), nothing
-        ids, of_read = (torch.cat(side, dim=1) for side in zip(*(read or [none]), strict=True))
-        no_product = nothing.new_zeros(nothing.shape[0], 1, table.shape[0]), nothing
-        g, x = (torch.cat(side, dim=1) for side in zip(*(multiplied or [no_product]), strict=True))
         without = padding.pop() if len(padding) == 1 else None
-        yield name, OfTable(OfRows(ids, of_read, table.shape[0], without), OuterProducts(g, x))
+        read = [(x, scaled(module, g)) for module, x, g in calls if isinstance(module, nn.Embedding)]
+        multiplied = [(g, x) for module, x, g in calls if isinstance(module, nn.Linear)]
+        rows = OfRows(*_joined(read), table.shape[0], without) if read else None
+        products = OuterProducts(*_joined(multiplied)) if multiplied else None
+        yield name, OfTable(rows, products) if rows and products else rows or products  # type: ignore[misc]
+
+
+def _joined(calls: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    left, right = (torch.cat(side, dim=1) for side in zip(*calls, strict=True))
+    return left, right
