@@ -67,6 +67,8 @@ CASES: dict[str, tuple[Callable[[], Any], Callable[[torch.Generator], dict[str, 
         lambda: hf.BartForConditionalGeneration(hf.BartConfig(**BART, scale_embedding=True)), pairs),
     "gemma": (  # the same with a scale that is rounded to the weights' precision
         lambda: hf.Gemma3ForCausalLM(hf.Gemma3TextConfig(**TEXT, num_key_value_heads=1, head_dim=8)), tokens),
+    "biogpt": (  # one row of positions for all
+        lambda: hf.BioGptForCausalLM(hf.BioGptConfig(**TEXT, max_position_embeddings=32)), tokens),
     "masked bert": (  # its head has the bias of the layer in it
         lambda: hf.BertForMaskedLM(hf.BertConfig(**TEXT)), tokens),
     "mixtral": (  # experts in one tensor
@@ -114,6 +116,17 @@ def test_nothing_is_looped(case: str, caplog: pytest.LogCaptureFixture) -> None:
     told = [name for name, scores in by_loop.items() if float(scores.norm()) > 1e-8 * largest]  # others are rounding
     assert len(told) > len(by_loop) / 2
     assert_scores_close({name: scores[name] for name in told}, {name: by_loop[name] for name in told}, 1e-4)
+
+
+@pytest.mark.parametrize(("case", "name"), [("bart", "model.decoder.embed"), ("biogpt", "biogpt.embed")])
+def test_positions_that_serve_all_are_looked_up_again_and_no_more(
+    case: str, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_model, make_batch = CASES[case]
+    with caplog.at_level(logging.INFO, "fish_tuning"):
+        batch = make_batch(torch.Generator().manual_seed(0))
+        calculate_fisher_information(make_model().eval(), [batch], progress=False)
+    assert caplog.text.count(f"{name}_positions.weight: ") == 1, "to the table itself, and not to a module around it"
 
 
 @pytest.mark.parametrize("case", ["opt", "bart", "gemma", "masked bert", "t5"])

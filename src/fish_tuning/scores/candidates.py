@@ -74,7 +74,7 @@ class Candidates:
 
     def further_out(self, names: Iterable[str], state: Pass) -> list[WatchedLayer]:
         """The next layers for these tensors, after their last ones failed."""
-        return self._done_again({name: self._around(name) for name in names}, state)
+        return self._done_again({name: self._around(name, state.repeated) for name in names}, state)
 
     @contextmanager
     def shapes_seen(self, state: Pass) -> Iterator[None]:
@@ -120,7 +120,7 @@ class Candidates:
         # Several modules use a container that is none's alone.
         return None if isinstance(module, _CONTAINERS) or id(module) in self._whole else prefix
 
-    def _around(self, name: str) -> str | None:
+    def _around(self, name: str, repeated: set[nn.Module]) -> str | None:
         """The next module further out that keeps examples apart, by the shapes that it gives."""
         if len(self._users_of(name)) > 1:
             return None
@@ -132,7 +132,9 @@ class Candidates:
             if id(module) in self._whole or is_gathered(module):
                 return None
             seen_of = self._seen_of
-            if shapes and all(shape[:1].numel() == seen_of.batch_size or seen_of.relations(shape) for shape in shapes):
+            for_all = isinstance(module, nn.Embedding) and module not in repeated  # positions, in one row
+            rows = {seen_of.batch_size, 1} if for_all else {seen_of.batch_size}
+            if shapes and all(shape[:1].numel() in rows or seen_of.relations(shape) for shape in shapes):
                 return prefix
             prefix = prefix.rpartition(".")[0]
         return None

@@ -23,16 +23,16 @@ def with_expansion_if_possible(attempt: Attempt, probes: Probes) -> list[Tensor]
         layers = list(probes.expanded)
         if not layers or _out_of_memory(first) or not _fails_again(attempt, first):
             raise
+        repeated = probes.state.repeated
         for chosen in (*([layer] for layer in layers), layers):
-            for layer in chosen:
-                layer.expand = False
+            modules = {layer.module for layer in chosen}
+            repeated |= modules
             try:
                 return attempt()
             except (RuntimeError, ValueError) as other:
                 if _out_of_memory(other):
                     raise
-            for layer in chosen:
-                layer.expand = True
+            repeated -= modules
         raise
 
 

@@ -53,6 +53,7 @@ class RecomputedLayer(WatchedLayer):
             if isinstance(value, Tensor) and value.requires_grad:
                 device = value.device.type
                 autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+                value = self.a_row_each(value) if self.serves_all(value) else value
                 outputs[number] = self.probe(value, _Call(arguments, tree, number, autocast), tensors)
                 probed = True
         return tree_unflatten(outputs, output_tree) if probed else None
@@ -107,6 +108,9 @@ class RecomputedLayer(WatchedLayer):
             with self._unwatched(), torch.enable_grad(), torch.autocast(g.device.type, dtype, enabled=enabled):
                 outputs = functional_call(self.module, stand_ins, args, kwargs, tie_weights=False)
                 output = tree_flatten(outputs)[0][call.output]
+                output = (
+                    output.expand_as(g) if output.shape[:1].numel() == 1 else output
+                )  # one row of positions for all
             gradients = torch.autograd.grad(output, list(stand_ins.values()), g.to(output.dtype), allow_unused=True)
             for name, gradient in zip(self.names.values(), gradients, strict=True):
                 if gradient is not None:

@@ -41,6 +41,7 @@ class Pass:
     check: Check | None = None
     broken: dict[str, str] = field(default_factory=dict)
     expanded: list[WatchedLayer] = field(default_factory=list)  # whose one row became a row an example
+    repeated: set[nn.Module] = field(default_factory=set)  # whose one row the model repeats itself: it stays one
 
     def relations(self, shape: torch.Size) -> set[Relation]:
         """Why a layer's tensor may have several rows an example.
@@ -70,7 +71,6 @@ class WatchedLayer(ABC):
         self.module, self.names, self.state = module, names, state
         self.handles: list[RemovableHandle] = []
         self.calls = 0
-        self.expand = True
         self.arrived: list[Arrived] = []
         self.relations: set[Relation] | None = None  # what an example's rows of the layer are as many as
 
@@ -108,6 +108,16 @@ class WatchedLayer(ABC):
         self.arrived.append((call, kept, g))
         if len(self.arrived) == self.calls:
             self.add_up()
+
+    def serves_all(self, output: Tensor) -> bool:
+        """Whether the output is one row of positions for all examples."""
+        one_row = isinstance(self.module, nn.Embedding) and output.shape[:1].numel() == 1 < self.state.batch_size
+        return one_row and self.module not in self.state.repeated
+
+    def a_row_each(self, output: Tensor) -> Tensor:
+        """Of such an output: then each example's gradient arrives by itself."""
+        self.state.expanded.append(self)
+        return output.expand(self.state.batch_size, *output.shape[1:])
 
     def fail(self, reason: str) -> None:
         self.state.broken.update(dict.fromkeys(self.names.values(), reason))
@@ -207,10 +217,9 @@ class RuleLayer(BatchedLayer):
         if x is None or not isinstance(output, Tensor):
             self.fail("its input or output is no tensor")
             return None
-        if self.expand and isinstance(module, nn.Embedding) and x.shape[0] == 1 < state.batch_size:
-            # One row of positions serves all examples: with a row each, each example's gradient arrives by itself.
-            state.expanded.append(self)
-            x, output = (tensor.expand(state.batch_size, *tensor.shape[1:]) for tensor in (x, output))
+        if self.serves_all(output):
+            output = self.a_row_each(output)
+            x = x.expand(state.batch_size, *x.shape[1:]) if x.shape[0] == 1 else x
         return self.probe(output, None, (self.rule.keep(module, x, output),))
 
     def calls_by_example(self, arrived: list[Arrived]) -> list[Call]:
