@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fish_tuning.scores.checks import Checksumming, Checksums, Comparison, random_weights
+from fish_tuning.scores.checks import Checksumming, Checksums, Comparison, distance, random_weights, tolerance
 
 checksum = Checksumming().checksum
 
@@ -78,6 +78,27 @@ def test_signs_are_told_apart_where_squares_and_sums_are_equal(wrong: str, toler
     assert Comparison.of(["a"], plain, plain, tolerance, floor=0.0).right == {"a"}
     assert Comparison.of(["a"], rule, plain, tolerance, floor=0.0).disagree == {"a"}
     assert Comparison.of(["a"], {}, plain, tolerance, floor=0.0).disagree == {"a"}
+
+
+def test_more_rounding_has_more_room() -> None:
+    assert tolerance({torch.float32, torch.float64}) == tolerance(set()) == 1e-3
+    of_one = [tolerance({dtype}) for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.int8)]
+    assert of_one == sorted(set(of_one))
+    assert tolerance({torch.float32, torch.bfloat16}) == tolerance({torch.bfloat16})
+
+
+def test_distance_of_two_gradients_of_a_model() -> None:
+    def sums(*tensors: torch.Tensor) -> Checksums:
+        return {str(number): checksum(tensor.square()).double() for number, tensor in enumerate(tensors)}
+
+    one, small = torch.randn(30, 40), 1e-3 * torch.randn(30, 40)
+    assert distance({}, {}) == distance(sums(torch.zeros(3)), sums(torch.zeros(3))) == 0
+    assert distance(sums(one, small), sums(one, small)) == 0
+    assert distance(sums(one, small), sums(1.01 * one, small)) == pytest.approx(0.02, rel=0.05)
+    assert distance(sums(one, small), sums(one, small.roll(1, 0))) < 1e-5, "little of the whole"
+    assert distance(sums(one, small), sums(one.roll(1, 0), small)) > 0.5
+    assert distance(sums(one), sums(torch.zeros(30, 40))) == distance({}, sums(one)) == 1
+    assert not distance(sums(one), sums(one * float("nan"))) <= 1e9
 
 
 def test_weights_are_far_from_zero_and_the_same_for_the_same_batch() -> None:

@@ -179,11 +179,44 @@ class ByWidth(nn.Module):
         return type("Output", (), {"logits": self.head(self.words(input_ids).mean(1)) * input_ids.shape[1]})()
 
 
-def test_in_16_bits_a_loss_that_depends_on_padding_goes_to_the_loop() -> None:
-    model, batch = ByWidth().to(torch.bfloat16), classification_batch((9, 3))
-    with pytest.warns(FishTuningWarning, match="another loss without its padding"):
+class ReadsPadding(ByWidth):
+    """A row's words are mixed with its padding: that tells in gradients by far more than in losses near the start."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Conv1d(6, 6, 3, padding=1)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> object:
+        mixed = self.mix(self.words(input_ids).transpose(1, 2)).tanh().transpose(1, 2) * attention_mask[..., None]
+        return type("Output", (), {"logits": 0.01 * self.head(mixed.sum(1) / attention_mask.sum(1, keepdim=True))})()
+
+
+@pytest.mark.parametrize("model_of", [ByWidth, ReadsPadding])
+def test_in_16_bits_what_depends_on_padding_goes_to_the_loop(model_of: type[ByWidth]) -> None:
+    model, batch = model_of().to(torch.bfloat16), classification_batch((9, 3, 2, 9))
+    with pytest.warns(FishTuningWarning, match="another gradient by itself, without its padding"):
         scores = scored(model, batch)
     assert_scores_close(scores, scored(model, batch, method="loop"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("model_of", [ByWidth, ReadsPadding])
+def test_padding_is_looked_at_where_it_first_comes(model_of: type[ByWidth], dtype: torch.dtype) -> None:
+    """The rows of the first batch are of one length, and prove nothing of those that are padded."""
+    model = model_of().to(dtype)
+    batches = [classification_batch((9, 9, 9, 9)), classification_batch((9, 3, 2, 9))]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FishTuningWarning)
+        scores = scored(model, batches)
+    tolerance = 1e-3 if dtype == torch.float32 else 0.05
+    assert_scores_close(scores, scored(model, batches, method="loop"), tolerance)
+
+
+def test_a_later_batch_that_is_padded_is_proven_once_more() -> None:
+    even, padded = classification_batch((9, 9, 9, 9)), classification_batch((9, 3, 2, 9))
+    model = lora(bert())
+    assert passes(model, [even, even, padded, padded]) == [1, 4, 4, 1, 4, 4]
+    assert passes(model, [padded, even, padded]) == [1, 4, 4, 4]
 
 
 def test_what_never_had_a_rule_is_no_warning(caplog: pytest.LogCaptureFixture) -> None:

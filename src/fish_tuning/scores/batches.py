@@ -135,6 +135,12 @@ def most_padded_row(batch: Mapping[str, Tensor]) -> int:
     return int(lengths.argmin())
 
 
+def has_padding(batch: Mapping[str, Tensor]) -> bool:
+    """Whether a row of a text is padded."""
+    mask = on_cpu(batch, "attention_mask")
+    return mask is not None and mask.dim() == 2 and not bool(mask.all())
+
+
 def trim_padding(batch: Batch) -> Batch:
     """Cut the columns at either end that are padding in every row: they cost time, and no loss should depend on them.
 

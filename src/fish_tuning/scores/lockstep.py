@@ -59,7 +59,8 @@ class Lockstep:
         shares = [share._replace(batch=self.losses.trimmed(share.batch)) for share in shares]
         scorer = self.scorer
         alone = [one_by_one_is_as_fast(share.batch) for share in shares]
-        if scorer.scale.value > 1 or any(alone) != all(alone) or not (all(alone) or scorer.is_settled):
+        settled = all(scorer.is_settled_for(share.batch) for share in shares)
+        if scorer.scale.value > 1 or any(alone) != all(alone) or not (all(alone) or settled):
             for share in shares:
                 scorer.totals.ignores = share.owner != self.processes.rank
                 scorer.add(share.batch, share.first_example)

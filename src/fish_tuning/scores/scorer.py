@@ -14,17 +14,18 @@ from torch import Tensor, nn
 
 from fish_tuning.errors import FisherError
 from fish_tuning.model_walks import every_parameter
-from fish_tuning.scores.batches import Batch, batch_size, most_padded_row, one_by_one_is_as_fast, rows
+from fish_tuning.scores.batches import Batch, batch_size, has_padding, most_padded_row, one_by_one_is_as_fast, rows
 from fish_tuning.scores.checks import (
-    LOW_PRECISION_TOLERANCE,
+    ALONE_TOLERANCE,
     NEGLIGIBLE_GRADIENT,
-    TOLERANCE,
     Check,
     Checksumming,
     Checksums,
     Comparison,
+    distance,
     on_cpu,
     random_weights,
+    tolerance,
 )
 from fish_tuning.scores.expansion import with_expansion_if_possible
 from fish_tuning.scores.loss_scale import LossScale, Overflow
@@ -32,17 +33,17 @@ from fish_tuning.scores.loss_vectors import AS_IT_IS, LossVectors
 from fish_tuning.scores.plain_gradients import PlainGradients, Take
 from fish_tuning.scores.precision import full_precision
 from fish_tuning.scores.probes import Probes
-from fish_tuning.scores.reading import placed, read
+from fish_tuning.scores.reading import placed
 from fish_tuning.scores.totals import Totals
 
 logger = logging.getLogger("fish_tuning.scores.fisher")
 
-PADDING = "an example has another loss without its padding"
+PADDING = "an example has another gradient by itself, without its padding"
 DISAGREES = "its rule does not agree with the plain gradient"
 
 
 class _PaddingMatters(Exception):
-    """An example has another loss without its padding."""
+    """An example has another gradient by itself, without its padding."""
 
 
 class Scorer:
@@ -70,9 +71,10 @@ class Scorer:
         self.proven: set[str] = set()
         self.looked_at: set[str] = set()  # those of which an example was looked at alone
         weights = {parameter.dtype for parameter in every_parameter(losses.model)}
-        self._low_weights = not weights <= {torch.float32, torch.float64}
+        self._weights = weights
         self.scale = LossScale(fp16=torch.float16 in {*losses.autocast.dtypes.values(), *weights})
         self.probes.state.scale = self.plain.scale = self.scale
+        self.padding_met = False  # whether a padded batch was among those by which rules are proven
         self.begun = False  # whether the totals hold anything
         self.told = False  # whether the log says how tensors are scored
         self.gradient_scale = 0.0  # squared norm of an example's gradient over all tensors, the largest seen
@@ -82,14 +84,14 @@ class Scorer:
         """In fp16, where small gradients vanish and large ones overflow, at a scale at which none overflows."""
         while True:
             before = self.totals.copy(self.trainable) if self.scale.value > 1 else None
-            looked_at = set(self.looked_at)
+            proofs = set(self.proven), set(self.looked_at), self.padding_met
             try:
                 self._add(batch, first_example)
                 return
             except Overflow:
                 for name in self.trainable:
                     self.totals.set_back(name, before)
-                self.looked_at = looked_at
+                self.proven, self.looked_at, self.padding_met = proofs
                 self.scale.lower()
 
     def _add(self, batch: Batch, first_example: int) -> None:
@@ -99,6 +101,10 @@ class Scorer:
             self.loop(batch, first_example, list(self.trainable))
             self.begun = True
             return
+        if has_padding(batch) and not self.padding_met:
+            # Where examples reach their padding, rules that rows without any have proven do not hold.
+            self.padding_met = True
+            self.proven, self.looked_at = set(), set()
         unproven = [name for name in self.probes.names if name not in self.proven]
         failed: dict[str, str] = {}
         if unproven:
@@ -115,10 +121,10 @@ class Scorer:
         self.loop(batch, first_example, [name for name in self.trainable if name in self.looped or name in moved])
         self.begun = True
 
-    @property
-    def is_settled(self) -> bool:
+    def is_settled_for(self, batch: Batch) -> bool:
         """Whether nothing is left to prove, nor anything to log."""
-        return self.told and self.proven.issuperset(self.probes.names)
+        new = has_padding(batch) and not self.padding_met
+        return self.told and not new and self.proven.issuperset(self.probes.names)
 
     def without(self, failed: dict[str, str]) -> set[str]:
         """Watch these tensors no longer where they were; returns those that a module further out is done again for."""
@@ -162,9 +168,11 @@ class Scorer:
         size, row = batch_size(batch), most_padded_row(batch)  # what spills between examples shows there
         before = self.totals.copy(names) if self.begun else None
         new = [name for name in names if name not in self.looked_at]
-        compared = row if not self.looked_at else None
+        first = not self.looked_at
         self.looked_at |= set(new)
-        alone = self._plain_checksums(batch, first_example, [row], new, compared)
+        alone = self._plain_checksums(batch, first_example, [row], new)
+        if first and self._low_precision():
+            self._check_padding(batch, first_example, row, alone)
         floor = self._floor(alone)
         waiting = [name for name in names if name not in alone or float(alone[name][0]) <= floor]
 
@@ -180,11 +188,11 @@ class Scorer:
         failed = dict(self.probes.broken)
         together = on_cpu(together)
 
-        tolerance = LOW_PRECISION_TOLERANCE if self._low_precision() else TOLERANCE
+        room = tolerance(self._dtypes())
 
         def compare(names: Iterable[str], rule: Checksums, plain: Checksums, floor: float) -> Comparison:
             names = [name for name in names if name not in failed]
-            return Comparison.of(names, on_cpu(rule), plain, tolerance, floor)
+            return Comparison.of(names, on_cpu(rule), plain, room, floor)
 
         in_row = compare(new, check.of_row, alone, floor)
         floor = size * self._floor(together, size)
@@ -213,21 +221,17 @@ class Scorer:
         first_example: int,
         numbers: Iterable[int],
         names: list[str],
-        compared: int | None = None,
     ) -> Checksums:
         """Of single examples' plain gradients, added up; on the CPU.
 
         In 32 bits each example is by itself, without its padding. In 16 bits that would tell little: another shape
-        rounds otherwise, by more than a small gradient. There, each is one of its batch whose loss alone is taken;
-        _PaddingMatters where the row `compared` has another loss by itself.
+        rounds otherwise, by more than a small gradient. There, each is one of its batch whose loss alone is taken.
         """
         sums: Checksums = {}
         take = partial(self.checksums.add_gradient, sums)
         if names and self._low_precision():
             stand_ins = self.plain.stand_ins(names, take)
             losses = self._losses(batch, first_example, self.plain.in_place(stand_ins))
-            if compared is not None and self._padding_matters(batch, first_example, compared, losses):
-                raise _PaddingMatters
             self.plain.check_reach(losses[0], names)
             for row in numbers:
                 for loss in losses:
@@ -240,20 +244,23 @@ class Scorer:
         self.losses.check_finite()
         return on_cpu(sums)
 
-    def _padding_matters(self, batch: Batch, first_example: int, row: int, together: list[Tensor]) -> bool:
-        """Whether the row has another loss without its padding than `together`: no batch tells what it is alone then.
+    def _check_padding(self, batch: Batch, first_example: int, row: int, in_batch: Checksums) -> None:
+        """_PaddingMatters where the row's gradient by itself, without padding, is another than that `in_batch`.
 
-        Gradients stay on: 4-bit layers on a CPU are packed by a forward pass without, and have none from then on.
+        In 16 bits. No batch tells what such a row is alone. Losses would tell less: one that rounding could account for
+        may come with quite another gradient.
         """
-        example = self.losses.trimmed(rows(batch, row, row + 1))
-        alone = self.losses(example, first_example + row)
-        self.losses.check_finite()
-        found = read([*(loss[0] for loss in alone), *(loss[row] for loss in together)])
-        pairs = [(float(a), float(b)) for a, b in zip(found[: len(alone)], found[len(alone) :], strict=True)]
-        return any(abs(a - b) > LOW_PRECISION_TOLERANCE * max(1.0, abs(a)) for a, b in pairs)
+        alone: Checksums = {}
+        self.take_gradients(batch, first_example, row, list(in_batch), partial(self.checksums.add_gradient, alone))
+        if not distance(on_cpu(alone), in_batch) <= ALONE_TOLERANCE:
+            raise _PaddingMatters
+
+    def _dtypes(self) -> set[torch.dtype]:
+        """In which the model computes."""
+        return {*self.losses.autocast.dtypes.values(), *self._weights}
 
     def _low_precision(self) -> bool:
-        return bool(self.losses.autocast.dtypes) or self._low_weights
+        return not self._dtypes() <= {torch.float32, torch.float64}
 
     def _forward(
         self, batch: Batch, first_example: int, in_place: AbstractContextManager[None] = AS_IT_IS
