@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fish_tuning.errors import FisherError
 from fish_tuning.model_walks import every_module
-from fish_tuning.sparse.fsdp2 import check_no_gradients, groups_of, reshard, roots_of, state_of
+from fish_tuning.sparse.fsdp2 import check_no_gradients, groups_of, other_parameters, reshard, roots_of, state_of
 from fish_tuning.sparse.sharding import FSDP2, whole
 
 
@@ -53,8 +53,7 @@ def _take_out(model: nn.Module, trained: set[int], stack: ExitStack) -> dict[int
         left = [each for key, each in own.items() if key not in trained]
         if len(left) < len(own):
             check_no_gradients((own[key] for key in own.keys() & trained), "Score", FisherError)
-            stack.callback(setattr, group, "fsdp_params", group.fsdp_params)
-            group.fsdp_params = left
+            stack.enter_context(other_parameters(group, left))
         if not left:
             group.unshard = _nothing
             stack.callback(delattr, group, "unshard")

@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from fish_tuning.errors import FishTuningError
 from fish_tuning.sparse.sharding import plain_name, whole
 
+# What a group remembers of its parameters, since torch 2.15.
+_ORDER, _WIDER = "_reduce_scatter_param_indices", "_fsdp_params_with_wider_grad_dtype"
+
 
 def state_of(module: nn.Module) -> Any:
     """FSDP2's record of a module that it was called on; None for others."""
@@ -72,6 +75,21 @@ def check_no_gradients(parameters: Iterable[Any], doing: str, kind: type[FishTun
 
 
 @contextmanager
+def other_parameters(group: Any, parameters: list[Any]) -> Iterator[None]:
+    """A group that has some of its parameters alone, until this is left."""
+    kept = {name: getattr(group, name) for name in ("fsdp_params", _ORDER, _WIDER) if hasattr(group, name)}
+    group.fsdp_params = parameters
+    if _ORDER in kept:
+        group._init_reduce_scatter_param_order()
+        setattr(group, _WIDER, [each for each in kept[_WIDER] if each in parameters])
+    try:
+        yield
+    finally:
+        for name, value in kept.items():
+            setattr(group, name, value)
+
+
+@contextmanager
 def sharded_again(model: nn.Module, names: Collection[str]) -> Iterator[None]:
     """Of these tensors, those that FSDP2 has are whole until this is left; what is then in their places is sharded.
 
@@ -102,8 +120,10 @@ def sharded_again(model: nn.Module, names: Collection[str]) -> Iterator[None]:
     for group in {id(group): group for group, *_ in taken}.values():
         if not group.fsdp_params:
             _forget(model, group)
-        elif hasattr(group, "_orig_dtype"):  # which the first pass sets
+        elif hasattr(group, "_reduce_dtype"):  # which the first pass sets
             group._init_mp_dtypes()
+            if hasattr(group, _ORDER):
+                group._init_reduce_scatter_param_order()
 
 
 def _like(each: Any, parameter: nn.Parameter, group: Any) -> Any:
