@@ -302,3 +302,30 @@ def test_the_next_row_of_a_large_table_is_another(first: int, dtype: torch.dtype
     by_loop = scored(model, batch, method="loop")["table.weight"]
     found = scored(model, batch)["table.weight"]
     assert float((found - by_loop).norm()) < (1e-5 if dtype == torch.float32 else 0.1) * float(by_loop.norm())
+
+
+class Counting(nn.Embedding):
+    """Reads the rows of positions, of whatever it is given."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(torch.arange(ids.shape[1]).expand(len(ids), -1))
+
+
+class OfAPosition(OfATable):
+    """Of one position alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = Counting(50, 8)  # type: ignore[assignment]
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> object:
+        logits = self.head(self.table(input_ids)[:, 3].tanh())
+        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
+        return type("Output", (), {"logits": logits, "loss": loss})()
+
+
+def test_ids_that_happen_to_be_positions_prove_nothing() -> None:
+    """In the row that is looked at alone, the one position that has a gradient is its own id."""
+    ids = torch.tensor([[9, 8, 7, 3], [9, 8, 7, 6], [9, 8, 7, 5]])
+    model, batch = OfAPosition(), {"input_ids": ids, "labels": torch.tensor([0, 1, 2])}
+    assert_scores_close(scored(model, batch), scored(model, batch, method="loop"))

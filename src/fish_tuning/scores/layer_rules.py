@@ -123,10 +123,14 @@ def _ids(module: nn.Module, ids: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     return ids.flatten(1) if ids.dim() > 1 else ids[:, None], g.flatten(1, -2) if g.dim() > 2 else g[:, None]
 
 
-def is_embedding(module: nn.Module) -> bool:
-    """Whether the module reads rows of its table, and scales them at most: BART's and Gemma's word embeddings do."""
-    known = type(module).forward is nn.Embedding.forward or hasattr(module, "embed_scale")
-    return isinstance(module, nn.Embedding) and known and not module.max_norm
+def looks_up(module: nn.Module) -> bool:
+    """Whether the module reads the rows of its table that it is given, and scales them at most.
+
+    BART's and Gemma's word embeddings scale. Tables of positions that a module counts itself would be told from that by
+    an example's proof, but where its ids happen to be those positions.
+    """
+    plain = type(module).forward is nn.Embedding.forward
+    return isinstance(module, nn.Embedding) and (plain or hasattr(module, "embed_scale"))
 
 
 def scaled(module: nn.Module, g: Tensor) -> Tensor:
@@ -138,7 +142,7 @@ def scaled(module: nn.Module, g: Tensor) -> Tensor:
     return g if scale is None else g * scale
 
 
-@register_rule(nn.Embedding, positions=_ids)
+@register_rule(nn.Embedding, positions=_ids, parameters=lambda module: ["weight"] if looks_up(module) else [])
 def _embedding(module: nn.Module, ids: Tensor, g: Tensor) -> Gradients:
     return {"weight": OfRows(ids, scaled(module, g), module.num_embeddings, module.padding_idx)}  # type: ignore[arg-type]
 

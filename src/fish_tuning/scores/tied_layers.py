@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fish_tuning.scores.example_gradients import ExampleGradients, OfRows, OfTable, OuterProducts
-from fish_tuning.scores.layer_rules import is_embedding, scaled
+from fish_tuning.scores.layer_rules import looks_up, scaled
 from fish_tuning.scores.watched_layers import Arrived, BatchedLayer, Call, Pass
 
 
@@ -22,8 +22,9 @@ class TiedLayers(BatchedLayer):
 
     @staticmethod
     def can_watch(modules: list[nn.Module], table: Tensor) -> bool:
-        plain = all(is_embedding(module) or type(module).forward is nn.Linear.forward for module in modules)
-        return plain and all(getattr(module, "weight", None) is table for module in modules)
+        plain = all(looks_up(module) or type(module).forward is nn.Linear.forward for module in modules)
+        changed = any(getattr(module, "max_norm", None) for module in modules)
+        return plain and not changed and all(getattr(module, "weight", None) is table for module in modules)
 
     def watch(self) -> None:
         self.handles = [module.register_forward_hook(self.after_forward, with_kwargs=True) for module in self.modules]

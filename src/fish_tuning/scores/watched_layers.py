@@ -217,9 +217,8 @@ class RuleLayer(BatchedLayer):
         if x is None or not isinstance(output, Tensor):
             self.fail("its input or output is no tensor")
             return None
-        if self.serves_all(output):
-            output = self.a_row_each(output)
-            x = x.expand(state.batch_size, *x.shape[1:]) if x.shape[0] == 1 else x
+        if self.serves_all(output) and x.shape[0] == 1:
+            x, output = x.expand(state.batch_size, *x.shape[1:]), self.a_row_each(output)
         return self.probe(output, None, (self.rule.keep(module, x, output),))
 
     def calls_by_example(self, arrived: list[Arrived]) -> list[Call]:
