@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 SCRIPTS = sorted(file.stem for file in FOLDER.glob("bench_*.py"))
@@ -101,3 +103,66 @@ def test_peaks_are_taken_one_by_one_on_a_cpu_and_together_on_a_gpu(
     assert found == {"plain": 0, "masked": 1, "loop": 2}
     place = ("--shape", "tiny", "--device", device, "--dtype", "float32")
     assert sorted(asked) == sorted(("script.py", way, *place) for way in ways)
+
+
+@pytest.fixture
+def architectures() -> Iterator[Any]:
+    """The check of architectures; what it sets for its process is put back."""
+    threads, verbosity = torch.get_num_threads(), transformers.logging.get_verbosity()
+    yield importlib.import_module("check_architectures")
+    torch.set_num_threads(threads)
+    transformers.logging.set_verbosity(verbosity)
+
+
+def checked(architectures: Any, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    asked = ["check_architectures", "--tasks", "seq_cls", "image_cls", "--models", "bert", "vit", *arguments]
+    monkeypatch.setattr(sys, "argv", asked)
+    code: int = architectures.main()
+    return code
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_architectures_are_checked(
+    dtype: str, architectures: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert checked(architectures, monkeypatch, "--dtype", dtype) == 0
+    told = capsys.readouterr().out
+    assert "seq_cls BertForSequenceClassification: the same (69 tensors, 0 by the loop)" in told
+    assert f"{dtype}: 2 the same" in told
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["scores", "frozen entries", "an error"])
+def test_an_architecture_that_is_not_the_same(
+    what: str, architectures: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    score, unmask = architectures.calculate_fisher_information, architectures.remove_mask
+
+    def scored(*args: Any, **options: Any) -> dict[str, Any]:
+        if what == "an error":
+            raise RuntimeError("it fell over")
+        scores: dict[str, Any] = score(*args, **options)
+        if what == "scores" and options.get("method") != "loop":
+            scores["classifier.weight" if "classifier.weight" in scores else next(iter(scores))] *= 1.01
+        return scores
+
+    def unmasked(model: Any) -> None:
+        unmask(model)
+        if what == "frozen entries":
+            next(parameter for parameter in model.parameters() if parameter.requires_grad).data += 1
+
+    monkeypatch.setattr(architectures, "calculate_fisher_information", scored)
+    monkeypatch.setattr(architectures, "remove_mask", unmasked)
+    assert checked(architectures, monkeypatch) == 1
+    told = capsys.readouterr().out
+    said = {"scores": "off by 1.0e-02", "frozen entries": "frozen entries of", "an error": "RuntimeError: it fell over"}
+    assert said[what] in told
+
+
+def test_what_is_too_large_is_not_built(
+    architectures: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(architectures, "MOST_PARAMETERS", 10)
+    assert checked(architectures, monkeypatch) == 0
+    assert "float32: 2 not built" in capsys.readouterr().out
