@@ -329,3 +329,20 @@ def test_ids_that_happen_to_be_positions_prove_nothing() -> None:
     ids = torch.tensor([[9, 8, 7, 3], [9, 8, 7, 6], [9, 8, 7, 5]])
     model, batch = OfAPosition(), {"input_ids": ids, "labels": torch.tensor([0, 1, 2])}
     assert_scores_close(scored(model, batch), scored(model, batch, method="loop"))
+
+
+class Grouped(nn.Linear):
+    """Two groups of inputs, each with its half of the weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = zip(x.chunk(2, -1), self.weight.chunk(2, 0), strict=True)
+        return sum(nn.functional.linear(part, weight) for part, weight in parts)  # type: ignore[return-value]
+
+
+def test_a_weight_that_is_used_in_another_shape_has_no_rule() -> None:
+    model = PastTheLayer()
+    model.layer = Grouped(3, 6, bias=False)
+    model.forward = lambda x, labels=None: Scaled.forward(model, x, labels)  # type: ignore[assignment, arg-type]
+    batch = {"x": torch.randn(4, 6, generator=torch.Generator().manual_seed(0)), "labels": torch.arange(4) % 3}
+    model.head = nn.Linear(3, 3)
+    assert_scores_close(scored(model, batch), scored(model, batch, method="loop"))

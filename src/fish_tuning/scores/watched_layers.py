@@ -177,6 +177,10 @@ class BatchedLayer(WatchedLayer):
                 calls = self._add_checksums(check, calls)
             for name, gradients in self.gradients(calls):
                 squares = gradients.squares()
+                if squares.shape != into.squares[name].shape:  # type: ignore[union-attr]
+                    # A layer derived from one that has a rule may use its weight in another way.
+                    self.fail(f"its rule gave a gradient of shape {tuple(squares.shape)}")
+                    return
                 into.add(name, squares, gradients.sum)  # type: ignore[union-attr]
                 if check is not None and name in check.together:
                     check.made.add(check.of_batch, name, squares, gradients.sum)
