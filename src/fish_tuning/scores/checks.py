@@ -97,7 +97,7 @@ def _by_rows(tensor: Tensor) -> tuple[Tensor | None, Tensor, int]:
     """
     if tensor.is_sparse:
         return tensor.indices()[0], tensor.values(), tensor.shape[0]
-    values = tensor.reshape(tensor.shape[0] if tensor.dim() > 1 else 1, -1)
+    values = tensor.flatten(1) if tensor.dim() > 1 else tensor.reshape(1, -1)
     return None, values, values.shape[0]
 
 
