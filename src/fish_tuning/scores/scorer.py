@@ -101,7 +101,7 @@ class Scorer:
             self.loop(batch, first_example, list(self.trainable))
             self.begun = True
             return
-        if has_padding(batch) and not self.padding_met:
+        if not self.padding_met and has_padding(batch):
             # Where examples reach their padding, rules that rows without any have proven do not hold.
             self.padding_met = True
             self.proven, self.looked_at = set(), set()
@@ -123,7 +123,7 @@ class Scorer:
 
     def is_settled_for(self, batch: Batch) -> bool:
         """Whether nothing is left to prove, nor anything to log."""
-        new = has_padding(batch) and not self.padding_met
+        new = not self.padding_met and has_padding(batch)
         return self.told and not new and self.proven.issuperset(self.probes.names)
 
     def without(self, failed: dict[str, str]) -> set[str]:
