@@ -165,6 +165,18 @@ def test_rounding_in_16_bits_is_no_disagreement(caplog: pytest.LogCaptureFixture
     assert "by the loop" not in caplog.text
 
 
+@pytest.mark.parametrize("seed", [0, 4, 7])
+def test_a_label_that_rounding_draws_otherwise_is_no_padding_that_matters(
+    seed: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = {"num_hidden_layers": 4, "hidden_size": 64, "intermediate_size": 128, "max_position_embeddings": 64}
+    model = lora(llama(seed=seed, **settings), lora_dropout=0.0).to(torch.bfloat16)
+    with caplog.at_level("INFO", "fish_tuning"), warnings.catch_warnings():
+        warnings.simplefilter("error", FishTuningWarning)
+        scored(model, causal_batch((30, 12, 25, 9)), fisher_type="sampled")
+    assert "by the loop" not in caplog.text
+
+
 class ByWidth(nn.Module):
     """Its loss depends on how far its batch is padded."""
 
@@ -184,7 +196,8 @@ class ReadsPadding(ByWidth):
 
     def __init__(self) -> None:
         super().__init__()
-        self.mix = nn.Conv1d(6, 6, 3, padding=1)
+        self.mix = nn.Conv1d(6, 6, 5, padding=2)
+        self.head.requires_grad_(False)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> object:
         mixed = self.mix(self.words(input_ids).transpose(1, 2)).tanh().transpose(1, 2) * attention_mask[..., None]

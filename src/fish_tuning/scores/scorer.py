@@ -16,7 +16,7 @@ from fish_tuning.errors import FisherError
 from fish_tuning.model_walks import every_parameter
 from fish_tuning.scores.batches import Batch, batch_size, has_padding, most_padded_row, one_by_one_is_as_fast, rows
 from fish_tuning.scores.checks import (
-    ALONE_TOLERANCE,
+    ALONE,
     NEGLIGIBLE_GRADIENT,
     Check,
     Checksumming,
@@ -172,7 +172,7 @@ class Scorer:
         self.looked_at |= set(new)
         alone = self._plain_checksums(batch, first_example, [row], new)
         if first and self._low_precision():
-            self._check_padding(batch, first_example, row, alone)
+            self._check_padding(batch, first_example, row, new, alone)
         floor = self._floor(alone)
         waiting = [name for name in names if name not in alone or float(alone[name][0]) <= floor]
 
@@ -244,15 +244,24 @@ class Scorer:
         self.losses.check_finite()
         return on_cpu(sums)
 
-    def _check_padding(self, batch: Batch, first_example: int, row: int, in_batch: Checksums) -> None:
+    def _check_padding(self, batch: Batch, first_example: int, row: int, names: list[str], in_batch: Checksums) -> None:
         """_PaddingMatters where the row's gradient by itself, without padding, is another than that `in_batch`.
 
         In 16 bits. No batch tells what such a row is alone. Losses would tell less: one that rounding could account for
-        may come with quite another gradient.
+        may come with quite another gradient. Where labels are drawn, both are those of the labels that are given, since
+        rounding may draw another.
         """
-        alone: Checksums = {}
-        self.take_gradients(batch, first_example, row, list(in_batch), partial(self.checksums.add_gradient, alone))
-        if not distance(on_cpu(alone), in_batch) <= ALONE_TOLERANCE:
+        scored = self.losses
+        try:
+            if scored.fisher_type == "sampled":
+                self.losses = scored.of_given_labels()
+                in_batch = self._plain_checksums(batch, first_example, [row], names)
+            alone: Checksums = {}
+            self.take_gradients(batch, first_example, row, names, partial(self.checksums.add_gradient, alone))
+            self.losses.check_finite()
+        finally:
+            self.losses = scored
+        if not distance(on_cpu(alone), in_batch) <= ALONE * tolerance(self._dtypes()):
             raise _PaddingMatters
 
     def _dtypes(self) -> set[torch.dtype]:
