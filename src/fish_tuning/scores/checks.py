@@ -20,9 +20,9 @@ Checksums = dict[str, Tensor]
 TOLERANCE = 1e-3
 _TOLERANCES = {torch.float64: TOLERANCE, torch.float32: TOLERANCE, torch.bfloat16: 0.05, torch.float16: 0.01}
 _OF_OTHERS = 0.1  # 8 bits
-# Times as much of `distance`, between an example by itself and in its batch: another shape rounds otherwise. In bfloat16
-# it was 0.03 to 0.08 for a language model of 30 layers, 0.2 to 1 for models that read their padding; in float16 a seventh
-# for the former, the same for the latter.
+# Times as much of `distance` from an example by itself to it in its batch, since another shape rounds otherwise: 0.03
+# to 0.08 in bfloat16 for a language model of 30 layers and 0.2 to 1 for models that read their padding; in float16 a
+# seventh for the former and the same for the latter.
 ALONE = 4
 NEGLIGIBLE_GRADIENT = 1e-4  # of the norm of an example's gradient over all tensors
 _PROJECTIONS = 16
