@@ -47,12 +47,12 @@ class Candidates:
         ruled: dict[str, list[nn.Module]] = defaultdict(list)  # the layers that share a tensor, and have a rule for it
         rules = [(module, rule) for module in self._modules.values() if (rule := rule_for(module)) is not None]
         named = [
-            (module, rule, {local: ids.get(id(module.get_parameter(local)), "") for local in rule.parameters(module)})
+            (module, rule, {local: ids.get(id(_parameter(module, local)), "") for local in rule.parameters(module)})
             for module, rule in rules
         ]
         for module, _, found in named:
             for local, name in found.items():
-                if local in module._parameters and len(self._users[id(module.get_parameter(local))]) > 1:
+                if name and local in module._parameters and len(self._users_of(name)) > 1:
                     ruled[name].append(module)
         for module, rule, found in named:
             # A tensor shared by two layers needs the sum of both before squaring, which no single layer sees. Of those
@@ -138,3 +138,9 @@ class Candidates:
                 return prefix
             prefix = prefix.rpartition(".")[0]
         return None
+
+
+def _parameter(module: nn.Module, local: str) -> Any:
+    """A module's own parameter, or that of a part of it: of a masked tensor its values, which reading does not give."""
+    path, _, name = local.rpartition(".")
+    return module.get_submodule(path)._parameters.get(name)
