@@ -44,16 +44,15 @@ class Candidates:
         layers: list[WatchedLayer] = []
         left = set(names)
         ids = {id(self._tensor(name)): name for name in names}
-        ruled: dict[str, list[nn.Module]] = defaultdict(list)  # the layers that share a tensor, and have a rule for it
-        rules = [(module, rule) for module in self._modules.values() if (rule := rule_for(module)) is not None]
-        named = [
-            (module, rule, {local: ids.get(id(_parameter(module, local)), "") for local in rule.parameters(module)})
-            for module, rule in rules
-        ]
-        for module, _, found in named:
-            for local, name in found.items():
-                if name and local in module._parameters and len(self._users_of(name)) > 1:
-                    ruled[name].append(module)
+        ruled: dict[str, list[nn.Module]] = defaultdict(list)  # the modules that hold a tensor, and have a rule for it
+        named = []
+        for module in self._modules.values():
+            if (rule := rule_for(module)) is None:
+                continue
+            found = {local: ids.get(id(_parameter(module, local)), "") for local in rule.parameters(module)}
+            named.append((module, rule, found))
+            for local in found.keys() & module._parameters.keys():
+                ruled[found[local]].append(module)
         for module, rule, found in named:
             # A tensor shared by two layers needs the sum of both before squaring, which no single layer sees. Of those
             # that have it and no rule for it, as heads hold their decoder's bias, its proof shows that none uses it.
