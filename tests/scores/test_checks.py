@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fish_tuning.scores.checks import Checksumming, Checksums, Comparison, distance, random_weights, tolerance
+from fish_tuning.scores.checks import (
+    Checksumming,
+    Checksums,
+    Comparison,
+    distance,
+    random_weights,
+    room_alone,
+    tolerance,
+)
 
 checksum = Checksumming().checksum
 
@@ -85,6 +93,9 @@ def test_more_rounding_has_more_room() -> None:
     of_one = [tolerance({dtype}) for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.int8)]
     assert of_one == sorted(set(of_one))
     assert tolerance({torch.float32, torch.bfloat16}) == tolerance({torch.bfloat16})
+    alone = [room_alone({dtype}) for dtype in (torch.float16, torch.bfloat16, torch.int8)]
+    assert alone == sorted(set(alone))
+    assert room_alone({torch.float32, torch.bfloat16}) == room_alone({torch.bfloat16})
 
 
 def test_distance_of_two_gradients_of_a_model() -> None:
@@ -116,9 +127,10 @@ def test_comparison() -> None:
 
     plain = {name: sums(4.0, 1.0) for name in ("same", "other", "moved", "missed")}
     plain |= {"tiny": sums(1e-9, 1e-9), "nan": sums(float("nan")), "nan elsewhere": sums(1e-9, float("nan"))}
+    plain |= {"tiny but the same": sums(1e-9, 1e-9)}
     rule = plain | {"other": sums(4.1, 1.0), "moved": sums(4.0, 1.1), "tiny": sums(0.0)}
     del rule["missed"]
     found = Comparison.of([*plain, "neither"], rule, plain, tolerance=1e-3, floor=1e-5)
-    assert found.right == {"same"}
-    assert found.agree == {"same", "tiny", "neither"}
+    assert found.right == {"same", "tiny but the same"}
+    assert found.agree == {"same", "tiny but the same", "tiny", "neither"}
     assert found.disagree == {"other", "moved", "missed", "nan", "nan elsewhere"}

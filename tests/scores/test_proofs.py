@@ -113,11 +113,20 @@ def test_weighted_passes_give_the_same_scores(
     assert_scores_close(scored(model, loader, fisher_type=fisher_type), by_loop, tolerance)
 
 
+class OfWords(nn.Module):
+    loss_type = "ForSequenceClassification"
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.layer, self.head = nn.Embedding(40, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+
 class Gated(PastTheLayer):
     """The same rows, but the layer is called: its rule is right."""
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> object:
-        logits = self.head(x + (x[:, :1] > 0).float() * self.layer(x).tanh())
+        logits = self.head(x + (x[:, :1] > 0).to(x.dtype) * self.layer(x).tanh())
         loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
         return type("Output", (), {"logits": logits, "loss": loss})()
 
@@ -133,6 +142,70 @@ def test_a_right_rule_is_proven_by_the_first_batch_that_has_a_gradient() -> None
         warnings.simplefilter("error", FishTuningWarning)
         assert_scores_close(scored(model, rebatch(batch, 2)), reference)
     assert sizes == [1, 2, 2, 1, 1, 2, 2]  # the second batch's examples are looked at alone, and none after it
+
+
+def test_in_16_bits_the_batch_is_done_again_with_other_weights() -> None:
+    x = torch.randn(12, 6, generator=torch.Generator().manual_seed(1)).bfloat16()
+    x[:, 0] = -1.0
+    x[5, 0] = 1.0
+    model, batch, sizes = Gated().bfloat16(), {"x": x, "labels": torch.arange(12) % 3}, []
+    by_loop = scored(model, rebatch(batch, 4), method="loop")
+    model.register_forward_pre_hook(lambda _, args, kwargs: sizes.append(len(kwargs["x"])), with_kwargs=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FishTuningWarning)
+        assert_scores_close(scored(model, rebatch(batch, 4)), by_loop, 0.03)
+    # A pair of rows for one loss and for both, the one by itself, the batch; the second batch once more.
+    assert sizes == [2, 1, 2, 4, 4, 4, 4]
+
+
+class Shuffled(Gated):
+    """The layer has the batch's rows in another order where any is awake."""
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> object:
+        awake = (x[:, :1] > 0).to(x.dtype)
+        order = torch.arange(len(x)).roll(int(awake.any()))
+        logits = self.head(x + awake * self.layer(x[order])[order.argsort()].tanh())
+        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
+        return type("Output", (), {"logits": logits, "loss": loss})()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_other_weights_tell_rows_that_are_not_in_order(dtype: torch.dtype, caplog: pytest.LogCaptureFixture) -> None:
+    x = torch.randn(12, 6, generator=torch.Generator().manual_seed(1)).to(dtype)
+    x[:, 0] = -1.0
+    x[4:8, 0] = torch.tensor([1.0, -1.0, 1.0, 1.0])
+    model, batch = Shuffled().to(dtype), {"x": x, "labels": torch.arange(12) % 3}
+    loader = rebatch(batch, 4)
+    with caplog.at_level("INFO", "fish_tuning"):
+        scores = scored(model, loader)
+    assert "layer.weight: its rule does not agree" in caplog.text
+    assert_scores_close(scores, scored(model, loader, method="loop"), 1e-5 if dtype == torch.float32 else 0.02)
+
+
+class Exchanging(OfWords):
+    """The layer has the first tokens of two examples exchanged, where they tell little."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> object:
+        words = self.words(input_ids)
+        size, length, width = words.shape
+        order = torch.arange(size * length)
+        if size > 1:
+            order[0], order[length] = length, 0
+        mixed = self.layer(words.reshape(-1, width)[order]).tanh()[order.argsort()].reshape(size, length, width)
+        weight = torch.ones(length, dtype=words.dtype)
+        weight[0] = 0.5
+        return type("Output", (), {"logits": self.head((mixed * weight[:, None]).sum(1))})()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_16_bits_few_tokens_in_another_example_are_told(
+    dtype: torch.dtype, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, batch = Exchanging().to(dtype), classification_batch((9, 9, 9, 9))
+    with caplog.at_level("INFO", "fish_tuning"):
+        scores = scored(model, batch)
+    assert "layer.weight: its rule does not agree" in caplog.text
+    assert_scores_close(scores, scored(model, batch, method="loop"), 0.02)
 
 
 def test_a_rule_that_fails_after_a_batch_of_one_example_takes_nothing_back() -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
 
 from fish_tuning.errors import FisherError
 from fish_tuning.model_walks import every_module
+from fish_tuning.scores.finer_sums import finer_forward
 from fish_tuning.scores.loss_scale import LossScale
 
 Take = Callable[[str, Tensor], None]
@@ -26,6 +28,10 @@ class PlainGradients:
     def __init__(self, model: nn.Module, trainable: dict[str, nn.Parameter]) -> None:
         self.trainable = trainable
         self._slots = _slots(model, trainable)
+        self._finer = {
+            name: [(module, forward) for module, _ in slots if (forward := finer_forward(module)) is not None]
+            for name, slots in self._slots.items()
+        }
         self._reach_checked: set[str] = set()
         self.scale = LossScale(fp16=False)  # of the losses whose gradients come
 
@@ -49,7 +55,8 @@ class PlainGradients:
                 (slot, self.trainable[name], stand_in)
                 for name, stand_in in stand_ins.items()
                 for slot in self._slots[name]
-            ]
+            ],
+            {module: forward for name in stand_ins for module, forward in self._finer.get(name, ())},
         )
 
     def check_reach(self, loss: Tensor, names: Iterable[str]) -> None:
@@ -74,16 +81,24 @@ class InPlace:
     of a small model's pass.
     """
 
-    def __init__(self, exchanged: list[tuple[Slot, nn.Parameter, Tensor]]) -> None:
-        self.exchanged = exchanged
+    def __init__(
+        self,
+        exchanged: list[tuple[Slot, nn.Parameter, Tensor]],
+        forwards: Mapping[nn.Module, Callable[..., Tensor]] = MappingProxyType({}),
+    ) -> None:
+        self.exchanged, self.forwards = exchanged, forwards
 
     def __enter__(self) -> None:
         for (module, local), _, stand_in in self.exchanged:
             module._parameters[local] = stand_in  # type: ignore[assignment]
+        for module, forward in self.forwards.items():
+            module.__dict__["forward"] = forward
 
     def __exit__(self, *_: object) -> None:
         for (module, local), parameter, _stand_in in self.exchanged:
             module._parameters[local] = parameter
+        for module in self.forwards:
+            del module.__dict__["forward"]
 
 
 def _slots(model: nn.Module, trainable: dict[str, nn.Parameter]) -> dict[str, list[Slot]]:

@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -16,7 +17,6 @@ from fish_tuning.errors import FisherError
 from fish_tuning.model_walks import every_parameter
 from fish_tuning.scores.batches import Batch, batch_size, has_padding, most_padded_row, one_by_one_is_as_fast, rows
 from fish_tuning.scores.checks import (
-    ALONE,
     NEGLIGIBLE_GRADIENT,
     Check,
     Checksumming,
@@ -25,6 +25,7 @@ from fish_tuning.scores.checks import (
     distance,
     on_cpu,
     random_weights,
+    room_alone,
     tolerance,
 )
 from fish_tuning.scores.expansion import with_expansion_if_possible
@@ -163,21 +164,31 @@ class Scorer:
         """Adds the batch by rule, but nothing for those of `names` whose rule failed; returns them with the reason.
 
         One example is looked at alone. Where it has no gradient, it proves nothing; then the gradient of the batch must
-        be what the rule says, now and in every batch to come. Where that is not zero, each example is looked at alone.
+        be what the rule says, now and in every batch to come. Where that is not zero, it is looked whether examples are
+        kept apart: in 32 bits each is looked at alone, in 16 the batch is done again with other weights.
         """
         size, row = batch_size(batch), most_padded_row(batch)  # what spills between examples shows there
         before = self.totals.copy(names) if self.begun else None
         new = [name for name in names if name not in self.looked_at]
         first = not self.looked_at
         self.looked_at |= set(new)
-        alone = self._plain_checksums(batch, first_example, [row], new)
-        if first and self._low_precision():
-            self._check_padding(batch, first_example, row, new, alone)
-        floor = self._floor(alone)
-        waiting = [name for name in names if name not in alone or float(alone[name][0]) <= floor]
+        alone: Checksums = {}
+        in_row = Comparison(set(), set(), set())
+        failed: dict[str, str] = {}
+        if not self._low_precision():
+            alone = self._of_examples(batch, first_example, [row], new)
+            floor = self._floor(alone)
+            waiting = [name for name in names if name not in alone or float(alone[name][0]) <= floor]
+        else:
+            if new:
+                in_row = self._of_a_pair(batch, first_example, row, new, padding=first)
+                failed = dict(self.probes.broken)
+            known = in_row.right | in_row.disagree | failed.keys()
+            waiting = [name for name in names if name not in known]
+            new = []
 
         weights = random_weights(size, seed=first_example) if waiting else torch.ones(size)
-        check = Check(frozenset(new), frozenset(waiting), row, placed(weights, self._device()), self.checksums)
+        check = self._check(new, waiting, row, weights)
         together: Checksums = {}
         stand_ins = self.plain.stand_ins(waiting, partial(self.checksums.add_gradient, together))
         with self.probes.shapes_seen() if new else AS_IT_IS:
@@ -185,21 +196,15 @@ class Scorer:
         self.losses.check_finite()
         self.probes.backward(losses, self.totals, check, stand_ins.values())
         self.scale.check()
-        failed = dict(self.probes.broken)
+        failed |= self.probes.broken
         together = on_cpu(together)
-
-        room = tolerance(self._dtypes())
-
-        def compare(names: Iterable[str], rule: Checksums, plain: Checksums, floor: float) -> Comparison:
-            names = [name for name in names if name not in failed]
-            return Comparison.of(names, on_cpu(rule), plain, room, floor)
-
-        in_row = compare(new, check.of_row, alone, floor)
+        if new:
+            in_row = self._compare(new, check.of_row, alone, floor, failed)
         floor = size * self._floor(together, size)
-        in_sum = compare(waiting, check.of_sum, together, floor)
-        told = [name for name in waiting if name in in_sum.right]
-        one_by_one = self._plain_checksums(batch, first_example, range(size), told)
-        in_batch = compare(told, check.of_batch, one_by_one, floor)
+        in_sum = self._compare(waiting, check.of_sum, together, floor, failed)
+        told = [name for name in waiting if name in in_sum.right - in_row.right]
+        again = self._again(batch, first_example, told) if told else {}
+        in_batch = self._compare(told, check.of_batch, again, floor, failed)
 
         self.proven |= in_row.right | in_batch.agree
         disagree = in_row.disagree | in_sum.disagree | in_batch.disagree
@@ -208,6 +213,45 @@ class Scorer:
             self.totals.set_back(name, before)
         return failed
 
+    def _check(self, alone: Iterable[str], together: Iterable[str], row: int, weights: Tensor) -> Check:
+        return Check(frozenset(alone), frozenset(together), row, placed(weights, self._device()), self.checksums)
+
+    def _compare(
+        self, names: Iterable[str], rule: Checksums, plain: Checksums, floor: float, failed: dict[str, str]
+    ) -> Comparison:
+        left = [name for name in names if name not in failed]
+        return Comparison.of(left, on_cpu(rule), plain, tolerance(self._dtypes()), floor)
+
+    def _of_a_pair(self, batch: Batch, first_example: int, row: int, names: list[str], padding: bool) -> Comparison:
+        """The rules' gradients of the row, in 16 bits, with what it has alone; `probes.broken` tells what could not be.
+
+        By itself it would tell little: another shape rounds otherwise, by more than a small gradient. So it is done
+        together with a row beside it, once with the losses of both, by rule, and once with its own loss alone. That
+        differs by nothing but sums' rounding, for the least gradient too.
+        """
+        start = max(row - 1, 0)
+        pair, first_example, row = rows(batch, start, start + 2), first_example + start, row - start
+        alone = self._of_loss(pair, first_example, row, names)
+        if padding:
+            self._check_padding(pair, first_example, row, names, alone)
+        check = self._check(names, (), row, torch.ones(batch_size(pair)))
+        with self.probes.shapes_seen():
+            losses = self._forward(pair, first_example)
+        self.losses.check_finite()
+        self.probes.backward(losses, replace(self.totals, ignores=True), check)
+        self.scale.check()
+        return self._compare(names, check.of_row, alone, self._floor(alone), self.probes.broken)
+
+    def _again(self, batch: Batch, first_example: int, names: list[str]) -> Checksums:
+        """What the batch's squares must be where examples are kept apart."""
+        if not self._low_precision():
+            return self._of_examples(batch, first_example, range(batch_size(batch)), names)
+        # An example that others reach has another gradient where these have other weights.
+        check = self._check((), names, 0, torch.ones(batch_size(batch)))
+        self.probes.backward(self._forward(batch, first_example), replace(self.totals, ignores=True), check)
+        self.scale.check()
+        return on_cpu(check.of_batch)
+
     def _floor(self, gradients: Checksums, examples: int = 1) -> float:
         """The squared norm at and below which an example's gradient of a tensor may be nothing but rounding."""
         total = sum(float(sums[0]) for sums in gradients.values()) / examples
@@ -215,32 +259,24 @@ class Scorer:
             self.gradient_scale = max(self.gradient_scale, total)
         return NEGLIGIBLE_GRADIENT**2 * self.gradient_scale
 
-    def _plain_checksums(
-        self,
-        batch: Batch,
-        first_example: int,
-        numbers: Iterable[int],
-        names: list[str],
-    ) -> Checksums:
-        """Of single examples' plain gradients, added up; on the CPU.
-
-        In 32 bits each example is by itself, without its padding. In 16 bits that would tell little: another shape
-        rounds otherwise, by more than a small gradient. There, each is one of its batch whose loss alone is taken.
-        """
+    def _of_examples(self, batch: Batch, first_example: int, numbers: Iterable[int], names: list[str]) -> Checksums:
+        """Of examples' plain gradients, each by itself and without its padding, added up; on the CPU."""
         sums: Checksums = {}
-        take = partial(self.checksums.add_gradient, sums)
-        if names and self._low_precision():
-            stand_ins = self.plain.stand_ins(names, take)
-            losses = self._losses(batch, first_example, self.plain.in_place(stand_ins))
-            self.plain.check_reach(losses[0], names)
-            for row in numbers:
-                for loss in losses:
-                    scaled = loss[row] * self.scale.value
-                    torch.autograd.backward(scaled, inputs=list(stand_ins.values()), retain_graph=True)
-            self.scale.check()
-        elif names:
-            for row in numbers:
-                self.take_gradients(batch, first_example, row, names, take)
+        for row in numbers if names else ():
+            self.take_gradients(batch, first_example, row, names, partial(self.checksums.add_gradient, sums))
+        self.losses.check_finite()
+        return on_cpu(sums)
+
+    def _of_loss(self, batch: Batch, first_example: int, row: int, names: list[str]) -> Checksums:
+        """Of the plain gradients of one loss of a batch; on the CPU."""
+        sums: Checksums = {}
+        stand_ins = self.plain.stand_ins(names, partial(self.checksums.add_gradient, sums))
+        losses = self._losses(batch, first_example, self.plain.in_place(stand_ins))
+        self.plain.check_reach(losses[0], names)
+        for number, loss in enumerate(losses, start=1):
+            scaled = loss[row] * self.scale.value
+            torch.autograd.backward(scaled, inputs=list(stand_ins.values()), retain_graph=number < len(losses))
+        self.scale.check()
         self.losses.check_finite()
         return on_cpu(sums)
 
@@ -255,13 +291,13 @@ class Scorer:
         try:
             if scored.fisher_type == "sampled":
                 self.losses = scored.of_given_labels()
-                in_batch = self._plain_checksums(batch, first_example, [row], names)
+                in_batch = self._of_loss(batch, first_example, row, names)
             alone: Checksums = {}
             self.take_gradients(batch, first_example, row, names, partial(self.checksums.add_gradient, alone))
             self.losses.check_finite()
         finally:
             self.losses = scored
-        if not distance(on_cpu(alone), in_batch) <= ALONE * tolerance(self._dtypes()):
+        if not distance(on_cpu(alone), in_batch) <= room_alone(self._dtypes()):
             raise _PaddingMatters
 
     def _dtypes(self) -> set[torch.dtype]:

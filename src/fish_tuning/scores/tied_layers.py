@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fish_tuning.scores.example_gradients import ExampleGradients, OfRows, OfTable, OuterProducts
 from fish_tuning.scores.layer_rules import looks_up, scaled
-from fish_tuning.scores.watched_layers import Arrived, BatchedLayer, Call, Pass
+from fish_tuning.scores.watched_layers import Arrived, BatchedLayer, Call, Pass, as_multiplied, exactly
 
 
 class TiedLayers(BatchedLayer):
@@ -40,7 +40,8 @@ class TiedLayers(BatchedLayer):
             if not self.examples_in_order(g.shape):
                 return []
             examples, linear = self.state.batch_size, isinstance(module, nn.Linear)
-            x = kept.float().reshape(examples, -1, kept.shape[-1]) if linear else kept.reshape(examples, -1)
+            x = exactly(as_multiplied(kept, g.dtype))
+            x = x.reshape(examples, -1, x.shape[-1]) if linear else x.reshape(examples, -1)
             g = self.state.scale.unscaled(g.float())
             calls.append((module, x, g.reshape(examples, -1, g.shape[-1])))
         return calls

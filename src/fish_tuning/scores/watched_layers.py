@@ -232,7 +232,8 @@ class RuleLayer(BatchedLayer):
                 self.fail(f"its input has first dimension {kept.shape[0]}, its output {gradient.shape[0]}")
             if self.failed or not self.examples_in_order(gradient.shape):
                 return []
-            pair = self.rule.positions(self.module, _exact(kept), self.state.scale.unscaled(_exact(gradient)))
+            x = exactly(as_multiplied(kept, gradient.dtype))
+            pair = self.rule.positions(self.module, x, self.state.scale.unscaled(exactly(gradient)))
             calls.append([_by_example(side, self.state.batch_size) for side in pair])
         x, g = (_joined(list(side)) for side in zip(*calls, strict=True))
         return [(self.module, x, g)]
@@ -284,6 +285,12 @@ def _joined(calls: list[Tensor]) -> Tensor:
     return calls[0] if len(calls) == 1 else torch.cat(calls, dim=1)
 
 
-def _exact(tensor: Tensor) -> Tensor:
+def as_multiplied(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """An input as a layer with outputs of `dtype` multiplied it: an autocast has rounded it to as few bits first."""
+    floats = tensor.is_floating_point() and dtype.is_floating_point
+    return tensor.to(dtype) if floats and torch.finfo(dtype).bits < torch.finfo(tensor.dtype).bits else tensor
+
+
+def exactly(tensor: Tensor) -> Tensor:
     """Floats in fp32, for exact sums of squares."""
     return tensor.float() if tensor.is_floating_point() else tensor
