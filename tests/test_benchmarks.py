@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 import threading
 from collections.abc import Iterator
@@ -166,3 +167,23 @@ def test_what_is_too_large_is_not_built(
     monkeypatch.setattr(architectures, "MOST_PARAMETERS", 10)
     assert checked(architectures, monkeypatch) == 0
     assert "float32: 2 not built" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("factor", [1.0, 1.2], ids=["as measured", "off"])
+def test_plans_are_checked(
+    factor: float, architectures: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plans = importlib.import_module("check_plans")
+    peak = plans.scoring_peak
+    monkeypatch.setattr(plans, "scoring_peak", lambda *args, **options: more(peak(*args, **options), factor))
+    monkeypatch.setattr(sys, "argv", ["check_plans", "--tasks", "seq_cls", "--models", "bert", "longformer"])
+    assert plans.main() == (factor != 1)
+    told = capsys.readouterr().out
+    assert re.search(r"seq_cls BertForSequenceClassification: dense 1\.0.*masked 1\.0.*scores", told)
+    assert re.search(r"LongformerForSequenceClassification: .*not traced: .*DataDependentOutputException", told)
+    assert f"{3 - (factor != 1)} within a tenth" in told
+
+
+def more(peak: Any, factor: float) -> Any:
+    return peak._replace(peak=factor * peak.peak)

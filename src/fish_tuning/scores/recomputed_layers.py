@@ -48,6 +48,7 @@ class RecomputedLayer(WatchedLayer):
         outputs, output_tree = tree_flatten(output)
         probed = False
         tensors = tuple(argument for argument in arguments if isinstance(argument, Tensor))
+        self.look_at_order(*tensors)
         arguments = [Tensor if isinstance(argument, Tensor) else argument for argument in arguments]
         for number, value in enumerate(outputs):
             if isinstance(value, Tensor) and value.requires_grad:

@@ -17,6 +17,7 @@ from fish_tuning.scores.example_gradients import Each, ExampleGradients
 from fish_tuning.scores.layer_rules import LayerRule
 from fish_tuning.scores.loss_scale import LossScale
 from fish_tuning.scores.mixed_precision import without_autocast
+from fish_tuning.scores.row_order import ordered_by_data
 from fish_tuning.scores.totals import Totals
 
 Relation = tuple[str, int]
@@ -73,6 +74,7 @@ class WatchedLayer(ABC):
         self.calls = 0
         self.arrived: list[Arrived] = []
         self.relations: set[Relation] | None = None  # what an example's rows of the layer are as many as
+        self.by_data: bool | None = None  # whether data decide where these are; None where it was not looked at
 
     @property
     def of_users(self) -> bool:
@@ -103,6 +105,15 @@ class WatchedLayer(ABC):
             self.calls += 1
         probed: Tensor = _Probe.apply(output, self.state.anchor, self, call, *kept)  # type: ignore[no-untyped-call]
         return probed
+
+    def look_at_order(self, *inputs: Tensor) -> None:
+        """Once, of inputs with several rows an example."""
+        folded = [x for x in inputs if self.by_data is None and self._is_folded(x.shape)]
+        if folded:
+            self.by_data = any(ordered_by_data(x, self.state.batch_size) for x in folded)
+
+    def _is_folded(self, shape: torch.Size) -> bool:
+        return shape[:1].numel() not in (1, self.state.batch_size) and bool(self.state.relations(shape))
 
     def receive(self, call: Any, kept: tuple[Tensor, ...], g: Tensor) -> None:
         self.arrived.append((call, kept, g))
@@ -142,7 +153,9 @@ class WatchedLayer(ABC):
         if not self.relations:
             size = self.state.batch_size
             self.fail(f"it was called with first dimension {rows}, not with the {size} examples of the batch")
-        return bool(self.relations)
+        elif self.by_data:
+            self.fail("data decide where an example's rows are")
+        return bool(self.relations) and not self.by_data
 
 
 class BatchedLayer(WatchedLayer):
@@ -221,6 +234,7 @@ class RuleLayer(BatchedLayer):
         if x is None or not isinstance(output, Tensor):
             self.fail("its input or output is no tensor")
             return None
+        self.look_at_order(x)
         if self.serves_all(output) and x.shape[0] == 1:
             x, output = x.expand(state.batch_size, *x.shape[1:]), self.a_row_each(output)
         return self.probe(output, None, (self.rule.keep(module, x, output),))

@@ -1,0 +1,72 @@
+"""Rows that data have put in their order are no examples one after another, though they are as many."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from tiny import assert_scores_close
+from torch import Tensor, nn
+
+from fish_tuning import calculate_fisher_information
+from fish_tuning.scores.row_order import ordered_by_data
+
+IN_ORDER: dict[str, Callable[[Tensor], Tensor]] = {
+    "folded": lambda x: x.flatten(0, 1),
+    "changed in its place": lambda x: torch.relu(2 * x.reshape(-1, 6) + 1),
+    "windows": lambda x: x.view(4, 2, 3, 6).flatten(0, 1),
+    "picked before it is folded": lambda x: x[:, torch.tensor([2, 0, 1, 3, 4, 5])].flatten(0, 1),
+    "a column of each row": lambda x: x.flatten(0, 1).gather(1, torch.randint(6, (24, 2))),
+    "columns in order": lambda x: x.flatten(0, 1).sort(-1).values.index_select(1, torch.tensor([2, 1])),
+    "no fold": lambda x: x[torch.tensor([1, 0, 2, 3])],
+}
+BY_DATA: dict[str, Callable[[Tensor], Tensor]] = {
+    "picked": lambda x: x.flatten(0, 1)[torch.randperm(24)],
+    "selected": lambda x: 2 * x.flatten(0, 1).index_select(0, torch.randperm(24)) + 1,
+    "gathered": lambda x: x.flatten(0, 1).gather(0, torch.randperm(24)[:, None].expand(24, 6)),
+    "sorted": lambda x: x.flatten(0, 1).sort(0).values,
+    "put": lambda x: torch.zeros(24, 6).index_add(0, torch.randperm(24), x.flatten(0, 1)),
+    "behind a layer": lambda x: nn.Linear(6, 6)(x.flatten(0, 1)[torch.randperm(24)]).tanh(),
+}
+
+
+@pytest.mark.parametrize("way", IN_ORDER)
+def test_in_order(way: str) -> None:
+    assert not ordered_by_data(IN_ORDER[way](torch.randn(4, 6, 6, requires_grad=True).clone()), 4)
+
+
+@pytest.mark.parametrize("way", BY_DATA)
+def test_by_data(way: str) -> None:
+    assert ordered_by_data(BY_DATA[way](torch.randn(4, 6, 6, requires_grad=True).clone()), 4)
+    assert not ordered_by_data(BY_DATA[way](torch.randn(4, 6, 6)).detach(), 4), "without a gradient there is no graph"
+
+
+class Routed(nn.Module):
+    """Its expert has all tokens, those of the second batch in another order."""
+
+    loss_type = "ForSequenceClassification"
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.expert, self.head = nn.Embedding(40, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, input_ids: Tensor) -> object:
+        words = self.words(input_ids)
+        order = (input_ids.flatten() < 20).long().argsort(stable=True)
+        mixed = words.flatten(0, 1)[order]
+        back = self.expert(mixed).tanh()[order.argsort()].view_as(words)
+        return type("Output", (), {"logits": self.head(back.sum(1))})()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_one_batch_proves_holds_for_the_next(dtype: torch.dtype, caplog: pytest.LogCaptureFixture) -> None:
+    model = Routed().to(dtype)
+    in_order, mixed = torch.randint(20, 40, (4, 6)), torch.randint(0, 40, (4, 6))
+    batches = [{"input_ids": ids, "labels": torch.tensor([0, 1, 2, 0])} for ids in (in_order, mixed)]
+    with caplog.at_level("INFO", "fish_tuning"):
+        scores = calculate_fisher_information(model, batches, progress=False)
+    assert "expert.weight: data decide where an example's rows are" in caplog.text
+    by_loop = calculate_fisher_information(model, batches, method="loop", progress=False)
+    assert_scores_close(scores, by_loop, 1e-5 if dtype == torch.float32 else 0.05)
