@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import assert_scores_close, bert, classification_batch, llama, lora
+from tiny import assert_scores_close, bert, classification_batch, llama, lora, rebatch
 from torch import Tensor, nn
 
 from fish_tuning import calculate_fisher_information
@@ -71,9 +71,21 @@ def test_all_uses_of_a_tensor_are_added_up(layers: str) -> None:
 def test_hooks_are_there_only_within() -> None:
     model = lora(bert())
     probes = Probes(model, [name for name, parameter in model.named_parameters() if parameter.requires_grad])
-    with probes:
-        assert sum(len(module._forward_hooks) for module in model.modules()) == 9  # 2 layers x 2 x (A, B), 1 head
-    assert not any(module._forward_hooks for module in model.modules())
+    for _ in range(2):
+        with probes:
+            probes.start(4, torch.device("cpu"))
+            assert sum(len(module._forward_hooks) for module in model.modules()) == 9  # 2 layers x 2 x (A, B), 1 head
+        assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_nothing_is_looked_at_that_nobody_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Single examples need no rule."""
+    monkeypatch.delattr("fish_tuning.scores.probes.Candidates")
+    model = lora(bert())
+    calculate_fisher_information(model, rebatch(classification_batch(), 1), progress=False)
+    calculate_fisher_information(model, rebatch(classification_batch(), 2), method="loop", progress=False)
+    with pytest.raises(NameError):
+        calculate_fisher_information(model, rebatch(classification_batch(), 2), progress=False)
 
 
 def test_squares_and_what_a_check_is_given() -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fish_tuning.errors import FisherError
+from fish_tuning.model_walks import attribute, every_module
 from fish_tuning.scores.batches import Batch, batch_size, changed, on_cpu, trim_padding
 from fish_tuning.scores.ctc import ctc_losses
 from fish_tuning.scores.finite import why_not_finite
@@ -187,6 +188,7 @@ def _named_inputs(model: Any) -> set[str] | None:
 def _numbers_positions(model: nn.Module) -> bool:
     """Whether the model numbers the tokens itself, skipping padding, as RoBERTa and its kin do (not from 0)."""
     return any(
-        name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None
-        for name, module in model.named_modules()
+        name.endswith("position_embeddings") and child is not None and attribute(child, "padding_idx") is not None
+        for module in every_module(model)
+        for name, child in module._modules.items()
     )

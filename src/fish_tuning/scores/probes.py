@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
+from functools import cached_property
 from types import MappingProxyType
 
 import torch
@@ -28,25 +29,39 @@ class Probes:
 
     Use as a context manager, which removes the hooks. Between `forward` passes, `backward(losses, into)` adds the
     per-example gradients to the totals `into` and, when it is given, fills a `Check`. `broken` maps tensors whose
-    layer was called in a way that cannot be scored in a batch to the reason; nothing is added for them.
+    layer was called in a way that cannot be scored in a batch to the reason; nothing is added for them. The model is
+    looked at when something is asked: who scores single examples alone does not pay for it.
     """
 
     def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
         self.state = Pass()
-        self._candidates = Candidates(model)
-        self._layers = self._candidates.first(set(names), self.state)
-        self.names = [name for layer in self._layers for name in layer.names.values()]
+        self._model, self._asked = model, set(names)
         self._inside = False
+
+    @cached_property
+    def _candidates(self) -> Candidates:
+        return Candidates(self._model)
+
+    @cached_property
+    def _layers(self) -> list[WatchedLayer]:
+        layers = self._candidates.first(self._asked, self.state) if self._asked else []
+        for layer in layers if self._inside else ():
+            layer.watch()
+        return layers
+
+    @cached_property
+    def names(self) -> list[str]:
+        return [name for layer in self._layers for name in layer.names.values()]
 
     def __enter__(self) -> Probes:
         self._inside = True
-        for layer in self._layers:
+        for layer in vars(self).get("_layers", ()):
             layer.watch()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._inside = False
-        for layer in self._layers:
+        for layer in vars(self).get("_layers", ()):
             layer.unwatch()
 
     @property
@@ -73,7 +88,7 @@ class Probes:
         gone = set(names)
         for layer in self._layers:
             layer.names = {local: name for local, name in layer.names.items() if name not in gone}
-        again = self._candidates.further_out(gone, self.state) if further_out else []
+        again = self._candidates.further_out(gone, self.state) if further_out and gone else []
         for layer in again:
             if self._inside:
                 layer.watch()

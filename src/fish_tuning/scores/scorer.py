@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor, nn
@@ -65,9 +65,7 @@ class Scorer:
         self.checksums = Checksumming(signed=totals.gradients is not None)  # squares prove no sign, and need none
         self.probes = Probes(model, trainable if method == "auto" else ())
         self.plain = PlainGradients(model, trainable)
-        self.looped = dict.fromkeys(
-            trainable.keys() - set(self.probes.names), "no rule" if method == "auto" else "method='loop'"
-        )
+        self._without_rule = "no rule" if method == "auto" else "method='loop'"
         self.failed: dict[str, str] = {}
         self.proven: set[str] = set()
         self.looked_at: set[str] = set()  # those of which an example was looked at alone
@@ -80,6 +78,10 @@ class Scorer:
         self.told = False  # whether the log says how tensors are scored
         self.gradient_scale = 0.0  # squared norm of an example's gradient over all tensors, the largest seen
         self.after_forward: Callable[[Exception | None], None] = lambda error: None  # its error, if there was one
+
+    @cached_property
+    def looped(self) -> dict[str, str]:
+        return dict.fromkeys(self.trainable.keys() - set(self.probes.names), self._without_rule)
 
     def add(self, batch: Batch, first_example: int) -> None:
         """In fp16, where small gradients vanish and large ones overflow, at a scale at which none overflows."""
@@ -129,7 +131,7 @@ class Scorer:
 
     def without(self, failed: dict[str, str]) -> set[str]:
         """Watch these tensors no longer where they were; returns those that a module further out is done again for."""
-        users_own = self.probes.by_rules_of_users(failed)
+        looped, users_own = self.looped, self.probes.by_rules_of_users(failed)
         moved = self.probes.release(failed)
         for name in moved:
             self.looked_at.discard(name)
@@ -138,7 +140,7 @@ class Scorer:
         given_up = {name: reason for name, reason in failed.items() if name not in moved}
         self.failed |= given_up
         self.failed |= {name: f"{failed[name]}, which was registered in code of yours" for name in users_own}
-        self.looped |= given_up
+        looped |= given_up
         if failed or not self.told:
             self._log_choice()
             self.told = True

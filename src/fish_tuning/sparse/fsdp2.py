@@ -17,8 +17,8 @@ _ORDER, _WIDER = "_reduce_scatter_param_indices", "_fsdp_params_with_wider_grad_
 
 def state_of(module: nn.Module) -> Any:
     """FSDP2's record of a module that it was called on; None for others."""
-    get = getattr(module, "_get_fsdp_state", None)
-    return get() if get is not None else None
+    get = getattr(type(module), "_get_fsdp_state", None)  # a module's own `getattr` raises, in Python
+    return get(module) if get is not None else None
 
 
 def roots_of(model: nn.Module) -> list[Any]:
