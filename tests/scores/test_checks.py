@@ -90,9 +90,11 @@ def test_signs_are_told_apart_where_squares_and_sums_are_equal(wrong: str, toler
 
 def test_more_rounding_has_more_room() -> None:
     assert tolerance({torch.float32, torch.float64}) == tolerance(set()) == 1e-3
-    of_one = [tolerance({dtype}) for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.int8)]
+    dtypes = torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn
+    of_one = [tolerance({dtype}) for dtype in dtypes]
     assert of_one == sorted(set(of_one))
     assert tolerance({torch.float32, torch.bfloat16}) == tolerance({torch.bfloat16})
+    assert tolerance({torch.uint8, torch.float32}) == tolerance({torch.bfloat16})
     alone = [room_alone({dtype}) for dtype in (torch.float16, torch.bfloat16, torch.int8)]
     assert alone == sorted(set(alone))
     assert room_alone({torch.float32, torch.bfloat16}) == room_alone({torch.bfloat16})

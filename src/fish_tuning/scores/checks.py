@@ -19,7 +19,8 @@ Checksums = dict[str, Tensor]
 # and 0.003 in float16, where the least wrong rule made 0.12.
 TOLERANCE = 1e-3
 _TOLERANCES = {torch.float64: TOLERANCE, torch.float32: TOLERANCE, torch.bfloat16: 0.02, torch.float16: 0.004}
-_OF_OTHERS = 0.1  # 8 bits
+_OF_INTEGERS = _TOLERANCES[torch.bfloat16]  # weights are stored in them, and computed with in 16 or 32 bits
+_OF_OTHERS = 0.1  # floats of 8 bits
 # Of `distance` from an example by itself to it in its batch, since another shape rounds otherwise: 0.03 to 0.08 in
 # bfloat16 for a language model of 30 layers and 0.2 to 1 for models that read their padding; in float16 a seventh for
 # the former and the same for the latter.
@@ -32,7 +33,8 @@ _KEPT_LENGTH = 2**16  # of vectors: longer ones are few, and take memory
 
 def tolerance(dtypes: set[torch.dtype]) -> float:
     """Of what is computed in these dtypes."""
-    return max((_TOLERANCES.get(dtype, _OF_OTHERS) for dtype in dtypes), default=TOLERANCE)
+    of_others = {dtype: _OF_OTHERS if dtype.is_floating_point else _OF_INTEGERS for dtype in dtypes}
+    return max(({**of_others, **_TOLERANCES}[dtype] for dtype in dtypes), default=TOLERANCE)
 
 
 def room_alone(dtypes: set[torch.dtype]) -> float:
