@@ -23,6 +23,7 @@ from fish_tuning.scores.loss_vectors import UNREAD, LossFunction, LossVectors
 from fish_tuning.scores.losses import FisherType, TokenReduction
 from fish_tuning.scores.prepared import prepared
 from fish_tuning.scores.processes import Processes
+from fish_tuning.scores.prompts import a_prompt_each
 from fish_tuning.scores.scorer import Scorer
 from fish_tuning.scores.scoring_state import random_state_kept, scoring_state
 from fish_tuning.scores.sharded_models import gathered_layer_by_layer, whole_trained_tensors
@@ -212,6 +213,7 @@ def _ready(work: _Work, first: list[Batch]) -> Iterator[Scores]:
     weights: Scores = {}
     with ExitStack() as stack:
         stack.enter_context(scoring_state(model))
+        stack.enter_context(a_prompt_each(model))
         if work.steps:
             with device_errors_explained(model, work.target):
                 stack.enter_context(
