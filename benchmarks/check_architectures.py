@@ -1,10 +1,12 @@
 """Scores and masks of every architecture of transformers that its own default configuration, made small, can build.
 
     python benchmarks/check_architectures.py [--tasks causal_lm ...] [--models bert llama ...] [--dtype bfloat16]
+        [--adapters dora ia3 prefix ...]
 
-For each: LoRA on all linear layers, then all of the model's weights. Scores in batches are compared with those of the
-loop (`method="loop"`), entry by entry in 32 bits and tensor by tensor in 16; a masked step of SGD with the dense
-gradient, in 32 bits. A line a model, and a table of what is not the same; exit code 1 where anything is not.
+For each: LoRA on all linear layers, then all of the model's weights, or the adapters that are asked for. Scores in
+batches are compared with those of the loop (`method="loop"`), entry by entry in 32 bits and tensor by tensor in 16; a
+masked step of SGD with the dense gradient, in 32 bits. A line a model, and a table of what is not the same; exit code 1
+where anything is not.
 """
 
 from __future__ import annotations
@@ -16,15 +18,15 @@ import signal
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import peft
 import torch
 import transformers
 from common import DTYPES, print_table
-from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers.models.auto import modeling_auto
 
@@ -174,10 +176,69 @@ def built(kind: str, name: str, task: str, dtype: torch.dtype) -> tuple[nn.Modul
     return model, batch
 
 
-def adapted(model: nn.Module) -> nn.Module:
+def linear_layers(model: nn.Module) -> list[str]:
+    """Names of layers that are no heads."""
+    found = {name.split(".")[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    return sorted(found - {"lm_head", "score", "classifier"})
+
+
+def feedforward(model: nn.Module) -> list[str]:
+    return [
+        name for name in linear_layers(model) if name in ("fc2", "down_proj", "wo", "dense_4h_to_h", "w2", "c_proj")
+    ]
+
+
+def norms(model: nn.Module) -> list[str]:
+    return sorted(
+        {
+            name.split(".")[-1]
+            for name, module in model.named_modules()
+            if "norm" in type(module).__name__.lower() and list(module.parameters(recurse=False))
+        }
+    )
+
+
+def embeddings(model: nn.Module) -> list[str]:
+    return sorted({name.split(".")[-1] for name, module in model.named_modules() if type(module) is nn.Embedding})[:2]
+
+
+ALL: dict[str, Any] = {"target_modules": "all-linear"}
+ADAPTERS: dict[str, Callable[[nn.Module], peft.PeftConfig]] = {
+    "lora": lambda model: peft.LoraConfig(r=4, init_lora_weights=False, **ALL),
+    "dora": lambda model: peft.LoraConfig(r=4, init_lora_weights=False, use_dora=True, **ALL),
+    "lora_of_embeddings": lambda model: peft.LoraConfig(
+        r=2, target_modules=[*embeddings(model), *linear_layers(model)[:2]], init_lora_weights=False
+    ),
+    "ia3": lambda model: peft.IA3Config(
+        target_modules=linear_layers(model), feedforward_modules=feedforward(model), init_ia3_weights=False
+    ),
+    "vera": lambda model: peft.VeraConfig(r=4, init_weights=False, **ALL),
+    "oft": lambda model: peft.OFTConfig(oft_block_size=4, r=0, init_weights=False, **ALL),
+    "loha": lambda model: peft.LoHaConfig(r=2, target_modules=linear_layers(model), init_weights=False),
+    "lokr": lambda model: peft.LoKrConfig(r=2, target_modules=linear_layers(model), init_weights=False),
+    "ln_tuning": lambda model: peft.LNTuningConfig(target_modules=norms(model)),
+    "prefix": lambda model: peft.PrefixTuningConfig(num_virtual_tokens=3),
+    "prompt": lambda model: peft.PromptTuningConfig(num_virtual_tokens=3),
+    "p_tuning": lambda model: peft.PromptEncoderConfig(num_virtual_tokens=3, encoder_hidden_size=16),
+}
+WHOLE = "none"  # all of the model's weights
+TASK_TYPES = {
+    "causal_lm": "CAUSAL_LM", "seq_cls": "SEQ_CLS", "seq_2_seq_lm": "SEQ_2_SEQ_LM", "token_cls": "TOKEN_CLS",
+    "question_answering": "QUESTION_ANS",
+}  # fmt: skip
+
+
+def adapted(model: nn.Module, adapter: str = "lora", task: str | None = None) -> nn.Module:
+    """The adapter away from its start, where some of its tensors would have no gradient."""
     torch.manual_seed(1)
-    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, lora_dropout=0.0)
-    return get_peft_model(copy.deepcopy(model), config).eval()  # type: ignore[arg-type]
+    config = ADAPTERS[adapter](model)
+    if adapter in ("prefix", "prompt", "p_tuning"):
+        config.task_type = TASK_TYPES.get(task or "")
+    made = peft.get_peft_model(copy.deepcopy(model), config).eval()  # type: ignore[arg-type]
+    for parameter in made.parameters():
+        if parameter.requires_grad and not parameter.any():
+            nn.init.normal_(parameter, std=0.1)
+    return made
 
 
 @dataclass
@@ -257,14 +318,20 @@ def compare_masked_step(model: nn.Module, batch: dict[str, Tensor], found: Found
             found.wrong.append(f"step of {name}")
 
 
-def check(kind: str, name: str, task: str, dtype: torch.dtype) -> Found:
+def check(kind: str, name: str, task: str, dtype: torch.dtype, adapters: Sequence[str]) -> Found:
     model, batch = built(kind, name, task, dtype)
     found = Found()
-    try:
-        models = [adapted(model).to(dtype), model]
-        models[0](**batch)
-    except (Exception, SystemExit):  # PEFT adapts not every layer
-        models = [model]
+    models = []
+    for adapter in adapters:
+        try:
+            each = model if adapter == WHOLE else adapted(model, adapter, task).to(dtype)
+            each(**batch)
+        except (Exception, SystemExit) as error:  # PEFT adapts not every layer
+            reason = f"{adapter}: {type(error).__name__}: {error}"
+        else:
+            models.append(each)
+    if not models:
+        raise Unbuilt(reason)
     for each in models:
         compare_scores(each, batch, dtype, found)
         if dtype == torch.float32 and getattr(each(**batch), "loss", None) is not None:
@@ -291,6 +358,10 @@ def main() -> int:
     parser.add_argument("--tasks", choices=TASKS, nargs="+", default=list(TASKS), metavar="TASK")
     parser.add_argument("--models", nargs="+", help="kinds of models as transformers calls them; default: all")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument(
+        "--adapters", choices=[*ADAPTERS, WHOLE], nargs="+", default=["lora", WHOLE], metavar="ADAPTER",
+        help=f"{', '.join(ADAPTERS)}, or {WHOLE} for all of the model's weights",
+    )  # fmt: skip
     asked = parser.parse_args()
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
@@ -303,7 +374,7 @@ def main() -> int:
                 continue
             try:
                 with at_most(SECONDS):
-                    found = check(kind, name, task, DTYPES[asked.dtype])
+                    found = check(kind, name, task, DTYPES[asked.dtype], asked.adapters)
                 told = f"{found.tensors} tensors, {found.looped} by the loop"
                 outcome = "not the same" if found.wrong else "the same"
                 rows += [[task, name, wrong] for wrong in found.wrong[:3]]

@@ -134,6 +134,16 @@ def test_architectures_are_checked(
 
 
 @pytest.mark.slow
+def test_adapters_of_architectures_are_checked(
+    architectures: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert checked(architectures, monkeypatch, "--adapters", *architectures.ADAPTERS) == 0
+    told = capsys.readouterr().out
+    assert re.search(r"seq_cls BertForSequenceClassification: the same \(\d{3} tensors, 0 by the loop\)", told)
+    assert "image_cls ViTForImageClassification: the same" in told  # which takes no prompts
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["scores", "frozen entries", "an error"])
 def test_an_architecture_that_is_not_the_same(
     what: str, architectures: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
