@@ -25,6 +25,7 @@ from tiny import (
 from torch import Tensor, nn
 
 from fish_tuning import FishTuningWarning, calculate_fisher_information, measure_moments
+from fish_tuning.scores.example_gradients import OuterProducts
 from fish_tuning.scores.mixed_precision import Autocast
 from fish_tuning.scores.scoring_state import scoring_state
 
@@ -90,6 +91,47 @@ def test_rules_give_what_the_loop_gives(name: str, caplog: pytest.LogCaptureFixt
     exact, batched = ({n: s for n, s in scores.items() if "key.bias" not in n} for scores in (exact, batched))
     assert_scores_close(batched, exact, tolerance=0.3)
     assert max(relative_differences(batched, exact).values()) > 1e-4, "nothing was computed in 16 bits"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "autocast", "expected"),
+    [
+        (torch.float32, None, {torch.float32}),
+        (torch.float32, torch.bfloat16, {torch.bfloat16, torch.float32}),  # the pooler's tanh gives fp32 to the head
+        (torch.bfloat16, None, {torch.bfloat16}),
+        (torch.float16, None, {torch.float32}),  # beyond its range
+    ],
+)
+def test_products_of_bf16_are_made_in_bf16(
+    dtype: torch.dtype, autocast: torch.dtype | None, expected: set[torch.dtype], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, squares = [], OuterProducts.squares
+
+    def noted(self: OuterProducts) -> Tensor:
+        made.append(self.dtype)
+        assert self.g.dtype == self.x.dtype == torch.float32
+        return squares(self)
+
+    monkeypatch.setattr(OuterProducts, "squares", noted)
+    model, batch = lora(bert()).to(DEVICE, dtype), classification_batch()
+    with torch.autocast(DEVICE.type, autocast, enabled=autocast is not None):
+        scored(model, [batch])
+    assert set(made) <= expected
+    assert torch.bfloat16 not in expected or torch.bfloat16 in made
+
+
+@pytest.mark.parametrize("entries", [2**22, 40])
+def test_squares_of_products_in_bf16(entries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As autograd has them: each gradient rounded once, the squares added up in fp32."""
+    monkeypatch.setattr("fish_tuning.scores.example_gradients.CHUNK_ENTRIES", entries)
+    g, x = torch.randn(5, 7, 6).bfloat16().float(), torch.randn(5, 7, 8).bfloat16().float()
+    each = torch.einsum("npo,npi->noi", g, x)
+    rounded = each.bfloat16().float().square().sum(0)
+    found = OuterProducts(g, x, torch.bfloat16).squares()
+    torch.testing.assert_close(found, rounded, rtol=1e-3, atol=1e-3)
+    assert not torch.equal(OuterProducts(g, x).squares(), found)
+    one = OuterProducts(g[:, :1], x[:, :1], torch.bfloat16).squares()
+    torch.testing.assert_close(one, (g[:, 0, :, None] * x[:, 0, None]).square().sum(0))
 
 
 def test_small_gradients_survive_fp16() -> None:

@@ -41,10 +41,14 @@ class Each:
 
 @dataclass(frozen=True)
 class OuterProducts:
-    """G_n = g_n^T x_n for g (n, P, o) and x (n, P, i), as (o, i)."""
+    """G_n = g_n^T x_n for g (n, P, o) and x (n, P, i), as (o, i).
+
+    `dtype`: of the G_n before they are squared in fp32. That of bf16, where g and x are of it, as autograd has them.
+    """
 
     g: Tensor
     x: Tensor
+    dtype: torch.dtype = torch.float32
 
     def sum(self) -> Tensor:
         return self.g.flatten(0, 1).T @ self.x.flatten(0, 1)
@@ -52,15 +56,17 @@ class OuterProducts:
     def squares(self) -> Tensor:
         """In parts of bounded size."""
         g, x = self.g, self.x
+        if self.dtype != torch.float32:
+            g, x = g.to(self.dtype), x.to(self.dtype)
         if g.shape[1] == 1:  # one position: the square of an outer product is the outer product of the squares
-            return g[:, 0].square().T @ x[:, 0].square()
+            return self.g[:, 0].square().T @ self.x[:, 0].square()
         if g.shape[0] * g.shape[2] * x.shape[2] <= CHUNK_ENTRIES:
-            return torch.bmm(g.transpose(1, 2), x).square_().sum(0)
-        total = g.new_zeros(g.shape[2], x.shape[2])
+            return torch.bmm(g.transpose(1, 2), x).float().square_().sum(0)
+        total = self.g.new_zeros(g.shape[2], x.shape[2])
         height = max(1, CHUNK_ENTRIES // x.shape[2])
         for rows, g_rows in zip(total.split(height), g.split(height, dim=2), strict=True):
             for g_part, x_part in _chunks(g_rows, x, entries=rows.numel()):
-                rows += torch.bmm(g_part.transpose(1, 2), x_part).square_().sum(0)
+                rows += torch.bmm(g_part.transpose(1, 2), x_part).float().square_().sum(0)
         return total
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fish_tuning.errors import FisherError
 from fish_tuning.scores.checks import Check
-from fish_tuning.scores.example_gradients import Each, ExampleGradients
+from fish_tuning.scores.example_gradients import Each, ExampleGradients, OuterProducts
 from fish_tuning.scores.layer_rules import LayerRule
 from fish_tuning.scores.loss_scale import LossScale
 from fish_tuning.scores.mixed_precision import without_autocast
@@ -221,6 +221,7 @@ class RuleLayer(BatchedLayer):
     def __init__(self, module: nn.Module, names: dict[str, str], state: Pass, rule: LayerRule) -> None:
         super().__init__(module, names, state)
         self.rule = rule
+        self._in_bf16 = False  # what has arrived
 
     @property
     def of_users(self) -> bool:
@@ -240,15 +241,17 @@ class RuleLayer(BatchedLayer):
         return self.probe(output, None, (self.rule.keep(module, x, output),))
 
     def calls_by_example(self, arrived: list[Arrived]) -> list[Call]:
-        calls = []
+        calls, dtypes = [], set()
         for _, (kept,), gradient in arrived:
             if kept.shape[0] != gradient.shape[0]:
                 self.fail(f"its input has first dimension {kept.shape[0]}, its output {gradient.shape[0]}")
             if self.failed or not self.examples_in_order(gradient.shape):
                 return []
-            x = exactly(as_multiplied(kept, gradient.dtype))
-            pair = self.rule.positions(self.module, x, self.state.scale.unscaled(exactly(gradient)))
+            x = as_multiplied(kept, gradient.dtype)
+            dtypes |= {x.dtype, gradient.dtype}
+            pair = self.rule.positions(self.module, exactly(x), self.state.scale.unscaled(exactly(gradient)))
             calls.append([_by_example(side, self.state.batch_size) for side in pair])
+        self._in_bf16 = dtypes == {torch.bfloat16}
         x, g = (_joined(list(side)) for side in zip(*calls, strict=True))
         return [(self.module, x, g)]
 
@@ -265,6 +268,9 @@ class RuleLayer(BatchedLayer):
                         f"{local!r}; it must give each example's gradient, here {shape} (no squares, no sum)."
                     )
                 gradients = Each(gradients)
+            weighted = self.state.check is not None and bool(self.state.check.together)  # freed of it: other numbers
+            if isinstance(gradients, OuterProducts) and self._in_bf16 and not weighted:
+                gradients = replace(gradients, dtype=torch.bfloat16)
             yield self.names[local], gradients
 
 
