@@ -68,7 +68,8 @@ def test_another_forward_pass_is_left_alone() -> None:
     wrapped.forward = Own(8).forward  # type: ignore[method-assign]
     assert finer_forward(wrapped) is None
     assert finer_forward(Own(8)) is None
-    assert finer_forward(nn.Embedding(3, 8, max_norm=1.0)) is None
+    for other in ({"max_norm": 1.0}, {"scale_grad_by_freq": True}, {"sparse": True}):
+        assert finer_forward(nn.Embedding(3, 8, **other)) is None  # type: ignore[arg-type]
     assert finer_forward(nn.Linear(3, 8)) is None
     assert finer_forward(nn.LayerNorm(8, device="meta")) is None
     assert finer_forward(nn.LayerNorm(8, elementwise_affine=False)) is None

@@ -24,8 +24,9 @@ def finer_forward(module: nn.Module) -> Callable[..., Tensor] | None:
         return None
     if isinstance(module, nn.LayerNorm) and type(module).forward is nn.LayerNorm.forward:
         return partial(_layer_norm, module) if _on_cpu(module) else None
-    if isinstance(module, nn.Embedding) and type(module).forward is nn.Embedding.forward and module.max_norm is None:
-        return partial(_embedding, module) if _on_cpu(module) else None
+    if isinstance(module, nn.Embedding) and type(module).forward is nn.Embedding.forward:
+        changed = module.max_norm is not None or module.scale_grad_by_freq or module.sparse
+        return partial(_embedding, module) if _on_cpu(module) and not changed else None
     return None
 
 
@@ -34,9 +35,11 @@ def _on_cpu(module: nn.LayerNorm | nn.Embedding) -> bool:
 
 
 def _embedding(module: nn.Embedding, input: Tensor) -> Tensor:
-    table = module.weight.float() if module.weight.dtype in _SHORT else module.weight
-    found = F.embedding(input, table, module.padding_idx, None, 2.0, module.scale_grad_by_freq, module.sparse)
-    return found.to(module.weight.dtype)
+    if module.weight.dtype not in _SHORT:
+        return F.embedding(input, module.weight, module.padding_idx)
+    found = F.embedding(input, module.weight.detach())
+    given: Tensor = _EmbeddingSums.apply(found, module.weight, input, module.padding_idx)  # type: ignore[no-untyped-call]
+    return given
 
 
 def _layer_norm(module: nn.LayerNorm, input: Tensor) -> Tensor:
@@ -68,3 +71,24 @@ class _LayerNormSums(torch.autograd.Function):
         weight = (g * F.layer_norm(input.float(), ctx.shape, eps=ctx.eps)).sum(positions).to(of_weight)
         bias = None if of_bias is None else g.sum(positions).to(of_bias)
         return gradients[0], weight, bias, None, None, None
+
+
+class _EmbeddingSums(torch.autograd.Function):
+    """Identity on what was read from a table whose backward pass gives the table's gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, table: Tensor, ids: Tensor, padding: int | None) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.shape, ctx.dtype, ctx.padding = table.shape, table.dtype, padding
+        return output.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (ids,), g = ctx.saved_tensors, gradients[0]
+        rows, inverse = ids.flatten().unique(return_inverse=True)
+        sums = torch.zeros(len(rows), g.shape[-1]).index_add_(0, inverse, g.flatten(0, -2).float())
+        of_table = torch.zeros(ctx.shape, dtype=ctx.dtype)
+        of_table[rows] = sums.to(ctx.dtype)
+        if ctx.padding is not None:
+            of_table[ctx.padding] = 0
+        return None, of_table, None, None

@@ -385,7 +385,7 @@ class _TakeLoaded:
 
 def masked_tensors(model: nn.Module) -> Iterator[NamedMaskedTensor]:
     """Every masked tensor of `model`, by the name that it has without the mask."""
-    if not any(map(_masked_names, every_module(model))):
+    if not any(hasattr(kind, "_masked") for kind in set(map(type, every_module(model)))):
         return
     for path, module in model.named_modules():
         for local, masked in _own_masked_tensors(module):
