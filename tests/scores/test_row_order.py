@@ -19,12 +19,16 @@ IN_ORDER: dict[str, Callable[[Tensor], Tensor]] = {
     "picked before it is folded": lambda x: x[:, torch.tensor([2, 0, 1, 3, 4, 5])].flatten(0, 1),
     "a column of each row": lambda x: x.flatten(0, 1).gather(1, torch.randint(6, (24, 2))),
     "columns in order": lambda x: x.flatten(0, 1).sort(-1).values.index_select(1, torch.tensor([2, 1])),
+    "the last of each": lambda x: x[torch.arange(4), torch.tensor([5, 2, 0, 3])],
+    "by a mask": lambda x: x[torch.eye(6)[:4].bool()],
+    "of a table": lambda x: x.flatten(0, 1) + nn.Parameter(torch.randn(9, 6))[torch.randint(9, (24,))],
     "no fold": lambda x: x[torch.tensor([1, 0, 2, 3])],
 }
 BY_DATA: dict[str, Callable[[Tensor], Tensor]] = {
     "picked": lambda x: x.flatten(0, 1)[torch.randperm(24)],
     "selected": lambda x: 2 * x.flatten(0, 1).index_select(0, torch.randperm(24)) + 1,
     "gathered": lambda x: x.flatten(0, 1).gather(0, torch.randperm(24)[:, None].expand(24, 6)),
+    "as many as examples": lambda x: x.flatten(0, 1)[torch.tensor([7, 3, 11, 20])].relu(),
     "sorted": lambda x: x.flatten(0, 1).sort(0).values,
     "put": lambda x: torch.zeros(24, 6).index_add(0, torch.randperm(24), x.flatten(0, 1)),
     "behind a layer": lambda x: nn.Linear(6, 6)(x.flatten(0, 1)[torch.randperm(24)]).tanh(),
@@ -58,6 +62,28 @@ class Routed(nn.Module):
         mixed = words.flatten(0, 1)[order]
         back = self.expert(mixed).tanh()[order.argsort()].view_as(words)
         return type("Output", (), {"logits": self.head(back.sum(1))})()
+
+
+class Expert(Routed):
+    """It has one token of the first example and three of the last, as many as there are examples."""
+
+    def forward(self, input_ids: Tensor) -> object:
+        words = self.words(input_ids)
+        chosen = (input_ids.flatten() >= 30).nonzero()[:, 0]
+        mixed = words.flatten(0, 1).index_add(0, chosen, self.expert(words.flatten(0, 1)[chosen]).tanh())
+        return type("Output", (), {"logits": self.head(mixed.view_as(words).sum(1))})()
+
+
+def test_a_number_that_fits_by_chance_is_no_batch(caplog: pytest.LogCaptureFixture) -> None:
+    """The example that is looked at alone has its token in its place."""
+    model, ids = Expert(), torch.randint(0, 30, (4, 6))
+    ids[0, 2] = 35
+    ids[3, [0, 1, 5]] = torch.tensor([31, 36, 39])
+    batch = {"input_ids": ids, "labels": torch.tensor([0, 1, 2, 0])}
+    with caplog.at_level("INFO", "fish_tuning"):
+        scores = calculate_fisher_information(model, [batch], progress=False)
+    assert "expert.weight: data decide where an example's rows are" in caplog.text
+    assert_scores_close(scores, calculate_fisher_information(model, [batch], method="loop", progress=False))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,4 +1,4 @@
-"""Where a layer's rows are all tokens of a batch: whether data decided their order."""
+"""Whether data decided which rows a layer has, and in which order."""
 
 from __future__ import annotations
 
@@ -12,31 +12,44 @@ _MOST_NODES = 1000
 
 
 def ordered_by_data(x: Tensor, batch_size: int) -> bool:
-    """Whether rows of `x` were picked one by one on their way from tensors that have a row an example.
+    """Whether rows of `x` were picked one by one on their way from tensors (n, P, ...) of n examples.
 
     As with tokens that are routed to experts. A proof does not show that: the rows of one batch may be in their places,
     and those of the next not. Autograd's graph does; of an input that needs no gradient there is none, which tells
-    nothing (False).
+    nothing (False). Picked within each example, as a text's last token, they are in order.
     """
     left: list[Any] = [x.grad_fn]
     seen: set[Any] = set()
     while left and len(seen) < _MOST_NODES:
         node = left.pop()
-        if node is None or node in seen:
+        if node is None or node in seen or _is_of_examples(node, batch_size):
             continue
         seen.add(node)
-        shapes = [of_output.shape for of_output in getattr(node, "_input_metadata", ())]
-        if any(len(shape) > 1 and shape[0] == batch_size for shape in shapes):
+        earlier = [each for each, _ in node.next_functions if each is not None and each.name() != _OF_A_PARAMETER]
+        if _BY_DATA.match(node.name()) and _along_rows(node) and earlier:
+            if not all(_is_of_examples(each, batch_size) for each in earlier):
+                return True
             continue
-        if _BY_DATA.match(node.name()) and _along_rows(node, shapes):
-            return True
-        left += [earlier for earlier, _ in node.next_functions]
+        left += earlier
     return False
 
 
-def _along_rows(node: Any, shapes: list[Any]) -> bool:
+_OF_A_PARAMETER = "torch::autograd::AccumulateGrad"
+
+
+def _shapes(node: Any) -> list[Any]:
+    """Of what the node's operation gave."""
+    return [of_output.shape for of_output in getattr(node, "_input_metadata", ())]
+
+
+def _is_of_examples(node: Any, batch_size: int) -> bool:
+    return any(len(shape) > 2 and shape[0] == batch_size for shape in _shapes(node))
+
+
+def _along_rows(node: Any) -> bool:
     """Not where a column is picked of each row, as an expert's weight of each token's."""
     dimension: int = getattr(node, "_saved_dim", 0)
+    shapes = _shapes(node)
     if not shapes or not len(shapes[0]):
         return True
     return (dimension - 2**64 if dimension >= 2**63 else dimension) % len(shapes[0]) == 0

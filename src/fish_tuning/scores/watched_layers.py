@@ -107,13 +107,14 @@ class WatchedLayer(ABC):
         return probed
 
     def look_at_order(self, *inputs: Tensor) -> None:
-        """Once, of inputs with several rows an example."""
-        folded = [x for x in inputs if self.by_data is None and self._is_folded(x.shape)]
-        if folded:
-            self.by_data = any(ordered_by_data(x, self.state.batch_size) for x in folded)
+        """Once, of inputs whose rows are as many as the examples, or as all their tokens."""
+        doubtful = [x for x in inputs if self.by_data is None and self._is_doubtful(x.shape)]
+        if doubtful:
+            self.by_data = any(ordered_by_data(x, self.state.batch_size) for x in doubtful)
 
-    def _is_folded(self, shape: torch.Size) -> bool:
-        return shape[:1].numel() not in (1, self.state.batch_size) and bool(self.state.relations(shape))
+    def _is_doubtful(self, shape: torch.Size) -> bool:
+        rows, size = shape[:1].numel(), self.state.batch_size
+        return len(shape) == 2 if rows == size else rows != 1 and bool(self.state.relations(shape))
 
     def receive(self, call: Any, kept: tuple[Tensor, ...], g: Tensor) -> None:
         self.arrived.append((call, kept, g))
@@ -142,20 +143,19 @@ class WatchedLayer(ABC):
         """Whether the rows of the layer's first dimension may be the examples', one after another; else it fails.
 
         They may be several an example where the batch's shapes say how many, and always in the same way: windows,
-        choices, or all tokens. Not where data decide, as with tokens that are routed to experts: there, a number that
-        fits by chance would be taken for a batch. Whether they are in that order, the layer's proof shows.
+        choices, or all tokens. Not where data decide, as with tokens that are routed to experts: a number that fits by
+        chance is no batch. Whether they are in that order, the layer's proof shows.
         """
-        rows = shape[0] if shape else 1
-        if rows == self.state.batch_size:
-            return True
-        found = self.state.relations(shape)
-        self.relations = found if self.relations is None else self.relations & found
-        if not self.relations:
-            size = self.state.batch_size
-            self.fail(f"it was called with first dimension {rows}, not with the {size} examples of the batch")
-        elif self.by_data:
+        rows, size = shape[0] if shape else 1, self.state.batch_size
+        if rows != size:
+            found = self.state.relations(shape)
+            self.relations = found if self.relations is None else self.relations & found
+            if not self.relations:
+                self.fail(f"it was called with first dimension {rows}, not with the {size} examples of the batch")
+                return False
+        if self.by_data:
             self.fail("data decide where an example's rows are")
-        return bool(self.relations) and not self.by_data
+        return not self.by_data
 
 
 class BatchedLayer(WatchedLayer):
