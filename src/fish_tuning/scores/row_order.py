@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 _BY_DATA = re.compile(r"Index|Gather|Scatter|Take|Sort|MaskedSelect")  # autograd's nodes of what picks rows by numbers
+_OF_A_PARAMETER = "torch::autograd::AccumulateGrad"
 _MOST_NODES = 1000
 
 
@@ -22,19 +23,15 @@ def ordered_by_data(x: Tensor, batch_size: int) -> bool:
     seen: set[Any] = set()
     while left and len(seen) < _MOST_NODES:
         node = left.pop()
-        if node is None or node in seen or _is_of_examples(node, batch_size):
+        if node is None or node in seen or _has_rows(node, {batch_size}):
             continue
         seen.add(node)
         earlier = [each for each, _ in node.next_functions if each is not None and each.name() != _OF_A_PARAMETER]
-        if _BY_DATA.match(node.name()) and _along_rows(node) and earlier:
-            if not all(_is_of_examples(each, batch_size) for each in earlier):
-                return True
-            continue
+        picks = bool(_BY_DATA.match(node.name())) and _along_rows(node)
+        if picks and not all(_has_rows(each, {batch_size, x.shape[0]}) for each in earlier):
+            return True
         left += earlier
     return False
-
-
-_OF_A_PARAMETER = "torch::autograd::AccumulateGrad"
 
 
 def _shapes(node: Any) -> list[Any]:
@@ -42,8 +39,9 @@ def _shapes(node: Any) -> list[Any]:
     return [of_output.shape for of_output in getattr(node, "_input_metadata", ())]
 
 
-def _is_of_examples(node: Any, batch_size: int) -> bool:
-    return any(len(shape) > 2 and shape[0] == batch_size for shape in _shapes(node))
+def _has_rows(node: Any, numbers: set[int]) -> bool:
+    """So many, each of several dimensions."""
+    return any(len(shape) > 2 and shape[0] in numbers for shape in _shapes(node))
 
 
 def _along_rows(node: Any) -> bool:
