@@ -473,7 +473,7 @@ def test_peft_methods_on_bert(config: PeftConfig, caplog: pytest.LogCaptureFixtu
                 parameter += 0.1 * torch.randn(parameter.shape).to(parameter.device)
     with caplog.at_level(logging.INFO, "fish_tuning"):
         assert_scores_close(scored(model, rebatch(batch, 3)), reference_fisher(model, batch))
-    assert ("1 tensors by the loop" in looped_names(caplog)) == isinstance(config, PromptTuningConfig)
+    assert not looped_names(caplog)
     assert len(looped_names(caplog).splitlines()) <= 1
 
 
