@@ -143,12 +143,13 @@ TASKS: dict[str, tuple[str, Callable[[Any], dict[str, Tensor]]]] = {
 }
 
 
-def classes_of(task: str) -> Iterator[tuple[str, str]]:
-    """Kinds of models and their classes."""
-    names = getattr(modeling_auto, f"MODEL_FOR_{TASKS[task][0]}_MAPPING_NAMES")
-    for kind, found in names.items():
-        for name in (found,) if isinstance(found, str) else found:
-            yield kind, name
+def classes_of(tasks: Sequence[str], kinds: Sequence[str] | None) -> Iterator[tuple[str, str, str]]:
+    """Tasks, kinds of models (None: all) and their classes."""
+    for task in tasks:
+        for kind, found in getattr(modeling_auto, f"MODEL_FOR_{TASKS[task][0]}_MAPPING_NAMES").items():
+            for name in (found,) if isinstance(found, str) else found:
+                if kinds is None or kind in kinds:
+                    yield task, kind, name
 
 
 class Unbuilt(Exception):
@@ -368,25 +369,22 @@ def main() -> int:
     warnings.simplefilter("ignore")
     seen: Counter[str] = Counter()
     rows = []
-    for task in asked.tasks:
-        for kind, name in classes_of(task):
-            if asked.models and kind not in asked.models:
-                continue
-            try:
-                with at_most(SECONDS):
-                    found = check(kind, name, task, DTYPES[asked.dtype], asked.adapters)
-                told = f"{found.tensors} tensors, {found.looped} by the loop"
-                outcome = "not the same" if found.wrong else "the same"
-                rows += [[task, name, wrong] for wrong in found.wrong[:3]]
-            except FishTuningError as refusal:
-                outcome, told = "refused", str(refusal)
-            except (Unbuilt, TimeoutError) as reason:
-                outcome, told = "not built", str(reason).splitlines()[0][:90]
-            except Exception as error:  # of any kind: it is what is looked for
-                outcome, told = "failed", f"{type(error).__name__}: {error}".splitlines()[0]
-                rows.append([task, name, told[:150]])
-            seen[outcome] += 1
-            print(f"{task} {name}: {outcome} ({told})", flush=True)
+    for task, kind, name in classes_of(asked.tasks, asked.models):
+        try:
+            with at_most(SECONDS):
+                found = check(kind, name, task, DTYPES[asked.dtype], asked.adapters)
+            told = f"{found.tensors} tensors, {found.looped} by the loop"
+            outcome = "not the same" if found.wrong else "the same"
+            rows += [[task, name, wrong] for wrong in found.wrong[:3]]
+        except FishTuningError as refusal:
+            outcome, told = "refused", str(refusal)
+        except (Unbuilt, TimeoutError) as reason:
+            outcome, told = "not built", str(reason).splitlines()[0][:90]
+        except Exception as error:  # of any kind: it is what is looked for
+            outcome, told = "failed", f"{type(error).__name__}: {error}".splitlines()[0]
+            rows.append([task, name, told[:150]])
+        seen[outcome] += 1
+        print(f"{task} {name}: {outcome} ({told})", flush=True)
     print(f"\n{asked.dtype}: " + ", ".join(f"{number} {outcome}" for outcome, number in seen.most_common()))
     if rows:
         print_table(["task", "model", "what is not the same"], rows)

@@ -139,25 +139,22 @@ def main() -> int:
     args = TrainingArguments(use_cpu=True, report_to="none")
     seen: Counter[str] = Counter()
     rows, off = [], 0
-    for task in asked.tasks:
-        for kind, name in classes_of(task):
-            if asked.models and kind not in asked.models:
-                continue
-            try:
-                with at_most(SECONDS):
-                    ratios, missing = check(kind, name, task, args)
-            except (Unbuilt, TimeoutError) as reason:
-                seen["models not built"] += 1
-                print(f"{task} {name}: not built ({str(reason).splitlines()[0][:90]})", flush=True)
-                continue
-            wrong = {what: ratio for what, ratio in ratios.items() if not abs(ratio - 1) <= LIMIT}
-            seen.update("off" if what in wrong else "within a tenth" for what in ratios)
-            seen["not traced"] += 3 - len(ratios)
-            off += len(wrong)
-            told = ", ".join(f"{what} {ratio:.3f}" for what, ratio in ratios.items())
-            print(f"{task} {name}: {told or 'nothing'}{missing and f' (not traced: {missing})'}", flush=True)
-            if wrong or missing:
-                rows.append([task, name, ", ".join(f"{what} {ratio:.3f}" for what, ratio in wrong.items()), missing])
+    for task, kind, name in classes_of(asked.tasks, asked.models):
+        try:
+            with at_most(SECONDS):
+                ratios, missing = check(kind, name, task, args)
+        except (Unbuilt, TimeoutError) as reason:
+            seen["models not built"] += 1
+            print(f"{task} {name}: not built ({str(reason).splitlines()[0][:90]})", flush=True)
+            continue
+        wrong = {what: ratio for what, ratio in ratios.items() if not abs(ratio - 1) <= LIMIT}
+        seen.update("off" if what in wrong else "within a tenth" for what in ratios)
+        seen["not traced"] += 3 - len(ratios)
+        off += len(wrong)
+        told = ", ".join(f"{what} {ratio:.3f}" for what, ratio in ratios.items())
+        print(f"{task} {name}: {told or 'nothing'}{missing and f' (not traced: {missing})'}", flush=True)
+        if wrong or missing:
+            rows.append([task, name, ", ".join(f"{what} {ratio:.3f}" for what, ratio in wrong.items()), missing])
     print("\nplanned / measured: " + ", ".join(f"{number} {outcome}" for outcome, number in seen.most_common()))
     if rows:
         print_table(["task", "model", "off", "not traced"], rows)
