@@ -25,6 +25,7 @@ from tiny import (
 from torch import Tensor, nn
 
 from fish_tuning import FishTuningWarning, calculate_fisher_information, measure_moments
+from fish_tuning.devices import multiplies_bf16
 from fish_tuning.scores.example_gradients import OuterProducts
 from fish_tuning.scores.mixed_precision import Autocast
 from fish_tuning.scores.scoring_state import scoring_state
@@ -102,8 +103,13 @@ def test_rules_give_what_the_loop_gives(name: str, caplog: pytest.LogCaptureFixt
         (torch.float16, None, {torch.float32}),  # beyond its range
     ],
 )
+@pytest.mark.parametrize("able", [True, False], ids=["bf16", "no bf16"])
 def test_products_of_bf16_are_made_in_bf16(
-    dtype: torch.dtype, autocast: torch.dtype | None, expected: set[torch.dtype], monkeypatch: pytest.MonkeyPatch
+    able: bool,
+    dtype: torch.dtype,
+    autocast: torch.dtype | None,
+    expected: set[torch.dtype],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     made, squares = [], OuterProducts.squares
 
@@ -113,11 +119,22 @@ def test_products_of_bf16_are_made_in_bf16(
         return squares(self)
 
     monkeypatch.setattr(OuterProducts, "squares", noted)
+    monkeypatch.setattr("fish_tuning.scores.watched_layers.multiplies_bf16", lambda device: able)
     model, batch = lora(bert()).to(DEVICE, dtype), classification_batch()
     with torch.autocast(DEVICE.type, autocast, enabled=autocast is not None):
         scored(model, [batch])
+    expected = expected if able else {torch.float32}
     assert set(made) <= expected
     assert torch.bfloat16 not in expected or torch.bfloat16 in made
+
+
+def test_who_multiplies_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    for supported in (True, False):
+        monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda supported=supported: supported, raising=False)
+        assert multiplies_bf16(torch.device("cpu")) is supported
+        assert multiplies_bf16(torch.device("cuda"))
+    monkeypatch.delattr("torch.cpu._is_avx512_bf16_supported")  # another version of torch
+    assert not multiplies_bf16(torch.device("cpu"))
 
 
 @pytest.mark.parametrize("entries", [2**22, 40])

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from fish_tuning.devices import multiplies_bf16
 from fish_tuning.errors import FisherError
 from fish_tuning.scores.checks import Check
 from fish_tuning.scores.example_gradients import Each, ExampleGradients, OuterProducts
@@ -251,8 +252,8 @@ class RuleLayer(BatchedLayer):
             dtypes |= {x.dtype, gradient.dtype}
             pair = self.rule.positions(self.module, exactly(x), self.state.scale.unscaled(exactly(gradient)))
             calls.append([_by_example(side, self.state.batch_size) for side in pair])
-        self._in_bf16 = dtypes == {torch.bfloat16}
         x, g = (_joined(list(side)) for side in zip(*calls, strict=True))
+        self._in_bf16 = dtypes == {torch.bfloat16} and multiplies_bf16(g.device)
         return [(self.module, x, g)]
 
     def gradients(self, calls: list[Call]) -> Iterator[tuple[str, ExampleGradients]]:
