@@ -9,6 +9,7 @@ from torch import Tensor
 
 _BY_DATA = re.compile(r"Index|Gather|Scatter|Take|Sort|MaskedSelect")  # autograd's nodes of what picks rows by numbers
 _OF_A_PARAMETER = "torch::autograd::AccumulateGrad"
+_OUTPUTS = "_input_metadata"  # what a node's gradients come in for
 _MOST_NODES = 1000
 
 
@@ -19,6 +20,8 @@ def ordered_by_data(x: Tensor, batch_size: int) -> bool:
     and those of the next not. Autograd's graph does; of an input that needs no gradient there is none, which tells
     nothing (False). Picked within each example, as a text's last token, they are in order.
     """
+    if not hasattr(x.grad_fn, _OUTPUTS):  # nor has a version of torch that tells no shapes
+        return False
     left: list[Any] = [x.grad_fn]
     seen: set[Any] = set()
     while left and len(seen) < _MOST_NODES:
@@ -36,7 +39,7 @@ def ordered_by_data(x: Tensor, batch_size: int) -> bool:
 
 def _shapes(node: Any) -> list[Any]:
     """Of what the node's operation gave."""
-    return [of_output.shape for of_output in getattr(node, "_input_metadata", ())]
+    return [of_output.shape for of_output in getattr(node, _OUTPUTS, ())]
 
 
 def _has_rows(node: Any, numbers: set[int]) -> bool:
