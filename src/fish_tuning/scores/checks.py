@@ -33,8 +33,11 @@ _KEPT_LENGTH = 2**16  # of vectors: longer ones are few, and take memory
 
 def tolerance(dtypes: set[torch.dtype]) -> float:
     """Of what is computed in these dtypes."""
-    of_others = {dtype: _OF_OTHERS if dtype.is_floating_point else _OF_INTEGERS for dtype in dtypes}
-    return max(({**of_others, **_TOLERANCES}[dtype] for dtype in dtypes), default=TOLERANCE)
+    return max(map(_tolerance_of, dtypes), default=TOLERANCE)
+
+
+def _tolerance_of(dtype: torch.dtype) -> float:
+    return _TOLERANCES.get(dtype, _OF_OTHERS if dtype.is_floating_point else _OF_INTEGERS)
 
 
 def room_alone(dtypes: set[torch.dtype]) -> float:
