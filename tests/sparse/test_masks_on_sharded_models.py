@@ -56,8 +56,8 @@ def without_a_factor(model: nn.Module) -> dict[str, Tensor]:
     return mask_of(model) | {name: torch.zeros_like(m) for name, m in mask_of(model).items() if LAYER in name}
 
 
-def sharded(model: Any, policy: Any = None, also: str | None = None) -> Any:
-    options = {"mp_policy": policy or MixedPrecisionPolicy()}
+def sharded(model: Any, policy: Any = None, also: str | None = None, reshard_after_forward: bool = True) -> Any:
+    options = {"mp_policy": policy or MixedPrecisionPolicy(), "reshard_after_forward": reshard_after_forward}
     if also is not None:
         for name in ("lora_A", "lora_B"):
             fully_shard(model.get_submodule(f"{also}.{name}.default"), **options)
@@ -90,6 +90,7 @@ CASES: dict[str, tuple[Callable[[], Any], Callable[[nn.Module], dict[str, Tensor
     "lora": (adapted, mask_of, sharded),
     "base weights": (base_weights, mask_of, sharded),
     "bf16": (adapted, mask_of, lambda model: sharded(model, BF16)),
+    "kept gathered": (adapted, mask_of, lambda model: sharded(model, reshard_after_forward=False)),
     "an empty group": (adapted, without_a_factor, lambda model: sharded(model, also=LAYER)),
 }
 

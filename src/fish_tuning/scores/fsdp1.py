@@ -9,8 +9,8 @@ from typing import Any
 from torch import nn
 
 from fish_tuning.errors import FisherError
-from fish_tuning.model_walks import every_module
-from fish_tuning.sparse.sharding import FSDP1, engine_of, plain_name
+from fish_tuning.sparse.fsdp1 import check_idle, is_wrapper, wrappers_of
+from fish_tuning.sparse.sharding import FSDP1, engine_of
 
 
 @contextmanager
@@ -23,12 +23,12 @@ def without_fsdp1(model: nn.Module) -> Iterator[nn.Module]:
 
     Raises FisherError within a pass or a `summon_full_params`, and where FSDP1 holds gradients of an unfinished step.
     """
-    wrappers: list[Any] = [module for module in every_module(model) if _is_wrapper(module)]
+    wrappers = wrappers_of(model)
     if not wrappers:
         yield model
         return
     for wrapper in wrappers:
-        _check_idle(wrapper)
+        check_idle(wrapper, "Score", FisherError)
     with ExitStack() as stack:
         stack.enter_context(type(wrappers[0]).summon_full_params(model, writeback=False))
         for parameter in {each for wrapper in wrappers for each in wrapper.parameters()}:
@@ -37,37 +37,14 @@ def without_fsdp1(model: nn.Module) -> Iterator[nn.Module]:
                 parameter._fsdp_flattened = False
         for module in list(model.modules()):
             for name, child in module._modules.items():
-                if child is not None and not _is_wrapper(module) and _is_wrapper(child):
+                if child is not None and not is_wrapper(module) and is_wrapper(child):
                     stack.callback(module._modules.__setitem__, name, child)
                     module._modules[name] = _within(child)
         yield _within(model)
 
 
-def _is_wrapper(module: nn.Module) -> bool:
-    """By name, since FSDP1 is not loaded where nobody uses it."""
-    return type(module).__name__ == "FullyShardedDataParallel"
-
-
 def _within(module: Any) -> nn.Module:
-    while _is_wrapper(module):
+    while is_wrapper(module):
         module = module._fsdp_wrapped_module
     found: nn.Module = module
     return found
-
-
-def _check_idle(wrapper: Any) -> None:
-    if wrapper.training_state.name != "IDLE":
-        raise FisherError(
-            "FSDP1 is within a pass or a summon_full_params, and cannot gather the model for another. Score outside."
-        )
-    handle = wrapper._handle
-    if handle is not None and handle.uses_sharded_strategy and _holds_whole_gradients(handle.flat_param):
-        name = plain_name(handle.flat_param._fqns[0])
-        raise FisherError(
-            f"{name!r} and what FSDP1 keeps with it hold gradients that it has not reduced (no_sync). Score before or "
-            "after the accumulation of a step, not within."
-        )
-
-
-def _holds_whole_gradients(flat: Any) -> bool:
-    return flat.grad is not None and flat.grad.numel() > flat._local_shard.numel()

@@ -10,9 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from importlib import import_module
 from itertools import chain
-from types import FunctionType
 from typing import Any
 
 import torch
@@ -20,7 +18,8 @@ from torch import Tensor, nn
 
 from fish_tuning.errors import FisherError
 from fish_tuning.model_walks import every_parameter
-from fish_tuning.sparse.sharding import ZERO3, engine_of
+from fish_tuning.sparse.sharding import ZERO3
+from fish_tuning.sparse.zero import behind, deepspeed_hooks, gather, is_split, is_together, whole_copy
 
 _OFTEN = 2**40  # above 0 however often it is counted down
 _UNTRIED = {  # of the object behind the hooks, and how DeepSpeed's configuration calls it
@@ -39,7 +38,7 @@ class Zero3:
 
     def gathers(self, module: nn.Module) -> bool:
         """Whether ZeRO-3 has split a tensor of the module or of a part of it."""
-        return any(_is_split(parameter) for parameter in every_parameter(module))
+        return any(is_split(parameter) for parameter in every_parameter(module))
 
     @contextmanager
     def only_frozen(self, model: nn.Module, trained: Sequence[nn.Parameter]) -> Iterator[list[Tensor]]:
@@ -55,7 +54,7 @@ class Zero3:
                 _keep_traces(engine.module, stack)
                 engine.get_param_coordinator = lambda *_: gatherer
                 stack.callback(delattr, engine, "get_param_coordinator")
-            yield [gatherer.copy(parameter) for parameter in trained]
+            yield [whole_copy(parameter) for parameter in trained]
 
 
 class Gatherer:
@@ -66,8 +65,8 @@ class Gatherer:
 
     def __init__(self, parameters: Iterator[Any], trained: Sequence[nn.Parameter]) -> None:
         self._trained = set(trained)
-        self._parameters = [each for each in dict.fromkeys(parameters) if _is_split(each)]
-        self._kept = {each for each in self._parameters if _is_together(each)}
+        self._parameters = [each for each in dict.fromkeys(parameters) if is_split(each)]
+        self._kept = {each for each in self._parameters if is_together(each)}
         self._users: dict[Any, set[tuple[int, bool]]] = defaultdict(set)  # the modules in whose passes it is needed
         self._inputs: dict[nn.Module, int] = {}  # how many of a module's inputs get a gradient
 
@@ -90,7 +89,7 @@ class Gatherer:
         own = self._of(module)
         for parameter in own:
             self._users[parameter].add((id(module), forward))
-        _gather([parameter for parameter in own if not _is_together(parameter)])
+        gather([parameter for parameter in own if not is_together(parameter)])
         if not forward and module.ds_grads_remaining <= 0:  # another backward pass of the same forward pass
             module.ds_grads_remaining = self._inputs.get(module, 0)
 
@@ -105,51 +104,28 @@ class Gatherer:
             self._users[parameter] -= {(id(module), True), (id(module), forward)}
             self._release(parameter)
 
-    @torch.no_grad()
-    def copy(self, parameter: Any) -> Tensor:
-        """The whole of a parameter."""
-        together = _is_together(parameter)
-        _gather([] if together else [parameter])
-        copy: Tensor = parameter.detach().clone()
-        if not together:
-            parameter.partition()
-        return copy
-
     def release_all(self) -> None:
         """As it was before."""
         self._users.clear()
         for parameter in self._parameters:
-            if parameter not in self._kept and _is_together(parameter):
+            if parameter not in self._kept and is_together(parameter):
                 parameter.partition()
 
     def _of(self, module: Any) -> list[Any]:
         """What ZeRO gathers for a module, of all that is frozen."""
         whole = getattr(module, "_z3_leaf", False)  # it has one hook for all its parts
         own = chain(module.parameters(recurse=whole), (each for _, each in module.ds_external_parameters()))
-        return [each for each in dict.fromkeys(own) if _is_split(each) and each not in self._trained]
+        return [each for each in dict.fromkeys(own) if is_split(each) and each not in self._trained]
 
     def _release(self, parameter: Any) -> None:
         stays = parameter.ds_persist or parameter in self._kept or parameter in self._trained
-        if not stays and not self._users[parameter] and _is_together(parameter):
+        if not stays and not self._users[parameter] and is_together(parameter):
             parameter.partition()
-
-
-def _is_split(parameter: Tensor) -> bool:
-    return engine_of(parameter) == ZERO3
-
-
-def _is_together(parameter: Any) -> bool:
-    return bool(parameter.ds_status.name == "AVAILABLE")
-
-
-def _gather(parameters: list[Any]) -> None:
-    if parameters:
-        parameters[0].all_gather_coalesced(parameters).wait()
 
 
 def _keep_traces(model: nn.Module, stack: ExitStack) -> None:
     """What the hooks themselves write down, and those that would reduce gradients, are back when the stack closes."""
-    running: list[nn.Module] = _deepspeed().FWD_MODULE_STACK
+    running: list[nn.Module] = deepspeed_hooks().FWD_MODULE_STACK
     stack.callback(running.__setitem__, slice(None), list(running))  # a pass that failed leaves its modules
     for module in model.modules():
         own: dict[str, Any] = vars(module)
@@ -184,13 +160,13 @@ def _engines(model: nn.Module) -> list[Any]:
     found: dict[int, Any] = {}
     gathered: set[nn.Module] = set()
     for module in model.modules():
-        engine = _behind(module._forward_pre_hooks.values())
+        engine = behind(module)
         if engine is not None:
             found[id(engine)] = engine
             gathered |= set(module.modules()) if getattr(module, "_z3_leaf", False) else {module}
     for prefix, module in model.named_modules():
         for name, parameter in module._parameters.items():
-            if parameter is not None and _is_split(parameter) and module not in gathered:
+            if parameter is not None and is_split(parameter) and module not in gathered:
                 raise FisherError(
                     f"{f'{prefix}.{name}'.lstrip('.')!r} is split by {ZERO3}, and no engine gathers it for a forward "
                     "pass (zero.Init or a Trainer's arguments split it, or DeepCompile took the hooks away). Score the "
@@ -199,18 +175,6 @@ def _engines(model: nn.Module) -> list[Any]:
     for engine in found.values():
         _check_settings(engine)
     return list(found.values())
-
-
-def _behind(hooks: Iterable[Any]) -> Any:
-    """The object whose method made one of these hooks; None where none is ZeRO's."""
-    for hook in hooks:
-        cells = [cell.cell_contents for cell in getattr(hook, "__closure__", None) or ()]
-        for value in cells:
-            if isinstance(value, _deepspeed().DeepSpeedZeRoOffload):
-                return value
-        if (found := _behind(value for value in cells if isinstance(value, FunctionType))) is not None:  # decorated
-            return found
-    return None
 
 
 def _check_settings(engine: Any) -> None:
@@ -231,8 +195,3 @@ def _check_no_gradients(trained: Iterable[Any]) -> None:
                 f"{ZERO3} holds gradients of a step that is not yet done (gradient_accumulation_steps, or backward "
                 "without step). Score before or after the accumulation of a step, not within."
             )
-
-
-def _deepspeed() -> Any:
-    """Where ZeRO-3's hooks are; loaded, since a tensor is split."""
-    return import_module("deepspeed.runtime.zero.parameter_offload")

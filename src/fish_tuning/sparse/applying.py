@@ -12,9 +12,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fish_tuning.errors import MaskError, did_you_mean
+from fish_tuning.model_walks import every_parameter
 from fish_tuning.peft_methods import refusal
 from fish_tuning.sparse.adapter_names import adapters_of, check_adapter, check_saved_names, idle_names
-from fish_tuning.sparse.fsdp2 import check_no_gradients, fsdp_parameters, reshard, sharded_again
+from fish_tuning.sparse.engines import Engines, check_names_kept, given_back
+from fish_tuning.sparse.fsdp2 import reshard
 from fish_tuning.sparse.masked_tensors import (
     LEFT_DENSE,
     NamedMaskedTensor,
@@ -28,7 +30,7 @@ from fish_tuning.sparse.masked_tensors import (
     unmask_tensor,
 )
 from fish_tuning.sparse.overrides import override_methods, restore_methods
-from fish_tuning.sparse.sharding import FSDP2, engine_of, full_shape, plain_name, splitting_engine_of
+from fish_tuning.sparse.sharding import engine_of, plain_name, splitting_engine_of
 
 _DIFFERENT = (
     "The processes have different masks. Score the same examples on every rank, or make the mask on rank 0, save_mask "
@@ -47,14 +49,15 @@ def apply_mask(model: nn.Module, mask: Mapping[str, Tensor]) -> None:
     then `set_adapter` the next.
 
     Args:
-        model: the model, changed in place, before an engine (DDP, FSDP, DeepSpeed) takes it. With several processes do
-            it on every rank, and call `synchronize_mask` after it. FSDP2 (`fully_shard`) may have it already.
+        model: the model, changed in place, before DDP wraps it. With several processes do it on every rank, and call
+            `synchronize_mask` after it. FSDP may have the model already (FSDP1 with `use_orig_params=True`); of
+            DeepSpeed's, an engine that is destroyed (`engine.destroy()`), to be followed by another.
         mask: {name as in `model.named_parameters()`: bool tensor of the tensor's shape}, true where it trains.
 
     Raises:
-        MaskError: unknown names, wrong shapes or dtypes, tensors that are not trainable or that an engine has taken
-            already, a mask that is applied already to what trains, or an adapter whose name PEFT could not save it
-            under. The model is then unchanged.
+        MaskError: unknown names, wrong shapes or dtypes, tensors that are not trainable or that an engine would go on
+            with as a whole, a mask that is applied already to what trains, or an adapter whose name PEFT could not save
+            it under. The model is then unchanged.
 
     Example:
         >>> import torch
@@ -66,17 +69,17 @@ def apply_mask(model: nn.Module, mask: Mapping[str, Tensor]) -> None:
     """
     mask = {plain_name(name): selected for name, selected in mask.items()}
     reshard(model)  # else FSDP may show what it has gathered for the moment
-    taken = fsdp_parameters(model)
-    with _agreed(mask, among_all=bool(taken)):
-        _check(model, mask, taken)
-    with sharded_again(model, {name for name, selected in mask.items() if not selected.all()}):
+    engines = Engines(model)
+    with _agreed(mask, among_all=any(map(engine_of, every_parameter(model)))):
+        _check(model, mask, engines)
+    with given_back(model, {name for name, selected in mask.items() if not selected.all()}):
         for name, parameter in list(model.named_parameters()):
             selected = mask.get(plain_name(name))
             module, local = _owner(model, name)
             if selected is not None and not selected.all():
                 mask_tensor(module, local, selected)
             elif parameter.requires_grad:
-                vars(module).setdefault(LEFT_DENSE, {})[local] = full_shape(parameter)
+                vars(module).setdefault(LEFT_DENSE, {})[local] = engines.shape_of(parameter)
         group_small(model)
         override_methods(model)
 
@@ -184,8 +187,8 @@ def _agreed(mask: Mapping[str, Tensor], among_all: bool) -> Iterator[None]:
         raise error
 
 
-def _check(model: nn.Module, mask: Mapping[str, Tensor], taken: Mapping[int, Any]) -> None:
-    """MaskError for a mask that cannot be applied; `taken` are FSDP2's records of what it has, by parameter."""
+def _check(model: nn.Module, mask: Mapping[str, Tensor], engines: Engines) -> None:
+    """MaskError for a mask that cannot be applied."""
     if trains_masked(model):
         raise MaskError("The model has a mask already. Call remove_mask(model) before applying another.")
     if reason := refusal({type(module).__name__ for module in model.modules()}, "masked"):
@@ -199,19 +202,13 @@ def _check(model: nn.Module, mask: Mapping[str, Tensor], taken: Mapping[int, Any
                 "before it is wrapped, and make the optimizer after that."
             )
         if name not in parameters:
+            check_names_kept(model)
             raise MaskError(
                 f"The mask names {name!r}, which the model does not have.{did_you_mean(name, parameters)} A mask fits "
                 "the model whose scores it was made from."
             )
-        parameter, shape = parameters[name], full_shape(parameters[name])
-        engine = None if id(parameter) in taken else engine_of(parameter)
-        engine = "Tensor parallelism" if engine == FSDP2 else engine
-        if engine and not (selected.dtype == torch.bool and selected.all()):
-            raise MaskError(
-                f"{engine} has taken {name!r} already, and would go on with the whole tensor. Call "
-                "apply_mask(model, mask) before the model is wrapped, sharded or given to the engine, and make the "
-                "optimizer after that."
-            )
+        parameter, shape = parameters[name], engines.shape_of(parameters[name])
+        engines.check(name, parameter, left_dense=selected.dtype == torch.bool and bool(selected.all()))
         if selected.dtype != torch.bool or selected.shape != shape:
             raise MaskError(
                 f"The mask of {name!r} is {selected.dtype} of shape {tuple(selected.shape)}; the tensor needs "
@@ -230,11 +227,12 @@ def _check(model: nn.Module, mask: Mapping[str, Tensor], taken: Mapping[int, Any
                 f"mask cannot split. Ways out: model.get_parameter({name!r}).requires_grad_(False) before scoring "
                 f"leaves it out of the pool; names_to_exclude=[{name!r}] trains it as a whole."
             )
-    if taken and any(masked_tensors(model)):
+    if engines.reachable and any(masked_tensors(model)):
         raise MaskError(
-            f"{FSDP2} has the model, and an adapter of it is masked already. Apply masks of several adapters before it."
+            "FSDP or DeepSpeed has the model, and an adapter of it is masked already. Apply masks of several adapters "
+            "before it."
         )
-    check_no_gradients((taken[id(p)] for p in parameters.values() if id(p) in taken), "Apply the mask", MaskError)
+    engines.check_between_steps(parameters.values())
     # Before anything is trained that could not be loaded again.
     check_saved_names(model, dict.fromkeys(adapter for adapter in adapters_of(model, mask).values() if adapter))
 

@@ -7,6 +7,7 @@ numbers are written into it once a step, not at every read. In the state dict th
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -30,6 +31,7 @@ _SMALL = 2**16
 # same few operations in a step, whatever its size.
 _TOGETHER, _TOGETHER_ON_GPU = 2**18, 2**22
 _GONE = object()
+_FSDP1 = "torch.distributed.fsdp._flat_param"
 _classes: dict[tuple[type[nn.Module], frozenset[str]], type[nn.Module]] = {}
 # Attribute of a module: the names and shapes of its trainable parameters that the mask left as they are.
 LEFT_DENSE = "_fish_tuning_left_dense"
@@ -170,7 +172,9 @@ def _access(local: str) -> tuple[Any, Any, Any]:
             if group.settled and group.flat._version == group.seen and masked.plain._version == masked.written:
                 return tensor
             return masked.read()
-        if local in own:  # a copy that DataParallel made
+        if local in own:  # a copy that DataParallel made, or what FSDP1 has put there for a pass
+            if not is_dynamo_compiling() and sys._getframe(1).f_globals.get("__name__") == _FSDP1:
+                return own[local]  # it looks whether that is still its own
             return masked.read_with(own[local], copy=True)
         if values is None or values is _GONE:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {local!r}")
