@@ -357,6 +357,16 @@ def test_a_wrong_key_is_told_without_importing_torch() -> None:
     assert done.stdout == "2 False\n"
 
 
+def test_pulling_imports_no_peft(tmp_path: Path) -> None:
+    code = (
+        "import sys\nfrom fish_tuning.cli import app\n"
+        f"try: app(['pull', 'me/none', {str(tmp_path)!r}])\nexcept SystemExit as end: code = end.code\n"
+        "print(code, 'peft' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "2 False\n"
+
+
 def test_a_mistyped_data_file_is_told_without_importing_torch(tmp_path: Path) -> None:
     (tmp_path / "films.csv").write_text("text,label\n")
     code = (

@@ -13,6 +13,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from tiny import Rows, bert, classification_batch, lora, random_mask, vit
 from transformers import AutoTokenizer, Trainer, TrainingArguments
 
@@ -27,6 +28,7 @@ from fish_tuning import (
     load_mask,
     remove_mask,
 )
+from fish_tuning.sharing.folder import WEIGHTS
 
 STOCK = """
 import json, sys
@@ -75,6 +77,10 @@ def test_stock_libraries_take_the_folder(
 def settings(folder: Path) -> dict[str, Any]:
     content: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text())
     return content
+
+
+def test_peft_names_weights_so() -> None:
+    assert WEIGHTS == (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
 
 
 def test_the_task_type_is_found(adapter: Path, language_adapter: Path) -> None:

@@ -18,7 +18,7 @@ import torch
 from peft import LoraConfig, PeftModel, convert_to_lora, get_peft_model_state_dict
 from peft.tuners.adalora import SVDLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, ModulesToSaveWrapper, load_peft_weights
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper, load_peft_weights
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
@@ -28,6 +28,7 @@ from fish_tuning.sharing.card import CARD, CardFacts, public_name, read_card
 from fish_tuning.sharing.folder import (
     MODEL_CONFIG,
     PROCESSING_FILES,
+    WEIGHTS,
     check_new,
     check_weights,
     complete_adapter,
@@ -182,7 +183,7 @@ def _as_folder(source: str | os.PathLike[str], hub: Mapping[str, Any]) -> Iterat
     path = fetched(source, **hub)
     read_adapter_config(path)
     check_weights(path)
-    files = (path / name for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME))
+    files = (path / name for name in WEIGHTS)
     yield path, next(file for file in files if file.is_file())
 
 

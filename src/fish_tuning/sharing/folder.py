@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
 from fish_tuning.errors import ConfigurationError, FishTuningWarning, MaskError
 from fish_tuning.files.atomic import write_atomically
@@ -30,6 +29,7 @@ from fish_tuning.sparse.adapter_names import check_saved_names
 from fish_tuning.sparse.masked_tensors import count_trainable_parameters
 
 ADAPTER_CONFIG = "adapter_config.json"
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # PEFT's names; importing it takes seconds
 MODEL_CONFIG = "model_config"  # a folder that AutoConfig.from_pretrained(..., subfolder="model_config") reads
 # Of tokenizers and image processors, as transformers names them.
 PROCESSING_FILES = (
@@ -68,9 +68,9 @@ def read_adapter_config(folder: Path, shown: str | None = None) -> dict[str, Any
 
 def check_weights(folder: Path, shown: str | None = None) -> None:
     """Refuse a folder without an adapter's weights, for which PEFT would ask the hub."""
-    if not any((folder / name).is_file() for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)):
+    if not any((folder / name).is_file() for name in WEIGHTS):
         raise ConfigurationError(
-            f"The adapter in {shown or str(folder)!r} has no weights: there is no {SAFETENSORS_WEIGHTS_NAME} beside "
+            f"The adapter in {shown or str(folder)!r} has no weights: there is no {WEIGHTS[0]} beside "
             f"its {ADAPTER_CONFIG}."
         )
 
