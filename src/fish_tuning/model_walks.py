@@ -5,9 +5,12 @@ torch's own walks are generators within generators, of which a call that scores 
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
+
+T = TypeVar("T", bound=Tensor)
 
 
 def every_module(model: nn.Module) -> list[nn.Module]:
@@ -25,8 +28,7 @@ def every_module(model: nn.Module) -> list[nn.Module]:
 
 def every_parameter(model: nn.Module) -> list[nn.Parameter]:
     """`model.parameters()`, in its order."""
-    found = {id(each): each for module in every_module(model) for each in module._parameters.values()}
-    return [parameter for parameter in found.values() if parameter is not None]
+    return _once(each for module in every_module(model) for each in module._parameters.values())
 
 
 def attribute(module: nn.Module, name: str) -> Any:
@@ -36,5 +38,14 @@ def attribute(module: nn.Module, name: str) -> Any:
 
 def every_tensor(model: nn.Module) -> list[Tensor]:
     """Parameters and buffers."""
-    buffers = [each for module in every_module(model) for each in module._buffers.values() if each is not None]
-    return [*every_parameter(model), *buffers]
+    return _once(
+        each
+        for module in every_module(model)
+        for held in (module._parameters, module._buffers)
+        for each in held.values()
+    )
+
+
+def _once(tensors: Iterable[T | None]) -> list[T]:
+    found = {id(each): each for each in tensors}
+    return [each for each in found.values() if each is not None]

@@ -36,6 +36,10 @@ def scored(model: nn.Module, **kwargs: Any) -> dict[str, Tensor]:
     return calculate_fisher_information(model, BATCHES, progress=False, **kwargs)
 
 
+def steps_needed(model: nn.Module) -> int:
+    return warmup_steps_needed(model, {name: p for name, p in model.named_parameters() if p.requires_grad})
+
+
 def everything(model: nn.Module) -> dict[str, Any]:
     tensors = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     flags = {name: (p.requires_grad, p.grad, len(p._backward_hooks or ())) for name, p in model.named_parameters()}
@@ -254,7 +258,7 @@ def test_steps_are_taken_where_a_start_needs_them(
     make: Callable[[], nn.Module], steps: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = make()
-    assert warmup_steps_needed(model) == steps
+    assert steps_needed(model) == steps
     with caplog.at_level(logging.INFO, "fish_tuning"):
         scored(model)
     assert ("warm-up steps" in caplog.text) == bool(steps)
@@ -264,13 +268,13 @@ def test_an_adapter_that_is_trained_is_scored_as_it_is() -> None:
     model = at_zero()
     model(**BATCHES[0]).loss.backward()
     torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=0.01).step()
-    assert warmup_steps_needed(model) == 0
+    assert steps_needed(model) == 0
 
 
 def test_bias_of_a_base_model_that_is_zero_is_no_start() -> None:
     model = lora(bert(), init_lora_weights=False)
     assert not model.base_model.model.classifier.modules_to_save["default"].bias.any()
-    assert warmup_steps_needed(model) == 0
+    assert steps_needed(model) == 0
 
 
 @pytest.mark.parametrize("fisher_type", ["sampled", "expected"])

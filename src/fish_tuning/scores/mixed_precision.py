@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from fish_tuning.model_walks import every_parameter
-
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """Nothing is computed in 16 bits that is not. Where autocast is off, turning it off costs time."""
@@ -26,7 +24,8 @@ class Autocast:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        kinds = {parameter.device.type for parameter in every_parameter(model)} - {"meta"} | {"cpu"}
+        first = next(model.parameters(), None)  # no model is on two kinds of accelerators
+        kinds = {"cpu"} if first is None or first.is_meta else {"cpu", first.device.type}
         if torch.accelerator.is_available():  # offloaded weights are on none until they are needed
             kinds.add(torch.accelerator.current_accelerator().type)  # type: ignore[union-attr]
         self.kinds = sorted(kinds)

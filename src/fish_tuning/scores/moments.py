@@ -109,7 +109,7 @@ def measure_moments(
         scorer = Scorer(
             model, trainable, scored, method, Totals.zeros(trainable, scores_dtype, scores_device, gradients)
         )
-        steps = warmup_steps_needed(model) if warmup_steps is None else warmup_steps
+        steps = warmup_steps_needed(model, trainable) if warmup_steps is None else warmup_steps
         processes = Processes(calibration_dataloader, split_between_processes, target)
         wanted = processes.examples(num_samples)
         batches = calibration_batches(processes.noted(calibration_dataloader), target, wanted, rows_per_example)

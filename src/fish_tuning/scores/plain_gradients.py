@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
 from types import MappingProxyType
 
@@ -59,11 +59,11 @@ class PlainGradients:
             {module: forward for name in stand_ins for module, forward in self._finer.get(name, ())},
         )
 
-    def check_reach(self, loss: Tensor, names: Iterable[str]) -> None:
+    def check_reach(self, loss: Tensor, names: Collection[str]) -> None:
         """Refuse a tensor that its module gets at by another way than its attribute: no stand-in can take its place."""
-        own = {name: self.trainable[name] for name in names}
-        if self._reach_checked.issuperset(own):
+        if self._reach_checked.issuperset(names):
             return
+        own = {name: self.trainable[name] for name in names}
         self._reach_checked |= own.keys()
         gradients = torch.autograd.grad(loss.sum(), list(own.values()), allow_unused=True, retain_graph=True)
         for name, gradient in zip(own, gradients, strict=True):

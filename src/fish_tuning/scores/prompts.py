@@ -20,7 +20,9 @@ def a_prompt_each(model: nn.Module) -> Iterator[None]:
 
     The prompts are the same. Where the encoder is called so already (prefixes, multitask prompts), nothing changes.
     """
-    changed = [module for module in every_module(model) if _repeats_a_prompt(module)]
+    modules = every_module(model)
+    kinds = {kind for kind in set(map(type, modules)) if hasattr(kind, "get_prompt")}
+    changed = [module for module in modules if type(module) in kinds and _repeats_a_prompt(module)] if kinds else []
     for module in changed:
         vars(module)["get_prompt"] = _by_row(module, module.get_prompt)  # type: ignore[arg-type]
     try:
@@ -31,7 +33,7 @@ def a_prompt_each(model: nn.Module) -> Iterator[None]:
 
 
 def _repeats_a_prompt(module: Any) -> bool:
-    if not hasattr(type(module), "get_prompt") or "get_prompt" in vars(module):
+    if "get_prompt" in vars(module):
         return False
     config = module.active_peft_config
     if str(getattr(config.peft_type, "value", config.peft_type)) not in _REPEATED or config.inference_mode:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from fish_tuning.errors import FisherError
-from fish_tuning.model_walks import attribute, every_module
+from fish_tuning.model_walks import every_module
 
 _PACKS = "support_avx512bf16_for_cpu"  # bitsandbytes' own attribute of such a layer
 
@@ -20,7 +20,7 @@ def keep_unpacked(model: nn.Module) -> list[nn.Module]:
     without a word, and the scales of its blocks are rounded. So call this before the first pass; what is packed cannot
     be unpacked without loss. Returns the layers that would have packed.
     """
-    layers = [module for module in every_module(model) if attribute(module, _PACKS)]
+    layers = [module for module in every_module(model) if vars(module).get(_PACKS)]
     for module in layers:
         setattr(module, _PACKS, False)
     return layers
@@ -47,4 +47,6 @@ def check_unpacked(model: nn.Module) -> None:
 
 def _is_packed(module: nn.Module) -> bool:
     weight: Any = module._parameters.get("weight")
+    if type(weight) is nn.Parameter or weight is None:
+        return False
     return bool(getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False))

@@ -35,7 +35,7 @@ from fish_tuning.scores.plain_gradients import PlainGradients, Take
 from fish_tuning.scores.precision import full_precision
 from fish_tuning.scores.probes import Probes
 from fish_tuning.scores.reading import placed
-from fish_tuning.scores.totals import Totals
+from fish_tuning.scores.totals import Together, Totals
 
 logger = logging.getLogger("fish_tuning.scores.fisher")
 
@@ -337,9 +337,10 @@ class Scorer:
 
     def loop(self, batch: Batch, first_example: int, names: list[str]) -> None:
         """The definition: one example at a time, without its padding, its gradient and that squared."""
-
+        together = Together(self.totals)
         for row in range(batch_size(batch) if names else 0):
-            self.take_gradients(batch, first_example, row, names, self.totals.add_plain)
+            self.take_gradients(batch, first_example, row, names, together.take)
+            together.flush()
 
     def by_rules(self, batch: Batch, first_example: int) -> dict[str, str]:
         """Adds the batch by rules that are proven; returns the tensors that nothing was added for, with the reason."""

@@ -74,8 +74,8 @@ def _set(owner: Any, name: str, value: Any, stack: ExitStack) -> None:
 @contextmanager
 def random_state_kept(model: nn.Module) -> Iterator[None]:
     """Of torch on every device, and of Python and NumPy, which data loaders and collators draw from."""
-    devices = {parameter.device for parameter in every_parameter(model)}
-    devices = {device for device in devices if device.type not in ("cpu", "meta")}
+    parameters = every_parameter(model) if torch.accelerator.is_available() else []
+    devices = {parameter.device for parameter in parameters if parameter.device.type not in ("cpu", "meta")}
     kinds = {device.type for device in devices} or {"cuda"}
     with ExitStack() as stack:
         stack.callback(random.setstate, random.getstate())

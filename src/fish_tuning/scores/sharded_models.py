@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Protocol
 
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from fish_tuning.scores.bare_model import unwrapped
@@ -73,6 +74,8 @@ def whole_trained_tensors(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _engine(model: nn.Module) -> LayerByLayer | None:
+    if not (dist.is_available() and dist.is_initialized()):  # without processes there is nothing to gather
+        return None
     return next((engine for engine in ENGINES if engine.gathers(model)), None)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fish_tuning.devices import has_float64, moved
 from fish_tuning.errors import FisherError
+from fish_tuning.scores.example_gradients import CHUNK_ENTRIES
 
 Scores = dict[str, Tensor]
 
@@ -66,6 +67,24 @@ class Totals:
             _add(self.gradients[name], gradient)
         _add(self.squares[name], squared(gradient))
 
+    def add_together(self, gradients: Mapping[str, Tensor]) -> None:
+        """Plain gradients of several tensors, which are given up: the same as one by one, in fewer operations."""
+        if self.ignores:
+            return
+        alike = []
+        for name, gradient in gradients.items():
+            total = self.squares[name]
+            if gradient.is_sparse or gradient.dtype != total.dtype or gradient.device != total.device:
+                self.add_plain(name, gradient)
+            else:
+                alike.append(name)
+        if not alike:
+            return
+        parts = [gradients[name] for name in alike]
+        if self.gradients is not None:
+            torch._foreach_add_([self.gradients[name] for name in alike], parts)
+        torch._foreach_add_([self.squares[name] for name in alike], torch._foreach_mul(parts, parts))
+
     def means(self, examples: int) -> tuple[Scores, Scores]:
         """Of the gradients (empty where there are none) and of their squares, in the place of the sums."""
         gradients = self.gradients or {}
@@ -84,6 +103,29 @@ class Totals:
         for now, then in ((self.squares, earlier and earlier.squares), (self.gradients, earlier and earlier.gradients)):
             if now is not None:
                 now[name].copy_(then[name]) if then else now[name].zero_()
+
+
+class Together:
+    """Plain gradients that wait to be added in one go, as small tensors are in a fraction of the time."""
+
+    def __init__(self, totals: Totals) -> None:
+        self._totals = totals
+        self._waiting: Scores = {}
+        self._entries = 0
+
+    def take(self, name: str, gradient: Tensor) -> None:
+        """One example's, which is given up."""
+        if name in self._waiting:  # another loss of the example
+            self.flush()
+        self._waiting[name] = gradient
+        self._entries += gradient.numel()
+        if self._entries > CHUNK_ENTRIES:
+            self.flush()
+
+    def flush(self) -> None:
+        """Add what waits."""
+        waiting, self._waiting, self._entries = self._waiting, {}, 0
+        self._totals.add_together(waiting)
 
 
 def squared(gradient: Tensor) -> Tensor:

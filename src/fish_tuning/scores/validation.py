@@ -79,7 +79,8 @@ def check_model(model: nn.Module, trainable: Mapping[str, nn.Parameter]) -> None
     """FisherError for a model that cannot be scored, whatever the data."""
     if not trainable:
         raise FisherError("The model has no trainable tensor (requires_grad=True); there is nothing to score.")
-    if reason := refusal({type(module).__name__ for module in every_module(model)}, "scored"):
+    modules = every_module(model)
+    if reason := refusal({kind.__name__ for kind in set(map(type, modules))}, "scored"):
         raise FisherError(reason)
     if trains_masked(model):
         raise FisherError(
@@ -93,7 +94,7 @@ def check_model(model: nn.Module, trainable: Mapping[str, nn.Parameter]) -> None
                 "ZeRO-3. Under torchrun or accelerate launch each process then scores its share of the examples."
             )
     check_unpacked(model)
-    offloaded = any("_hf_hook" in vars(module) for module in every_module(model))  # weights come when needed
+    offloaded = any("_hf_hook" in vars(module) for module in modules)  # weights come when needed
     frozen = (tensor.frozen for tensor in masked_tensors(model))
     tensors = trainable.values() if offloaded else (*every_tensor(model), *frozen)
     if not any(tensor.is_meta or engine_of(tensor) == FSDP1 for tensor in tensors):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
@@ -25,7 +25,7 @@ WARMUP_LEARNING_RATE = 2e-3
 MAX_NORM = 1.0  # of a step's gradient, as the Trainer clips it
 
 
-def warmup_steps_needed(model: nn.Module) -> int:
+def warmup_steps_needed(model: nn.Module, trainable: Mapping[str, nn.Parameter]) -> int:
     """`WARMUP_STEPS` where a part of a PEFT adapter that trains is exactly zero beside others that are not, else 0.
 
     The others are multiplied with it and have no gradient: with PEFT's default LoRA, B = 0, every A scores zero. Where
@@ -35,9 +35,7 @@ def warmup_steps_needed(model: nn.Module) -> int:
     if not getattr(model, "peft_config", None) or _starts_away_from_zero(model):
         return 0
     trained = (
-        parameter
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad and "modules_to_save" not in name and not parameter.is_meta
+        parameter for name, parameter in trainable.items() if "modules_to_save" not in name and not parameter.is_meta
     )
     zero = {not bool(any_left) for any_left in read(parameter.any() for parameter in trained)}
     return WARMUP_STEPS if len(zero) == 2 else 0
