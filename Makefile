@@ -18,7 +18,7 @@ demo: $(VENV)/.stamp-demo  ## install, then compare five arms on handwritten dig
 	$(BIN)/fish-tuning run configs/experiments/digits.yaml
 
 test: $(VENV)/.stamp-test  ## install with the test tools and run every test; ARGS="-k name" picks some
-	$(BIN)/python -m pytest --numprocesses auto $(ARGS)
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal $(ARGS)
 
 check: $(VENV)/.stamp-dev  ## formatting, lint and types
 	$(BIN)/ruff format --check .
