@@ -88,6 +88,41 @@ def test_a_number_that_fits_by_chance_is_no_batch(caplog: pytest.LogCaptureFixtu
     assert_scores_close(scores, calculate_fisher_information(model, [batch], method="loop", progress=False))
 
 
+class AmongOthers(nn.Module):
+    """An expert in a list, which is all that trains."""
+
+    loss_type = "ForSequenceClassification"
+
+    def __init__(self, kind: type[Routed]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([kind().requires_grad_(False)])
+        self.layers[0].expert.requires_grad_()
+
+    def forward(self, input_ids: Tensor) -> object:
+        output: object = self.layers[0](input_ids)
+        return output
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", [Routed, Expert])
+def test_what_nothing_before_it_trains_is_told_too(
+    kind: type[Routed], dtype: torch.dtype, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its input needs no gradient, so a forward pass with a graph has to tell."""
+    model = AmongOthers(kind).to(dtype)
+    in_order, mixed = torch.randint(20, 30, (4, 6)), torch.randint(0, 30, (4, 6))
+    for row, ids in enumerate((in_order, mixed)):  # as many of an expert's as there are examples, first in their places
+        ids[:, 2] = 35 if row == 0 else ids[:, 2]
+        ids[0, [0, 1, 3, 5]] = 36 if row == 1 else ids[0, [0, 1, 3, 5]]
+    batches = [{"input_ids": ids, "labels": torch.tensor([0, 1, 2, 0])} for ids in (in_order, mixed)]
+    with caplog.at_level("INFO", "fish_tuning"):
+        scores = calculate_fisher_information(model, batches, progress=False)
+    assert "data decide where an example's rows are" in caplog.text
+    by_loop = calculate_fisher_information(model, batches, method="loop", progress=False)
+    assert_scores_close(scores, by_loop, 1e-5 if dtype == torch.float32 else 0.05)
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == list(scores)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_one_batch_proves_holds_for_the_next(dtype: torch.dtype, caplog: pytest.LogCaptureFixture) -> None:
     model = Routed().to(dtype)

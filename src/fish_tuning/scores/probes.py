@@ -101,6 +101,23 @@ class Probes:
         """For a forward pass: remember what the modules give, which tells from where a tensor can be watched."""
         return self._candidates.shapes_seen(self.state)
 
+    def untold(self) -> bool:
+        """Whether a layer among others of its like (the layers, the experts) had tokens of unknown order.
+
+        Past those there is a pooled row an example, for which no more need be done.
+        """
+        return any(
+            layer.untold and layer.by_data is None and any(map(str.isdigit, ".".join(layer.names.values()).split(".")))
+            for layer in self._layers
+        )
+
+    def by_data(self) -> list[str]:
+        """The tensors of layers whose rows data have put in their order, all others being settled from now on."""
+        found = [name for layer in self._layers if layer.by_data for name in layer.names.values()]
+        for layer in self._layers:
+            layer.by_data = bool(layer.by_data)
+        return found
+
     def start(self, batch_size: int, device: torch.device, batch: Mapping[str, Tensor] = MappingProxyType({})) -> None:
         """Call before each forward pass."""
         self.state.batch_size = batch_size

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from fish_tuning.model_walks import every_parameter
 
 _BY_DATA = re.compile(r"Index|Gather|Scatter|Take|Sort|MaskedSelect")  # autograd's nodes of what picks rows by numbers
 _OF_A_PARAMETER = "torch::autograd::AccumulateGrad"
@@ -18,7 +23,7 @@ def ordered_by_data(x: Tensor, batch_size: int) -> bool:
 
     As with tokens that are routed to experts. A proof does not show that: the rows of one batch may be in their places,
     and those of the next not. Autograd's graph does; of an input that needs no gradient there is none, which tells
-    nothing (False). Picked within each example, as a text's last token, they are in order.
+    nothing (False; `tracked` gives it one). Picked within each example, as a text's last token, they are in order.
     """
     if not hasattr(x.grad_fn, _OUTPUTS):  # nor has a version of torch that tells no shapes
         return False
@@ -35,6 +40,28 @@ def ordered_by_data(x: Tensor, batch_size: int) -> bool:
             return True
         left += earlier
     return False
+
+
+@contextmanager
+def tracked(model: nn.Module) -> Iterator[None]:
+    """Forward passes have a graph from the first layer on, as if all trained, of which no tensor is kept."""
+    frozen = [
+        parameter
+        for parameter in every_parameter(model)
+        if not parameter.requires_grad and parameter.is_floating_point() and not parameter.is_inference()
+    ]
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_()
+        with saved_tensors_hooks(_not_kept, _not_kept):
+            yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+
+
+def _not_kept(_: Tensor) -> Any:
+    return None
 
 
 def _shapes(node: Any) -> list[Any]:

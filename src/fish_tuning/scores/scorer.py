@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 from collections import Counter
@@ -35,7 +36,10 @@ from fish_tuning.scores.plain_gradients import PlainGradients, Take
 from fish_tuning.scores.precision import full_precision
 from fish_tuning.scores.probes import Probes
 from fish_tuning.scores.reading import placed
+from fish_tuning.scores.row_order import tracked
+from fish_tuning.scores.sharded_models import gathered_layer_by_layer
 from fish_tuning.scores.totals import Together, Totals
+from fish_tuning.scores.watched_layers import BY_DATA
 
 logger = logging.getLogger("fish_tuning.scores.fisher")
 
@@ -208,7 +212,9 @@ class Scorer:
         again = self._again(batch, first_example, told) if told else {}
         in_batch = self._compare(told, check.of_batch, again, floor, failed)
 
-        self.proven |= in_row.right | in_batch.agree
+        if self.probes.untold():
+            failed |= dict.fromkeys(self._by_data(batch, first_example), BY_DATA)
+        self.proven |= (in_row.right | in_batch.agree) - failed.keys()
         disagree = in_row.disagree | in_sum.disagree | in_batch.disagree
         failed |= {name: DISAGREES for name in names if name in disagree}
         for name in set(names) & failed.keys():
@@ -253,6 +259,13 @@ class Scorer:
         self.probes.backward(self._forward(batch, first_example), replace(self.totals, ignores=True), check)
         self.scale.check()
         return on_cpu(check.of_batch)
+
+    def _by_data(self, batch: Batch, first_example: int) -> list[str]:
+        """The tensors whose rows data have put in their order, where a layer's input has no graph to tell it."""
+        if not gathered_layer_by_layer(self.losses.model):
+            with contextlib.suppress(RuntimeError), tracked(self.losses.model):  # it may write into what is frozen
+                self._forward(batch, first_example)
+        return self.probes.by_data()
 
     def _floor(self, gradients: Checksums, examples: int = 1) -> float:
         """The squared norm at and below which an example's gradient of a tensor may be nothing but rounding."""

@@ -25,6 +25,7 @@ Relation = tuple[str, int]
 Arrived = tuple[Any, tuple[Tensor, ...], Tensor]  # what a layer wrote down of a call, what it kept, the gradient
 Call = tuple[nn.Module, Tensor, Tensor]
 _WINDOWS: Relation = ("", 0)
+BY_DATA = "data decide where an example's rows are"
 
 
 @dataclass
@@ -76,6 +77,7 @@ class WatchedLayer(ABC):
         self.arrived: list[Arrived] = []
         self.relations: set[Relation] | None = None  # what an example's rows of the layer are as many as
         self.by_data: bool | None = None  # whether data decide where these are; None where it was not looked at
+        self.untold = False  # whether a graph would have to tell it that was not there
 
     @property
     def of_users(self) -> bool:
@@ -110,8 +112,12 @@ class WatchedLayer(ABC):
     def look_at_order(self, *inputs: Tensor) -> None:
         """Once, of inputs whose rows are as many as the examples, or as all their tokens."""
         doubtful = [x for x in inputs if self.by_data is None and self._is_doubtful(x.shape)]
-        if doubtful:
-            self.by_data = any(ordered_by_data(x, self.state.batch_size) for x in doubtful)
+        if any(ordered_by_data(x, self.state.batch_size) for x in doubtful):
+            self.by_data = True
+        elif any(x.grad_fn is None and x.dim() == 2 for x in doubtful):  # tokens in one row of rows
+            self.untold = True
+        elif doubtful:
+            self.by_data = False
 
     def _is_doubtful(self, shape: torch.Size) -> bool:
         rows, size = shape[:1].numel(), self.state.batch_size
@@ -155,7 +161,7 @@ class WatchedLayer(ABC):
                 self.fail(f"it was called with first dimension {rows}, not with the {size} examples of the batch")
                 return False
         if self.by_data:
-            self.fail("data decide where an example's rows are")
+            self.fail(BY_DATA)
         return not self.by_data
 
 
