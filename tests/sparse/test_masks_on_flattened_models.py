@@ -174,6 +174,14 @@ def scored_then_masked(folder: Path) -> dict[str, Any]:
     return found
 
 
+def with_an_early_optimizer() -> str:
+    model = fsdp1(adapted())
+    optimizer = adamw(model)
+    apply_mask(model, mask_of(adapted()))
+    model(**BATCH).loss.backward()
+    return refusal(optimizer.step)
+
+
 def refusals(rank: int) -> dict[str, str]:
     def after(mask: Any, prepare: Callable[[Any], Any] = lambda model: model, **options: Any) -> str:
         model = prepare(fsdp1(adapted(), **options))
@@ -198,6 +206,7 @@ def refusals(rank: int) -> dict[str, str]:
         "different": after(other),
         "one process": after(unknown if rank == 1 else mask),
         "accumulating": after(mask, accumulating),
+        "early optimizer": with_an_early_optimizer(),
         "twice": refusal(lambda: apply_mask(twice, mask)),
         "within": told_within,
         "without names": refusal(lambda: apply_mask(uniform, mask_of(base_weights()))),
@@ -250,6 +259,7 @@ def test_refusals_reach_all_processes(results: list[dict[str, Any]]) -> None:
         assert "names 'nothing'" in told["one process"]
         assert "Apply the mask before or after the accumulation" in told["accumulating"]
         assert "has a mask already" in told["twice"]
+        assert "AdamW was made before apply_mask" in told["early optimizer"]
         assert "Apply the mask outside" in told["within"]
         assert "use_orig_params=True" in told["without names"]
         assert "outermost wrapper" in told["inside"]

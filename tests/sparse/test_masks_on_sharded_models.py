@@ -126,6 +126,14 @@ def scored_then_masked(folder: Path) -> dict[str, Any]:
     return found
 
 
+def with_an_early_optimizer() -> str:
+    model = sharded(adapted())
+    optimizer = adamw(model)
+    apply_mask(model, mask_of(adapted()))
+    model(**BATCH).loss.backward()
+    return refusal(optimizer.step)
+
+
 def refusals(rank: int) -> dict[str, str]:
     def after(mask: Any, prepare: Callable[[Any], Any] = lambda model: model) -> str:
         model = prepare(sharded(adapted()))
@@ -146,6 +154,7 @@ def refusals(rank: int) -> dict[str, str]:
         "one process": after(unknown if rank == 1 else mask),
         "shape": after({f"{LAYER}.lora_B.default.weight": torch.zeros(3, dtype=torch.bool)}),
         "accumulating": after(mask, accumulating),
+        "early optimizer": with_an_early_optimizer(),
         "twice": refusal(lambda: apply_mask(twice, mask)),
     }
 
@@ -199,3 +208,4 @@ def test_refusals_reach_all_processes(results: list[dict[str, Any]]) -> None:
         assert "of shape (3,)" in told["shape"]
         assert "Apply the mask before or after the accumulation" in told["accumulating"]
         assert "has a mask already" in told["twice"]
+        assert "AdamW was made before apply_mask" in told["early optimizer"]

@@ -6,11 +6,12 @@ import gc
 import weakref
 from typing import Any
 
+import pytest
 import torch
 from device import placed
 from torch import nn
 
-from fish_tuning import apply_mask, remove_mask
+from fish_tuning import MaskError, apply_mask, remove_mask, replace_mask
 from fish_tuning.sparse import optimizer_steps
 from fish_tuning.sparse.masked_tensors import masked_tensors
 
@@ -68,6 +69,43 @@ def test_parameters_that_are_masked_after_a_step_are_found() -> None:
     before = model[0].weight.detach().clone()
     step(model, optimizer)
     assert torch.equal(model[0].weight, before - 1)
+
+
+def test_an_optimizer_that_was_made_before_the_mask_is_refused() -> None:
+    """It would train nothing of what is masked, without a word."""
+    model = placed(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    apply_mask(model, {"0.weight": every_second(model)["0.weight"]})
+    with pytest.raises(MaskError, match=r"SGD was made before apply_mask: of a tensor of shape \(4, 3\)"):
+        optimizer.step()
+    optimizer.add_param_group({"params": [model._modules["0"]._parameters["weight"]]})
+    step(model, optimizer)
+    assert written(model)
+
+
+def test_an_optimizer_that_was_made_before_the_mask_went_is_refused() -> None:
+    model = masked()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    remove_mask(model)
+    with pytest.raises(MaskError, match="SGD was made before remove_mask"):
+        optimizer.step()
+    step(model, torch.optim.SGD(model.parameters(), lr=1.0))
+    mask = every_second(model)
+    apply_mask(model, mask)
+    with pytest.raises(MaskError, match="SGD was made before"):
+        optimizer.step()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    replace_mask(model, {name: ~selected for name, selected in mask.items()}, optimizer)
+    step(model, optimizer)
+    assert written(model)
+
+
+def test_what_does_not_train_now_may_be_held() -> None:
+    model = placed(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    apply_mask(model, {"0.weight": every_second(model)["0.weight"], "0.bias": torch.zeros_like(model[0].bias).bool()})
+    model[0].requires_grad_(False)
+    optimizer.step()
 
 
 def test_values_that_come_first_and_are_read_later_are_found() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fish_tuning.errors import FishTuningError
+from fish_tuning.sparse.optimizer_steps import hand_on_replaced
 from fish_tuning.sparse.sharding import plain_name, whole
 
 # What a group remembers of its parameters, since torch 2.15.
@@ -108,11 +109,14 @@ def sharded_again(model: nn.Module, names: Collection[str]) -> Iterator[None]:
     ]
     if taken:
         reshard(model)
+    gathered = []
     for _, each, module, local in taken:
         dense = whole(each.sharded_param.detach()).clone()
-        module._parameters[local] = nn.Parameter(dense, requires_grad=each.sharded_param.requires_grad)
+        gathered.append(nn.Parameter(dense, requires_grad=each.sharded_param.requires_grad))
+        module._parameters[local] = gathered[-1]
     yield
-    for group, each, module, local in taken:
+    for (group, each, module, local), dense in zip(taken, gathered, strict=True):
+        hand_on_replaced(dense, each.sharded_param)
         each._post_load_hook_handle.remove()
         parameter = module._parameters.get(local)
         place = group.fsdp_params.index(each)

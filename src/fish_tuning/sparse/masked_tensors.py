@@ -19,6 +19,7 @@ from torch.compiler import is_dynamo_compiling
 from fish_tuning.errors import MaskError
 from fish_tuning.model_walks import every_module
 from fish_tuning.sparse.adapter_names import adapters_of, check_adapter, idle_names
+from fish_tuning.sparse.optimizer_steps import note_replaced
 from fish_tuning.sparse.sharding import full_shape, is_sharded, only_names, plain_name, shard_like, whole
 from fish_tuning.sparse.whole_tensors import Group, MaskedTensor
 
@@ -249,6 +250,7 @@ def mask_tensor(module: nn.Module, local: str, selected: Tensor) -> None:
     masked = MaskedTensor(dense, selected)
     dense.data = dense.data.new_empty(0)  # `frozen` holds it now
     dense.grad = None
+    note_replaced(dense, masked)
     vars(module)[_STATE + local] = masked
     module._parameters[local] = masked.values
     _set_names(module, _masked_names(module) | {local})
@@ -309,6 +311,8 @@ def unmask_tensor(tensor: NamedMaskedTensor, trains: bool) -> None:
     masked.group.joined = None
     masked.group.bind()
     _set_names(module, _masked_names(module) - {local})
+    if masked.values is not None:
+        note_replaced(masked.values, masked.dense)
     masked.dense.data = trained
     masked.dense.requires_grad_(trains)
     module._parameters[local] = masked.dense

@@ -5,17 +5,22 @@ from __future__ import annotations
 import functools
 import operator
 import weakref
+from collections.abc import MutableMapping
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from fish_tuning.errors import MaskError
 from fish_tuning.sparse.values import MaskedGroup, stop_watching, watch_again
 
 # Groups whose values' memory others may hold, such as an engine that trains a copy of the parameters.
 held_by_others: weakref.WeakSet[MaskedGroup] = weakref.WeakSet()
+# Parameters in whose places others train since masks came or went.
+_replaced: MutableMapping[Tensor, weakref.ref[Any]] = WeakTensorKeyDictionary()
 _OF_WHOLE_MATRICES = {"LoraFAOptimizer", "RiemannianPreconditionedOptimizer", "Muon"}
 
 
@@ -31,6 +36,21 @@ class _Trained(NamedTuple):
 _trained: weakref.WeakKeyDictionary[Optimizer, _Trained] = weakref.WeakKeyDictionary()
 
 
+def note_replaced(parameter: Tensor, by: Any) -> None:
+    """A masked tensor trains in this parameter's place, or a whole one again in that of values.
+
+    An optimizer that has the one and not the other trains nothing of it.
+    """
+    _replaced.pop(by, None) if isinstance(by, Tensor) else None
+    _replaced[parameter] = weakref.ref(by)
+
+
+def hand_on_replaced(parameter: Tensor, before: Tensor) -> None:
+    """What trains in the parameter's place does so in that of the one that an engine had there before."""
+    if parameter in _replaced:
+        _replaced[before] = _replaced[parameter]
+
+
 def look_again() -> None:
     """Masked values have got groups since optimizers were looked at."""
     _trained.clear()
@@ -41,11 +61,30 @@ def _values_of(optimizer: Optimizer) -> tuple[list[Any], list[MaskedGroup]]:
     parameters = [parameter for held in optimizer.param_groups for parameter in held["params"]]
     known = _trained.get(optimizer)
     if known is None or not _same_objects(known.parameters, parameters):
+        _check_holds_what_trains(optimizer, parameters)
         values = [each for each in parameters if getattr(each, "masked_group", None) is not None]
         groups = dict.fromkeys(each.masked_group for each in values)
         known = _trained[optimizer] = _Trained(parameters, values, list(groups))
     there = [group for reference in known.groups if (group := reference()) is not None]
     return known.values, there
+
+
+def _check_holds_what_trains(optimizer: Optimizer, parameters: list[Any]) -> None:
+    held = set(map(id, parameters))
+    for parameter in parameters:
+        now: Any = _replaced[parameter]() if parameter in _replaced else None
+        if now is None:
+            continue
+        back = isinstance(now, Tensor)
+        trains = now if back else now.values
+        if trains is None or not trains.requires_grad or id(trains) in held:
+            continue
+        what, when = ("the whole tensor", "remove_mask") if back else ("its selected entries", "apply_mask")
+        raise MaskError(
+            f"{type(optimizer).__name__} was made before {when}: of a tensor of shape {tuple(now.shape)} it does not "
+            f"hold {what}, so it would train nothing of it. Make the optimizer after {when}; replace_mask(model, mask, "
+            "optimizer) changes masks between two steps."
+        )
 
 
 def _same_objects(ours: list[Any], others: list[Any]) -> bool:
