@@ -202,11 +202,12 @@ def checkpointed(model: Any) -> Any:
 
 
 def peaks() -> dict[str, tuple[int, int]]:
-    models = {"plain": lora(base()), "checkpointed": checkpointed(lora(base())), "llama": tied_llama()}
-    return {
+    models: dict[str, Any] = {"plain": lora(base()), "checkpointed": checkpointed(lora(base())), "llama": tied_llama()}
+    found = {
         name: peak_of_frozen(engine_of(model, stage3_param_persistence_threshold=0).module, BATCHES.get(name))
         for name, model in models.items()
     }
+    return {**found, "no engine": peak_of_frozen(split(lora(base())), None)}
 
 
 def tied_llama() -> Any:
@@ -253,6 +254,47 @@ def built_split(model_of: Callable[[], Any], folder: Path) -> Any:
     return adapter
 
 
+def split(model: Any) -> Any:
+    """With its adapter."""
+    with deepspeed_on_the_cpu().zero.Init(module=model, config_dict_or_path=deepspeed_config(3)):
+        return model
+
+
+def left_by_an_engine() -> Any:
+    engine = engine_of(lora(base()))
+    loss = engine(**BATCH).loss
+    engine.backward(0 * loss)
+    engine.destroy()
+    return engine.module
+
+
+def traces(model: nn.Module) -> list[Any]:
+    """All that is in a model's modules, and in which state its tensors are."""
+    hooks = ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return [
+        (
+            sorted(vars(module)),
+            type(module._parameters),
+            [len(vars(module)[name]) for name in hooks],
+            [(name, id(each), each.shape) for name, each in module._parameters.items() if each is not None],
+        )
+        for module in model.modules()
+    ]
+
+
+def scored_untouched(model: Any) -> dict[str, Tensor]:
+    """Also where that is cut short, and for the engine that takes the model next."""
+    before, has_had_an_engine = traces(model), "pre_bwd_fn" in vars(model)
+    scores = scored(model)
+    assert has_had_an_engine or traces(model) == before
+    before = traces(model)
+    with broken(model), pytest.raises(ArithmeticError):
+        scored(model)
+    assert traces(model) == before
+    assert_scores_close(scored(engine_of(model)), scores, tolerance=1e-4)
+    return scores
+
+
 BATCHES: dict[str, Any] = {"llama": rebatch(TEXTS, 2)}
 REACHING: dict[str, Any] = {"loss_fn": cross_entropy}
 
@@ -269,6 +311,10 @@ def variants(folder: Path) -> dict[str, Any]:
         "part": scored(within.module.base_model.model),
         "built split": scored(engine_of(built_split(base, folder), trains=False)),
         "everywhere": scored(engine_of(lora(base()), stage3_param_persistence_threshold=10**6)),
+        "no engine": scored_untouched(built_split(base, folder)),
+        "all split, no engine": scored_untouched(split(lora(base()))),
+        "no more engine": scored_untouched(left_by_an_engine()),
+        "reaching, no engine": scored(split(Reaching()), reaching_batches(), **REACHING),
     }
 
 
@@ -277,7 +323,11 @@ ALONE: dict[str, Callable[[], dict[str, Tensor]]] = {
     "reaching": lambda: scored(Reaching(), reaching_batches(), **REACHING),
     "part": lambda: scored(lora(base()).base_model.model),
     "built split": lambda: scored(lora(base(), lora_dropout=0.0)),
-    **dict.fromkeys(("leaf", "offloaded", "everywhere"), lambda: scored(lora(base()))),
+    "no engine": lambda: scored(lora(base(), lora_dropout=0.0)),
+    "reaching, no engine": lambda: scored(Reaching(), reaching_batches(), **REACHING),
+    **dict.fromkeys(
+        ("leaf", "offloaded", "everywhere", "all split, no engine", "no more engine"), lambda: scored(lora(base()))
+    ),
 }
 
 
@@ -312,7 +362,6 @@ def refusals(rank: int, folder: Path) -> dict[str, str]:
     gone = engine_of(adapted())
     gone.optimizer.parameter_offload._remove_module_hooks()
     return {
-        "no engine": told(built_split(base, folder)),
         "accumulating": told(accumulating),
         "twice": told(again.module),
         "quantized": told(quantized),
@@ -380,9 +429,8 @@ def test_a_mask_of_such_scores_is_trained_as_in_one_process(results: list[dict[s
 def test_what_cannot_be_scored_is_named(results: list[dict[str, Any]]) -> None:
     for result in results:
         told = result["refusals"]
-        assert "no engine gathers it" in told["no engine"]
-        assert "deepspeed.initialize" in told["no engine"]
-        assert "no engine gathers it" in told["gone"]
+        assert "the engine has no hooks that gather it" in told["gone"]
+        assert "deepspeed.initialize" in told["gone"]
         for name in ("accumulating", "twice"):
             assert "Score before or after the accumulation of a step" in told[name]
         assert "zero_quantized_weights" in told["quantized"]

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from fish_tuning.errors import FisherError
 from fish_tuning.model_walks import every_parameter
+from fish_tuning.scores.zero3_hooks import hooked
 from fish_tuning.sparse.sharding import ZERO3
-from fish_tuning.sparse.zero import behind, deepspeed_hooks, gather, is_split, is_together, whole_copy
+from fish_tuning.sparse.zero import behind, deepspeed_hooks, gather, is_split, is_together, left_by_engines, whole_copy
 
 _OFTEN = 2**40  # above 0 however often it is counted down
 _UNTRIED = {  # of the object behind the hooks, and how DeepSpeed's configuration calls it
@@ -43,12 +44,15 @@ class Zero3:
     @contextmanager
     def only_frozen(self, model: nn.Module, trained: Sequence[nn.Parameter]) -> Iterator[list[Tensor]]:
         """Whole copies of what trains."""
-        engines = _engines(model)
-        _check_no_gradients(trained)
-        for engine in engines:
-            engine.get_param_coordinator()._clean_inflight_param_registry()  # what it has fetched ahead
-        gatherer = Gatherer(chain.from_iterable(engine.module.parameters() for engine in engines), trained)
         with ExitStack() as stack:
+            if left_by_engines(model):
+                stack.enter_context(hooked(model))
+            else:
+                _check_no_gradients(trained)
+            engines = _engines(model)
+            for engine in engines:
+                engine.get_param_coordinator()._clean_inflight_param_registry()  # what it has fetched ahead
+            gatherer = Gatherer(chain.from_iterable(engine.module.parameters() for engine in engines), trained)
             stack.callback(gatherer.release_all)
             for engine in engines:
                 _keep_traces(engine.module, stack)
@@ -168,9 +172,9 @@ def _engines(model: nn.Module) -> list[Any]:
         for name, parameter in module._parameters.items():
             if parameter is not None and is_split(parameter) and module not in gathered:
                 raise FisherError(
-                    f"{f'{prefix}.{name}'.lstrip('.')!r} is split by {ZERO3}, and no engine gathers it for a forward "
-                    "pass (zero.Init or a Trainer's arguments split it, or DeepCompile took the hooks away). Score the "
-                    "engine that deepspeed.initialize(model=model, config=...) gives, or a model that is whole."
+                    f"{f'{prefix}.{name}'.lstrip('.')!r} is split by {ZERO3}, and the engine has no hooks that gather "
+                    "it for a forward pass (DeepCompile takes them away). Score the engine that "
+                    "deepspeed.initialize(model=model, config=...) gives, or the model before it."
                 )
     for engine in found.values():
         _check_settings(engine)

@@ -98,10 +98,10 @@ def take_back(model: nn.Module, names: Collection[str]) -> None:
                 module._parameters[local] = nn.Parameter(dense, requires_grad=parameter.requires_grad)
                 taken.add(id(parameter))
     for module in model.modules():
-        _forget(module, taken)
+        forget_engine(module, taken)
 
 
-def _forget(module: nn.Module, taken: Collection[int]) -> None:
+def forget_engine(module: nn.Module, taken: Collection[int] = ()) -> None:
     """What a destroyed engine leaves in a module, of which the next would take some for its own."""
     for hooks in (module._forward_pre_hooks, module._forward_hooks):
         for number, hook in list(hooks.items()):
