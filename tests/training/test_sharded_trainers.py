@@ -34,6 +34,8 @@ from fish_tuning import (
     MaskError,
     calculate_scores,
     create_mask_from_fisher,
+    fish_tune,
+    get_mask,
     last_checkpoint,
     load_mask,
 )
@@ -65,17 +67,21 @@ def settings(engine: str) -> dict[str, Any]:
     return {}
 
 
-def trainer_in(folder: Path, engine: str, model: PeftModel, processes: int = 2, **others: Any) -> Trainer:
+def arguments_in(folder: Path, engine: str, processes: int = 2, **others: Any) -> TrainingArguments:
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
-    more = {name: others.pop(name) for name in ("reselect_every", "choose") if name in others}
     defaults: dict[str, Any] = {
         "output_dir": str(folder), "max_steps": STEPS, "save_strategy": "steps", "save_steps": 2, "weight_decay": 0.1,
         "per_device_train_batch_size": 8 // processes, "learning_rate": 0.02, "lr_scheduler_type": "constant",
         "max_grad_norm": 0.0, "report_to": [], "logging_strategy": "no", "disable_tqdm": True, "use_cpu": True,
         "ddp_backend": "gloo" if processes > 1 else None,
     }  # fmt: skip
-    args = TrainingArguments(**(defaults | settings(engine) | others))
+    return TrainingArguments(**(defaults | settings(engine) | others))
+
+
+def trainer_in(folder: Path, engine: str, model: PeftModel, processes: int = 2, **others: Any) -> Trainer:
+    more = {name: others.pop(name) for name in ("reselect_every", "choose") if name in others}
+    args = arguments_in(folder, engine, processes, **others)
     if engine == "ZeRO-3":  # by the callback alone, as SFTTrainer has it
         return Trainer(
             model=model, args=args, train_dataset=DATA, eval_dataset=DATA, callbacks=[FishMaskCallback(mask_of(model))]
@@ -169,6 +175,33 @@ def test_what_an_engine_cannot_do_is_refused_before_it_trains(results: tuple[Pat
             assert len(told["refusals"]) == len(REFUSED[engine])
             for text, part in zip(told["refusals"], REFUSED[engine], strict=True):
                 assert part in text
+
+
+# A base model that is never whole in a process
+
+
+def never_whole(rank: int, folder: Path) -> bool:
+    """The arguments come before the model, so ZeRO-3 splits it while it is loaded."""
+    deepspeed_on_the_cpu()
+    args = arguments_in(folder / "out", "ZeRO-3")
+    loaded = type(base()).from_pretrained(folder / "base")
+    never = all(parameter.numel() == 0 for parameter in loaded.parameters())
+    trainer = Trainer(lora(loaded, lora_dropout=0.0), args, train_dataset=DATA)
+    fish_tune(trainer, keep_ratio=0.1).save_model(str(folder / "adapter"))
+    return never
+
+
+@pytest.mark.slow
+def test_one_call_scores_masks_and_trains_what_no_process_holds(tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed", reason=NEEDS_DEEPSPEED)
+    base().save_pretrained(tmp_path / "base")
+    assert in_two_processes(never_whole, tmp_path) == [True, True]
+    alone = Trainer(model_of(), arguments_in(tmp_path, "none", 1, save_strategy="no"), train_dataset=DATA)
+    mask = get_mask(fish_tune(alone, keep_ratio=0.1).model)
+    assert_same_tensors(load_mask(tmp_path / "adapter"), mask)
+    stock = tensors(PeftModel.from_pretrained(base(), tmp_path / "adapter"))
+    torch.testing.assert_close(stock, tensors(alone.model), rtol=0, atol=1e-6)
+    assert_only_selected_moved(tensors(model_of()), stock, mask)
 
 
 # FSDP1, which trains, and saves nothing
