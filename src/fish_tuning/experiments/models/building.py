@@ -32,7 +32,7 @@ from fish_tuning.experiments.data.tasks import Task
 from fish_tuning.experiments.models.base_weights import BaseWeights, train_base_weights
 from fish_tuning.experiments.models.head_alone import freeze_all_but_head, head_alone_config
 from fish_tuning.experiments.models.peft_methods import peft_config
-from fish_tuning.experiments.models.placement import check_loaded_place, check_modules, loading_place
+from fish_tuning.experiments.models.placement import check_loaded_place, check_modules, loading_place, made_whole
 from fish_tuning.experiments.models.quantized import kept_whole, loading_arguments, prepared, quantization_of
 from fish_tuning.experiments.models.targets import head_names, linear_names
 from fish_tuning.experiments.models.weights import WEIGHTS_FILES
@@ -103,6 +103,7 @@ def load_config(config: ModelConfig, task: Task, pad_token_id: int | None, loade
     return loaded
 
 
+@made_whole()
 def build_model(
     config: ExperimentConfig,
     model_config: Any,
@@ -119,6 +120,7 @@ def build_model(
     return put_adapter(config, base, peft_config_of(config, section, base, variant), section)
 
 
+@made_whole()
 def build_base_model(
     config: ExperimentConfig, model_config: Any, task: Task, *, seed: int, device: torch.device | None = None
 ) -> Any:
@@ -148,6 +150,7 @@ def build_base_model(
     return prepared(base)
 
 
+@made_whole()
 def model_to_look_at(config: ExperimentConfig, model_config: Any, task: Task) -> Any:
     """The model with the task's head, without weights and without an adapter."""
     return _without_weights(config, model_config, task)
@@ -179,6 +182,7 @@ def put_adapter(config: ExperimentConfig, base: Any, adapter: Any, section: Peft
     return model
 
 
+@made_whole()
 def build_meta_model(
     config: ExperimentConfig, model_config: Any, task: Task, section: PeftMethodConfig, variant: Variant
 ) -> Any:

@@ -1,17 +1,37 @@
-"""Where a model's parts are loaded to: `model.device_map` and `model.max_memory`."""
+"""Where a model's parts are loaded to: `model.device_map` and `model.max_memory`; and that processes load all of it."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.integrations import deepspeed
 
 from fish_tuning.errors import ConfigurationError, did_you_mean
 from fish_tuning.experiments.config.loaded_weights import DEVICE_MAPS
 from fish_tuning.experiments.config.sections import ModelConfig
 
 AWAY = ("cpu", "disk")  # where parts lie that do not fit on a GPU
+
+
+@contextmanager
+def made_whole() -> Iterator[None]:
+    """Each process has the whole of a model that is made, though the training arguments name DeepSpeed ZeRO-3.
+
+    transformers would split it at once; it is looked at, scored and masked first. The engine splits it.
+    """
+    if not deepspeed.is_deepspeed_zero3_enabled():
+        yield
+        return
+    kept = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = kept
 
 
 def loading_place(model: ModelConfig, device: torch.device | None, *, quantized: bool) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from fish_tuning.experiments.records.run_keys import RunKeys, plain_settings, ru
 from fish_tuning.experiments.records.run_record import ArmPlan
 from fish_tuning.experiments.run.arguments import as_one_model, early_stopping_arguments, training_arguments
 from fish_tuning.experiments.run.calibration_examples import calibration_loader
+from fish_tuning.experiments.run.deepspeed import check_deepspeed
 from fish_tuning.experiments.run.fsdp import check_fsdp, is_on, load_whole_weights
 from fish_tuning.experiments.run.launch import Launch, this_launch
 from fish_tuning.experiments.run.loggers import NO_REPORTS, logged_name
@@ -115,7 +116,9 @@ class Context:
                 "training.args_override.use_cpu=true."
             )
         for arm in self.plan.arms:
-            check_fsdp(self.arguments(arm, self.config.seeds[0]), self.config)
+            asked = self.arguments(arm, self.config.seeds[0])
+            check_fsdp(asked, self.config)
+            check_deepspeed(asked, self.config)
         load_whole_weights()
 
     def calibration_loader(self, arm: ArmPlan, seed: int, batch_size: int) -> DataLoader[Any]:
@@ -127,12 +130,14 @@ class Context:
 
 
 def _of_accelerate(arguments: TrainingArguments) -> dict[str, Any]:
-    """What `accelerate launch` decides by environment variables, where the arguments do not say it."""
+    """What `accelerate launch` and DeepSpeed's settings decide, where the arguments themselves do not say it."""
     own = "bf16" if arguments.bf16 else "fp16" if arguments.fp16 else "no"
-    said = {"fsdp": arguments.fsdp, "deepspeed": arguments.deepspeed}
-    engines = [name for name, own in said.items() if not own and is_on(f"ACCELERATE_USE_{name.upper()}")]
+    decided: dict[str, Any] = {"fsdp": True} if not arguments.fsdp and is_on("ACCELERATE_USE_FSDP") else {}
+    plugin: Any = getattr(arguments, "deepspeed_plugin", None)
+    if plugin is not None:  # what a file of settings says, which may clip, or choose an optimizer; not where it lies
+        decided["deepspeed"] = plain_settings(plugin.deepspeed_config)
     precision = getattr(arguments, "mixed_precision", own)
-    return {**({"mixed_precision": precision} if precision != own else {}), **dict.fromkeys(engines, True)}
+    return {**({"mixed_precision": precision} if precision != own else {}), **decided}
 
 
 def make_context(config: ExperimentConfig, plan: Plan, progress: TrainerCallback) -> Context:
