@@ -74,16 +74,18 @@ class Totals:
         alike = []
         for name, gradient in gradients.items():
             total = self.squares[name]
-            if gradient.is_sparse or gradient.dtype != total.dtype or gradient.device != total.device:
-                self.add_plain(name, gradient)
-            else:
+            at_once = not gradient.is_sparse and gradient.is_contiguous()
+            if at_once and gradient.dtype == total.dtype and gradient.device == total.device:
                 alike.append(name)
+            else:
+                self.add_plain(name, gradient)
         if not alike:
             return
         parts = [gradients[name] for name in alike]
         if self.gradients is not None:
             torch._foreach_add_([self.gradients[name] for name in alike], parts)
-        torch._foreach_add_([self.squares[name] for name in alike], torch._foreach_mul(parts, parts))
+        torch._foreach_mul_(parts, parts)
+        torch._foreach_add_([self.squares[name] for name in alike], parts)
 
     def means(self, examples: int) -> tuple[Scores, Scores]:
         """Of the gradients (empty where there are none) and of their squares, in the place of the sums."""

@@ -28,7 +28,7 @@ def is_wrapper(module: nn.Module) -> bool:
 def fsdp1_parameters(model: nn.Module) -> dict[int, tuple[Any, torch.Size]]:
     """The wrapper and the whole shape of each tensor that is flattened (`use_orig_params`), by the tensor's id.
 
-    None where wrappers outside of this model count on what is inside.
+    Nothing where wrappers outside of this model count on what is inside.
     """
     found: dict[int, tuple[Any, torch.Size]] = {}
     wrappers = wrappers_of(model)

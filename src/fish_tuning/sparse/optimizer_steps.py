@@ -41,7 +41,8 @@ def note_replaced(parameter: Tensor, by: Any) -> None:
 
     An optimizer that has the one and not the other trains nothing of it.
     """
-    _replaced.pop(by, None) if isinstance(by, Tensor) else None
+    if isinstance(by, Tensor):
+        _replaced.pop(by, None)
     _replaced[parameter] = weakref.ref(by)
 
 
