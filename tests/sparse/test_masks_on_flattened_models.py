@@ -10,9 +10,20 @@ import pytest
 import torch
 import torch.distributed as dist
 from engines import adamw, entries_of_state
+from late_masks import (
+    BATCH,
+    QUERY,
+    adapted,
+    assert_masked_trained_and_saved,
+    assert_refused,
+    mask_of,
+    passed,
+    refusals,
+    refused,
+    without_a_factor,
+)
 from processes import in_two_processes, refusal
-from tiny import assert_only_selected_moved, assert_same_tensors, bert, classification_batch, lora, random_mask, rebatch
-from tiny import tensors as tensors_of
+from tiny import assert_same_tensors, bert, rebatch
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, ShardingStrategy
@@ -24,19 +35,12 @@ from fish_tuning import (
     calculate_fisher_information,
     create_mask_from_fisher,
     get_mask,
-    load_mask,
     synchronize_mask,
 )
 
 pytestmark = pytest.mark.slow
 
-BATCH = classification_batch((5, 9, 3, 7, 9, 4, 8, 6))
-QUERY = "base_model.model.bert.encoder.layer.0.attention.self.query"
 BF16 = MixedPrecision(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-
-
-def adapted(seed: int = 0) -> Any:
-    return lora(bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0), seed=seed, lora_dropout=0.0)
 
 
 def base_weights() -> Any:
@@ -47,22 +51,6 @@ def checkpointed() -> Any:
     model = adapted()
     apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, BertLayer))
     return model
-
-
-def mask_of(model: nn.Module) -> dict[str, Tensor]:
-    """With a tensor that keeps nothing, and the head dense."""
-    named = {name.replace("_checkpoint_wrapped_module.", ""): p for name, p in model.named_parameters()}
-    mask = random_mask(model, 0.3, dense=["classifier"])
-    mask = {name.replace("_checkpoint_wrapped_module.", ""): selected for name, selected in mask.items()}
-    assert mask.keys() <= named.keys()
-    first = next(name for name in mask if "classifier" not in name)
-    mask[first] = torch.zeros_like(mask[first])
-    return mask
-
-
-def without_a_factor(model: nn.Module) -> dict[str, Tensor]:
-    """With a wrapper that keeps nothing."""
-    return mask_of(model) | {name: torch.zeros_like(m) for name, m in mask_of(model).items() if QUERY in name}
 
 
 def fsdp1(model: Any, **options: Any) -> Any:
@@ -85,13 +73,6 @@ def in_a_part(model: Any) -> Any:
     layers = model.base_model.model.bert.encoder.layer
     for number, layer in enumerate(layers):
         layers[number] = fsdp1(layer, auto_wrap_policy=None)
-    return model
-
-
-def passed(model: Any) -> Any:
-    """A pass, after which FSDP1 has noted which wrapper is whose."""
-    with torch.no_grad():
-        model(**BATCH)
     return model
 
 
@@ -174,43 +155,23 @@ def scored_then_masked(folder: Path) -> dict[str, Any]:
     return found
 
 
-def with_an_early_optimizer() -> str:
-    model = fsdp1(adapted())
-    optimizer = adamw(model)
-    apply_mask(model, mask_of(adapted()))
-    model(**BATCH).loss.backward()
-    return refusal(optimizer.step)
+def accumulating(model: Any) -> Any:
+    with model.no_sync():
+        model(**BATCH).loss.backward()
+    return model
 
 
-def refusals(rank: int) -> dict[str, str]:
-    def after(mask: Any, prepare: Callable[[Any], Any] = lambda model: model, **options: Any) -> str:
-        model = prepare(fsdp1(adapted(), **options))
-        return refusal(lambda: apply_mask(model, mask))
-
-    def accumulating(model: Any) -> Any:
-        with model.no_sync():
-            model(**BATCH).loss.backward()
-        return model
-
-    mask = mask_of(adapted())
-    other = mask | {f"{QUERY}.lora_B.default.weight": torch.rand(16, 4) < 0.5 + 0.3 * rank}
-    unknown = {"nothing": torch.ones(2, dtype=torch.bool)}
-    twice, within = fsdp1(adapted()), fsdp1(adapted())
-    apply_mask(twice, mask)
+def refusals_of_its_own() -> dict[str, str]:
+    mask, within = mask_of(adapted()), fsdp1(adapted())
     with FullyShardedDataParallel.summon_full_params(within):
         told_within = refusal(lambda: apply_mask(within, mask))
     uniform = FullyShardedDataParallel(base_weights(), device_id=torch.device("cpu"))
     part = passed(fsdp1(adapted())).base_model.model.bert.encoder
     inner = {name.split("encoder.")[-1]: selected for name, selected in mask.items() if "encoder" in name}
     return {
-        "different": after(other),
-        "one process": after(unknown if rank == 1 else mask),
-        "accumulating": after(mask, accumulating),
-        "early optimizer": with_an_early_optimizer(),
-        "twice": refusal(lambda: apply_mask(twice, mask)),
         "within": told_within,
         "without names": refusal(lambda: apply_mask(uniform, mask_of(base_weights()))),
-        "inside": after(mask, lambda model: model.module),
+        "inside": refused(fsdp1, mask, lambda model: model.module),
         "a part": refusal(lambda: apply_mask(part, inner)),
     }
 
@@ -218,7 +179,11 @@ def refusals(rank: int) -> dict[str, str]:
 def worker(rank: int, folder: Path) -> dict[str, Any]:
     torch.manual_seed(0)
     found: dict[str, Any] = {name: before_and_after(name) for name in CASES}
-    return {**found, "scored": scored_then_masked(folder), "told": refusals(rank)}
+    return {
+        **found,
+        "scored": scored_then_masked(folder),
+        "told": refusals(fsdp1, accumulating, rank) | refusals_of_its_own(),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -244,22 +209,12 @@ def test_it_trains_to_the_same_bits_as_a_mask_that_came_before(name: str, result
 
 
 def test_what_was_scored_flattened_is_masked_trained_and_saved(results: list[dict[str, Any]], folder: Path) -> None:
-    one, other = (result["scored"] for result in results)
-    kept = sum(int(selected.sum()) for selected in one["mask"].values())
-    assert one["held"] + other["held"] == kept
-    assert one["entries"] + other["entries"] == 2 * kept
-    assert_only_selected_moved(tensors_of(adapted()), one["state"], one["mask"])
-    assert_same_tensors(load_mask(folder / "adapter"), one["mask"])
+    assert_masked_trained_and_saved(*(result["scored"] for result in results), folder=folder / "adapter")
 
 
 def test_refusals_reach_all_processes(results: list[dict[str, Any]]) -> None:
     for rank, told in enumerate(result["told"] for result in results):
-        assert "different masks" in told["different"]
-        assert ("Process 1 of 2 cannot apply the mask" in told["one process"]) == (rank == 0)
-        assert "names 'nothing'" in told["one process"]
-        assert "Apply the mask before or after the accumulation" in told["accumulating"]
-        assert "has a mask already" in told["twice"]
-        assert "AdamW was made before apply_mask" in told["early optimizer"]
+        assert_refused(told, rank)
         assert "Apply the mask outside" in told["within"]
         assert "use_orig_params=True" in told["without names"]
         assert "outermost wrapper" in told["inside"]

@@ -10,8 +10,19 @@ import pytest
 import torch
 import torch.distributed as dist
 from engines import adamw, entries_of_state
-from processes import in_two_processes, refusal
-from tiny import assert_only_selected_moved, bert, classification_batch, lora, random_mask, rebatch, tensors
+from late_masks import (
+    BATCH,
+    QUERY,
+    adapted,
+    assert_masked_trained_and_saved,
+    assert_refused,
+    mask_of,
+    passed,
+    refusals,
+    without_a_factor,
+)
+from processes import in_two_processes
+from tiny import bert, rebatch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -20,40 +31,18 @@ from transformers.models.bert.modeling_bert import BertLayer
 from fish_tuning import (
     apply_mask,
     calculate_fisher_information,
-    count_trainable_parameters,
     create_mask_from_fisher,
     get_mask,
-    load_mask,
 )
 from fish_tuning.sparse.fsdp2 import groups_of
 
 pytestmark = pytest.mark.slow
-
-BATCH = classification_batch((5, 9, 3, 7, 9, 4, 8, 6))
-LAYER = "base_model.model.bert.encoder.layer.0.attention.self.query"
-
-
-def adapted() -> Any:
-    return lora(bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0), lora_dropout=0.0)
 
 
 def base_weights() -> Any:
     model = bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     model.bert.embeddings.position_embeddings.requires_grad_(False)
     return model
-
-
-def mask_of(model: nn.Module) -> dict[str, Tensor]:
-    """With a tensor that keeps nothing, and the head dense."""
-    mask = random_mask(model, 0.3, dense=["classifier"])
-    first = next(name for name in mask if "classifier" not in name)
-    mask[first] = torch.zeros_like(mask[first])
-    return mask
-
-
-def without_a_factor(model: nn.Module) -> dict[str, Tensor]:
-    """With a group of FSDP that keeps nothing."""
-    return mask_of(model) | {name: torch.zeros_like(m) for name, m in mask_of(model).items() if LAYER in name}
 
 
 def sharded(model: Any, policy: Any = None, also: str | None = None, reshard_after_forward: bool = True) -> Any:
@@ -65,13 +54,6 @@ def sharded(model: Any, policy: Any = None, also: str | None = None, reshard_aft
         if isinstance(module, BertLayer):
             fully_shard(module, **options)
     return fully_shard(model, **options)
-
-
-def passed(model: Any) -> Any:
-    """After a pass, FSDP leaves the root's parameters gathered."""
-    with torch.no_grad():
-        model(**BATCH)
-    return model
 
 
 def trained(model: Any) -> dict[str, Any]:
@@ -91,7 +73,7 @@ CASES: dict[str, tuple[Callable[[], Any], Callable[[nn.Module], dict[str, Tensor
     "base weights": (base_weights, mask_of, sharded),
     "bf16": (adapted, mask_of, lambda model: sharded(model, BF16)),
     "kept gathered": (adapted, mask_of, lambda model: sharded(model, reshard_after_forward=False)),
-    "an empty group": (adapted, without_a_factor, lambda model: sharded(model, also=LAYER)),
+    "an empty group": (adapted, without_a_factor, lambda model: sharded(model, also=QUERY)),
 }
 
 
@@ -126,43 +108,16 @@ def scored_then_masked(folder: Path) -> dict[str, Any]:
     return found
 
 
-def with_an_early_optimizer() -> str:
-    model = sharded(adapted())
-    optimizer = adamw(model)
-    apply_mask(model, mask_of(adapted()))
+def accumulating(model: Any) -> Any:
+    model.set_requires_gradient_sync(False)
     model(**BATCH).loss.backward()
-    return refusal(optimizer.step)
-
-
-def refusals(rank: int) -> dict[str, str]:
-    def after(mask: Any, prepare: Callable[[Any], Any] = lambda model: model) -> str:
-        model = prepare(sharded(adapted()))
-        return refusal(lambda: apply_mask(model, mask))
-
-    def accumulating(model: Any) -> Any:
-        model.set_requires_gradient_sync(False)
-        model(**BATCH).loss.backward()
-        return model
-
-    mask = mask_of(adapted())
-    other = mask | {f"{LAYER}.lora_B.default.weight": torch.rand(16, 4) < 0.5 + 0.3 * rank}
-    unknown = {"nothing": torch.ones(2, dtype=torch.bool)}
-    twice = sharded(adapted())
-    apply_mask(twice, mask)
-    return {
-        "different": after(other),
-        "one process": after(unknown if rank == 1 else mask),
-        "shape": after({f"{LAYER}.lora_B.default.weight": torch.zeros(3, dtype=torch.bool)}),
-        "accumulating": after(mask, accumulating),
-        "early optimizer": with_an_early_optimizer(),
-        "twice": refusal(lambda: apply_mask(twice, mask)),
-    }
+    return model
 
 
 def worker(rank: int, folder: Path) -> dict[str, Any]:
     torch.manual_seed(0)
     found: dict[str, Any] = {name: before_and_after(name) for name in CASES}
-    return {**found, "scored": scored_then_masked(folder), "told": refusals(rank)}
+    return {**found, "scored": scored_then_masked(folder), "told": refusals(sharded, accumulating, rank)}
 
 
 @pytest.fixture(scope="module")
@@ -188,24 +143,9 @@ def test_it_trains_to_the_same_bits_as_a_mask_that_came_before(name: str, result
 
 
 def test_what_was_scored_sharded_is_masked_trained_and_saved(results: list[dict[str, Any]], folder: Path) -> None:
-    one, other = (result["scored"] for result in results)
-    kept = sum(int(selected.sum()) for selected in one["mask"].values())
-    assert one["held"] + other["held"] == kept
-    assert one["entries"] + other["entries"] == 2 * kept
-    start = adapted()
-    assert_only_selected_moved(tensors(start), one["state"], one["mask"])
-    stored = load_mask(folder / "adapter")
-    assert all(torch.equal(stored[name], selected) for name, selected in one["mask"].items())
-    apply_mask(start, stored)
-    assert count_trainable_parameters(start) == kept
+    assert_masked_trained_and_saved(*(result["scored"] for result in results), folder=folder / "adapter")
 
 
 def test_refusals_reach_all_processes(results: list[dict[str, Any]]) -> None:
     for rank, told in enumerate(result["told"] for result in results):
-        assert "different masks" in told["different"]
-        assert ("Process 1 of 2 cannot apply the mask" in told["one process"]) == (rank == 0)
-        assert "names 'nothing'" in told["one process"]
-        assert "of shape (3,)" in told["shape"]
-        assert "Apply the mask before or after the accumulation" in told["accumulating"]
-        assert "has a mask already" in told["twice"]
-        assert "AdamW was made before apply_mask" in told["early optimizer"]
+        assert_refused(told, rank)
