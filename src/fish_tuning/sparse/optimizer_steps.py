@@ -31,6 +31,9 @@ class _Trained(NamedTuple):
     values: list[Any]
     groups: list[weakref.ref[MaskedGroup]]
 
+    def living_groups(self) -> list[MaskedGroup]:
+        return [group for reference in self.groups if (group := reference()) is not None]
+
 
 # To look at each of hundreds of parameters costs more than to see that they are those of the step before.
 _trained: weakref.WeakKeyDictionary[Optimizer, _Trained] = weakref.WeakKeyDictionary()
@@ -57,17 +60,18 @@ def look_again() -> None:
     _trained.clear()
 
 
-def _values_of(optimizer: Optimizer) -> tuple[list[Any], list[MaskedGroup]]:
-    """The masked values that an optimizer trains, and their groups."""
-    parameters = [parameter for held in optimizer.param_groups for parameter in held["params"]]
+def _values_of(optimizer: Optimizer, in_step: bool = False) -> tuple[list[Any], list[MaskedGroup]]:
+    """The masked values that an optimizer trains, and their groups; `in_step`, those that it had as the step began."""
     known = _trained.get(optimizer)
+    if known is not None and in_step:
+        return known.values, known.living_groups()
+    parameters = [parameter for held in optimizer.param_groups for parameter in held["params"]]
     if known is None or not _same_objects(known.parameters, parameters):
         _check_holds_what_trains(optimizer, parameters)
         values = [each for each in parameters if getattr(each, "masked_group", None) is not None]
         groups = dict.fromkeys(each.masked_group for each in values)
         known = _trained[optimizer] = _Trained(parameters, values, list(groups))
-    there = [group for reference in known.groups if (group := reference()) is not None]
-    return known.values, there
+    return known.values, known.living_groups()
 
 
 def _check_holds_what_trains(optimizer: Optimizer, parameters: list[Any]) -> None:
@@ -113,7 +117,7 @@ def _before_step(optimizer: Optimizer, *_: Any) -> None:
 
 def _after_step(optimizer: Optimizer, *_: Any) -> None:
     """After every step of every optimizer of the process."""
-    values, groups = _values_of(optimizer)
+    values, groups = _values_of(optimizer, in_step=True)
     watch_again(values)
     for group in groups:
         group.write()  # now, because compiled models do not look whether they are out of date
