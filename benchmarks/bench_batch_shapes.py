@@ -1,9 +1,10 @@
 """What exact scores cost by the shape of the batches, against a plain training pass, the check of the rules included.
 
     python benchmarks/bench_batch_shapes.py [--shape llama-1b] [--device cuda] [--dtype bfloat16] [--rounds 5]
+    python benchmarks/bench_batch_shapes.py --trained all [--rows-and-tokens 16x64 4x64] [--batches 4]
 
-LoRA r=16 on query/key/value of a model of that shape, three batches (--batches). The ways take turns; a ratio is the
-median over rounds of the ratio within the round. Limit: 1.05.
+LoRA r=16 on query/key/value of a model of that shape, or all of its weights, three batches (--batches), no warm-up. The
+ways take turns; a ratio is the median over rounds of the ratio within the round. Limit: 1.05.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from common import (
     RANK,
     SHAPES,
     add_place,
+    base_model,
     batches,
     median,
     place_of,
@@ -31,7 +33,7 @@ from common import (
 
 from fish_tuning import calculate_fisher_information
 
-BATCHES = [(1, 64), (32, 64), (8, 256), (2, 1024)]
+BATCHES = ["1x64", "32x64", "8x256", "2x1024"]
 LIMIT = 1.05
 
 
@@ -40,18 +42,24 @@ def main() -> int:
     add_place(parser)
     parser.add_argument("--shape", choices=SHAPES, default="bert-base")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--trained", choices=["lora", "all"], default="lora")
     parser.add_argument("--batches", type=int, default=3)
+    parser.add_argument("--rows-and-tokens", nargs="+", default=BATCHES, metavar="ROWSxTOKENS")
     args = parser.parse_args()
     place = place_of(args)
-    print(f"{args.shape} shape, LoRA r={RANK} on query/key/value, {args.batches} batches; {place.describe()}\n")
+    trained = "all weights" if args.trained == "all" else f"LoRA r={RANK} on query/key/value"
+    print(f"{args.shape} shape, {trained}, {args.batches} batches; {place.describe()}\n")
     longest = {} if args.shape in LLAMA else {"max_position_embeddings": 1024}
-    model = with_lora(args.shape, place, **longest)
+    make = base_model if args.trained == "all" else with_lora
+    model = make(args.shape, place, **longest)
     rows, kept = [], []
-    for size, tokens in BATCHES:
+    for size, tokens in (map(int, shape.split("x")) for shape in args.rows_and_tokens):
         data = batches(size, place, args.shape, size * args.batches, tokens)
         ways: dict[str, Callable[[], object]] = {
             "plain": lambda data=data: plain_pass(model, data),  # type: ignore[misc]
-            "scores": lambda data=data: calculate_fisher_information(model, data, progress=False),  # type: ignore[misc]
+            "scores": lambda data=data: calculate_fisher_information(  # type: ignore[misc]
+                model, data, warmup_steps=0, progress=False
+            ),
         }
         seconds = turns(ways, place, args.rounds, clock=time.process_time)
         spread = ratios(seconds["scores"], seconds["plain"])

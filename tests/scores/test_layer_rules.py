@@ -44,12 +44,15 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
 }
 
 
+@pytest.mark.parametrize("large", [2**17, 0], ids=["many-at-once", "one-by-one"])
 @pytest.mark.parametrize("chunk", [2**24, 20])
 @pytest.mark.parametrize("case", LAYERS)
 def test_rule_gives_the_sums_of_gradients_and_of_their_squares(
-    case: str, chunk: int, monkeypatch: pytest.MonkeyPatch
+    case: str, chunk: int, large: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(example_gradients, "CHUNK_ENTRIES", chunk)
+    monkeypatch.setattr(example_gradients, "_LARGE", large)
+    monkeypatch.setattr(example_gradients, "_LARGE_ON_GPU", large)
     make, x = LAYERS[case]
     layer = make()
     for parameter in layer.parameters():

@@ -137,10 +137,13 @@ def test_who_multiplies_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not multiplies_bf16(torch.device("cpu"))
 
 
+@pytest.mark.parametrize("large", [2**17, 0], ids=["many-at-once", "one-by-one"])
 @pytest.mark.parametrize("entries", [2**22, 40])
-def test_squares_of_products_in_bf16(entries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_squares_of_products_in_bf16(entries: int, large: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """As autograd has them: each gradient rounded once, the squares added up in fp32."""
     monkeypatch.setattr("fish_tuning.scores.example_gradients.CHUNK_ENTRIES", entries)
+    monkeypatch.setattr("fish_tuning.scores.example_gradients._LARGE", large)
+    monkeypatch.setattr("fish_tuning.scores.example_gradients._LARGE_ON_GPU", large)
     g, x = torch.randn(5, 7, 6).bfloat16().float(), torch.randn(5, 7, 8).bfloat16().float()
     each = torch.einsum("npo,npi->noi", g, x)
     rounded = each.bfloat16().float().square().sum(0)

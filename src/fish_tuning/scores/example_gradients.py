@@ -5,6 +5,7 @@ They rarely lie in memory whole: one layer's would be the batch size times the l
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -14,6 +15,9 @@ from torch import Tensor
 
 # Entries of per-example gradients held at a time (fp32: 16 MiB), however many examples a batch has.
 CHUNK_ENTRIES = 2**22
+# Tensors of more entries have one example after another multiplied and added while it is in a cache, which costs less
+# than to write many to memory and read them again. On a GPU, which does many in one operation, those of which few fit.
+_LARGE, _LARGE_ON_GPU = 2**17, 2**21
 
 
 class ExampleGradients(Protocol):
@@ -60,13 +64,29 @@ class OuterProducts:
             g, x = g.to(self.dtype), x.to(self.dtype)
         if g.shape[1] == 1:  # one position: the square of an outer product is the outer product of the squares
             return self.g[:, 0].square().T @ self.x[:, 0].square()
-        if g.shape[0] * g.shape[2] * x.shape[2] <= CHUNK_ENTRIES:
-            return torch.bmm(g.transpose(1, 2), x).float().square_().sum(0)
-        total = self.g.new_zeros(g.shape[2], x.shape[2])
+        if g.shape[2] * x.shape[2] > (_LARGE if g.device.type == "cpu" else _LARGE_ON_GPU):
+            return self._one_by_one(g, x)
+        parts = [
+            torch.bmm(g_part.transpose(1, 2), x_part).float().square_().sum(0)
+            for g_part, x_part in _chunks(g, x, entries=g.shape[2] * x.shape[2])
+        ]
+        return functools.reduce(Tensor.add_, parts)
+
+    def _one_by_one(self, g: Tensor, x: Tensor) -> Tensor:
+        total = self.g.new_empty(g.shape[2], x.shape[2])
         height = max(1, CHUNK_ENTRIES // x.shape[2])
-        for rows, g_rows in zip(total.split(height), g.split(height, dim=2), strict=True):
-            for g_part, x_part in _chunks(g_rows, x, entries=rows.numel()):
-                rows += torch.bmm(g_part.transpose(1, 2), x_part).float().square_().sum(0)
+        product = g.new_empty(min(height, g.shape[2]), x.shape[2])
+        exact = product if product.dtype == total.dtype else torch.empty_like(product, dtype=total.dtype)
+        for rows, g_rows in zip(total.split(height), g.transpose(1, 2).split(height, dim=1), strict=True):
+            one, square = product[: len(rows)], exact[: len(rows)]
+            for number in range(len(x)):
+                torch.mm(g_rows[number], x[number], out=one)
+                if exact is not product:
+                    square.copy_(one)
+                if number:
+                    rows.addcmul_(square, square)
+                else:
+                    torch.mul(square, square, out=rows)
         return total
 
 

@@ -154,9 +154,7 @@ def _by_normalized_shape(module: nn.Module, x: Tensor, g: Tensor) -> tuple[Tenso
 
 @register_rule(nn.LayerNorm, positions=_by_normalized_shape)
 def _layer_norm(module: nn.Module, x: Tensor, g: Tensor) -> Gradients:
-    dims = tuple(range(-len(module.normalized_shape), 0))  # type: ignore[arg-type]
-    variance, mean = torch.var_mean(x, dim=dims, correction=0, keepdim=True)
-    normalized = (x - mean) * (variance + module.eps).rsqrt()  # type: ignore[operator]
+    normalized = nn.functional.layer_norm(x, module.normalized_shape, eps=module.eps)  # type: ignore[arg-type]
     return {"weight": Each((g * normalized).sum(1)), "bias": Each(g.sum(1))}
 
 

@@ -209,6 +209,8 @@ class Scorer:
         floor = size * self._floor(together, size)
         in_sum = self._compare(waiting, check.of_sum, together, floor, failed)
         told = [name for name in waiting if name in in_sum.right - in_row.right]
+        if not self._low_precision():  # then rounding that a rule repeats is no reason to look at every example
+            told = [name for name in told if float(together[name][0]) > floor]
         again = self._again(batch, first_example, told) if told else {}
         in_batch = self._compare(told, check.of_batch, again, floor, failed)
 
