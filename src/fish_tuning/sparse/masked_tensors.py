@@ -19,13 +19,21 @@ from torch.compiler import is_dynamo_compiling
 from fish_tuning.errors import MaskError
 from fish_tuning.model_walks import every_module
 from fish_tuning.sparse.adapter_names import adapters_of, check_adapter, idle_names
+from fish_tuning.sparse.dense_state_dicts import (
+    STATE,
+    DenseStateDict,
+    SplitStateDict,
+    TakeLoaded,
+    loads_whole_tensors,
+    own_memory,
+    with_stand_ins,
+)
 from fish_tuning.sparse.optimizer_steps import note_replaced
-from fish_tuning.sparse.sharding import full_shape, is_sharded, only_names, plain_name, shard_like, whole
+from fish_tuning.sparse.sharding import full_shape, plain_name
 from fish_tuning.sparse.whole_tensors import Group, MaskedTensor
 
 Mask = dict[str, Tensor]
 
-_STATE = "_fish_tuning_masked_tensor_"  # with a tensor's local name: the attribute of its module that has it
 # A tensor of more entries is a group of its own: there, the entries cost more than the call that gathers them.
 _SMALL = 2**16
 # Entries of a group at most, since their dense gradients are kept until all are there. On a GPU each group costs the
@@ -134,7 +142,7 @@ def _made_class(base: type[nn.Module], names: frozenset[str]) -> type[nn.Module]
         return _bare, (base, names), vars(self)
 
     def __setattr__(self: Any, name: str, value: Any) -> None:
-        masked = vars(self).get(_STATE + name) if name in names else None
+        masked = vars(self).get(STATE + name) if name in names else None
         if masked is not None:
             if value is masked.tensor and value is not None:
                 return  # it has what it is given
@@ -142,17 +150,21 @@ def _made_class(base: type[nn.Module], names: frozenset[str]) -> type[nn.Module]
                 masked.group.managed = True  # taken out and put back, as FSDP does
         base.__setattr__(self, name, value)
 
+    def named_parameters(self: Any, *args: Any, **kwargs: Any) -> Any:
+        named = base.named_parameters(self, *args, **kwargs)
+        return with_stand_ins(self, named) if loads_whole_tensors(sys._getframe(1)) else named
+
     own: dict[str, Any] = {name: property(*_access(name)) for name in names}
     if base.forward is nn.Linear.forward and "weight" in names:
         own["forward"] = _linear_forward
     own |= {"_apply": _apply, "__reduce_ex__": __reduce_ex__, "__setattr__": __setattr__}
-    own |= {"__module__": base.__module__}
+    own |= {"named_parameters": named_parameters, "__module__": base.__module__}
     own |= {"_unmasked": base, "_masked": names}
     return type(base.__name__, (base,), own)
 
 
 def _access(local: str) -> tuple[Any, Any, Any]:
-    key = _STATE + local
+    key = STATE + local
 
     def read(self: Any) -> Any:
         own = self.__dict__
@@ -194,7 +206,7 @@ def _access(local: str) -> tuple[Any, Any, Any]:
 def _linear_forward(self: Any, input: Tensor) -> Tensor:
     """nn.Linear's, with an ordinary tensor where all is settled: torch takes one of another class later."""
     own = self.__dict__
-    masked, parameters = own[_STATE + "weight"], own["_parameters"]
+    masked, parameters = own[STATE + "weight"], own["_parameters"]
     group = masked.group
     if (
         group.settled
@@ -205,7 +217,7 @@ def _linear_forward(self: Any, input: Tensor) -> Tensor:
         and not group.managed
         and not group.scattered
     ):
-        direct = "bias" in parameters and _STATE + "bias" not in own
+        direct = "bias" in parameters and STATE + "bias" not in own
         return F.linear(input, masked.plain, parameters["bias"] if direct else self.bias)
     return nn.Linear.forward(self, input)
 
@@ -218,7 +230,7 @@ def _masked_names(module: nn.Module) -> frozenset[str]:
 def _own_masked_tensors(module: nn.Module) -> list[tuple[str, MaskedTensor]]:
     """A module's own masked tensors and their names in it."""
     names = _masked_names(module)
-    return [(local, vars(module)[_STATE + local]) for local in module._parameters if local in names] if names else []
+    return [(local, vars(module)[STATE + local]) for local in module._parameters if local in names] if names else []
 
 
 def _bare(base: type[nn.Module], names: frozenset[str]) -> nn.Module:
@@ -251,13 +263,13 @@ def mask_tensor(module: nn.Module, local: str, selected: Tensor) -> None:
     dense.data = dense.data.new_empty(0)  # `frozen` holds it now
     dense.grad = None
     note_replaced(dense, masked)
-    vars(module)[_STATE + local] = masked
+    vars(module)[STATE + local] = masked
     module._parameters[local] = masked.values
     _set_names(module, _masked_names(module) | {local})
     masked.hooks = (
-        module.register_state_dict_post_hook(_DenseStateDict(local)),
-        module.register_load_state_dict_pre_hook(_SplitStateDict(local)),
-        module.register_load_state_dict_post_hook(_TakeLoaded(local)),
+        module.register_state_dict_post_hook(DenseStateDict(local)),
+        module.register_load_state_dict_pre_hook(SplitStateDict(local)),
+        module.register_load_state_dict_post_hook(TakeLoaded(local)),
     )
 
 
@@ -303,10 +315,10 @@ def small_groups(sizes: Sequence[int], keys: Sequence[Any], gpu: bool = False) -
 
 def unmask_tensor(tensor: NamedMaskedTensor, trains: bool) -> None:
     module, local, masked = tensor.module, tensor.local, tensor.masked
-    trained = _own_memory(masked.read().detach())
+    trained = own_memory(masked.read().detach())
     for hook in masked.hooks:
         hook.remove()
-    del vars(module)[_STATE + local]
+    del vars(module)[STATE + local]
     masked.group.members.remove(masked)
     masked.group.joined = None
     masked.group.bind()
@@ -316,79 +328,6 @@ def unmask_tensor(tensor: NamedMaskedTensor, trains: bool) -> None:
     masked.dense.data = trained
     masked.dense.requires_grad_(trains)
     module._parameters[local] = masked.dense
-
-
-def _own_memory(tensor: Tensor) -> Tensor:
-    """The tensor; a copy where it shares memory with others, which code that saves tensors would take for one."""
-    alone = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
-    return tensor if alone else tensor.clone()
-
-
-class _DenseStateDict:
-    """State-dict hook of the owning module: gives the tensor under its own name, in its own shape."""
-
-    def __init__(self, local: str) -> None:
-        self.local = local
-
-    def __call__(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
-        masked: MaskedTensor = vars(module)[_STATE + self.local]
-        if self.local not in module._parameters:  # PEFT deleted the adapter
-            return
-        stored = state_dict.get(prefix + self.local)
-        own = module._parameters.get(self.local) is masked.values and not masked.group.managed
-        if own and masked.group.scattered and masked.values is not None and not masked.values.numel():
-            # ZeRO-3's checkpoints hold the values apart. In this shape nobody takes it for the tensor.
-            state_dict[prefix + self.local] = masked.unselected()
-        elif stored is None or own:
-            state_dict[prefix + self.local] = _own_memory(masked.read().detach())
-        elif is_sharded(stored) and only_names():
-            state_dict[prefix + self.local] = torch.empty(masked.shape, dtype=stored.dtype, device="meta")
-        elif is_sharded(stored):
-            dense = torch.empty(masked.shape, device="meta") if stored.is_meta else masked.dense_of(stored)
-            state_dict[prefix + self.local] = shard_like(dense, stored)
-        elif stored.numel() == len(masked.index):
-            state_dict[prefix + self.local] = masked.dense_of(stored)
-
-
-class _SplitStateDict:
-    """Load hook of the owning module: takes the dense tensor apart into the frozen one and the values."""
-
-    def __init__(self, local: str) -> None:
-        self.local = local
-
-    def __call__(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-        masked: MaskedTensor = vars(module)[_STATE + self.local]
-        name, own = prefix + self.local, module._parameters.get(self.local)
-        dense = state_dict.get(name)
-        if not isinstance(dense, Tensor) or self.local not in module._parameters:
-            return
-        if own is not None and not own.numel() and dense.shape == (masked.shape.numel() - len(masked.index),):
-            masked.put_unselected(dense)  # the values come by ZeRO-3's own ways
-            state_dict[name] = own.detach()
-        if dense.shape != masked.shape:
-            return  # torch says what does not fit
-        dense = whole(dense)
-        masked.put_dense(dense)
-        if masked.values is None:
-            del state_dict[name]
-        else:
-            entries = masked.entries_of(dense)
-            state_dict[name] = shard_like(entries, own) if is_sharded(own) else entries
-
-
-class _TakeLoaded:
-    """Hook after loading: another parameter may stand in the place of the values (`assign=True`)."""
-
-    def __init__(self, local: str) -> None:
-        self.local = local
-
-    def __call__(self, module: nn.Module, incompatible_keys: Any) -> None:
-        masked: MaskedTensor = vars(module)[_STATE + self.local]
-        values = module._parameters.get(self.local)
-        own = values is None or values is masked.values or is_sharded(values)
-        if not own and values is not None and values.numel() == len(masked.index):
-            masked.move(lambda tensor: tensor, values)
-        masked.group.stale, masked.group.settled = True, False
 
 
 def masked_tensors(model: nn.Module) -> Iterator[NamedMaskedTensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -99,19 +99,6 @@ def shard_like(tensor: Tensor, other: Any) -> Tensor:
 
     tensor = tensor.to(other.device)
     return distribute_tensor(tensor, other.device_mesh, other.placements, src_data_rank=None)
-
-
-def load_whole_tensors(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
-    """Load whole tensors, which every process has, into a model that FSDP2 has sharded; names may be missing."""
-    held = dict(model.named_parameters())
-    # A masked tensor has another shape than its parameter; its module takes it apart.
-    parts = {
-        name: shard_like(tensor, held[name])
-        if is_sharded(held.get(name)) and held[name].shape == tensor.shape
-        else tensor
-        for name, tensor in state_dict.items()
-    }
-    model.load_state_dict(parts, strict=False)
 
 
 def full_shape(parameter: Tensor) -> torch.Size:

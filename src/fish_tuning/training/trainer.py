@@ -7,12 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from accelerate.state import AcceleratorState  # type: ignore[import-untyped]
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer import FSDP_MODEL_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from fish_tuning.errors import MaskError
@@ -27,12 +25,9 @@ from fish_tuning.sparse.masked_tensors import get_mask, mark_replaced, replaced_
 from fish_tuning.sparse.replacing import Choice, replace_mask
 from fish_tuning.sparse.sharding import (
     FSDP1,
-    FSDP2,
     ZERO3,
     ZERO12,
     engine_of,
-    is_sharded,
-    load_whole_tensors,
     plain_name,
     training_engine_of,
 )
@@ -77,7 +72,6 @@ class FishMaskCallback(TrainerCallback):
         self.mask = {plain_name(name): selected for name, selected in mask.items()}
         self.reselect_every, self.choose = reselect_every, choose
         self.resumed_from: Path | None = None  # where it is not in the Trainer's own folder
-        self.loads_sharded = False  # whether the Trainer loads whole tensors into what FSDP2 has sharded
         self.rows: dict[str, str] = {}  # for the card: how the mask was made, and of which data
 
     def on_init_end(
@@ -133,7 +127,7 @@ class FishMaskCallback(TrainerCallback):
                 "one process or with DDP, or without it."
             )
         if engine:
-            _check_engine(args, engine, self.loads_sharded)
+            _check_engine(args, engine)
         if self.reselect_every and args.load_best_model_at_end:
             raise MaskError(
                 f"reselect_every={self.reselect_every} with load_best_model_at_end=True: the best step's weights may "
@@ -255,7 +249,6 @@ class FishTuningTrainer(Trainer):
     ) -> None:
         self._first_mask = dict(mask)
         self._mask_callback = FishMaskCallback(mask, reselect_every, choose)
-        self._mask_callback.loads_sharded = True
         callbacks = [self._mask_callback, *(kwargs.pop("callbacks", None) or ())]
         super().__init__(model=model, args=args, callbacks=callbacks, **kwargs)
         report_figures(self, figures)
@@ -292,26 +285,6 @@ class FishTuningTrainer(Trainer):
             check_mask(folder, cast(nn.Module, self.model))
         self._mask_callback.resumed_from = folder
         return super().train(resume_from_checkpoint, *args, **kwargs)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        model = self.model if model is None else model
-        if not self._load_sharded(resume_from_checkpoint, model):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _load_best_model(self) -> None:
-        if not self._load_sharded(self.state.best_model_checkpoint or "", self.model):
-            super()._load_best_model()
-
-    def _load_sharded(self, folder: str, model: Any) -> bool:
-        """Load a checkpoint's full state dict into what FSDP2 has sharded; whether there is such a thing.
-
-        torch's own way copies whole tensors into the parameters, which are their entries.
-        """
-        file = Path(folder, f"{FSDP_MODEL_NAME}.bin")
-        if not (self.is_fsdp_enabled and file.is_file() and any(map(is_sharded, model.parameters()))):
-            return False
-        load_whole_tensors(model, torch.load(file, map_location="cpu", weights_only=True, mmap=True))
-        return True
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if self.args.should_save and not isinstance(self.model, PreTrainedModel | PeftModel):
@@ -352,7 +325,7 @@ class FishTuningTrainer(Trainer):
         )
 
 
-def _check_engine(args: TrainingArguments, engine: str, loads_sharded: bool) -> None:
+def _check_engine(args: TrainingArguments, engine: str) -> None:
     """Refuse at once what would fail at the first checkpoint or at the end, or would train with stale values."""
     plugin = getattr(AcceleratorState(), "deepspeed_plugin", None)
     zero = plugin.deepspeed_config.get("zero_optimization", {}) if plugin is not None else {}
@@ -366,11 +339,6 @@ def _check_engine(args: TrainingArguments, engine: str, loads_sharded: bool) -> 
             f"save_strategy={str(getattr(args.save_strategy, 'value', args.save_strategy))!r}: under FSDP1 PEFT leaves "
             "an adapter's tensors out of what a Trainer saves. Use FSDP2 (fsdp_config={'version': 2}), or "
             "save_strategy='no', and load trainer.model_wrapped.state_dict() into a model that is not wrapped."
-        )
-    if engine == FSDP2 and args.load_best_model_at_end and not loads_sharded:
-        raise MaskError(
-            "load_best_model_at_end=True: under FSDP2, torch cannot load the best step's whole tensors into a masked "
-            "model. Train with FishTuningTrainer, or leave it out and load the best checkpoint's adapter afterwards."
         )
     if args.torch_compile and engine in (ZERO12, FSDP1):
         raise MaskError(

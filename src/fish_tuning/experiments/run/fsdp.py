@@ -9,7 +9,6 @@ import torch
 from transformers import TrainingArguments
 
 from fish_tuning.errors import ConfigurationError
-from fish_tuning.experiments.config.arm_names import ArmName
 from fish_tuning.experiments.config.experiment import ExperimentConfig
 from fish_tuning.peft_methods import BASE
 
@@ -59,15 +58,10 @@ def check_fsdp(arguments: TrainingArguments, config: ExperimentConfig) -> None:
             "training.args_override.fsdp_config.cpu_ram_efficient_loading=true: all processes but the first would "
             "start without weights, and models are scored before they are sharded. Leave it out."
         )
-    _check_masks(arguments, config)
+    _check_masks(config)
 
 
-def _check_masks(arguments: TrainingArguments, config: ExperimentConfig) -> None:
-    if arguments.load_best_model_at_end and any(ArmName.parse(arm).selection for arm in config.arms):
-        raise ConfigurationError(
-            "training.early_stopping_patience (load_best_model_at_end=True) under FSDP: torch cannot load the best "
-            "step's whole tensors into a masked model. Leave it out, or train with DDP."
-        )
+def _check_masks(config: ExperimentConfig) -> None:
     sections = [config.method_of(arm) for arm in config.arms]
     if any(config.choice_of(section).reselect_every for section in sections):
         raise ConfigurationError(
