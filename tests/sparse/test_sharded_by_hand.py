@@ -24,6 +24,7 @@ from tiny import (
 from torch import Tensor
 
 from fish_tuning import (
+    add_delta,
     apply_mask,
     get_mask,
     load_mask,
@@ -53,6 +54,9 @@ def save_adapter(engine: Any, folder: Path) -> None:
     state = engine.whole_state_dict()
     if dist.get_rank() > 0:
         return
+    save_delta(engine.inner, folder.with_suffix(".safetensors"), state_dict=state)
+    lacks = {name: tensor for name, tensor in state.items() if "lora_B" not in name}
+    assert "state_dict has no" in refusal(lambda: save_delta(engine.inner, folder, state_dict=lacks))
     if type(engine) is Fsdp1:
         assert "names keep save_pretrained from" in refusal(
             lambda: engine.inner.save_pretrained(folder, state_dict=state)
@@ -136,6 +140,9 @@ def test_what_is_trained_saved_and_resumed_is_that_of_one_process(results: tuple
             torch.testing.assert_close(stock, in_one_process(steps), rtol=0, atol=1e-6)
             assert_only_selected_moved(tensors(model_of()), stock, mask)
             assert_same_tensors(load_mask(folder / engine / name / "fish_mask.safetensors"), mask)
+            added = model_of()
+            add_delta(added, folder / engine / f"{name}.safetensors", check_base=name == "adapter")
+            assert_same_tensors(tensors(added), stock)
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fish_tuning.errors import FishTuningWarning, MaskError, did_you_mean
 from fish_tuning.files.delta_file import Delta, DeltaTensor, dtype_name, load_delta, write_delta
 from fish_tuning.sparse.masked_tensors import dense_parameters, is_masked, masked_tensors
+from fish_tuning.sparse.overrides import with_whole_tensors
 from fish_tuning.sparse.sharding import splitting_engine_of, whole_state_dict_of
 from fish_tuning.sparse.whole_tensors import entries_digest
 
@@ -29,7 +30,9 @@ class _Added(NamedTuple):
     digest: str  # of what was written: tells whether it is still there
 
 
-def save_delta(model: nn.Module, path: str | os.PathLike[str]) -> None:
+def save_delta(
+    model: nn.Module, path: str | os.PathLike[str], *, state_dict: Mapping[str, Tensor] | None = None
+) -> None:
     """Write what was trained to the safetensors file `path`: some 8 bytes a selected entry in fp32, 6 in 16 bits.
 
     Of a masked tensor the file has the selected positions (int32 where they fit, else int64), the trained numbers in
@@ -39,9 +42,14 @@ def save_delta(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
     Call it after `apply_mask` and before `remove_mask`. Without a mask, a part of the model must be frozen.
 
+    Args:
+        model: masked, or with a frozen part.
+        path: of the file.
+        state_dict: the whole model's, where it is split (FSDP, DeepSpeed ZeRO-3) and no process has it otherwise.
+
     Raises:
         MaskError: no mask is applied and all parameters train, or none does, so there is no part to store; or the mask
-            was replaced while it trained, or the model is split (FSDP, DeepSpeed ZeRO-3).
+            was replaced while it trained, or the model is split and `state_dict` is not there, or lacks what trains.
 
     Warns:
         FishTuningWarning: the model keeps running statistics (batch normalisation), which training changes too; they
@@ -62,11 +70,11 @@ def save_delta(model: nn.Module, path: str | os.PathLike[str]) -> None:
             "The model has no mask and no frozen part beside a trained one, so nothing tells what was selected. Call "
             "save_delta after apply_mask and before remove_mask; a whole model is saved by its save_pretrained."
         )
-    if engine := splitting_engine_of(model, though_gathered=False):
+    if state_dict is None and (engine := splitting_engine_of(model, though_gathered=False)):
         raise MaskError(
-            f"{engine} leaves each process a part of what was trained, so none can write the delta. Load the whole "
-            f"state dict, {whole_state_dict_of(engine)}, into a model with the same mask that is not split, and save "
-            "that one's."
+            f"{engine} leaves each process a part of what was trained, so none can write the delta. On every process, "
+            f"take the whole state dict ({whole_state_dict_of(engine)}), and on the first give it to "
+            "save_delta(model, path, state_dict=...)."
         )
     if any(tensor.masked.replaced for tensor in masked_tensors(model)):
         raise MaskError(
@@ -78,7 +86,7 @@ def save_delta(model: nn.Module, path: str | os.PathLike[str]) -> None:
             "The model keeps running statistics (batch normalisation). They are no parameters and not in the delta: "
             "outputs may differ unless those layers were in eval mode while training.", FishTuningWarning, stacklevel=2,
         )  # fmt: skip
-    write_delta(Delta(_trained_tensors(model)), path)
+    write_delta(Delta(_trained_tensors(model, state_dict)), path)
 
 
 def add_delta(
@@ -175,17 +183,26 @@ def merge_delta(model: nn.Module, name: str = "default") -> None:
     _forget(model, name)
 
 
-def _trained_tensors(model: nn.Module) -> dict[str, DeltaTensor]:
+def _trained_tensors(model: nn.Module, state_dict: Mapping[str, Tensor] | None) -> dict[str, DeltaTensor]:
+    whole = None if state_dict is None else with_whole_tensors(model, state_dict)
+
+    def given(name: str) -> Tensor:
+        if whole is None or name not in whole:
+            raise MaskError(f"state_dict has no {name!r}, which was trained. Gather it from all processes.")
+        stored: Tensor = whole[name]
+        return stored
+
     tensors = {}
     for tensor in masked_tensors(model):
         masked = tensor.masked
         if masked.values is not None:
-            index = masked.index.cpu()
-            values = masked.values.detach().flatten().to("cpu", tensor.frozen.dtype, copy=True)
-            tensors[tensor.name] = DeltaTensor(values, index, masked.shape, masked.digest)
+            entries = masked.values if whole is None else masked.entries_of(given(tensor.name))
+            values = entries.detach().flatten().to("cpu", tensor.frozen.dtype, copy=True)
+            tensors[tensor.name] = DeltaTensor(values, masked.index.cpu(), masked.shape, masked.digest)
     for name, parameter in dense_parameters(model).items():
-        values = parameter.detach().to("cpu", copy=True).contiguous()
-        tensors[name] = DeltaTensor(values, None, parameter.shape, None)
+        stored = parameter if whole is None else given(name)
+        values = stored.detach().to("cpu", copy=True).contiguous()
+        tensors[name] = DeltaTensor(values, None, stored.shape, None)
     return tensors
 
 

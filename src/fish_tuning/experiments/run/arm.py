@@ -232,7 +232,7 @@ def save(
                 warnings.filterwarnings("ignore", message=".*zero-sized lora_A.*")
                 model.save_pretrained(str(unfinished), state_dict=whole_state)
         else:
-            save_delta(model, unfinished / DELTA_FILE_NAME)
+            save_delta(model, unfinished / DELTA_FILE_NAME, state_dict=whole_state)
         if mask is not None:
             save_mask(mask, unfinished / MASK_FILE_NAME)
         complete_adapter(model, unfinished, processing_class=about.processing_class, facts=about.facts)

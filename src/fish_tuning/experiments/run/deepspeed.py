@@ -8,7 +8,6 @@ from transformers import TrainingArguments
 
 from fish_tuning.errors import ConfigurationError
 from fish_tuning.experiments.config.experiment import ExperimentConfig
-from fish_tuning.peft_methods import BASE
 
 
 def check_deepspeed(arguments: TrainingArguments, config: ExperimentConfig) -> None:
@@ -26,15 +25,8 @@ def check_deepspeed(arguments: TrainingArguments, config: ExperimentConfig) -> N
             "or train with DDP."
         )
     zero = plugin.deepspeed_config.get("zero_optimization", {})
-    if zero.get("stage") != 3:
-        return
-    if not zero.get("stage3_gather_16bit_weights_on_model_save"):
+    if zero.get("stage") == 3 and not zero.get("stage3_gather_16bit_weights_on_model_save"):
         raise ConfigurationError(
             "DeepSpeed ZeRO-3 without stage3_gather_16bit_weights_on_model_save (accelerate calls it "
             "zero3_save_16bit_model): no process would have an adapter to save. Set it to true."
-        )
-    if any(section.method == BASE for section in sections):
-        raise ConfigurationError(
-            "peft method base under DeepSpeed ZeRO-3: of a model without an adapter no process has the whole tensors "
-            "that a delta is made of. Train it with ZeRO-2 or DDP."
         )

@@ -10,7 +10,6 @@ from transformers import TrainingArguments
 
 from fish_tuning.errors import ConfigurationError
 from fish_tuning.experiments.config.experiment import ExperimentConfig
-from fish_tuning.peft_methods import BASE
 
 _EMPTY_WEIGHTS = "FSDP_CPU_RAM_EFFICIENT_LOADING"  # transformers then loads weights in the first process alone
 
@@ -58,20 +57,11 @@ def check_fsdp(arguments: TrainingArguments, config: ExperimentConfig) -> None:
             "training.args_override.fsdp_config.cpu_ram_efficient_loading=true: all processes but the first would "
             "start without weights, and models are scored before they are sharded. Leave it out."
         )
-    _check_masks(config)
-
-
-def _check_masks(config: ExperimentConfig) -> None:
     sections = [config.method_of(arm) for arm in config.arms]
     if any(config.choice_of(section).reselect_every for section in sections):
         raise ConfigurationError(
             "fish_tuning.reselect_every under FSDP: it goes on with the entries that it was given. Leave it out, or "
             "train with DDP."
-        )
-    if any(section.method == BASE for section in sections):
-        raise ConfigurationError(
-            "peft method base under FSDP: of a model without an adapter no process has the whole tensors that a delta "
-            "is made of. Train it with DDP."
         )
 
 
