@@ -54,6 +54,11 @@ class OuterProducts:
     x: Tensor
     dtype: torch.dtype = torch.float32
 
+    @property
+    def entries(self) -> int:
+        """Of all the G_n."""
+        return self.g.shape[0] * self.g.shape[2] * self.x.shape[2]
+
     def sum(self) -> Tensor:
         return self.g.flatten(0, 1).T @ self.x.flatten(0, 1)
 
@@ -66,6 +71,8 @@ class OuterProducts:
             return self.g[:, 0].square().T @ self.x[:, 0].square()
         if g.shape[2] * x.shape[2] > (_LARGE if g.device.type == "cpu" else _LARGE_ON_GPU):
             return self._one_by_one(g, x)
+        if self.entries <= CHUNK_ENTRIES:
+            return torch.bmm(g.transpose(1, 2), x).float().square_().sum(0)
         parts = [
             torch.bmm(g_part.transpose(1, 2), x_part).float().square_().sum(0)
             for g_part, x_part in _chunks(g, x, entries=g.shape[2] * x.shape[2])
