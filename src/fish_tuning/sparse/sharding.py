@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -97,8 +98,10 @@ def shard_like(tensor: Tensor, other: Any) -> Tensor:
     """This process's part of a tensor that all processes have, spread as the DTensor `other` is."""
     from torch.distributed.tensor import distribute_tensor
 
-    tensor = tensor.to(other.device)
-    return distribute_tensor(tensor, other.device_mesh, other.placements, src_data_rank=None)
+    # Each process has it already. torch 2.6, which does not know of that, sends the first one's part to the others.
+    known = "src_data_rank" in inspect.signature(distribute_tensor).parameters
+    here: dict[str, Any] = {"src_data_rank": None} if known else {}
+    return distribute_tensor(tensor.to(other.device), other.device_mesh, other.placements, **here)
 
 
 def full_shape(parameter: Tensor) -> torch.Size:
