@@ -54,6 +54,19 @@ def path(trained: nn.Module, tmp_path: Path) -> Path:
     return delta_of(trained, tmp_path)
 
 
+def test_a_state_dict_may_stand_for_the_model(trained: nn.Module, path: Path, tmp_path: Path) -> None:
+    state, other = trained.state_dict(), tmp_path / "other.safetensors"
+    save_delta(trained, other, state_dict=state)
+    assert other.read_bytes() == path.read_bytes()
+    dense, masked = "classifier.weight", next(iter(masked_tensors(trained))).name
+    for name in (dense, masked):
+        for wrong, text in ({}, f"has no '{name}'"), ({name: state[name][:1]}, r"the delta needs|what is saved needs"):
+            cut = {key: tensor for key, tensor in state.items() if key != name} | wrong
+            with pytest.raises(MaskError, match=text):
+                save_delta(trained, other, state_dict=cut)
+    assert other.read_bytes() == path.read_bytes(), "what was there stays"
+
+
 def linear_delta(rows: list[int], tmp_path: Path, base: nn.Linear, value: float = 1.0) -> Delta:
     """A delta that adds `value` to whole rows of the weight of `base`."""
     model = copy.deepcopy(base)

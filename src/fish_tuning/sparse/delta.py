@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from fish_tuning.errors import FishTuningWarning, MaskError, did_you_mean
 from fish_tuning.files.delta_file import Delta, DeltaTensor, dtype_name, load_delta, write_delta
-from fish_tuning.sparse.masked_tensors import dense_parameters, is_masked, masked_tensors
+from fish_tuning.sparse.masked_tensors import dense_parameters, is_masked, left_dense_shapes, masked_tensors
 from fish_tuning.sparse.overrides import with_whole_tensors
-from fish_tuning.sparse.sharding import splitting_engine_of, whole_state_dict_of
+from fish_tuning.sparse.sharding import is_sharded, splitting_engine_of, whole_state_dict_of
 from fish_tuning.sparse.whole_tensors import entries_digest
 
 
@@ -185,11 +185,18 @@ def merge_delta(model: nn.Module, name: str = "default") -> None:
 
 def _trained_tensors(model: nn.Module, state_dict: Mapping[str, Tensor] | None) -> dict[str, DeltaTensor]:
     whole = None if state_dict is None else with_whole_tensors(model, state_dict)
+    shapes = left_dense_shapes(model)
 
     def given(name: str) -> Tensor:
-        if whole is None or name not in whole:
-            raise MaskError(f"state_dict has no {name!r}, which was trained. Gather it from all processes.")
-        stored: Tensor = whole[name]
+        stored: Tensor | None = None if whole is None else whole.get(name)
+        if stored is None or is_sharded(stored):
+            found = "has no" if stored is None else "has a part alone of"
+            raise MaskError(f"state_dict {found} {name!r}, which was trained. Gather it from all processes.")
+        if stored.shape != shapes.get(name, stored.shape):
+            raise MaskError(
+                f"state_dict has {name!r} in the shape {tuple(stored.shape)}; the delta needs all of it, "
+                f"{tuple(shapes[name])}. Gather it from all processes."
+            )
         return stored
 
     tensors = {}
