@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from engines import Fsdp2
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from engines import Fsdp2, adamw, fsdp_on_the_cpu
 from processes import in_two_processes
-from tiny import assert_same_tensors, bert, lora, random_mask
+from tiny import assert_same_tensors, bert, classification_batch, lora, random_mask, rebatch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 
@@ -71,3 +72,42 @@ def test_they_are_loaded_whole_on_every_process(tmp_path: Path) -> None:
                 assert torch.equal(partial[lacks], own[lacks])
             else:  # of parts that two processes drew
                 assert not torch.equal(partial[lacks], expected[lacks])
+
+
+def resumed(rank: int, folder: Path, kind: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a third step leaves, and what it leaves of another model that accelerate has loaded the second one into."""
+    fsdp_on_the_cpu()
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, state_dict_type=kind, auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["BertLayer"], cpu_ram_efficient_loading=False,
+    )  # fmt: skip
+    accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
+    batch = rebatch(classification_batch((5, 9, 3, 9)), 2)[rank]
+
+    def prepared(seed: int) -> tuple[Any, Any]:
+        model = lora(bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0), seed=seed, lora_dropout=0.0)
+        apply_mask(model, mask_of(model))
+        return tuple(accelerator.prepare(model, adamw(model)))
+
+    def step(model: Any, optimizer: Any) -> dict[str, Any]:
+        accelerator.backward(model(**batch).loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        return dict(get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)))
+
+    trained = prepared(0)
+    for _ in range(2):
+        step(*trained)
+    accelerator.save_state(str(folder / "state"))
+    expected = step(*trained)
+    accelerator.free_memory()
+    other = prepared(1)
+    accelerator.load_state(str(folder / "state"))
+    return expected, step(*other)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["FULL_STATE_DICT", "SHARDED_STATE_DICT"])
+def test_accelerate_saves_and_loads_them(kind: str, tmp_path: Path) -> None:
+    for expected, found in in_two_processes(resumed, tmp_path, kind):
+        assert_same_tensors(found, expected)
