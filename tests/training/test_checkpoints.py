@@ -14,6 +14,7 @@ from typing import Any
 import killed_trainings
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from peft import LoraConfig
 from tiny import Rows, assert_same_tensors, bert, classification_batch, lora, random_mask, tensors
 from torch import Tensor, nn
@@ -100,6 +101,32 @@ def test_a_checkpoint_that_is_not_whole_is_passed_over(
         again.train(resume_from_checkpoint=True)
     assert_same_tensors(tensors(again.model), trained[1])  # type: ignore[arg-type]
     assert find_fault(output / "checkpoint-3") is None  # written anew
+
+
+SHARDED = "pytorch_model_fsdp_0"  # as accelerate calls it
+SHARD, METADATA = f"{SHARDED}/__0_0.distcp", f"{SHARDED}/.metadata"
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (cut(SHARD), METADATA),
+        (lambda folder: (folder / SHARD).unlink(), METADATA),
+        (cut(METADATA), METADATA),
+        (cut(METADATA, 0), METADATA),
+        (lambda folder: (folder / METADATA).unlink(), SHARD),
+    ],
+    ids=["half a shard", "no shard", "half the metadata", "empty metadata", "no metadata"],
+)
+def test_a_checkpoint_by_shards_is_whole_when_its_shards_are(
+    damage: Callable[[Path], None], named: str, tmp_path: Path
+) -> None:
+    (tmp_path / "trainer_state.json").write_text("{}")
+    state = {"a": torch.randn(5, 3), "b": torch.randn(7)}
+    dcp.save(state, checkpoint_id=tmp_path / SHARDED, no_dist=True)
+    assert find_fault(tmp_path) is None
+    damage(tmp_path)
+    assert find_fault(tmp_path) == f"'{tmp_path / named}' is damaged or half-written"
 
 
 def test_when_no_checkpoint_is_whole_training_starts_anew(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import re
 import warnings
 import zipfile
@@ -24,6 +25,7 @@ from fish_tuning.files.mask_file import MASK_FILE_NAME, load_mask
 from fish_tuning.sparse.masked_tensors import get_mask, is_masked
 
 _NAME = re.compile(r"checkpoint-(\d+)")
+_METADATA = ".metadata"  # of torch.distributed.checkpoint
 
 
 def last_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
@@ -114,9 +116,23 @@ def _is_whole(path: Path) -> bool:
                 pass
         elif path.suffix in (".pt", ".pth", ".bin"):
             return zipfile.is_zipfile(path)  # the directory of a zip file is at its end
-    except (ValueError, RecursionError, SafetensorError):
+        elif path.suffix == ".distcp":
+            return (path.parent / _METADATA).is_file()  # which is written last
+        elif path.name == _METADATA:
+            return _has_all_shards(path.parent)
+    except (ValueError, RecursionError, SafetensorError, EOFError, pickle.UnpicklingError):
         return False
     return True
+
+
+def _has_all_shards(folder: Path) -> bool:
+    """Whether the files of a sharded checkpoint (FSDP2) are as long as its metadata say."""
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+
+    ends: dict[str, int] = {}
+    for part in (FileSystemReader(folder).read_metadata().storage_data or {}).values():
+        ends[part.relative_path] = max(ends.get(part.relative_path, 0), part.offset + part.length)
+    return all((folder / name).is_file() and (folder / name).stat().st_size >= end for name, end in ends.items())
 
 
 def _warn(faults: list[str], then: str) -> None:
