@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from fish_tuning import calculate_fisher_information
 from fish_tuning.scores.row_order import ordered_by_data
+from fish_tuning.scores.scorer import Scorer
 
 IN_ORDER: dict[str, Callable[[Tensor], Tensor]] = {
     "folded": lambda x: x.flatten(0, 1),
@@ -121,6 +123,23 @@ def test_what_nothing_before_it_trains_is_told_too(
     by_loop = calculate_fisher_information(model, batches, method="loop", progress=False)
     assert_scores_close(scores, by_loop, 1e-5 if dtype == torch.float32 else 0.05)
     assert [name for name, p in model.named_parameters() if p.requires_grad] == list(scores)
+
+
+def test_a_forward_pass_that_only_tells_leaves_the_next_ones_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else what goes through the loop after it (Jamba, Qwen3-Next) would hand its gradients to rules."""
+    left, by_data = [], Scorer._by_data
+
+    def noted(self: Scorer, *args: Any) -> list[str]:
+        found = by_data(self, *args)
+        left.append(self.probes.state.anchor)
+        return found
+
+    monkeypatch.setattr(Scorer, "_by_data", noted)
+    ids = torch.randint(20, 30, (4, 6))
+    ids[:, 2] = 35  # an expert's, one of each example
+    batch = {"input_ids": ids, "labels": torch.tensor([0, 1, 2, 0])}
+    calculate_fisher_information(AmongOthers(Expert), [batch], progress=False)
+    assert left == [None]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -127,6 +127,10 @@ class Probes:
         for layer in self._layers:
             layer.start()
 
+    def leave(self) -> None:
+        """No backward pass follows the last forward pass."""
+        self.state.anchor = None
+
     def backward(
         self, losses: list[Tensor], into: Totals, check: Check | None = None, stand_ins: Iterable[Tensor] = ()
     ) -> None:

@@ -267,6 +267,7 @@ class Scorer:
         if not gathered_layer_by_layer(self.losses.model):
             with contextlib.suppress(RuntimeError), tracked(self.losses.model):  # it may write into what is frozen
                 self._forward(batch, first_example)
+            self.probes.leave()
         return self.probes.by_data()
 
     def _floor(self, gradients: Checksums, examples: int = 1) -> float:
