@@ -125,44 +125,37 @@ class OfWords(nn.Module):
 class Gated(PastTheLayer):
     """The same rows, but the layer is called: its rule is right."""
 
+    share = 1.0
+
     def forward(self, x: Tensor, labels: Tensor | None = None) -> object:
-        logits = self.head(x + (x[:, :1] > 0).to(x.dtype) * self.layer(x).tanh())
+        logits = self.head(x + self.share * (x[:, :1] > 0).to(x.dtype) * self.layer(x).tanh())
         loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
         return type("Output", (), {"logits": logits, "loss": loss})()
-
-
-def test_a_right_rule_is_proven_by_the_first_batch_that_has_a_gradient() -> None:
-    x = torch.randn(8, 6, generator=torch.Generator().manual_seed(1))
-    x[:, 0] = -1.0
-    x[3, 0] = 1.0
-    model, batch, sizes = Gated(), {"x": x, "labels": torch.arange(8) % 3}, []
-    reference = reference_fisher(model, batch)
-    model.register_forward_pre_hook(lambda _, args, kwargs: sizes.append(len(kwargs["x"])), with_kwargs=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", FishTuningWarning)
-        assert_scores_close(scored(model, rebatch(batch, 2)), reference)
-    assert sizes == [1, 2, 2, 1, 1, 2, 2]  # the second batch's examples are looked at alone, and none after it
 
 
 class Hardly(Gated):
     """The layer counts for next to nothing, as the biases of keys do in attention, whose gradients are all rounding."""
 
-    def forward(self, x: Tensor, labels: Tensor | None = None) -> object:
-        logits = self.head(x + 1e-6 * (x[:, :1] > 0).to(x.dtype) * self.layer(x).tanh())
-        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
-        return type("Output", (), {"logits": logits, "loss": loss})()
+    share = 1e-6
 
 
-def test_a_gradient_that_may_be_all_rounding_has_no_example_looked_at_alone() -> None:
+@pytest.mark.parametrize(
+    ("kind", "passes"),
+    [(Gated, [1, 2, 2, 1, 1, 2, 2]), (Hardly, [1, 2, 2, 2, 2])],
+    ids=["a gradient has its batch's examples looked at alone, none after it", "what may be rounding does not"],
+)
+def test_a_right_rule_is_proven_by_the_first_batch_that_has_a_gradient(kind: type[Gated], passes: list[int]) -> None:
     x = torch.randn(8, 6, generator=torch.Generator().manual_seed(1))
     x[:, 0] = -1.0
     x[3, 0] = 1.0
-    model, batch, sizes = Hardly(), {"x": x, "labels": torch.arange(8) % 3}, []
+    model, batch, sizes = kind(), {"x": x, "labels": torch.arange(8) % 3}, []
     reference = reference_fisher(model, batch)
     assert reference["layer.weight"].any()
     model.register_forward_pre_hook(lambda _, args, kwargs: sizes.append(len(kwargs["x"])), with_kwargs=True)
-    assert_scores_close(scored(model, rebatch(batch, 2)), reference)
-    assert sizes == [1, 2, 2, 2, 2]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FishTuningWarning)
+        assert_scores_close(scored(model, rebatch(batch, 2)), reference)
+    assert sizes == passes
 
 
 def test_in_16_bits_the_batch_is_done_again_with_other_weights() -> None:
