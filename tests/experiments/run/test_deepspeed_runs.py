@@ -11,20 +11,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from engines import NEEDS_DEEPSPEED, deepspeed_config
-from safetensors.torch import load_file
-from tiny import assert_same_tensors
+from same_runs import BATCH_SIZE, SETTINGS, assert_same_runs, run_alone
 
-from fish_tuning import load_mask
 from fish_tuning.errors import ConfigurationError
 from fish_tuning.experiments.config.experiment import ExperimentConfig
 from fish_tuning.experiments.run.context import _of_accelerate
 from fish_tuning.experiments.run.deepspeed import check_deepspeed
-from fish_tuning.experiments.run.plan import plan_experiment
-from fish_tuning.experiments.run.runner import run_experiment
-from fish_tuning.files.mask_file import MASK_FILE_NAME
 
 # Without what DeepSpeed would compile first, for minutes.
 ON_THE_CPU = "from engines import deepspeed_on_the_cpu\n\ndeepspeed_on_the_cpu()\n"
@@ -79,15 +73,8 @@ def test_it_is_that_of_one_process(
     by: str, stage: int, experiment: Callable[..., ExperimentConfig], tmp_path: Path, python_environment: dict[str, str]
 ) -> None:
     pytest.importorskip("deepspeed", reason=NEEDS_DEEPSPEED)
-    arms = ["peft=[{method: lora}, {method: base, args: {target_modules: [query]}}]", "protocol=fixed_count"]
-    arms += ["fish_tuning.kept_parameters=[40]", "fish_tuning.methods_to_run=[lora, lora-fish, base-fish]"]
-    arms += ["training.args_override.learning_rate=0.01"]
-    arms += ["model.config_overrides={hidden_dropout_prob: 0.0, attention_probs_dropout_prob: 0.0}"]
-    arms += ["training.args_override.num_train_epochs=2", "training.early_stopping_patience=1"]
-    size = "training.args_override.per_device_train_batch_size="
-    alone = experiment(*arms, size + "12", f"training.output_dir={tmp_path / 'one'}")
-    records = run_experiment(alone, plan_experiment(alone), shows_progress=False)
-    assert [record.status for record in records] == ["ok"] * 3
+    given = [*SETTINGS, "training.args_override.num_train_epochs=2", "training.early_stopping_patience=1"]
+    run_alone(experiment(*given, f"{BATCH_SIZE}12", f"training.output_dir={tmp_path / 'one'}"))
 
     settings = tmp_path / "deepspeed.json"
     settings.write_text(
@@ -103,16 +90,14 @@ def test_it_is_that_of_one_process(
             [f"training.args_override.deepspeed={settings}"],
         ),
     }[by]
-    command = [sys.executable, "-m", *launcher, "-m", "fish_tuning", "run", str(tmp_path / "small.yaml"), *arms, *more]
-    command += [size + "6", f"training.output_dir={tmp_path / 'two'}", "--extension", str(tmp_path / "on_the_cpu.py")]
+    command = [sys.executable, "-m", *launcher, "-m", "fish_tuning", "run", str(tmp_path / "small.yaml"), *given, *more]
+    command += [
+        f"{BATCH_SIZE}6",
+        f"training.output_dir={tmp_path / 'two'}",
+        "--extension",
+        str(tmp_path / "on_the_cpu.py"),
+    ]
     environment = python_environment | {"DS_ACCELERATOR": "cpu"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
-    for arm in ("lora", "lora-fish@n40", "base-fish@n40"):
-        one, two = (tmp_path / place / "adapters" / f"{arm}-seed1" for place in ("one", "two"))
-        file = "delta.safetensors" if arm.startswith("base") else "adapter_model.safetensors"
-        adapters = [load_file(folder / file) for folder in (one, two)]
-        torch.testing.assert_close(*adapters, rtol=0, atol=1e-6)
-        assert "examples a step, with DeepSpeed" in (two / "README.md").read_text()
-        if arm != "lora":
-            assert_same_tensors(load_mask(one / MASK_FILE_NAME), load_mask(two / MASK_FILE_NAME))
+    assert_same_runs(tmp_path / "two", tmp_path / "one", "with DeepSpeed")

@@ -13,17 +13,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
-from tiny import assert_same_tensors
+from same_runs import ARMS, BATCH_SIZE, SETTINGS, assert_same_runs, run_alone, trained
 
-from fish_tuning import load_mask
 from fish_tuning.errors import ConfigurationError
 from fish_tuning.experiments.config.experiment import ExperimentConfig
 from fish_tuning.experiments.run import fsdp
 from fish_tuning.experiments.run.fsdp import check_fsdp, fsdp_version, load_whole_weights, sharded_by
-from fish_tuning.experiments.run.plan import plan_experiment
-from fish_tuning.experiments.run.runner import run_experiment
-from fish_tuning.files.mask_file import MASK_FILE_NAME
 
 # accelerate shards on accelerators alone; on a CPU it takes DDP. This has it shard there too.
 ON_THE_CPU = """
@@ -34,13 +29,6 @@ from fish_tuning.experiments.run import fsdp
 fsdp.shards_on = lambda device: True
 fsdp_on_the_cpu()
 """
-ARMS = [
-    "peft=[{method: lora}, {method: base, args: {target_modules: [query]}}]",
-    "protocol=fixed_count", "fish_tuning.kept_parameters=[40]",
-    "fish_tuning.methods_to_run=[lora, lora-fish, base-fish]",
-    "training.args_override.learning_rate=0.01",
-    "model.config_overrides={hidden_dropout_prob: 0.0, attention_probs_dropout_prob: 0.0}",
-]  # fmt: skip
 ACCELERATE = {
     "compute_environment": "LOCAL_MACHINE",
     "distributed_type": "FSDP",
@@ -124,12 +112,9 @@ def test_what_accelerate_launches_is_that_of_one_process(
     experiment: Callable[..., ExperimentConfig], tmp_path: Path, python_environment: dict[str, str]
 ) -> None:
     stopping = ["training.args_override.num_train_epochs=3", "training.early_stopping_patience=1"]
-    size = "training.args_override.per_device_train_batch_size="
 
     def in_one_process(folder: str, *more: str) -> None:
-        config = experiment(*ARMS, *more, size + "12", f"training.output_dir={tmp_path / folder}")
-        records = run_experiment(config, plan_experiment(config), shows_progress=False)
-        assert [record.status for record in records] == ["ok"] * 3
+        run_alone(experiment(*SETTINGS, *more, f"{BATCH_SIZE}12", f"training.output_dir={tmp_path / folder}"))
 
     in_one_process("one", *stopping)
     in_one_process("whole", stopping[0])
@@ -137,8 +122,8 @@ def test_what_accelerate_launches_is_that_of_one_process(
     (tmp_path / "accelerate.yaml").write_text(yaml.safe_dump(ACCELERATE))
     (tmp_path / "on_the_cpu.py").write_text(ON_THE_CPU)
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(tmp_path / "accelerate.yaml")]
-    command = [*launcher, "-m", "fish_tuning", "run", str(tmp_path / "small.yaml"), *ARMS, *stopping, size + "6"]
-    command += [f"training.output_dir={tmp_path / 'two'}"]
+    command = [*launcher, "-m", "fish_tuning", "run", str(tmp_path / "small.yaml"), *SETTINGS, *stopping]
+    command += [f"{BATCH_SIZE}6", f"training.output_dir={tmp_path / 'two'}"]
 
     def launched(*more: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run([*command, *more], capture_output=True, text=True, env=python_environment, check=False)
@@ -150,18 +135,7 @@ def test_what_accelerate_launches_is_that_of_one_process(
     sharded = launched("--extension", str(tmp_path / "on_the_cpu.py"))
     assert sharded.returncode == 0, sharded.stderr
 
-    for arm in ("lora", "lora-fish@n40", "base-fish@n40"):
-        one, two = (tmp_path / place / "adapters" / f"{arm}-seed1" for place in ("one", "two"))
-        file = "delta.safetensors" if arm.startswith("base") else "adapter_model.safetensors"
-        adapters = [load_file(folder / file) for folder in (one, two)]
-        torch.testing.assert_close(*adapters, rtol=0, atol=1e-6)
-        went_on = load_file(tmp_path / "whole" / "adapters" / f"{arm}-seed1" / file)
-        assert any(not torch.equal(tensor, went_on[name]) for name, tensor in adapters[0].items()), "it stopped"
-        assert "examples a step, sharded by FSDP2" in (two / "README.md").read_text()
-        if arm != "lora":
-            mask = load_mask(two / MASK_FILE_NAME)
-            assert_same_tensors(load_mask(one / MASK_FILE_NAME), mask)
-        if arm == "lora-fish@n40":
-            for name, selected in mask.items():
-                saved = name.replace(".modules_to_save", "").replace(".default", "")
-                assert torch.equal(adapters[0][saved][~selected], adapters[1][saved][~selected])
+    assert_same_runs(tmp_path / "two", tmp_path / "one", "sharded by FSDP2")
+    for arm in ARMS:
+        stopped, went_on = (trained(tmp_path / folder, arm) for folder in ("one", "whole"))
+        assert any(not torch.equal(tensor, went_on[name]) for name, tensor in stopped.items())
