@@ -105,6 +105,7 @@ CASES: dict[str, tuple[Callable[[], Any], Mask, Callable[[Any], Any]]] = {
     "lora": (adapted, mask_of, fsdp1),
     "base weights": (base_weights, mask_of, fsdp1),
     "bf16": (adapted, mask_of, lambda model: fsdp1(model, mixed_precision=BF16)),
+    "base weights in bf16": (base_weights, mask_of, lambda model: fsdp1(model, mixed_precision=BF16)),
     "not sharded": (adapted, mask_of, lambda model: fsdp1(model, sharding_strategy=ShardingStrategy.NO_SHARD)),
     "gradients sharded": (
         adapted,

@@ -72,6 +72,7 @@ CASES: dict[str, tuple[Callable[[], Any], Callable[[nn.Module], dict[str, Tensor
     "lora": (adapted, mask_of, sharded),
     "base weights": (base_weights, mask_of, sharded),
     "bf16": (adapted, mask_of, lambda model: sharded(model, BF16)),
+    "base weights in bf16": (base_weights, mask_of, lambda model: sharded(model, BF16)),
     "kept gathered": (adapted, mask_of, lambda model: sharded(model, reshard_after_forward=False)),
     "an empty group": (adapted, without_a_factor, lambda model: sharded(model, also=QUERY)),
 }

@@ -150,13 +150,15 @@ def synchronize_mask(model: nn.Module) -> None:
     if len({digest for digest, _ in ranks}) > 1:
         raise MaskError(_DIFFERENT)
     for tensor, digest in zip(tensors, ranks[0][1], strict=True):
+        tensor.masked.digest = digest
+        if tensor.masked.split_up:
+            continue  # all have a part of the same
         # NCCL sends no memory of the host, where an engine that moves parameters leaves what is none.
         nccl = torch.cuda.is_available() and dist.get_backend() == "nccl"
         sent = tensor.frozen.cuda() if nccl else tensor.frozen
         dist.broadcast(sent, src=0)
         if sent is not tensor.frozen:
             tensor.frozen.copy_(sent)
-        tensor.masked.digest = digest
 
 
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:

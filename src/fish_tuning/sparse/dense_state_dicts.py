@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fish_tuning.sparse.frozen_parts import keep_frozen_part
 from fish_tuning.sparse.sharding import is_sharded, only_names, shard_like, whole
 from fish_tuning.sparse.whole_tensors import MaskedTensor
 
@@ -34,7 +35,11 @@ class DenseStateDict:
             return
         stored = state_dict.get(prefix + self.local)
         own = module._parameters.get(self.local) is masked.values and not masked.group.managed
-        if own and masked.group.scattered and masked.values is not None and not masked.values.numel():
+        if is_sharded(masked.frozen) and only_names():
+            state_dict[prefix + self.local] = torch.empty(masked.shape, dtype=masked.frozen.dtype, device="meta")
+        elif is_sharded(masked.frozen):
+            state_dict[prefix + self.local] = masked.dense_of(stored)
+        elif own and masked.group.scattered and masked.values is not None and not masked.values.numel():
             # ZeRO-3's checkpoints hold the values apart. In this shape nobody takes it for the tensor.
             state_dict[prefix + self.local] = masked.unselected()
         elif stored is None or own:
@@ -72,6 +77,7 @@ class SplitStateDict:
             return  # torch says what does not fit
         dense = whole(dense)
         masked.put_dense(dense)
+        keep_frozen_part(module, self.local, masked)
         if masked.values is None:
             del state_dict[name]
         else:

@@ -9,6 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from fish_tuning.errors import FishTuningError
+from fish_tuning.sparse.dense_state_dicts import STATE
+from fish_tuning.sparse.frozen_parts import FROZEN, frozen_part
 from fish_tuning.sparse.optimizer_steps import hand_on_replaced
 from fish_tuning.sparse.sharding import plain_name, whole
 
@@ -118,9 +120,10 @@ def sharded_again(model: nn.Module, names: Collection[str]) -> Iterator[None]:
     for (group, each, module, local), dense in zip(taken, gathered, strict=True):
         hand_on_replaced(dense, each.sharded_param)
         each._post_load_hook_handle.remove()
-        parameter = module._parameters.get(local)
         place = group.fsdp_params.index(each)
-        group.fsdp_params[place : place + 1] = [] if parameter is None else [_like(each, parameter, group)]
+        group.fsdp_params[place : place + 1] = [
+            _like(each, name, parameter, group) for name, parameter in _in_its_place(module, local)
+        ]
     for group in {id(group): group for group, *_ in taken}.values():
         if not group.fsdp_params:
             _forget(model, group)
@@ -130,11 +133,20 @@ def sharded_again(model: nn.Module, names: Collection[str]) -> Iterator[None]:
                 group._init_reduce_scatter_param_order()
 
 
-def _like(each: Any, parameter: nn.Parameter, group: Any) -> Any:
-    """FSDP's record of another parameter in the same place; it shards it."""
+def _in_its_place(module: nn.Module, local: str) -> Iterator[tuple[str, nn.Parameter]]:
+    """What a module has in the place of a parameter: the parameter, or of a masked tensor its values and the rest."""
+    masked = vars(module).get(STATE + local)
+    if (parameter := module._parameters.get(local)) is not None:
+        yield local, parameter
+    if masked is not None and (part := frozen_part(module, local, masked)) is not None:
+        yield FROZEN + local, part
+
+
+def _like(each: Any, name: str, parameter: nn.Parameter, group: Any) -> Any:
+    """FSDP's record of another parameter in the same module; it shards it."""
     made = type(each)(
         parameter,
-        each._module_info,
+        type(each._module_info)(each._module_info.module, name),
         each.mesh_info,
         each.post_forward_mesh_info,
         each.device,

@@ -28,6 +28,7 @@ from fish_tuning.sparse.dense_state_dicts import (
     own_memory,
     with_stand_ins,
 )
+from fish_tuning.sparse.frozen_parts import FROZEN, is_split_up, keep_frozen_part, with_frozen_parts
 from fish_tuning.sparse.optimizer_steps import note_replaced
 from fish_tuning.sparse.sharding import full_shape, plain_name
 from fish_tuning.sparse.whole_tensors import Group, MaskedTensor
@@ -136,23 +137,35 @@ def _made_class(base: type[nn.Module], names: frozenset[str]) -> type[nn.Module]
         result = base._apply(self, fn, recurse)
         for local, masked in _own_masked_tensors(self):
             masked.move(fn, self._parameters.get(local))
+            keep_frozen_part(self, local, masked)
         return result
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
         return _bare, (base, names), vars(self)
 
     def __setattr__(self: Any, name: str, value: Any) -> None:
+        if name.startswith(FROZEN):
+            local, vars(self)[name] = name.removeprefix(FROZEN), value
+            vars(self)[STATE + local].take_gathered(value, self._parameters.get(local))
+            return
         masked = vars(self).get(STATE + name) if name in names else None
         if masked is not None:
             if value is masked.tensor and value is not None:
                 return  # it has what it is given
             if value is masked.values and value is not None and name not in self._parameters:
-                masked.group.managed = True  # taken out and put back, as FSDP does
+                masked.group.managed = True  # taken out and put back, as FSDP1 does
+            if name in self._parameters and isinstance(value, nn.Parameter):
+                self._parameters[name] = (
+                    value  # FSDP2's, for which torch would read the tensor to look whether it is there
+                )
+                return
         base.__setattr__(self, name, value)
 
     def named_parameters(self: Any, *args: Any, **kwargs: Any) -> Any:
-        named = base.named_parameters(self, *args, **kwargs)
-        return with_stand_ins(self, named) if loads_whole_tensors(sys._getframe(1)) else named
+        named, caller = base.named_parameters(self, *args, **kwargs), sys._getframe(1)
+        if is_split_up(caller):
+            return with_frozen_parts(self, named, _own_masked_tensors(self))
+        return with_stand_ins(self, named) if loads_whole_tensors(caller) else named
 
     own: dict[str, Any] = {name: property(*_access(name)) for name in names}
     if base.forward is nn.Linear.forward and "weight" in names:
@@ -195,6 +208,7 @@ def _access(local: str) -> tuple[Any, Any, Any]:
 
     def replace(self: Any, value: Any) -> None:
         self.__dict__[local] = value
+        self.__dict__[key].note_dtype(value.dtype)
 
     def remove(self: Any) -> None:
         if self.__dict__.pop(local, _GONE) is _GONE:
@@ -276,6 +290,9 @@ def mask_tensor(module: nn.Module, local: str, selected: Tensor) -> None:
 def group_small(model: nn.Module) -> None:
     """Have neighbouring small tensors hand on their gradients in one go, which costs less than one by one."""
     tensors = list(masked_tensors(model))
+    computed_in: dict[torch.dtype, torch.dtype] = {}
+    for tensor in tensors:
+        tensor.masked.computed_in = computed_in
     adapters = adapters_of(model, [tensor.name for tensor in tensors])
     keys = [
         None

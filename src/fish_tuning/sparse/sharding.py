@@ -101,7 +101,8 @@ def shard_like(tensor: Tensor, other: Any) -> Tensor:
     # Each process has it already. torch 2.6, which does not know of that, sends the first one's part to the others.
     known = "src_data_rank" in inspect.signature(distribute_tensor).parameters
     here: dict[str, Any] = {"src_data_rank": None} if known else {}
-    return distribute_tensor(tensor.to(other.device), other.device_mesh, other.placements, **here)
+    tensor = tensor if other.is_meta else tensor.to(other.device)
+    return distribute_tensor(tensor, other.device_mesh, other.placements, **here)
 
 
 def full_shape(parameter: Tensor) -> torch.Size:

@@ -17,10 +17,15 @@ from torch.compiler import is_dynamo_compiling
 from torch.utils.hooks import RemovableHandle
 
 from fish_tuning.errors import MaskError
+from fish_tuning.sparse.frozen_parts import with_entries
 from fish_tuning.sparse.optimizer_steps import held_by_others, look_again, watch_optimizers
 from fish_tuning.sparse.selected_gradients import whole_tensor, whole_tensors
-from fish_tuning.sparse.sharding import is_sharded, whole
+from fish_tuning.sparse.sharding import is_sharded, local_part, shard_like, whole
 from fish_tuning.sparse.values import DATA, Values, Whole, watch_again
+
+# Entries of what is kept in another dtype until the next read, to see whether it was written into: PEFT writes into
+# small ones alone.
+_KEPT_FOR_A_LOOK = 2**16
 
 
 def entries_digest(entries: Tensor) -> str:
@@ -50,14 +55,19 @@ class MaskedTensor:
         self.digest = entries_digest(entries)  # of the entries before training: tells a delta's base from others
         entries = entries if dense.dim() == 1 else entries[:, None]
         self.values: nn.Parameter | None = Values(entries) if len(index) else None
-        self.frozen = dense.detach().contiguous()
+        self.frozen: Tensor = dense.detach().contiguous()
+        self.split_up = False  # whether FSDP2 has `frozen`: a part of it, or for the moment all, with the values in it
+        # By stored dtypes, those that FSDP1's mixed precision computes in now: a record of the whole model, since of a
+        # tensor without a selected entry no values tell.
+        self.computed_in: dict[torch.dtype, torch.dtype] = {}
         self.hooks: tuple[RemovableHandle, ...] = ()
         self.group = Group([self])
         self.tensor: Any = None  # what reads give
         self.plain: Any = None  # the same for compiled models, which take no tensors of other classes
         self.trains = False  # whether `tensor` has a gradient
         self.written = self.seen = -1  # the counts of changes of `tensor` and of `values` when they were equal
-        self.given = -1  # the count of changes of `frozen` when an engine's values were written into it last
+        # What was read last while an engine has the values, and its count of changes then; None where it is not kept.
+        self.given: tuple[Tensor, int] | None = None
 
     def read(self) -> Tensor:
         """The whole tensor, whatever has happened to it or to the values."""
@@ -69,6 +79,8 @@ class MaskedTensor:
             plain: Tensor = self.plain
             return plain
         values, group = self.values, self.group
+        if values is None and self.computed_in:
+            return self.frozen.to(self.computed_in.get(self.frozen.dtype, self.frozen.dtype))
         if values is None:
             pass
         elif group.one_count or group.stale:
@@ -97,27 +109,70 @@ class MaskedTensor:
         Raises MaskError where the last tensor that was given has been written into: the engine has the values, which
         would not follow.
         """
+        if is_sharded(self.frozen):
+            return self.frozen if values is None else values
+        if self.split_up and values is None:
+            return self.frozen
         if not isinstance(values, Tensor) or values.numel() != len(self.index) or is_sharded(values):
             return values
-        if not values.untyped_storage().nbytes():
+        if values.is_meta or not values.untyped_storage().nbytes():
             return values
         index, frozen = self.index.to(values.device), self.frozen.to(values.device)
-        if frozen is self.frozen and self.given not in (-1, frozen._version):
-            self.given = -1  # it is told once
+        own = frozen is self.frozen or not copy
+        looks = own and not is_dynamo_compiling()  # what is compiled writes where it likes
+        if looks:
+            self._check_unwritten()
+        if not copy:
+            self.index, self.frozen = index, frozen
+        if self.split_up:
+            read, kept = frozen, True  # which `take_gathered` has written into
+        elif values.dtype != frozen.dtype:  # FSDP's mixed precision computes in another dtype than is stored
+            read = frozen.to(values.dtype)
+            read.view(-1).index_copy_(0, index.long(), values.detach().flatten())
+            kept = read.numel() <= _KEPT_FOR_A_LOOK
+        else:
+            read, kept = frozen, True
+            read.data.view(-1).index_copy_(0, index.long(), values.detach().flatten().to(read.dtype))
+        self.given = (read, read._version) if looks and kept else None
+        return whole_tensor(index, read, values)
+
+    def _check_unwritten(self) -> None:
+        """MaskError where what was given at the last read has been written into; it is told once."""
+        given, self.given = self.given, None
+        if given is not None and given[0]._version != given[1]:
             raise MaskError(
                 f"A masked tensor of shape {tuple(self.shape)} was written into while FSDP, DeepSpeed or "
                 "DataParallel has its values (constrained OFT does so in each forward pass). That would not reach the "
                 "values: remove_mask(model) before they have the model, or train without them."
             )
-        if not copy:
-            self.index, self.frozen = index, frozen
-        if frozen is self.frozen:
-            self.given = frozen._version
-        frozen.data.view(-1).index_copy_(0, index.long(), values.detach().flatten().to(frozen.dtype))
-        return whole_tensor(index, frozen, values)
+
+    def note_dtype(self, dtype: torch.dtype) -> None:
+        """FSDP1 has put values of this dtype in the place of its own."""
+        if dtype != self.frozen.dtype:
+            self.computed_in[self.frozen.dtype] = dtype
+        else:
+            self.computed_in.pop(dtype, None)
+
+    def take_gathered(self, frozen: Tensor, values: Any) -> None:
+        """FSDP2 has put its part, or what it has gathered, in the place of the frozen tensor.
+
+        The values are gathered with it and before it, and are written into it here, for the forward pass and again for
+        the backward pass: what either computes with is freed after it.
+        """
+        if not self.split_up:
+            self.split_up = self.group.scattered = True
+            self.tensor = self.plain = self.group.joined = None
+        self.frozen = frozen
+        self._check_unwritten()
+        if is_sharded(frozen) or values is None or is_sharded(values):
+            return
+        self.index = self.index.to(frozen.device)
+        frozen.data.view(-1).index_copy_(0, self.index.long(), values.detach().flatten().to(frozen.dtype))
 
     def dense_of(self, values: Any) -> Tensor:
-        """The whole tensor with these values, in memory of its own."""
+        """The whole tensor with these values, in memory of its own; of one that is split, this process's part."""
+        if is_sharded(self.frozen):
+            return with_entries(self.frozen, self.index, values)
         values = whole(values)
         dense = self.frozen.detach().to(values.device, copy=True)
         dense.view(-1).index_copy_(0, self.index.to(values.device).long(), values.detach().flatten().to(dense))
@@ -132,17 +187,24 @@ class MaskedTensor:
         self.frozen.data.view(-1).index_copy_(0, positions, entries.to(self.frozen))
 
     def put_dense(self, dense: Tensor) -> None:
-        """Take the frozen entries of this tensor."""
-        if self.frozen.is_meta:
+        """Take the frozen entries of this tensor, which may be split; all processes must call this then."""
+        if is_sharded(self.frozen):
+            part = shard_like(whole(dense), self.frozen)
+            if self.frozen.is_meta:
+                self.frozen = nn.Parameter(part, requires_grad=False)
+            else:
+                local_part(self.frozen).copy_(local_part(part))
+        elif self.frozen.is_meta:
             self.frozen = dense.detach().clone(memory_format=torch.contiguous_format)
             self.index = self.index.to(dense.device)
-            if not self.group.scattered:
+            if not self.group.scattered and not (self.values is not None and self.values.is_meta):
                 self.group.bind()
         else:
             self.frozen.data.copy_(dense)
 
     def entries_of(self, dense: Tensor) -> Tensor:
         """The selected entries of this tensor, in the shape of the values."""
+        dense = whole(dense)
         return dense.detach().flatten()[self.index.to(dense.device).long()].view(-1, *(1,) * (dense.dim() > 1))
 
     def move(self, change: Any, values: nn.Parameter | None) -> None:
@@ -150,11 +212,13 @@ class MaskedTensor:
         frozen = change(self.frozen)
         if frozen is self.frozen and values is self.values:
             return
-        self.frozen = frozen.contiguous()
+        self.frozen = nn.Parameter(frozen, requires_grad=False) if self.split_up else frozen.contiguous()
         device = change(self.index).device  # its numbers stay, even where memory is given up
         self.index = self.index if device.type == "meta" else self.index.to(device)
-        self.values = values
         self.tensor, self.group.settled = None, False
+        if is_sharded(values):
+            return
+        self.values = values
         if self.group.is_together():  # the last of the group: what is compiled cannot do this when it reads
             self.group.flatten()
             self.group.bind()
@@ -166,7 +230,7 @@ class MaskedTensor:
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the tensor of reads, which is made again: a tensor with a history cannot be copied."""
-        return {**vars(self), "tensor": None, "plain": None}
+        return {**vars(self), "tensor": None, "plain": None, "given": None}
 
 
 class Group:
