@@ -216,7 +216,7 @@ class MaskedTensor:
         device = change(self.index).device  # its numbers stay, even where memory is given up
         self.index = self.index if device.type == "meta" else self.index.to(device)
         self.tensor, self.group.settled = None, False
-        if is_sharded(values):
+        if self.split_up or is_sharded(values):
             return
         self.values = values
         if self.group.is_together():  # the last of the group: what is compiled cannot do this when it reads
