@@ -31,6 +31,11 @@ def is_split_up(frame: FrameType | None) -> bool:
     return frame is not None and str(frame.f_globals.get("__name__", "")).startswith(_FSDP2)
 
 
+def is_large(tensor: Tensor) -> bool:
+    """Whether it is split though values tell of its dtype."""
+    return tensor.numel() > _LARGE
+
+
 def with_frozen_parts(
     module: nn.Module, named: Iterable[tuple[str, Any]], masked: Iterable[tuple[str, Any]]
 ) -> Iterator[tuple[str, Any]]:
@@ -46,7 +51,7 @@ def frozen_part(module: nn.Module, local: str, masked: Any) -> nn.Parameter | No
     own = vars(module)
     if FROZEN + local not in own:
         frozen: Tensor = masked.frozen
-        if not frozen.dim() or (frozen.numel() <= _LARGE and masked.values is not None):
+        if not frozen.dim() or not (is_large(frozen) or masked.values is None):
             return None
         own[FROZEN + local] = nn.Parameter(frozen, requires_grad=False)
     part: nn.Parameter = own[FROZEN + local]

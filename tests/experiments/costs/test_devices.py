@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 
 from fish_tuning import apply_mask
-from fish_tuning.experiments.costs.devices import STRATEGIES, Sizes, device_costs, traffic
+from fish_tuning.experiments.costs.devices import STRATEGIES, FrozenParts, Sizes, device_costs, traffic
 from fish_tuning.experiments.costs.kernels import matmul_workspace
 
 SIZES = Sizes(
@@ -74,6 +74,15 @@ def test_fsdp() -> None:
     assert costs.gathered == 200 + 2 * 80
     assert costs.peak == 350 + 21 + 510 + 360
     assert costs.traffic == 3 / 4 * (2 * 1000 + 40)
+
+
+def test_fsdp_shards_the_frozen_parts_of_masked_tensors_and_no_one_else_does() -> None:
+    sizes = replace(SIZES, replicated=500, frozen_parts=FrozenParts(total=400, largest_layer=30, rest=40))
+    costs = device_costs(sizes, "fsdp", 4, 500, peak)
+    assert (costs.weights, costs.gathered) == (100 + 350, 240 + 2 * 110)
+    assert costs.traffic == 3 / 4 * (2 * 1400 + 40)
+    assert device_costs(sizes, "zero3", 4, 500, peak).weights == 500 + 250
+    assert device_costs(sizes, "ddp", 4, 500, peak).weights == device_costs(sizes, "fsdp", 1, 500, peak).weights == 1500
 
 
 def test_zero_2_shards_no_weights() -> None:

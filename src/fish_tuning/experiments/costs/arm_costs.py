@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import TrainingArguments
 
 from fish_tuning.experiments.costs.batches import Shapes
-from fish_tuning.experiments.costs.devices import Sizes
+from fish_tuning.experiments.costs.devices import FrozenParts, Sizes
 from fish_tuning.experiments.costs.fake_models import make_fake, mask_fake
 from fish_tuning.experiments.costs.kernels import matmul_workspace
 from fish_tuning.experiments.costs.optimizers import OptimizerState, Trained, optimizer_state, step_bytes
@@ -23,6 +23,7 @@ from fish_tuning.experiments.costs.repeated_layers import Peaks, repeated_layers
 from fish_tuning.experiments.costs.scoring_pass import ScoringPeak, scoring_peak
 from fish_tuning.experiments.costs.training_pass import training_pass
 from fish_tuning.files.sizes import Described, delta_size, mask_size, safetensors_size
+from fish_tuning.sparse.frozen_parts import is_large
 
 # What torch.save adds for each tensor: its record's header, padding to 64 bytes, and its entry in the directory.
 _RECORD = 265
@@ -102,9 +103,10 @@ def measure(work: Work) -> Measured:
             )
         except Exception as error:  # a model may do what cannot be done without values
             failures.append(f"calibration could not be traced ({_reason(error)})")
+    frozen_parts = _frozen_parts(model, kept)
     with mode:
         beside = mask_fake(model, kept, work.gpu)
-    sizes = _sizes(model, beside, held, state, work)
+    sizes = replace(_sizes(model, beside, held, state, work), frozen_parts=frozen_parts)
     live = None
     try:
         live = training_pass(
@@ -132,6 +134,19 @@ def spread(kept: int, sizes: Mapping[str, int]) -> dict[str, int]:
     for name in sorted(shares, key=lambda name: -shares[name][1])[:left]:
         counts[name] += 1
     return counts
+
+
+def _frozen_parts(model: nn.Module, kept: Mapping[str, int]) -> FrozenParts:
+    """Of masked tensors, those that FSDP gathers with their layers."""
+    large = {n: p.nbytes for n, p in model.named_parameters() if kept.get(n) and is_large(p)}
+    paths = {id(module): f"{path}." for path, module in model.named_modules()}
+    layers = [
+        sum(size for name, size in large.items() if name.startswith(paths[id(layer)]))
+        for each in repeated_layers(model)
+        for layer in each
+    ]
+    total = sum(large.values())
+    return FrozenParts(total, max(layers, default=0), total - sum(layers))
 
 
 def _sizes(model: nn.Module, beside: list[Any], held: list[Trained], state: OptimizerState, work: Work) -> Sizes:

@@ -4,9 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 STRATEGIES = ("ddp", "fsdp", "zero2", "zero3")
+
+
+@dataclass(frozen=True)
+class FrozenParts:
+    """Bytes of the frozen parts of masked tensors that FSDP shards: all, in the layer with most, and in no layer."""
+
+    total: int = 0
+    largest_layer: int = 0
+    rest: int = 0
 
 
 @dataclass(frozen=True)
@@ -15,7 +24,8 @@ class Sizes:
 
     Args:
         parameters: of the model, frozen ones and trained values; what FSDP and ZeRO-3 shard.
-        replicated: what stays whole on every device: buffers, and the tensors of masked entries with their positions.
+        replicated: what ZeRO leaves whole on every device: buffers, the tensors of masked entries, and their positions.
+        frozen_parts: of `replicated`: what FSDP shards.
         buffers: the part of `replicated` that DDP sends before a forward pass.
         largest_layer, rest: of `parameters`: those of the largest repeated layer, and of all that is in none.
         trained: of the values that train.
@@ -39,6 +49,21 @@ class Sizes:
     step: int
     workspace: int = 0
     accumulates: int = 1
+    frozen_parts: FrozenParts = FrozenParts()
+
+    def under(self, strategy: str) -> Sizes:
+        """What is sharded by it, and what is not."""
+        if strategy != "fsdp":
+            return self
+        parts = self.frozen_parts
+        return replace(
+            self,
+            parameters=self.parameters + parts.total,
+            replicated=self.replicated - parts.total,
+            largest_layer=self.largest_layer + parts.largest_layer,
+            rest=self.rest + parts.rest,
+            frozen_parts=FrozenParts(),
+        )
 
 
 @dataclass(frozen=True)
@@ -70,6 +95,7 @@ def device_costs(
     """
     if devices == 1:
         strategy = "ddp"  # with one device there is nothing to spread
+    sizes = sizes.under(strategy)
     shards_parameters, shards_gradients = strategy in ("fsdp", "zero3"), strategy != "ddp"
     part = 1 / devices
     weights = sizes.replicated + (math.ceil(sizes.parameters * part) if shards_parameters else sizes.parameters)
@@ -105,6 +131,7 @@ def traffic(sizes: Sizes, strategy: str, devices: int) -> int:
     """
     if devices == 1:
         return 0
+    sizes = sizes.under(strategy)
     times = sizes.accumulates
     ring = (devices - 1) / devices
     if strategy == "ddp":

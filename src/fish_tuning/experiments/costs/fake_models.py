@@ -50,10 +50,10 @@ def mask_fake(model: nn.Module, kept: Mapping[str, int], gpu: bool = False) -> l
     beside: list[Tensor] = []
     for group in small_groups(sizes, keys, gpu):
         members = [(*places[place], frozen[place]) for place in group]
-        beside += [tensor.detach() for *_, tensor in members]  # type: ignore[union-attr]
         if not kept[members[0][0]]:
             members[0][3].requires_grad_(False)  # type: ignore[union-attr]
             continue
+        beside += [tensor.detach() for *_, tensor in members]  # type: ignore[union-attr]
         beside += _train_entries(members, kept)
     return beside
 
