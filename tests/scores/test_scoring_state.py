@@ -10,9 +10,17 @@ import numpy as np
 import pytest
 import torch
 from tiny import bert, causal_batch, classification_batch, image_batch, llama, lora, rebatch, vit
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import BartConfig, BartForSequenceClassification
+from transformers import (
+    BartConfig,
+    BartForSequenceClassification,
+    FalconConfig,
+    FalconForCausalLM,
+    PreTrainedConfig,
+    Wav2Vec2Config,
+    Wav2Vec2ForSequenceClassification,
+)
 
 from fish_tuning import calculate_fisher_information
 from fish_tuning.scores.scoring_state import scoring_state
@@ -129,6 +137,119 @@ def test_checkpointed_layers_neither_drop_entries_nor_themselves() -> None:
     training = calculate_fisher_information(model, [batch], progress=False, method="loop")
     for name, score in evaluation.items():
         torch.testing.assert_close(training[name], score)
+
+
+def wav2vec2() -> nn.Module:
+    """Its encoder drops layers by what its configuration says."""
+    torch.manual_seed(0)
+    config = Wav2Vec2Config(
+        vocab_size=12, hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=16, conv_dim=(8,),
+        conv_stride=(4,), conv_kernel=(4,), num_feat_extract_layers=1, num_conv_pos_embeddings=4, layerdrop=0.5,
+        num_conv_pos_embedding_groups=2, num_labels=3, classifier_proj_size=8,
+    )  # fmt: skip
+    return Wav2Vec2ForSequenceClassification(config)
+
+
+def falcon() -> nn.Module:
+    """Its layers drop entries by what their configuration says."""
+    torch.manual_seed(0)
+    config = FalconConfig(
+        vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, hidden_dropout=0.5, pad_token_id=0,
+        parallel_attn=False,
+    )  # fmt: skip
+    return FalconForCausalLM(config)
+
+
+class OfElsewhere(nn.Module):
+    """A model whose own code checkpoints its layers, and drops entries and layers by its configuration."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.config = PreTrainedConfig(dropout=0.5, layer_dropout=0.9)
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+        self.head = nn.Linear(4, 2)
+        self.gradient_checkpointing = True
+        self._gradient_checkpointing_func = torch.utils.checkpoint.checkpoint
+        self.checkpointed = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            if self.training and torch.rand([]) < self.config.layer_dropout:  # type: ignore[attr-defined]
+                continue
+            if self.gradient_checkpointing and self.training:
+                x = self._gradient_checkpointing_func(layer, x)
+                self.checkpointed += 1
+            else:
+                x = layer(x)
+            x = nn.functional.dropout(x, self.config.dropout, self.training)  # type: ignore[attr-defined]
+        return self.head(x)  # type: ignore[no-any-return]
+
+
+def sounds() -> dict[str, Tensor]:
+    return {
+        "input_values": torch.randn(4, 60, generator=torch.Generator().manual_seed(1)),
+        "labels": torch.arange(4) % 3,
+    }
+
+
+@pytest.mark.parametrize("make", [wav2vec2, falcon])
+def test_checkpointed_layers_drop_nothing_by_their_configuration(make: Callable[[], Any]) -> None:
+    model, batch = make(), sounds() if make is wav2vec2 else causal_batch()
+    evaluation = calculate_fisher_information(model.eval(), [batch], progress=False, warmup_steps=0)
+    model.train().activation_checkpointing_enable()
+    before = model.config.to_dict()
+    training = calculate_fisher_information(model, [batch], progress=False, warmup_steps=0)
+    assert model.config.to_dict() == before
+    for name, score in evaluation.items():
+        torch.testing.assert_close(training[name], score)
+
+
+def test_nor_do_models_whose_own_code_checkpoints() -> None:
+    batch = {"x": torch.randn(4, 4, generator=torch.Generator().manual_seed(1)), "labels": torch.arange(4) % 2}
+    scores, models = [], [OfElsewhere().eval(), OfElsewhere().train()]
+    models[0].gradient_checkpointing = False
+    for model in models:
+        scores.append(calculate_fisher_information(model, [batch], loss_fn=class_losses, progress=False))
+    for name, score in scores[0].items():
+        torch.testing.assert_close(scores[1][name], score)
+    assert models[1].checkpointed
+    assert models[1].config.layer_dropout == 0.9  # type: ignore[attr-defined]
+
+
+class Merging(nn.Linear):
+    """As loralib's: in evaluation mode the factors are a part of the weight."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 2)
+        self.weight.requires_grad_(False)
+        self.factor = nn.Parameter(torch.full((2, 4), 0.1))
+        self.merged = False
+
+    def train(self, mode: bool = True) -> Merging:
+        if mode is self.merged:
+            self.weight.data += -self.factor.data if mode else self.factor.data
+            self.merged = not mode
+        return super().train(mode)  # type: ignore[return-value]
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight if self.merged else self.weight + self.factor
+        return nn.functional.linear(x, weight, self.bias)
+
+
+def test_layers_that_merge_for_evaluation_are_scored_as_they_train() -> None:
+    torch.manual_seed(0)
+    model, batch = nn.Sequential(Merging()), {"input": torch.randn(4, 4), "labels": torch.arange(4) % 2}
+    weight = model[0].weight.clone()
+    scores = calculate_fisher_information(model, [batch], loss_fn=class_losses, progress=False)
+    assert scores["0.factor"].all()
+    assert torch.equal(model[0].weight, weight)
+    assert model[0].training
+    assert not model[0].merged
+
+
+def class_losses(output: Any, batch: Any) -> Tensor:
+    return nn.functional.cross_entropy(output, batch["labels"], reduction="none")
 
 
 def test_key_value_cache_is_off_within() -> None:

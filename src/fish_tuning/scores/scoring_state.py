@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fish_tuning.model_walks import attribute, every_module, every_parameter
 from fish_tuning.scores.bare_model import uncompiled, without_mixed_precision
@@ -27,7 +29,7 @@ def scoring_state(model: nn.Module) -> Iterator[None]:
     call; who computes losses puts it around each forward pass (`Autocast`, made before this is entered).
 
     Activation checkpointing stays in force, since a model may not fit without it. transformers ties it to training
-    mode, so the checkpointed layers alone keep that flag, their own functional dropout and layer drop set to 0.
+    mode, so the checkpointed layers alone keep that flag, and are in evaluation mode while they compute.
 
     4-bit layers on the CPU stay unpacked, which a pass in evaluation mode would otherwise change for good.
     """
@@ -40,8 +42,8 @@ def scoring_state(model: nn.Module) -> Iterator[None]:
             uncompiled(stack)
             without_mixed_precision(model, stack)
             stack.callback(allow_packing, keep_unpacked(model))
-            if any(modes.values()):
-                model.eval()
+            for module in modes:  # not by eval(), with which some layers merge what trains into what does not
+                module.training = False
             for module in modes:
                 if attribute(module, "gradient_checkpointing") and hasattr(module, "_gradient_checkpointing_func"):
                     _keep_checkpointing(module, stack)
@@ -56,14 +58,42 @@ def scoring_state(model: nn.Module) -> Iterator[None]:
 
 
 def _keep_checkpointing(module: nn.Module, stack: ExitStack) -> None:
-    module.training = True
     # Reentrant checkpointing cannot serve torch.autograd.grad.
     own: Any = module._gradient_checkpointing_func
     function = own.func if isinstance(own, partial) else checkpoint  # transformers' own, where inputs are offloaded
-    _set(module, "_gradient_checkpointing_func", partial(function, use_reentrant=False), stack)
-    for name, value in list(vars(module).items()):
-        if "drop" in name and isinstance(value, float):
-            _set(module, name, 0.0, stack)
+    function = partial(function, use_reentrant=False)
+    if isinstance(module, GradientCheckpointingLayer):
+        module.training = True
+        _set(module, "_gradient_checkpointing_func", partial(_in_evaluation, module, function), stack)
+    elif _checkpoints_itself(module):
+        module.training = True
+        _set(module, "_gradient_checkpointing_func", function, stack)
+        # What its forward pass drops besides.
+        for owner in (module, getattr(module, "config", None)):
+            for name, value in list(vars(owner).items()) if owner is not None else ():
+                if "drop" in name and isinstance(value, float):
+                    _set(owner, name, 0.0, stack)
+
+
+def _in_evaluation(module: nn.Module, function: Callable[..., Any], forward: Callable[..., Any], *args: Any) -> Any:
+    """Checkpoints a layer's forward pass, which is to drop nothing, nor is it when it is done again."""
+
+    def run(*args: Any) -> Any:
+        module.training = False
+        try:
+            return forward(*args)
+        finally:
+            module.training = True
+
+    return function(run, *args)
+
+
+def _checkpoints_itself(module: nn.Module) -> bool:
+    """Whether the code of a module checkpoints what it calls: that of models from elsewhere, since transformers 5."""
+    try:
+        return "_gradient_checkpointing_func(" in inspect.getsource(type(module).forward)
+    except (OSError, TypeError):
+        return True
 
 
 def _set(owner: Any, name: str, value: Any, stack: ExitStack) -> None:
