@@ -423,9 +423,9 @@ def test_a_module_is_done_again_for_a_layer_that_is_called_differently_later_and
     checked: list[list[str]] = []
     add_checked = Scorer._add_checked
 
-    def noted(self: Scorer, batch: Any, first_example: int, names: list[str]) -> dict[str, str]:
+    def noted(self: Scorer, batch: Any, first_example: int, names: list[str], look: list[int]) -> dict[str, str]:
         checked.append(sorted(names))
-        return add_checked(self, batch, first_example, names)
+        return add_checked(self, batch, first_example, names, look)
 
     monkeypatch.setattr(Scorer, "_add_checked", noted)
     with caplog.at_level("INFO", logger="fish_tuning.scores.fisher"):

@@ -92,7 +92,7 @@ def test_squares_and_what_a_check_is_given() -> None:
     model, batch, weights = nn.Linear(3, 2), torch.randn(4, 3), torch.tensor([1.5, -1.0, 1.25, -2.0])
     probes = Probes(model, ["weight"])
     into = Totals({"weight": torch.zeros(2, 3)}, {"weight": torch.zeros(2, 3)})
-    check = Check(frozenset(["weight"]), frozenset(["weight"]), 1, weights)
+    check = Check(frozenset(["weight"]), frozenset(["weight"]), [1], weights)
     with probes:
         probes.start(4, torch.device("cpu"))
         losses = model(batch).sum(1)

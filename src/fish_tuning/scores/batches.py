@@ -13,6 +13,7 @@ from fish_tuning.scores.losses import IGNORED, LABELS
 from fish_tuning.scores.reading import placed
 
 Batch = dict[str, Tensor]
+Padding = tuple[bool, bool, bool]  # whether a row of a text is padded before its tokens, among them, and after them
 
 # Entries that run along the tokens of a text; only these are cut when padding is trimmed.
 SEQUENCE_KEYS = (
@@ -126,19 +127,33 @@ def one_by_one_is_as_fast(batch: Mapping[str, Tensor], gpu: bool | None = None) 
 
 def most_padded_row(batch: Mapping[str, Tensor]) -> int:
     """The row with the fewest real tokens among those with a label that counts; 0 where nothing is padded."""
-    mask, labels = on_cpu(batch, "attention_mask"), on_cpu(batch, "labels")
-    if mask is None or mask.dim() != 2:
-        return 0
-    lengths = mask.sum(dim=1)
+    mask = on_cpu(batch, "attention_mask")
+    return 0 if mask is None or mask.dim() != 2 else int(_lengths(batch, mask).argmin())
+
+
+def padded_rows(batch: Mapping[str, Tensor]) -> dict[Padding, int]:
+    """By the ways in which rows of a text are padded: the row with the fewest real tokens of those padded so."""
+    mask = on_cpu(batch, "attention_mask")
+    if mask is None or mask.dim() != 2 or bool(mask.all()):
+        return {}
+    real = mask.bool()
+    before, after = (real.cumsum(1) == 0).sum(1), (real.flip(1).cumsum(1) == 0).sum(1)
+    within = before + real.sum(1) + after < real.shape[1]
+    ways = zip((before > 0).tolist(), within.tolist(), (after > 0).tolist(), strict=True)
+    lengths = _lengths(batch, mask).tolist()
+    found: dict[Padding, int] = {}
+    for row, way in enumerate(ways):
+        if any(way) and (way not in found or lengths[row] < lengths[found[way]]):
+            found[way] = row
+    return found
+
+
+def _lengths(batch: Mapping[str, Tensor], mask: Tensor) -> Tensor:
+    """(n,) real tokens; of a row without a label that counts, more than any has."""
+    labels, lengths = on_cpu(batch, "labels"), mask.sum(dim=1)
     if labels is not None and labels.dim() == 2:
         lengths = lengths.masked_fill((labels[:, 1:] == IGNORED).all(dim=1), mask.shape[1] + 1)
-    return int(lengths.argmin())
-
-
-def has_padding(batch: Mapping[str, Tensor]) -> bool:
-    """Whether a row of a text is padded."""
-    mask = on_cpu(batch, "attention_mask")
-    return mask is not None and mask.dim() == 2 and not bool(mask.all())
+    return lengths
 
 
 def trim_padding(batch: Batch) -> Batch:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -120,7 +120,7 @@ def _by_rows(tensor: Tensor) -> tuple[Tensor | None, Tensor, int]:
 class Check:
     """A batched pass that is checked: what the rules found for some tensors, as checksums.
 
-    For the tensors `alone`, the squares of one `row`. For those `together`, the square of the batch's gradient, in
+    For the tensors `alone`, the squares of some `rows`. For those `together`, the square of the batch's gradient, in
     which the loss of each example is multiplied by its entry in the random `weights`: whatever a rule misses, in
     whichever example, shows there. Squares of single examples are freed of their weights. Where its
     checksums are signed, the gradients are looked at beside their squares, which tell nothing of signs.
@@ -128,7 +128,7 @@ class Check:
 
     alone: frozenset[str]
     together: frozenset[str]
-    row: int
+    rows: Sequence[int]
     weights: Tensor  # all ones when there is nothing to look at together
     made: Checksumming = field(default_factory=Checksumming)
     of_row: Checksums = field(default_factory=dict)
@@ -170,6 +170,11 @@ class Comparison:
     agree: set[str]
     disagree: set[str]
     right: set[str]
+
+    def beside(self, other: Comparison) -> Comparison:
+        """Both together: who agrees agrees in both, and what tells tells in either."""
+        agree, disagree = self.agree & other.agree, self.disagree | other.disagree
+        return Comparison(agree, disagree, (self.right | other.right) & agree)
 
     @classmethod
     def of(cls, names: list[str], rule: Checksums, plain: Checksums, tolerance: float, floor: float) -> Comparison:

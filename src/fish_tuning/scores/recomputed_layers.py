@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from fish_tuning.scores.watched_layers import WatchedLayer
+from fish_tuning.scores.watched_layers import Pass, WatchedLayer
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class _Call:
     arguments: list[Any]
     tree: TreeSpec
     output: int
+    number: int  # of the call, among those of a pass
     autocast: tuple[bool, torch.dtype]
 
     def again(self, tensors: tuple[Tensor, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -38,8 +39,13 @@ class RecomputedLayer(WatchedLayer):
     """Scores its tensors from the tensors that it was called with and the gradients of its outputs.
 
     Tensors with as many rows as the batch has examples, or the output has, are taken for the examples' one after
-    another, others as the same for all. Whether that holds, its proof shows.
+    another, others as the same for all. Whether that holds, its proof shows; and what its proof took for the same for
+    all is so in other batches too, though it has as many rows as these have examples (heads, windows, tokens).
     """
+
+    def __init__(self, module: nn.Module, names: dict[str, str], state: Pass) -> None:
+        super().__init__(module, names, state)
+        self.proofs: dict[tuple[int, int, int], set[bool]] = {}  # by argument: whether proofs took it for examples'
 
     def after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if not self.names or self.state.anchor is None:
@@ -55,7 +61,7 @@ class RecomputedLayer(WatchedLayer):
                 device = value.device.type
                 autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
                 value = self.a_row_each(value) if self.serves_all(value) else value
-                outputs[number] = self.probe(value, _Call(arguments, tree, number, autocast), tensors)
+                outputs[number] = self.probe(value, _Call(arguments, tree, number, self.calls, autocast), tensors)
                 probed = True
         return tree_unflatten(outputs, output_tree) if probed else None
 
@@ -74,15 +80,21 @@ class RecomputedLayer(WatchedLayer):
 
     def _add_up(self, arrived: list[tuple[_Call, tuple[Tensor, ...], Tensor]]) -> None:
         into, check, size = self.state.into, self.state.check, self.state.batch_size
+        if self.is_proving():
+            for call, kept, g in arrived:
+                for place, of_examples in self._like_examples(call, kept, g):
+                    self.proofs.setdefault(place, set()).add(of_examples)
         if check is not None:
             for name, gradient in self._gradients(arrived, None).items() if check.together else ():
                 if name in check.together:
                     check.made.add(check.of_sum, name, gradient.square(), lambda of=gradient: of)  # type: ignore[misc]
             if check.together:
                 arrived = [(call, kept, _freed(g, check.weights)) for call, kept, g in arrived]
-            for name, gradient in self._gradients(arrived, check.row).items() if check.alone else ():
-                if name in check.alone:
-                    check.made.add(check.of_row, name, gradient.square(), lambda of=gradient: of)  # type: ignore[misc]
+            for row in check.rows if check.alone else ():
+                for name, gradient in self._gradients(arrived, row).items():
+                    if name in check.alone:
+                        made = check.made
+                        made.add(check.of_row, name, gradient.square(), lambda of=gradient: of)  # type: ignore[misc]
         sums: dict[str, Tensor] = {}
         squares: dict[str, Tensor] = {}
         for row in range(size):
@@ -100,8 +112,10 @@ class RecomputedLayer(WatchedLayer):
         for call, kept, g in arrived:
             tensors = tuple(tensor.detach() for tensor in kept)
             if row is not None:
-                of_examples = {self.state.batch_size, g.shape[0]}
-                tensors = tuple(self._of_example(t, row) if t.shape[:1].numel() in of_examples else t for t in tensors)
+                tensors = tuple(
+                    self._of_example(tensor, row) if self._is_examples(place, alike) else tensor
+                    for tensor, (place, alike) in zip(tensors, self._like_examples(call, kept, g), strict=True)
+                )
                 g = self._of_example(g, row)
             stand_ins = {local: self.module.get_parameter(local).detach().requires_grad_() for local in self.names}
             args, kwargs = call.again(tensors)
@@ -118,6 +132,23 @@ class RecomputedLayer(WatchedLayer):
                     gradient = self.state.scale.unscaled(gradient.float())
                     found[name] = found[name] + gradient if name in found else gradient
         return found
+
+    def _like_examples(
+        self, call: _Call, kept: tuple[Tensor, ...], g: Tensor
+    ) -> Iterator[tuple[tuple[int, int, int], bool]]:
+        """Each tensor's place among the arguments, and whether it has as many rows as there are examples."""
+        of_examples = {self.state.batch_size, g.shape[0]}
+        for number, tensor in enumerate(kept):
+            yield (call.number, len(kept), number), tensor.shape[:1].numel() in of_examples
+
+    def _is_examples(self, place: tuple[int, int, int], alike: bool) -> bool:
+        """ValueError where that cannot be told."""
+        proofs = self.proofs.get(place, set())
+        if alike and True not in proofs and not proofs:
+            raise ValueError("an argument came that its proof did not have")
+        if alike and len(proofs) > 1:
+            raise ValueError("an argument may be the examples' or the same for all")
+        return alike and True in proofs
 
     def _of_example(self, tensor: Tensor, row: int) -> Tensor:
         each = tensor.shape[0] // self.state.batch_size

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fish_tuning.errors import FisherError
 from fish_tuning.model_walks import every_parameter
-from fish_tuning.scores.batches import Batch, batch_size, has_padding, most_padded_row, one_by_one_is_as_fast, rows
+from fish_tuning.scores.batches import Batch, batch_size, most_padded_row, one_by_one_is_as_fast, padded_rows, rows
 from fish_tuning.scores.checks import (
     NEGLIGIBLE_GRADIENT,
     Check,
@@ -77,7 +77,7 @@ class Scorer:
         self._weights = weights
         self.scale = LossScale(fp16=torch.float16 in {*losses.autocast.dtypes.values(), *weights})
         self.probes.state.scale = self.plain.scale = self.scale
-        self.padding_met = False  # whether a padded batch was among those by which rules are proven
+        self.padding_met: set[tuple[bool, ...]] = set()  # the ways of padding that rows had by which rules are proven
         self.begun = False  # whether the totals hold anything
         self.told = False  # whether the log says how tensors are scored
         self.gradient_scale = 0.0  # squared norm of an example's gradient over all tensors, the largest seen
@@ -91,7 +91,7 @@ class Scorer:
         """In fp16, where small gradients vanish and large ones overflow, at a scale at which none overflows."""
         while True:
             before = self.totals.copy(self.trainable) if self.scale.value > 1 else None
-            proofs = set(self.proven), set(self.looked_at), self.padding_met
+            proofs = set(self.proven), set(self.looked_at), set(self.padding_met)
             try:
                 self._add(batch, first_example)
                 return
@@ -108,16 +108,18 @@ class Scorer:
             self.loop(batch, first_example, list(self.trainable))
             self.begun = True
             return
-        if not self.padding_met and has_padding(batch):
-            # Where examples reach their padding, rules that rows without any have proven do not hold.
-            self.padding_met = True
+        padded = {way: row for way, row in padded_rows(batch).items() if way not in self.padding_met}
+        if padded:
+            # Where examples reach their padding, rules that rows without any, or with some elsewhere, have proven do
+            # not hold.
+            self.padding_met |= padded.keys()
             self.proven, self.looked_at = set(), set()
         unproven = [name for name in self.probes.names if name not in self.proven]
         failed: dict[str, str] = {}
         if unproven:
             try:
                 with full_precision():
-                    failed = self._add_checked(batch, first_example, unproven)
+                    failed = self._add_checked(batch, first_example, unproven, list(padded.values()))
             except _PaddingMatters:
                 self._give_up(PADDING)
         elif self.probes.names:
@@ -130,8 +132,9 @@ class Scorer:
 
     def is_settled_for(self, batch: Batch) -> bool:
         """Whether nothing is left to prove, nor anything to log."""
-        new = not self.padding_met and has_padding(batch)
-        return self.told and not new and self.proven.issuperset(self.probes.names)
+        return (
+            self.told and self.padding_met.issuperset(padded_rows(batch)) and self.proven.issuperset(self.probes.names)
+        )
 
     def without(self, failed: dict[str, str]) -> set[str]:
         """Watch these tensors no longer where they were; returns those that a module further out is done again for."""
@@ -166,14 +169,15 @@ class Scorer:
             for names in [[name for name, why in failed.items() if why == reason]]
         ]
 
-    def _add_checked(self, batch: Batch, first_example: int, names: list[str]) -> dict[str, str]:
+    def _add_checked(self, batch: Batch, first_example: int, names: list[str], look: list[int]) -> dict[str, str]:
         """Adds the batch by rule, but nothing for those of `names` whose rule failed; returns them with the reason.
 
-        One example is looked at alone. Where it has no gradient, it proves nothing; then the gradient of the batch must
-        be what the rule says, now and in every batch to come. Where that is not zero, it is looked whether examples are
-        kept apart: in 32 bits each is looked at alone, in 16 the batch is done again with other weights.
+        One example is looked at alone, or those of the rows `look`. Where they have no gradient, they prove
+        nothing; then the gradient of the batch must be what the rule says, now and in every batch to come. Where that
+        is not zero, it is looked whether examples are kept apart: in 32 bits each is looked at alone, in 16 the batch
+        is done again with other weights.
         """
-        size, row = batch_size(batch), most_padded_row(batch)  # what spills between examples shows there
+        size, look = batch_size(batch), look or [most_padded_row(batch)]  # what spills over shows there
         before = self.totals.copy(names) if self.begun else None
         new = [name for name in names if name not in self.looked_at]
         first = not self.looked_at
@@ -182,19 +186,20 @@ class Scorer:
         in_row = Comparison(set(), set(), set())
         failed: dict[str, str] = {}
         if not self._low_precision():
-            alone = self._of_examples(batch, first_example, [row], new)
-            floor = self._floor(alone)
+            alone = self._of_examples(batch, first_example, look, new)
+            floor = len(look) * self._floor(alone, len(look))
             waiting = [name for name in names if name not in alone or float(alone[name][0]) <= floor]
         else:
-            if new:
-                in_row = self._of_a_pair(batch, first_example, row, new, padding=first)
-                failed = dict(self.probes.broken)
+            for row in look if new else ():
+                in_pair = self._of_a_pair(batch, first_example, row, new, padding=first)
+                in_row = in_pair if row == look[0] else in_row.beside(in_pair)
+                failed |= self.probes.broken
             known = in_row.right | in_row.disagree | failed.keys()
             waiting = [name for name in names if name not in known]
             new = []
 
         weights = random_weights(size, seed=first_example) if waiting else torch.ones(size)
-        check = self._check(new, waiting, row, weights)
+        check = self._check(new, waiting, look, weights)
         together: Checksums = {}
         stand_ins = self.plain.stand_ins(waiting, partial(self.checksums.add_gradient, together))
         with self.probes.shapes_seen() if new else AS_IT_IS:
@@ -223,8 +228,8 @@ class Scorer:
             self.totals.set_back(name, before)
         return failed
 
-    def _check(self, alone: Iterable[str], together: Iterable[str], row: int, weights: Tensor) -> Check:
-        return Check(frozenset(alone), frozenset(together), row, placed(weights, self._device()), self.checksums)
+    def _check(self, alone: Iterable[str], together: Iterable[str], looked_at: list[int], weights: Tensor) -> Check:
+        return Check(frozenset(alone), frozenset(together), looked_at, placed(weights, self._device()), self.checksums)
 
     def _compare(
         self, names: Iterable[str], rule: Checksums, plain: Checksums, floor: float, failed: dict[str, str]
@@ -244,7 +249,7 @@ class Scorer:
         alone = self._of_loss(pair, first_example, row, names)
         if padding:
             self._check_padding(pair, first_example, row, names, alone)
-        check = self._check(names, (), row, torch.ones(batch_size(pair)))
+        check = self._check(names, (), [row], torch.ones(batch_size(pair)))
         with self.probes.shapes_seen():
             losses = self._forward(pair, first_example)
         self.losses.check_finite()
@@ -257,7 +262,7 @@ class Scorer:
         if not self._low_precision():
             return self._of_examples(batch, first_example, range(batch_size(batch)), names)
         # An example that others reach has another gradient where these have other weights.
-        check = self._check((), names, 0, torch.ones(batch_size(batch)))
+        check = self._check((), names, [0], torch.ones(batch_size(batch)))
         self.probes.backward(self._forward(batch, first_example), replace(self.totals, ignores=True), check)
         self.scale.check()
         return on_cpu(check.of_batch)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -76,6 +76,7 @@ class WatchedLayer(ABC):
         self.calls = 0
         self.arrived: list[Arrived] = []
         self.relations: set[Relation] | None = None  # what an example's rows of the layer are as many as
+        self.a_row_an_example = False  # whether it had as many rows as there were examples
         self.by_data: bool | None = None  # whether data decide where these are; None where it was not looked at
         self.untold = False  # whether a graph would have to tell it that was not there
 
@@ -123,6 +124,11 @@ class WatchedLayer(ABC):
         rows, size = shape[:1].numel(), self.state.batch_size
         return len(shape) == 2 if rows == size else rows != 1 and bool(self.state.relations(shape))
 
+    def is_proving(self) -> bool:
+        """Whether this backward pass proves the layer."""
+        check, own = self.state.check, self.names.values()
+        return check is not None and not (check.alone.isdisjoint(own) and check.together.isdisjoint(own))
+
     def receive(self, call: Any, kept: tuple[Tensor, ...], g: Tensor) -> None:
         self.arrived.append((call, kept, g))
         if len(self.arrived) == self.calls:
@@ -154,11 +160,16 @@ class WatchedLayer(ABC):
         chance is no batch. Whether they are in that order, the layer's proof shows.
         """
         rows, size = shape[0] if shape else 1, self.state.batch_size
+        self.a_row_an_example |= rows == size
         if rows != size:
             found = self.state.relations(shape)
+            unproven = self.a_row_an_example and self.relations is None and not self.is_proving()
             self.relations = found if self.relations is None else self.relations & found
             if not self.relations:
                 self.fail(f"it was called with first dimension {rows}, not with the {size} examples of the batch")
+                return False
+            if unproven:
+                self.fail("an example has several rows, which none had in its proof")
                 return False
         if self.by_data:
             self.fail(BY_DATA)
@@ -215,8 +226,8 @@ class BatchedLayer(WatchedLayer):
         if check.together:
             calls = [(m, x, g / check.weights.to(g).view(-1, *[1] * (g.dim() - 1))) for m, x, g in calls]
         if not check.alone.isdisjoint(own):
-            row = check.row
-            for name, gradients in self.gradients([(module, x[row, None], g[row, None]) for module, x, g in calls]):
+            few = [(module, _of_rows(x, check.rows), _of_rows(g, check.rows)) for module, x, g in calls]
+            for name, gradients in self.gradients(few):
                 if name in check.alone:
                     check.made.add(check.of_row, name, gradients.squares(), gradients.sum)
         return calls
@@ -301,6 +312,12 @@ class _Probe(torch.autograd.Function):
         else:
             ctx.layer.receive(ctx.call, kept, grads[0])
         return grads[0], *[None] * len(ctx.needs_input_grad[1:])
+
+
+def _of_rows(tensor: Tensor, numbers: Sequence[int]) -> Tensor:
+    """Without a copy of the numbers to a device, as indexing with them is."""
+    parts = [tensor[number, None] for number in numbers]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _by_example(tensor: Tensor, examples: int) -> Tensor:

@@ -1,0 +1,119 @@
+"""What later batches have that the first, which proves the rules, did not: it must not pass for what was proven."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from peft import PromptTuningConfig, get_peft_model
+from tiny import Batch, assert_scores_close, causal_batch, llama, rebatch
+from torch import Tensor, nn
+
+from fish_tuning import FishTuningWarning, calculate_fisher_information
+from fish_tuning.scores.batches import padded_rows
+
+
+def scored(model: nn.Module, loader: list[Batch], method: str = "auto") -> dict[str, Tensor]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FishTuningWarning)
+        return calculate_fisher_information(model, loader, warmup_steps=0, progress=False, method=method)  # type: ignore[arg-type]
+
+
+class Classifier(nn.Module):
+    loss_type = "ForSequenceClassification"
+
+    def __init__(self, width: int = 4) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.head = nn.Linear(width, 3)
+
+    def logits(self, x: Tensor) -> Tensor:
+        return self.head(x.mean(1))  # type: ignore[no-any-return]
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> object:
+        logits = self.logits(x)
+        loss = None if labels is None else nn.functional.cross_entropy(logits.float(), labels)
+        return type("Output", (), {"logits": logits, "loss": loss})()
+
+
+class Gain(nn.Module):
+    """A layer without a rule, with a table of positions that all examples share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.randn(4))
+
+    def forward(self, x: Tensor, table: Tensor) -> Tensor:
+        return x * self.gain + torch.tanh(table * self.gain)
+
+
+class WithTable(Classifier):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = Gain()
+        self.register_buffer("table", torch.randn(5, 4))
+
+    def logits(self, x: Tensor) -> Tensor:
+        return super().logits(self.layer(x, self.table))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sizes", [(3, 5), (5, 5), (5, 3)])
+def test_what_all_examples_share_is_not_taken_for_them_where_the_numbers_fit(
+    sizes: tuple[int, int], dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(1)
+    loader = [{"x": torch.randn(n, 5, 4, generator=generator).to(dtype), "labels": torch.arange(n) % 3} for n in sizes]
+    model = WithTable().to(dtype)
+    tolerance = {"rtol": 0.02, "atol": 1e-4} if dtype is torch.bfloat16 else {}
+    for name, score in scored(model, loader, method="loop").items():
+        torch.testing.assert_close(scored(model, loader)[name], score, **tolerance)  # type: ignore[arg-type]
+
+
+class SequenceFirst(Classifier):
+    """Its layer has the tokens of all examples, those of one position after those of another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def logits(self, x: Tensor) -> Tensor:
+        rows, tokens, width = x.shape
+        flat = torch.tanh(self.layer(x.transpose(0, 1).reshape(-1, width)))
+        return super().logits(flat.view(tokens, rows, width).transpose(0, 1))
+
+
+def test_several_rows_an_example_are_no_rows_in_order_because_one_was() -> None:
+    generator = torch.Generator().manual_seed(1)
+    loader = [{"x": torch.randn(4, tokens, 4, generator=generator), "labels": torch.arange(4) % 3} for tokens in (1, 3)]
+    model = SequenceFirst()
+    assert_scores_close(scored(model, loader), scored(model, loader, method="loop"))
+
+
+@pytest.mark.parametrize("sides", [("right", "left"), ("left", "right")])
+def test_padding_on_another_side_is_proven_again(sides: tuple[str, str]) -> None:
+    # Virtual tokens stand before the row, so what is padded on the left has them elsewhere.
+    model = get_peft_model(llama(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    loader = [causal_batch((5, 9, 3, 7), side=side) for side in sides]
+    assert_scores_close(scored(model, loader), scored(model, loader, method="loop"))
+
+
+def test_rows_that_are_padded_in_several_ways_are_each_looked_at() -> None:
+    model = get_peft_model(llama(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    left, right = causal_batch((6, 9), side="left"), causal_batch((9, 3), side="right")
+    batch = {key: torch.cat([left[key], right[key]]) for key in left}
+    assert_scores_close(scored(model, rebatch(batch, 4)), scored(model, [batch], method="loop"))
+
+
+def test_the_ways_of_padding() -> None:
+    mask = torch.tensor(
+        [[1, 1, 1, 1], [0, 0, 1, 1], [0, 1, 1, 1], [1, 1, 1, 0], [0, 1, 1, 0], [1, 0, 1, 1], [1, 1, 0, 0]]
+    )
+    left, within, right = (True, False, False), (False, True, False), (False, False, True)
+    batch = {"attention_mask": mask}
+    assert padded_rows(batch) == {left: 1, within: 5, right: 6, (True, False, True): 4}
+    assert padded_rows({"attention_mask": torch.ones(2, 3)}) == padded_rows({"x": mask}) == {}
+    labels = torch.full((7, 4), -100)
+    labels[[2, 3], 1:] = 1  # rows without a label that counts tell nothing, where another is padded so
+    assert padded_rows(batch | {"labels": labels}) == {left: 2, within: 5, right: 3, (True, False, True): 4}
