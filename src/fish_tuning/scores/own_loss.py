@@ -24,6 +24,7 @@ from fish_tuning.scores.labels import LOSS_FN, whole_numbers
 from fish_tuning.scores.losses import (
     ANSWER,
     IGNORED,
+    LABELS,
     SHIFTED,
     TOKENWISE,
     at_padding,
@@ -61,8 +62,13 @@ class OwnLoss:
 
         Where labels are `drawn`, those of tokens only say which count: they may lie outside the classes.
         """
-        if not self.open or self.encoder_decoder or not self._compares(drawn):
-            return {}
+        if (
+            not self.open
+            or self.encoder_decoder
+            or not self._compares(drawn)
+            or not any(key in batch for key in LABELS)
+        ):
+            return {}  # without any, it is told better by what the model gives
         if self.kind == "ForQuestionAnswering":
             return {key: batch[key] for key in ANSWER if key in batch}
         labels = whole_numbers(labels_of(batch))
