@@ -21,7 +21,8 @@ from typing import Any
 
 import torch
 import transformers
-from check_architectures import Unbuilt, adapted, at_most, built, classes_of, labelled, texts
+from architectures import Unbuilt, adapted, built, classes_of, labelled, texts
+from check_architectures import at_most
 from common import print_table
 from measured_plans import LIMIT, peak_above
 from torch import Tensor, nn

@@ -144,7 +144,7 @@ def test_adapters_of_architectures_are_checked(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what", ["scores", "frozen entries", "an error"])
+@pytest.mark.parametrize("what", ["scores", "frozen entries", "losses", "an error"])
 def test_an_architecture_that_is_not_the_same(
     what: str, architectures: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -163,18 +163,26 @@ def test_an_architecture_that_is_not_the_same(
         if what == "frozen entries":
             next(parameter for parameter in model.parameters() if parameter.requires_grad).data += 1
 
+    class Losses(architectures.LossVectors):  # type: ignore[misc]
+        def __call__(self, *args: Any) -> Any:
+            return [2 * loss if what == "losses" else loss for loss in super().__call__(*args)]
+
+    monkeypatch.setattr(architectures, "LossVectors", Losses)
     monkeypatch.setattr(architectures, "calculate_fisher_information", scored)
     monkeypatch.setattr(architectures, "remove_mask", unmasked)
     assert checked(architectures, monkeypatch) == 1
     told = capsys.readouterr().out
-    said = {"scores": "off by 1.0e-02", "frozen entries": "frozen entries of", "an error": "RuntimeError: it fell over"}
+    said = {
+        "scores": "off by 1.0e-02", "frozen entries": "frozen entries of", "losses": "loss of example 0",
+        "an error": "RuntimeError: it fell over",
+    }  # fmt: skip
     assert said[what] in told
 
 
 def test_what_is_too_large_is_not_built(
     architectures: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(architectures, "MOST_PARAMETERS", 10)
+    monkeypatch.setattr(importlib.import_module("architectures"), "MOST_PARAMETERS", 10)
     assert checked(architectures, monkeypatch) == 0
     assert "float32: 2 not built" in capsys.readouterr().out
 

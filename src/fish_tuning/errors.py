@@ -53,3 +53,8 @@ def did_you_mean_beside(path: str | os.PathLike[str]) -> str:
 
 class ProcessesLost(FishTuningError):
     """Processes cannot go on together: one has ended, or has failed alone while others wait for it."""
+
+
+def out_of_memory(error: Exception) -> bool:
+    """torch.OutOfMemoryError of a GPU, or the plain RuntimeError of the CPU's allocator and of other devices."""
+    return "memory" in f"{type(error).__name__} {error}".lower()

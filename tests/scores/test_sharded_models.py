@@ -69,9 +69,10 @@ def looped() -> Any:
     model.register_parameter("shift", nn.Parameter(torch.randn(3).to(DEVICE)))
     plain = model.forward
 
-    def forward(**inputs: Any) -> Any:
+    def forward(labels: Tensor | None = None, **inputs: Any) -> Any:
         outputs = plain(**inputs)
         outputs.logits = outputs.logits * model.shift
+        outputs.loss = None if labels is None else nn.functional.cross_entropy(outputs.logits, labels)
         return outputs
 
     model.forward = forward

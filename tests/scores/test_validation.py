@@ -74,7 +74,7 @@ def test_pairs_without_labels_are_shown_the_way_out() -> None:
 def test_outputs_without_names() -> None:
     model = bert()
     model.config.return_dict = False
-    with pytest.raises(FisherError, match=r"returned a tuple of 1, not outputs by name.*return_dict = True.*loss_fn"):
+    with pytest.raises(FisherError, match=r"returned a tuple of 2, not outputs by name.*return_dict = True.*loss_fn"):
         scored(model, classification_batch())
 
 

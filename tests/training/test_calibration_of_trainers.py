@@ -196,6 +196,34 @@ def test_a_loss_that_is_not_the_models_is_told(
         calibration_of(trainer)
 
 
+def test_of_trls_likelihoods_dft_is_another_loss(tmp_path: Path) -> None:
+    with pytest.warns(FishTuningWarning, match="^loss_type='dft': the Trainer trains on a loss of its own"):
+        calibration_of(make("SFT", tmp_path, loss_type="dft"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FishTuningWarning)
+        calibration_of(make("SFT", tmp_path, loss_type="nll"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"loss_type": "dr_grpo"}, "^loss_type='dr_grpo': a part of GRPOTrainer's loss that no entry is scored by"),
+        ({"loss_type": "cispo", "top_entropy_quantile": 0.5}, r"^top_entropy_quantile=0\.5: a part"),
+        ({"loss_type": "sapo", "entropy_coef": 0.1}, "^an entropy bonus: a part"),
+    ],
+)
+def test_parts_of_grpo_that_are_not_scored_are_told(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.warns(FishTuningWarning, match=message):
+        calibration_of(make("GRPO", tmp_path, **settings), num_samples=4)
+
+
+def test_the_routers_part_of_a_loss_of_preferences_is_told(tmp_path: Path) -> None:
+    trainer = make("DPO", tmp_path)
+    trainer.aux_loss_enabled = True
+    with pytest.warns(FishTuningWarning, match="^router_aux_loss_coef: a part of DPOTrainer's loss"):
+        calibration_of(trainer, num_samples=2)
+
+
 @pytest.mark.parametrize(
     "name", ["llamafactory.train.sft.trainer.CustomSeq2SeqTrainer", "axolotl.core.trainers.base.AxolotlTrainer"]
 )

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from fish_tuning.errors import out_of_memory
 from fish_tuning.scores.probes import Probes
 
 Attempt = Callable[[], list[Tensor]]
@@ -21,7 +22,7 @@ def with_expansion_if_possible(attempt: Attempt, probes: Probes) -> list[Tensor]
         return attempt()
     except (RuntimeError, ValueError) as first:
         layers = list(probes.expanded)
-        if not layers or _out_of_memory(first) or not _fails_again(attempt, first):
+        if not layers or out_of_memory(first) or not _fails_again(attempt, first):
             raise
         repeated = probes.state.repeated
         for chosen in (*([layer] for layer in layers), layers):
@@ -30,7 +31,7 @@ def with_expansion_if_possible(attempt: Attempt, probes: Probes) -> list[Tensor]
             try:
                 return attempt()
             except (RuntimeError, ValueError) as other:
-                if _out_of_memory(other):
+                if out_of_memory(other):
                     raise
             repeated -= modules
         raise
@@ -42,8 +43,3 @@ def _fails_again(attempt: Attempt, first: Exception) -> bool:
     except (RuntimeError, ValueError) as again:
         return type(again) is type(first) and str(again) == str(first)
     return False
-
-
-def _out_of_memory(error: Exception) -> bool:
-    """torch.OutOfMemoryError of a GPU, or the plain RuntimeError of the CPU's allocator and of other devices."""
-    return "memory" in f"{type(error).__name__} {error}".lower()

@@ -81,11 +81,13 @@ def calculate_fisher_information(
         module within, as `apply_mask` takes them.
 
     Raises:
-        FisherError: nothing to train or to calibrate on, an unknown task, labels that are missing, out of range or do
-            not count, or a loss or score that is not finite; it names the example or the tensor.
+        FisherError: nothing to train or to calibrate on, an unknown task, a model whose own loss is another than its
+            task's (without `loss_fn`), labels that are missing, out of range or do not count, or a loss or score that
+            is not finite; it names the example or the tensor.
 
     Warns:
-        FishTuningWarning: a rule failed on this model. The scores are exact all the same, but slower to get.
+        FishTuningWarning: a rule failed on this model, and the scores are exact all the same, but slower to get; or
+            the model adds its routers' balance to its loss, which is left out.
 
     Example:
         >>> import torch

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fish_tuning.errors import FisherError
+from fish_tuning.errors import FisherError, out_of_memory
 from fish_tuning.model_walks import attribute, every_module
 from fish_tuning.scores.batches import Batch, batch_size, changed, on_cpu, trim_padding
 from fish_tuning.scores.ctc import ctc_losses
@@ -30,7 +30,9 @@ from fish_tuning.scores.losses import (
     resolve_likelihood,
 )
 from fish_tuning.scores.mixed_precision import Autocast
+from fish_tuning.scores.own_loss import OwnLoss
 from fish_tuning.scores.reading import read
+from fish_tuning.scores.sharded_models import gathered_layer_by_layer
 
 LossFunction = Callable[[Any, Mapping[str, Tensor]], Tensor]
 UNREAD = 32  # batches whose losses are looked at in one go
@@ -57,6 +59,7 @@ class LossVectors:
         self.model, self.fisher_type, self.token_reduction = model, fisher_type, token_reduction
         self.autocast = Autocast(model)
         self.loss_fn, self.seed = loss_fn, seed
+        self.own = OwnLoss(model)
         self.likelihood: Likelihood | None = None
         self.in_forward = False  # whether the model was being called when an error came
         self._finite: list[tuple[int, Tensor]] = []  # the number of an example, and of it and those behind it whether
@@ -77,14 +80,26 @@ class LossVectors:
         if self.takes is not None:  # what is there for loss_fn alone
             inputs = {key: value for key, value in inputs.items() if key in self.takes}
         inputs = {**inputs, **self._positions(batch)}
-        if self.encoder_decoder and not self.loss_fn:
+        drawn = self.fisher_type != "empirical"
+        asked = {} if self.loss_fn else self.own.labels_to_give(batch, drawn)
+        if (self.encoder_decoder and not self.loss_fn) or (asked and not drawn):
             check_given_classes(self.model, on_cpu(batch, "labels"), first_example)
+        failed: Exception | None = None
         with self.autocast.on():
             self.in_forward = True
             with in_place:
-                outputs = self.model(**inputs)
+                try:
+                    outputs = self.model(**inputs, **asked)
+                except Exception as error:
+                    if not asked or out_of_memory(error) or gathered_layer_by_layer(self.model):
+                        raise
+                    # Labels that do not fit are told by name, below, after a pass without them.
+                    asked, failed = {}, error
+                    outputs = self.model(**inputs)
             self.in_forward = False
-            losses = self._losses(outputs, batch, first_example)
+            losses = self._losses(outputs, batch, first_example, given=None if failed else asked or batch)
+        if failed is not None:
+            raise self.own.failed(failed) from failed
         self._finite.append((first_example, torch.stack(losses).detach().isfinite().all(dim=0)))
         return losses
 
@@ -119,7 +134,8 @@ class LossVectors:
         known = not self.encoder_decoder and not self.loss_fn and not any(key in batch for key in ANSWER)
         return trim_padding(batch) if known else batch
 
-    def _losses(self, outputs: Any, batch: Batch, first_example: int) -> list[Tensor]:
+    def _losses(self, outputs: Any, batch: Batch, first_example: int, given: Batch | None) -> list[Tensor]:
+        """`given`: what the model could compute its own loss of."""
         if self.loss_fn is not None:
             loss = self.loss_fn(outputs, batch)
             shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
@@ -130,15 +146,20 @@ class LossVectors:
                     f"{examples} examples it returned {shape}."
                 )
             return [loss if loss.dtype == torch.float64 else loss.float()]
+        drawn = self.fisher_type != "empirical"
         if loss_type_of(self.model) == "ForCTC":
+            if given is not None:
+                self.own.look(outputs, logits_of(outputs), given, drawn)
             return [ctc_losses(self.model, logits_of(outputs), batch, self.fisher_type, self.token_reduction)]
         logits, labels = logits_of(outputs), whole_numbers(labels_of(batch))
         check_shapes(self.model, logits, labels)
-        labels = align_labels(self.model, logits, labels, batch.get("attention_mask"))
+        if given is not None:
+            self.own.look(outputs, logits, given, drawn)
+        labels = align_labels(self.model, logits, labels, batch.get("attention_mask"), self.own.shifted)
         known = labels if labels.device.type == "cpu" else self._known(logits, batch)
         if self.likelihood is None:
             self.likelihood = resolve_likelihood(self.model, logits, labels, self.token_reduction)
-        check_labels(logits, known, self.likelihood, first_example, drawn=self.fisher_type != "empirical")
+        check_labels(logits, known, self.likelihood, first_example, drawn)
         # A generator for each example makes its draw independent of the batch it is in.
         generators = [
             torch.Generator().manual_seed(self.seed + (1 + first_example + row) * 2**20)
@@ -149,7 +170,8 @@ class LossVectors:
     def _known(self, logits: Tensor, batch: Batch) -> Tensor:
         """The aligned labels on the CPU."""
         given = {key: tensor for key in LABELS if (tensor := on_cpu(batch, key)) is not None}
-        return align_labels(self.model, logits, whole_numbers(labels_of(given)), on_cpu(batch, "attention_mask"))
+        labels = whole_numbers(labels_of(given))
+        return align_labels(self.model, logits, labels, on_cpu(batch, "attention_mask"), self.own.shifted)
 
     def _positions(self, batch: Batch) -> Batch:
         """Positions counted from the first real token where padding comes first: a row's loss must not depend on it."""

@@ -27,6 +27,7 @@ CLASSIFICATION = ("ForSequenceClassification", "ForImageClassification", "ForAud
                   "ForVideoClassification")  # fmt: skip
 TOKENWISE = ("ForCausalLM", "ForConditionalGeneration", "ForTokenClassification", "ForMaskedLM", "ForQuestionAnswering")
 KNOWN = (*CLASSIFICATION, *TOKENWISE, "ForMultipleChoice", "ForCTC")
+SHIFTED = ("ForCausalLM", "ForConditionalGeneration")  # by transformers' own loss, not by that of every such class
 # Tasks that transformers knows by the model's class alone.
 BY_CLASS = {"LMHeadModel": "ForCausalLM", "ForMultipleChoice": "ForMultipleChoice"}
 ANSWER = ("start_positions", "end_positions")
@@ -110,8 +111,12 @@ def loss_type_of(model: Any) -> str | None:
     return getattr(model, "loss_type", None) or next(iter(by_class), None)
 
 
-def align_labels(model: nn.Module, logits: Tensor, labels: Tensor, attention_mask: Tensor | None) -> Tensor:
+def align_labels(
+    model: nn.Module, logits: Tensor, labels: Tensor, attention_mask: Tensor | None, shifted: bool | None = None
+) -> Tensor:
     """Labels in the shape and order of the logits: shifted for causal models, padding set to -100.
+
+    `shifted` says whether a label is laid beside the logits before it; default: where the task's own loss does so.
 
     Logits that are longer than the labels (virtual prompt tokens in front) get ignored labels there. What a causal
     model says at a padding position counts as little: in a left-padded row it is no prediction of the first token.
@@ -123,13 +128,18 @@ def align_labels(model: nn.Module, logits: Tensor, labels: Tensor, attention_mas
         return labels.masked_fill(labels >= logits.shape[2], IGNORED)
     encoder_decoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
     virtual = logits.shape[1] - labels.shape[1]
-    padding = torch.zeros_like(labels, dtype=torch.bool)
-    if attention_mask is not None and attention_mask.shape == labels.shape and not encoder_decoder:
-        padding = attention_mask == 0
+    padding = at_padding(labels, None if encoder_decoder else attention_mask)
     labels = F.pad(labels.masked_fill(padding, IGNORED), (virtual, 0), value=IGNORED)
-    if loss_type in ("ForCausalLM", "ForConditionalGeneration") and not encoder_decoder:
+    if (loss_type in SHIFTED and not encoder_decoder) if shifted is None else shifted:
         labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED).masked_fill(F.pad(padding, (virtual, 0)), IGNORED)
     return labels
+
+
+def at_padding(labels: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Which labels are those of padding; of a mask that runs along other tokens than the labels, none."""
+    if attention_mask is None or attention_mask.shape != labels.shape:
+        return torch.zeros_like(labels, dtype=torch.bool)
+    return attention_mask == 0
 
 
 def labels_of(batch: Mapping[str, Any]) -> Tensor:

@@ -148,7 +148,7 @@ class _Work:
         return tqdm(total=self.wanted, desc="Fisher information", unit="ex", disable=not self.progress, leave=False)
 
     def warn(self) -> None:
-        for message in self.scorer.new_failures():
+        for message in (*self.scorer.new_failures(), *self.scorer.losses.own.new_notes()):
             warnings.warn(message, FishTuningWarning, stacklevel=self.stacklevel + 2)
 
 

@@ -50,6 +50,8 @@ def scoring_state(model: nn.Module) -> Iterator[None]:
             config = getattr(model, "config", None)
             if getattr(config, "use_cache", None):
                 _set(config, "use_cache", False, stack)
+            if getattr(config, "problem_type", False) is None:  # a model that is given labels writes there what it sees
+                stack.callback(setattr, config, "problem_type", None)
             yield
         finally:
             for module, training in modes.items():

@@ -131,6 +131,8 @@ def gradient_directions(
             seen += batch_size(batch)
             bar.update(batch_size(batch))
         losses.check_finite()
+    for message in losses.own.new_notes():
+        warnings.warn(message, FishTuningWarning, stacklevel=2)
     if not seen:
         raise FisherError("The calibration dataloader gave no example.")
     found = {}

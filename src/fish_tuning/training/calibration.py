@@ -61,8 +61,9 @@ def calibration_of(trainer: Trainer, num_samples: int = 128) -> dict[str, Any]:
             or preferences or completions in several processes.
 
     Warns:
-        FishTuningWarning: a plain Trainer with a loss of its own (`compute_loss`, `compute_loss_func`,
-            `label_smoothing_factor`), which is not scored.
+        FishTuningWarning: a plain Trainer or an SFTTrainer with a loss of its own (`compute_loss`,
+            `compute_loss_func`, `label_smoothing_factor`, `loss_type="dft"`), which is not scored; parts of a loss of
+            preferences or completions that are not (of routers, of entropy, a weight by length).
 
     Example:
         >>> trainer = DPOTrainer(model="...", peft_config=LoraConfig(), ...)  # doctest: +SKIP
@@ -82,6 +83,7 @@ def calibration_of(trainer: Trainer, num_samples: int = 128) -> dict[str, Any]:
             f"{type(trainer).__name__} in {trainer.args.world_size} processes: its examples are made in one process. "
             "Score there, save_mask(mask, file), and give add_mask(trainer, load_mask(file)) in all of them."
         )
+    _warn_of_parts_left_out(trainer, kind)
     make, loss_fn, rows = KINDS[kind]
     with random_state_kept(cast(nn.Module, trainer.model)):
         batches = make(trainer, num_samples * rows)
@@ -109,17 +111,39 @@ def _warn_of_own_loss(trainer: Any) -> None:
         for each in type(trainer).__mro__
         if "compute_loss" in vars(each) and f"{each.__module__}.{each.__name__}" not in MODELS_LOSS
     )
+    loss_type = getattr(trainer.args, "loss_type", "nll")
     reasons = {
         f"{definer.__name__}.compute_loss": definer.__module__.split(".")[0]
         not in ("transformers", "trl", "fish_tuning"),
         "orpo_alpha": bool(getattr(trainer.args, "orpo_alpha", None)),  # axolotl's
         "compute_loss_func": getattr(trainer, "compute_loss_func", None) is not None,
         f"label_smoothing_factor={trainer.args.label_smoothing_factor}": trainer.args.label_smoothing_factor,
+        # trl's SFTTrainer; what is not known to be the likelihood's other name is another loss.
+        f"loss_type={loss_type!r}": loss_type not in ("nll", "chunked_nll"),
     }
     if found := [reason for reason, holds in reasons.items() if holds]:
         warnings.warn(
             f"{' and '.join(found)}: the Trainer trains on a loss of its own, and entries are scored by the model's. "
             f"{OWN_LOSS}", FishTuningWarning, stacklevel=3,
+        )  # fmt: skip
+
+
+def _warn_of_parts_left_out(trainer: Any, kind: str) -> None:
+    """Of trl's losses of preferences and completions. Of rows, scoring itself tells of the routers' part."""
+    args = trainer.args
+    reasons = {"router_aux_loss_coef": getattr(trainer, "aux_loss_enabled", False)}
+    if kind == "GRPOTrainer":
+        loss_type, part = args.loss_type, getattr(args, "top_entropy_quantile", 1.0)
+        reasons |= {
+            # The others' first gradient is that of the mean over a completion's tokens; these weigh it by its length.
+            f"loss_type={loss_type!r}": loss_type not in ("grpo", "bnpo", "dapo", "cispo", "sapo", "vespo"),
+            f"top_entropy_quantile={part}": part < 1,
+            "an entropy bonus": getattr(trainer, "_entropy_bonus_enabled", False),
+        }
+    if found := [reason for reason, holds in reasons.items() if holds]:
+        warnings.warn(
+            f"{' and '.join(found)}: a part of {kind}'s loss that no entry is scored by. {OWN_LOSS}",
+            FishTuningWarning, stacklevel=3,
         )  # fmt: skip
 
 
