@@ -29,9 +29,10 @@ from fish_tuning.sparse.dense_state_dicts import (
     with_stand_ins,
 )
 from fish_tuning.sparse.frozen_parts import FROZEN, is_split_up, keep_frozen_part, with_frozen_parts
+from fish_tuning.sparse.groups import Group
 from fish_tuning.sparse.optimizer_steps import note_replaced
 from fish_tuning.sparse.sharding import full_shape, plain_name
-from fish_tuning.sparse.whole_tensors import Group, MaskedTensor
+from fish_tuning.sparse.whole_tensors import MaskedTensor
 
 Mask = dict[str, Tensor]
 
