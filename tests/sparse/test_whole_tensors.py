@@ -210,9 +210,19 @@ def copied(book: Bookkept, name: str) -> None:
     book.model, book.dense = new, before
 
 
+def whole_unread(book: Bookkept, name: str) -> None:
+    """What is written into the tensor stays, though nobody reads it before something else is done."""
+    new = torch.randn_like(book.dense[name])
+    with torch.no_grad():
+        book.read(name).copy_(new)
+    book.dense[name] = new
+    book.choose.choice([step, freeze, to_dtype, copied])(book, name)
+
+
 ACTS = [
     in_place, by_data, other_memory, by_an_engine, whole, whole_held, whole_by_data, step, freeze, load, assign,
     to_dtype, copied, step_with_a_closure, step_that_fails, whole_in_other_memory,
+    whole_unread,
 ]  # fmt: skip
 
 

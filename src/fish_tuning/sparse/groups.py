@@ -67,6 +67,7 @@ class Group:
     def bind(self) -> None:
         """Make the tensors that reads give; each lasts until its parameter moves, thaws or freezes."""
         watch_optimizers()
+        self.take_written()
         self._join()
         self.with_values = [member for member in self.members if member.values is not None]
         for member in self.members:
@@ -105,10 +106,24 @@ class Group:
         else:
             watch_again(member.values for member in self.with_values)
             self.switched = False
-            self.write()
+            self.follow()
+
+    def follow(self) -> None:
+        """See what was written into the tensors themselves, and write the values into them."""
+        self.take_written()
+        self.write()
+
+    def take_written(self) -> None:
+        """Where somebody has written into a tensor itself, its entries are the values now."""
+        if self.managed or self.scattered:
+            return
+        for member in self.with_values:
+            # `plain` has the same count as `tensor`, and is asked for it in a third of the time.
+            if member.tensor is not None and member.plain._version != member.written:
+                member.take_entries()
 
     def write(self) -> None:
-        """Write the values into the tensors.
+        """Write the values into the tensors, after a step whatever was written into those meanwhile.
 
         Past autograd, which need not see a change of what it saved where an optimizer has stepped since.
         """
@@ -118,10 +133,8 @@ class Group:
         parameters: list[Any] = [member.values for member in members]
         with torch.no_grad():
             for member in members:
-                # `plain` has the same count as `tensor`, and is asked for it in a third of the time.
                 if member.plain._version != member.written:
-                    member.take_entries()
-                    member.written = member.plain._version
+                    member.keep_memory()
             if self.held:
                 self._find_flat()
             if self.joined is not None:

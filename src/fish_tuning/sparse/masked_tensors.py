@@ -135,6 +135,8 @@ def _masked_class(base: type[nn.Module], names: frozenset[str]) -> type[nn.Modul
 
 def _made_class(base: type[nn.Module], names: frozenset[str]) -> type[nn.Module]:
     def _apply(self: Any, fn: Any, recurse: bool = True) -> Any:
+        for _, masked in _own_masked_tensors(self):
+            masked.group.take_written()
         result = base._apply(self, fn, recurse)
         for local, masked in _own_masked_tensors(self):
             masked.move(fn, self._parameters.get(local))
@@ -142,6 +144,8 @@ def _made_class(base: type[nn.Module], names: frozenset[str]) -> type[nn.Module]
         return result
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
+        for _, masked in _own_masked_tensors(self):
+            masked.group.take_written()
         return _bare, (base, names), vars(self)
 
     def __setattr__(self: Any, name: str, value: Any) -> None:

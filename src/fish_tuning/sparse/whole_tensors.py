@@ -86,17 +86,23 @@ class MaskedTensor:
         elif values.requires_grad is not self.trains:
             group.bind()
         elif values._version != self.seen or self.tensor._version != self.written:
-            group.write()
+            group.follow()
         tensor: Tensor = self.tensor
         return tensor
 
     def take_entries(self) -> None:
         """Somebody wrote into the tensor itself, so its entries are the values now."""
+        self.keep_memory()
         values: Any = self.values
+        with torch.no_grad():
+            values.copy_(self.frozen.view(-1).index_select(0, self.index).view_as(values))
+
+    def keep_memory(self) -> None:
+        """What somebody has written into the tensor itself is seen."""
         if self.tensor.data_ptr() != self.frozen.data_ptr():  # or put another memory in its place
             self.frozen.data.copy_(DATA.__get__(self.tensor))
             DATA.__set__(self.tensor, self.frozen)
-        values.copy_(self.frozen.view(-1).index_select(0, self.index).view_as(values))
+        self.written = self.plain._version
 
     def read_with(self, values: Any, copy: bool = False) -> Any:
         """What a read gives while an engine moves the values: the whole tensor, where the values are there.
