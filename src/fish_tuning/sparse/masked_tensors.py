@@ -19,6 +19,7 @@ from torch.compiler import is_dynamo_compiling
 from fish_tuning.errors import MaskError
 from fish_tuning.model_walks import every_module
 from fish_tuning.sparse.adapter_names import adapters_of, check_adapter, idle_names
+from fish_tuning.sparse.compiled_reads import read_compiled
 from fish_tuning.sparse.dense_state_dicts import (
     STATE,
     DenseStateDict,
@@ -198,7 +199,7 @@ def _access(local: str) -> tuple[Any, Any, Any]:
                 if hasattr(values, "_hp_mapping"):
                     # ZeRO changes the values after its optimizer's step, which a compiled model would not see.
                     raise MaskError("A masked model under DeepSpeed ZeRO-1 or ZeRO-2 cannot be compiled.")
-                return masked.read()
+                return read_compiled(masked)
             # This is done at every read, and what it looks at is mostly the group's, which the last read has just used.
             if group.settled and group.flat._version == group.seen and masked.plain._version == masked.written:
                 return tensor

@@ -61,7 +61,7 @@ class MaskedTensor:
         self.hooks: tuple[RemovableHandle, ...] = ()
         self.group = Group([self])
         self.tensor: Any = None  # what reads give
-        self.plain: Any = None  # the same for compiled models, which take no tensors of other classes
+        self.plain: Any = None  # the same for compiled models and nn.Linear, of no class of its own
         self.trains = False  # whether `tensor` has a gradient
         self.written = self.seen = -1  # the counts of changes of `tensor` and of `values` when they were equal
         # What was read last while an engine has the values, and its count of changes then; None where it is not kept.
@@ -73,9 +73,6 @@ class MaskedTensor:
             return self.read_with(self.values)  # type: ignore[no-any-return]
         if self.tensor is None:
             self.group.bind()
-        if is_dynamo_compiling():
-            plain: Tensor = self.plain
-            return plain
         values, group = self.values, self.group
         if values is None and self.computed_in:
             return self.frozen.to(self.computed_in.get(self.frozen.dtype, self.frozen.dtype))
@@ -89,6 +86,16 @@ class MaskedTensor:
             group.follow()
         tensor: Tensor = self.tensor
         return tensor
+
+    def settle(self) -> bool:
+        """Look before a compiled model runs; whether what it reads is the same object still."""
+        group, plain = self.group, self.plain
+        flat: Any = group.flat
+        if plain is not None and group.settled and flat._version == group.seen and plain._version == self.written:
+            return True
+        if not group.scattered and not group.managed:
+            self.read()
+        return self.plain is plain
 
     def take_entries(self) -> None:
         """Somebody wrote into the tensor itself, so its entries are the values now."""
