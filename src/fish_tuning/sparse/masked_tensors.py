@@ -32,7 +32,7 @@ from fish_tuning.sparse.dense_state_dicts import (
 from fish_tuning.sparse.frozen_parts import FROZEN, is_split_up, keep_frozen_part, with_frozen_parts
 from fish_tuning.sparse.groups import Group
 from fish_tuning.sparse.optimizer_steps import note_replaced
-from fish_tuning.sparse.sharding import full_shape, plain_name
+from fish_tuning.sparse.sharding import full_shape, is_sharded, plain_name
 from fish_tuning.sparse.whole_tensors import MaskedTensor
 
 Mask = dict[str, Tensor]
@@ -161,9 +161,9 @@ def _made_class(base: type[nn.Module], names: frozenset[str]) -> type[nn.Module]
             if value is masked.values and value is not None and name not in self._parameters:
                 masked.group.managed = True  # taken out and put back, as FSDP1 does
             if name in self._parameters and isinstance(value, nn.Parameter):
-                self._parameters[name] = (
-                    value  # FSDP2's, for which torch would read the tensor to look whether it is there
-                )
+                # FSDP2's, for which torch would read the tensor to look whether it is there.
+                masked.by_engine |= is_sharded(value)
+                self._parameters[name] = value
                 return
         base.__setattr__(self, name, value)
 
@@ -210,7 +210,7 @@ def _access(local: str) -> tuple[Any, Any, Any]:
             return masked.read_with(own[local], copy=True)
         if values is None or values is _GONE:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {local!r}")
-        return masked.read_with(values)
+        return masked.read_other(values)
 
     def replace(self: Any, value: Any) -> None:
         self.__dict__[local] = value

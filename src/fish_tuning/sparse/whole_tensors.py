@@ -55,6 +55,7 @@ class MaskedTensor:
         self.values: nn.Parameter | None = Values(entries) if len(index) else None
         self.frozen: Tensor = dense.detach().contiguous()
         self.split_up = False  # whether FSDP2 has `frozen`: a part of it, or for the moment all, with the values in it
+        self.by_engine = False  # whether FSDP2 splits the values
         # By stored dtypes, those that FSDP1's mixed precision computes in now: a record of the whole model, since of a
         # tensor without a selected entry no values tell.
         self.computed_in: dict[torch.dtype, torch.dtype] = {}
@@ -146,6 +147,17 @@ class MaskedTensor:
             read.data.view(-1).index_copy_(0, index.long(), values.detach().flatten().to(read.dtype))
         self.given = (read, read._version) if looks and kept else None
         return whole_tensor(index, read, values)
+
+    def read_other(self, values: Any) -> Any:
+        """What a read gives while others have put values there for a call: `torch.func.functional_call`.
+
+        The whole tensor in memory of its own, so that the model keeps its values, and calls with several of them may be
+        in one graph. Where an engine moves the values, `read_with`.
+        """
+        if self.by_engine or self.group.managed or self.group.scattered or values.numel() != len(self.index):
+            return self.read_with(values)
+        frozen, index = self.frozen.detach().to(values.device, values.dtype), self.index.to(values.device).long()
+        return frozen.view(-1).index_copy(0, index, values.reshape(-1)).view(self.shape)
 
     def _check_unwritten(self) -> None:
         """MaskError where what was given at the last read has been written into; it is told once."""
