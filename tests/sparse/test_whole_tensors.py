@@ -258,6 +258,18 @@ def test_frozen_before_a_step() -> None:
     book.check_gradients()
 
 
+def test_written_before_others_are_masked_too() -> None:
+    """Who joins a group is written into there as before: an adapter's mask comes after another's."""
+    model: Any = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    apply_mask(model, {"0.weight": torch.eye(4, 3, dtype=torch.bool)})
+    new = torch.randn(4, 3)
+    with torch.no_grad():
+        model[0].weight.copy_(new)
+    model[0].requires_grad_(False)
+    apply_mask(model, {"1.weight": torch.eye(2, 4, dtype=torch.bool)})
+    assert torch.equal(model[0].weight, new)
+
+
 def test_a_model_as_it_is_masked_is_settled() -> None:
     """The fast path, which nothing else here would miss: values in one memory with one count."""
     book = Bookkept(0)

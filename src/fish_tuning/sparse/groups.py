@@ -67,9 +67,9 @@ class Group:
     def bind(self) -> None:
         """Make the tensors that reads give; each lasts until its parameter moves, thaws or freezes."""
         watch_optimizers()
+        self.with_values = [member for member in self.members if member.values is not None]
         self.take_written()
         self._join()
-        self.with_values = [member for member in self.members if member.values is not None]
         for member in self.members:
             values: Any = member.values
             member.trains = values is not None and values.requires_grad
