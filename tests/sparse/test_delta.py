@@ -130,6 +130,15 @@ def test_file_is_a_snapshot_of_any_time(tmp_path: Path) -> None:
         assert_same_tensors(base.state_dict(), state)
 
 
+def test_what_was_written_into_the_whole_tensor_is_in_the_file(tmp_path: Path) -> None:
+    model: Any = nn.Sequential(nn.Linear(4, 3))
+    apply_mask(model, {"0.weight": torch.eye(3, 4, dtype=torch.bool)})
+    with torch.no_grad():
+        model[0].weight.mul_(2)
+    kept = load_delta(delta_of(model, tmp_path)).tensors["0.weight"].values
+    assert torch.equal(kept, model[0].weight.diagonal())
+
+
 def test_biases_alone_without_a_mask(tmp_path: Path) -> None:
     model = bert()
     biases = [name for name, _ in model.named_parameters() if name.endswith("bias")]

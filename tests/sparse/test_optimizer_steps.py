@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from device import placed
 from torch import nn
 
-from fish_tuning import MaskError, apply_mask, remove_mask, replace_mask
+from fish_tuning import MaskError, apply_mask, get_mask, remove_mask, replace_mask
 from fish_tuning.sparse import optimizer_steps
 from fish_tuning.sparse.masked_tensors import masked_tensors
 
@@ -115,6 +116,51 @@ def test_values_that_come_first_and_are_read_later_are_found() -> None:
     model.half().float()  # new groups' tensors for the same parameters
     step(model, optimizer)
     assert written(model)
+
+
+def test_a_step_counts_after_the_whole_tensor_was_written_into() -> None:
+    """Projected steps: the tensor is clamped between the backward pass and the step."""
+    model = masked()
+    before, selected = model[0].weight.detach().clone(), get_mask(model)["0.weight"]
+    with torch.no_grad():
+        model[0].weight.clamp_(-9, 9)  # changes no number
+    step(model, torch.optim.SGD(model.parameters(), lr=1.0))
+    assert torch.equal(model[0].weight, before - selected.float())
+
+
+def test_what_a_closure_writes_into_the_whole_tensor_does_not_undo_the_step() -> None:
+    model = masked()
+    before, selected = model[0].weight.detach().clone(), get_mask(model)["0.weight"]
+
+    def closure() -> float:
+        with torch.no_grad():
+            model[0].weight.add_(1)
+        model[0]._parameters["weight"].grad = torch.ones_like(model[0]._parameters["weight"])  # type: ignore[arg-type]
+        return 0.0
+
+    torch.optim.SGD([model[0]._parameters["weight"]], lr=3.0).step(closure)  # type: ignore[list-item]
+    assert torch.equal(model[0].weight, torch.where(selected, before - 3, before + 1))
+
+
+def test_an_embedding_with_a_largest_norm_trains() -> None:
+    """It makes its rows shorter in each forward pass, in place."""
+    torch.manual_seed(0)
+    results = []
+    dense = placed(nn.Embedding(4, 3, max_norm=1.0))
+    selected = torch.arange(12, device=dense.weight.device).view(4, 3) % 2 == 0
+    for masks in (False, True):
+        model: Any = copy.deepcopy(dense)
+        if masks:
+            apply_mask(model, {"weight": selected})
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        for _ in range(3):
+            model(torch.tensor([1, 2], device=selected.device)).square().sum().backward()
+            if not masks:
+                model.weight.grad.mul_(selected)
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append(model.weight.detach())
+    torch.testing.assert_close(*results)
 
 
 def test_an_optimizer_is_not_kept_for_what_is_known_of_it() -> None:

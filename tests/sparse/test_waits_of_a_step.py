@@ -12,7 +12,7 @@ from torch import nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from fish_tuning import FishMaskCallback, apply_mask
-from fish_tuning.sparse import whole_tensors
+from fish_tuning.sparse.groups import Group
 
 
 def steps(
@@ -63,14 +63,14 @@ def test_the_callback_waits_for_nothing(tmp_path: Any) -> None:
 
 
 def test_a_look_at_the_values_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    write = whole_tensors.Group.write
+    write = Group.write
 
-    def looking(group: whole_tensors.Group) -> None:
+    def looking(group: Group) -> None:
         write(group)
         bool(group.members[0].frozen.any())
 
     looking.__code__ = looking.__code__.replace(co_filename="fish_tuning/sparse/whole_tensors.py")
-    monkeypatch.setattr(whole_tensors.Group, "write", looking)
+    monkeypatch.setattr(Group, "write", looking)
     model = lora(bert()).train()
     apply_mask(model, random_mask(model))
     assert any("fish_tuning/sparse" in line for line in steps(model, classification_batch(), 1).counts)

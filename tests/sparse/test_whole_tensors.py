@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call, grad, jvp, vmap
 
 from fish_tuning import apply_mask, get_mask
 from fish_tuning.sparse.masked_tensors import masked_tensors
@@ -210,9 +211,19 @@ def copied(book: Bookkept, name: str) -> None:
     book.model, book.dense = new, before
 
 
+def whole_unread(book: Bookkept, name: str) -> None:
+    """What is written into the tensor stays, though nobody reads it before something else is done."""
+    new = torch.randn_like(book.dense[name])
+    with torch.no_grad():
+        book.read(name).copy_(new)
+    book.dense[name] = new
+    book.choose.choice([step, freeze, to_dtype, copied])(book, name)
+
+
 ACTS = [
     in_place, by_data, other_memory, by_an_engine, whole, whole_held, whole_by_data, step, freeze, load, assign,
     to_dtype, copied, step_with_a_closure, step_that_fails, whole_in_other_memory,
+    whole_unread,
 ]  # fmt: skip
 
 
@@ -247,6 +258,18 @@ def test_frozen_before_a_step() -> None:
     book.check_gradients()
 
 
+def test_written_before_others_are_masked_too() -> None:
+    """Who joins a group is written into there as before: an adapter's mask comes after another's."""
+    model: Any = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    apply_mask(model, {"0.weight": torch.eye(4, 3, dtype=torch.bool)})
+    new = torch.randn(4, 3)
+    with torch.no_grad():
+        model[0].weight.copy_(new)
+    model[0].requires_grad_(False)
+    apply_mask(model, {"1.weight": torch.eye(2, 4, dtype=torch.bool)})
+    assert torch.equal(model[0].weight, new)
+
+
 def test_a_model_as_it_is_masked_is_settled() -> None:
     """The fast path, which nothing else here would miss: values in one memory with one count."""
     book = Bookkept(0)
@@ -255,3 +278,72 @@ def test_a_model_as_it_is_masked_is_settled() -> None:
     groups = {tensor.masked.group for tensor in book.tensors() if tensor.masked.values is not None}
     assert max(len(group.members) for group in groups) == 3
     assert all(group.settled for group in groups)
+
+
+class CalledWithOthers:
+    """A masked model and an unmasked one, which compute with values that are given for a call."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.dense = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+        self.mask = {n: torch.arange(p.numel()).view(p.shape) % 2 == 0 for n, p in self.dense.named_parameters()}
+        self.model = copy.deepcopy(self.dense)
+        apply_mask(self.model, self.mask)
+        self.own = dict(self.model.named_parameters())
+        self.other = {name: parameter.detach() + 1 for name, parameter in self.own.items()}
+        self.given = torch.randn(2, 3)
+
+    def masked(self, values: dict[str, Tensor]) -> Tensor:
+        return functional_call(self.model, values, self.given)
+
+    def unmasked(self, values: dict[str, Tensor]) -> Tensor:
+        state = self.dense.state_dict()
+        whole = {name: state[name].masked_scatter(self.mask[name], entries) for name, entries in values.items()}
+        return functional_call(self.dense, whole, self.given)
+
+
+def test_a_call_with_other_values_leaves_the_model_as_it_is() -> None:
+    called = CalledWithOthers()
+    before = called.model(called.given)
+    assert torch.equal(called.masked(called.other), called.unmasked(called.other))
+    assert torch.equal(called.model(called.given), before)
+
+
+def test_calls_with_several_values_may_be_in_one_graph() -> None:
+    """As in MAML: the gradient goes through a step that the graph holds."""
+
+    def loss(call: Callable[[dict[str, Tensor]], Tensor], first: dict[str, Tensor]) -> Tensor:
+        grads = torch.autograd.grad(call(first).square().sum(), list(first.values()), create_graph=True)
+        stepped = {name: each - 0.1 * grad for (name, each), grad in zip(first.items(), grads, strict=True)}
+        return call(stepped).square().sum()
+
+    called = CalledWithOthers()
+    dense = {name: parameter.detach().clone().requires_grad_() for name, parameter in called.own.items()}
+    loss(called.unmasked, dense).backward()  # type: ignore[no-untyped-call]
+    loss(called.masked, called.own).backward()  # type: ignore[no-untyped-call]
+    for name, parameter in called.own.items():
+        assert parameter.grad is not None
+        torch.testing.assert_close(parameter.grad, dense[name].grad)
+
+
+def test_transforms_of_a_call_with_other_values() -> None:
+    called = CalledWithOthers()
+
+    def masked(values: dict[str, Tensor]) -> Tensor:
+        return called.masked(values).square().sum()
+
+    def dense(values: dict[str, Tensor]) -> Tensor:
+        return called.unmasked(values).square().sum()
+
+    values = called.other
+    torch.testing.assert_close(grad(masked)(values), grad(dense)(values))
+    torch.testing.assert_close(jvp(masked, (values,), (values,)), jvp(dense, (values,), (values,)))
+    several = {name: torch.stack([each, each + 1]) for name, each in values.items()}
+    one_by_one = [masked({name: each[place] for name, each in several.items()}) for place in range(2)]
+    torch.testing.assert_close(vmap(masked)(several), torch.stack(one_by_one))
+
+
+def test_a_call_in_another_dtype() -> None:
+    called = CalledWithOthers()
+    expected, called.given = called.model(called.given), called.given.double()
+    torch.testing.assert_close(called.masked({n: p.double() for n, p in called.own.items()}).float(), expected)

@@ -203,6 +203,7 @@ def _trained_tensors(model: nn.Module, state_dict: Mapping[str, Tensor] | None) 
     for tensor in masked_tensors(model):
         masked = tensor.masked
         if masked.values is not None:
+            masked.group.take_written()
             entries = masked.values if whole is None else masked.entries_of(given(tensor.name))
             values = entries.detach().flatten().to("cpu", tensor.frozen.dtype, copy=True)
             tensors[tensor.name] = DeltaTensor(values, masked.index.cpu(), masked.shape, masked.digest)

@@ -19,6 +19,7 @@ from torch.compiler import is_dynamo_compiling
 from fish_tuning.errors import MaskError
 from fish_tuning.model_walks import every_module
 from fish_tuning.sparse.adapter_names import adapters_of, check_adapter, idle_names
+from fish_tuning.sparse.compiled_reads import read_compiled
 from fish_tuning.sparse.dense_state_dicts import (
     STATE,
     DenseStateDict,
@@ -29,9 +30,10 @@ from fish_tuning.sparse.dense_state_dicts import (
     with_stand_ins,
 )
 from fish_tuning.sparse.frozen_parts import FROZEN, is_split_up, keep_frozen_part, with_frozen_parts
+from fish_tuning.sparse.groups import Group
 from fish_tuning.sparse.optimizer_steps import note_replaced
-from fish_tuning.sparse.sharding import full_shape, plain_name
-from fish_tuning.sparse.whole_tensors import Group, MaskedTensor
+from fish_tuning.sparse.sharding import full_shape, is_sharded, plain_name
+from fish_tuning.sparse.whole_tensors import MaskedTensor
 
 Mask = dict[str, Tensor]
 
@@ -134,6 +136,8 @@ def _masked_class(base: type[nn.Module], names: frozenset[str]) -> type[nn.Modul
 
 def _made_class(base: type[nn.Module], names: frozenset[str]) -> type[nn.Module]:
     def _apply(self: Any, fn: Any, recurse: bool = True) -> Any:
+        for _, masked in _own_masked_tensors(self):
+            masked.group.take_written()
         result = base._apply(self, fn, recurse)
         for local, masked in _own_masked_tensors(self):
             masked.move(fn, self._parameters.get(local))
@@ -141,6 +145,8 @@ def _made_class(base: type[nn.Module], names: frozenset[str]) -> type[nn.Module]
         return result
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
+        for _, masked in _own_masked_tensors(self):
+            masked.group.take_written()
         return _bare, (base, names), vars(self)
 
     def __setattr__(self: Any, name: str, value: Any) -> None:
@@ -155,9 +161,9 @@ def _made_class(base: type[nn.Module], names: frozenset[str]) -> type[nn.Module]
             if value is masked.values and value is not None and name not in self._parameters:
                 masked.group.managed = True  # taken out and put back, as FSDP1 does
             if name in self._parameters and isinstance(value, nn.Parameter):
-                self._parameters[name] = (
-                    value  # FSDP2's, for which torch would read the tensor to look whether it is there
-                )
+                # FSDP2's, for which torch would read the tensor to look whether it is there.
+                masked.by_engine |= is_sharded(value)
+                self._parameters[name] = value
                 return
         base.__setattr__(self, name, value)
 
@@ -193,7 +199,7 @@ def _access(local: str) -> tuple[Any, Any, Any]:
                 if hasattr(values, "_hp_mapping"):
                     # ZeRO changes the values after its optimizer's step, which a compiled model would not see.
                     raise MaskError("A masked model under DeepSpeed ZeRO-1 or ZeRO-2 cannot be compiled.")
-                return masked.read()
+                return read_compiled(masked)
             # This is done at every read, and what it looks at is mostly the group's, which the last read has just used.
             if group.settled and group.flat._version == group.seen and masked.plain._version == masked.written:
                 return tensor
@@ -204,7 +210,7 @@ def _access(local: str) -> tuple[Any, Any, Any]:
             return masked.read_with(own[local], copy=True)
         if values is None or values is _GONE:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {local!r}")
-        return masked.read_with(values)
+        return masked.read_other(values)
 
     def replace(self: Any, value: Any) -> None:
         self.__dict__[local] = value

@@ -99,6 +99,7 @@ def _same_objects(ours: list[Any], others: list[Any]) -> bool:
 def _before_step(optimizer: Optimizer, *_: Any) -> None:
     """Refuse what would compute something else of values than of the matrix that they are part of; else let go of them.
 
+    Before that they take what was written into their tensors (an embedding's `max_norm`, a clamp) and not read since.
     torch takes a parameter of a class of its own some microseconds later than an ordinary one, for each of a step's
     operations. What is done through `.data` in a step need not be counted: the values are written after it. A read in
     the middle of it (a closure's) finds its group unsettled, and has them watched again.
@@ -111,6 +112,7 @@ def _before_step(optimizer: Optimizer, *_: Any) -> None:
             "an optimizer that works entry by entry (AdamW, SGD, LoRA+), or remove_mask(model) first."
         )
     for group in groups:
+        group.take_written()  # or the values would move from where they were before
         group.stale, group.settled = True, False
     stop_watching(values)
 

@@ -72,6 +72,9 @@ class MaskedGroup(Protocol):
     held: bool
     switched: bool
 
+    def take_written(self) -> None:
+        """Where somebody has written into a tensor itself, its entries are the values now."""
+
     def write(self) -> None:
         """Write the values into the tensors."""
 

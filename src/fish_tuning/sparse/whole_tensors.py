@@ -1,27 +1,25 @@
 """A masked tensor: the values that train, and the whole tensor that they are part of.
 
-What is read is made once and written once a step. Here is when and how; `masked_tensors.py` has where it sits.
+What is read is made once and written once a step. Here is when and how, and in `groups.py` for several of them in one
+go; `masked_tensors.py` has where it sits.
 """
 
 from __future__ import annotations
 
 import hashlib
-import itertools
-import weakref
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import increment_version
 from torch.compiler import is_dynamo_compiling
 from torch.utils.hooks import RemovableHandle
 
 from fish_tuning.errors import MaskError
 from fish_tuning.sparse.frozen_parts import with_entries
-from fish_tuning.sparse.optimizer_steps import held_by_others, look_again, watch_optimizers
-from fish_tuning.sparse.selected_gradients import whole_tensor, whole_tensors
+from fish_tuning.sparse.groups import Group
+from fish_tuning.sparse.selected_gradients import whole_tensor
 from fish_tuning.sparse.sharding import is_sharded, local_part, shard_like, whole
-from fish_tuning.sparse.values import DATA, Values, Whole, watch_again
+from fish_tuning.sparse.values import DATA, Values
 
 # Entries of what is kept in another dtype until the next read, to see whether it was written into: PEFT writes into
 # small ones alone.
@@ -57,13 +55,14 @@ class MaskedTensor:
         self.values: nn.Parameter | None = Values(entries) if len(index) else None
         self.frozen: Tensor = dense.detach().contiguous()
         self.split_up = False  # whether FSDP2 has `frozen`: a part of it, or for the moment all, with the values in it
+        self.by_engine = False  # whether FSDP2 splits the values
         # By stored dtypes, those that FSDP1's mixed precision computes in now: a record of the whole model, since of a
         # tensor without a selected entry no values tell.
         self.computed_in: dict[torch.dtype, torch.dtype] = {}
         self.hooks: tuple[RemovableHandle, ...] = ()
         self.group = Group([self])
         self.tensor: Any = None  # what reads give
-        self.plain: Any = None  # the same for compiled models, which take no tensors of other classes
+        self.plain: Any = None  # the same for compiled models and nn.Linear, of no class of its own
         self.trains = False  # whether `tensor` has a gradient
         self.written = self.seen = -1  # the counts of changes of `tensor` and of `values` when they were equal
         # What was read last while an engine has the values, and its count of changes then; None where it is not kept.
@@ -75,9 +74,6 @@ class MaskedTensor:
             return self.read_with(self.values)  # type: ignore[no-any-return]
         if self.tensor is None:
             self.group.bind()
-        if is_dynamo_compiling():
-            plain: Tensor = self.plain
-            return plain
         values, group = self.values, self.group
         if values is None and self.computed_in:
             return self.frozen.to(self.computed_in.get(self.frozen.dtype, self.frozen.dtype))
@@ -88,17 +84,33 @@ class MaskedTensor:
         elif values.requires_grad is not self.trains:
             group.bind()
         elif values._version != self.seen or self.tensor._version != self.written:
-            group.write()
+            group.follow()
         tensor: Tensor = self.tensor
         return tensor
 
+    def settle(self) -> bool:
+        """Look before a compiled model runs; whether what it reads is the same object still."""
+        group, plain = self.group, self.plain
+        flat: Any = group.flat
+        if plain is not None and group.settled and flat._version == group.seen and plain._version == self.written:
+            return True
+        if not group.scattered and not group.managed:
+            self.read()
+        return self.plain is plain
+
     def take_entries(self) -> None:
         """Somebody wrote into the tensor itself, so its entries are the values now."""
+        self.keep_memory()
         values: Any = self.values
+        with torch.no_grad():
+            values.copy_(self.frozen.view(-1).index_select(0, self.index).view_as(values))
+
+    def keep_memory(self) -> None:
+        """What somebody has written into the tensor itself is seen."""
         if self.tensor.data_ptr() != self.frozen.data_ptr():  # or put another memory in its place
             self.frozen.data.copy_(DATA.__get__(self.tensor))
             DATA.__set__(self.tensor, self.frozen)
-        values.copy_(self.frozen.view(-1).index_select(0, self.index).view_as(values))
+        self.written = self.plain._version
 
     def read_with(self, values: Any, copy: bool = False) -> Any:
         """What a read gives while an engine moves the values: the whole tensor, where the values are there.
@@ -135,6 +147,17 @@ class MaskedTensor:
             read.data.view(-1).index_copy_(0, index.long(), values.detach().flatten().to(read.dtype))
         self.given = (read, read._version) if looks and kept else None
         return whole_tensor(index, read, values)
+
+    def read_other(self, values: Any) -> Any:
+        """What a read gives while others have put values there for a call: `torch.func.functional_call`.
+
+        The whole tensor in memory of its own, so that the model keeps its values, and calls with several of them may be
+        in one graph. Where an engine moves the values, `read_with`.
+        """
+        if self.by_engine or self.group.managed or self.group.scattered or values.numel() != len(self.index):
+            return self.read_with(values)
+        frozen, index = self.frozen.detach().to(values.device, values.dtype), self.index.to(values.device).long()
+        return frozen.view(-1).index_copy(0, index, values.reshape(-1)).view(self.shape)
 
     def _check_unwritten(self) -> None:
         """MaskError where what was given at the last read has been written into; it is told once."""
@@ -231,169 +254,3 @@ class MaskedTensor:
     def __getstate__(self) -> dict[str, Any]:
         """Without the tensor of reads, which is made again: a tensor with a history cannot be copied."""
         return {**vars(self), "tensor": None, "plain": None, "given": None}
-
-
-class Group:
-    """Masked tensors that are written, and hand on their gradients, in one go.
-
-    Small ones are, and share memory for it; a large one is alone in its group. Their values are slices of one memory,
-    too, with one count of changes for all, so that a read need not look at each of them.
-    """
-
-    def __init__(self, members: list[MaskedTensor]) -> None:
-        self.members = members
-        self.with_values: list[MaskedTensor] = []
-        self.joined: tuple[Tensor, Tensor] | None = None  # the memory that all share, and the selected entries in it
-        self.flat: Tensor | None = None  # all values, where they are slices of one memory
-        self.one_count = False  # whether all values and `flat` share one count of changes
-        self.seen = -1  # that count when the values were written last
-        self.stale = False  # whether the values may have changed without being counted
-        # Whether FSDP (its first version) moves the values: their memory is its own, and it looks for them where the
-        # tensor is read. While it gathers them for a forward pass, it puts other tensors in their place.
-        self.managed = False
-        # Whether an engine gives up the values' memory, one by one, and brings it back when it is needed (ZeRO-3): each
-        # read then writes the values of its own tensor.
-        self.scattered = False
-        self.held = False  # whether somebody has had the `.data` of any value since `flat` was looked for
-        self.switched = False  # whether any value has been frozen or thawed since the tensors were made
-        self.settled = False  # whether `flat` and the count tell all that a read must know of the values
-        for member in members:
-            member.group = self
-
-    def share_values(self) -> None:
-        """Make new values for all members: slices of one memory, with one count of changes."""
-        old: list[Any] = [member.values for member in self.members]
-        memory = torch.cat([values.detach() for values in old])
-        for member, entries in zip(self.members, memory.split([len(values) for values in old]), strict=True):
-            member.values = Values(entries)
-
-    def is_together(self) -> bool:
-        """Whether all members are on one device, in one dtype."""
-        return len({(member.frozen.dtype, member.frozen.device) for member in self.members}) < 2
-
-    def flatten(self) -> None:
-        """Make the values slices of one memory again, after they have moved."""
-        values: list[Any] = [member.values for member in self.members]
-        if len(values) > 1 and all(type(each) is Values for each in values):
-            memory = torch.cat([each.detach() for each in values])
-            for each, entries in zip(values, memory.split([len(each) for each in values]), strict=True):
-                DATA.__set__(each, entries)
-
-    def bind(self) -> None:
-        """Make the tensors that reads give; each lasts until its parameter moves, thaws or freezes."""
-        watch_optimizers()
-        self._join()
-        self.with_values = [member for member in self.members if member.values is not None]
-        for member in self.members:
-            values: Any = member.values
-            member.trains = values is not None and values.requires_grad
-            if values is not None:
-                values.masked_group = weakref.ref(self)
-        watch_again(member.values for member in self.with_values)  # others may have taken the place of ours
-        look_again()
-        for member, tensor, plain in zip(self.members, self._tensors(), self._tensors(), strict=True):
-            tensor.__class__ = Whole
-            tensor.of = None if member.values is None else weakref.ref(member.values)
-            member.tensor, member.plain, member.written = tensor, plain, tensor._version
-        self._find_flat()
-        self.switched = False
-        self.write()
-
-    def _tensors(self) -> list[Any]:
-        """The members' whole tensors, in their memory; the gradient of those that train goes to the values."""
-        tensors: list[Any] = [member.frozen.detach() for member in self.members]
-        training = [(place, member) for place, member in enumerate(self.members) if member.trains]
-        if training:
-            joined = self.joined[1] if self.joined is not None and len(training) == len(tensors) else None
-            indices, frozen = [each.index for _, each in training], [each.frozen for _, each in training]
-            made = whole_tensors(indices, joined, frozen, [each.values for _, each in training])
-            for (place, _), tensor in zip(training, made, strict=True):
-                tensors[place] = tensor
-        return tensors
-
-    def settle(self) -> None:
-        """Look at every member, and write what has changed."""
-        if any(
-            m.tensor is None or (m.values is not None and m.values.requires_grad is not m.trains) for m in self.members
-        ):
-            self.bind()
-        else:
-            watch_again(member.values for member in self.with_values)
-            self.switched = False
-            self.write()
-
-    def write(self) -> None:
-        """Write the values into the tensors.
-
-        Past autograd, which need not see a change of what it saved where an optimizer has stepped since.
-        """
-        if self.managed or self.scattered:
-            return
-        members = self.with_values
-        parameters: list[Any] = [member.values for member in members]
-        with torch.no_grad():
-            for member in members:
-                # `plain` has the same count as `tensor`, and is asked for it in a third of the time.
-                if member.plain._version != member.written:
-                    member.take_entries()
-                    member.written = member.plain._version
-            if self.held:
-                self._find_flat()
-            if self.joined is not None:
-                memory, index = self.joined
-                # An engine that takes a model to its device moves one layer after the other.
-                parts = [values.detach().to(memory.device) for values in parameters] if self.flat is None else []
-                flat = self.flat if self.flat is not None else torch.cat(parts)
-                memory.scatter_(0, index.long(), flat.view(-1).to(memory.dtype))
-            else:
-                for member, values in zip(members, parameters, strict=True):
-                    entries = values.detach().view(-1).to(member.frozen.device, member.frozen.dtype)
-                    member.frozen.data.view(-1).scatter_(0, member.index.long(), entries)
-        self.stale = False
-        self.settled = self.one_count and not self.switched
-        if self.one_count and self.flat is not None:
-            self.seen = self.flat._version
-        else:
-            for member, values in zip(members, parameters, strict=True):
-                member.seen = values._version
-
-    def _find_flat(self) -> None:
-        """See whether the values are slices of one memory, with one count of changes."""
-        parameters: list[Any] = [member.values for member in self.with_values]
-        self.flat, self.one_count = None, False
-        if any(values.held for values in parameters):
-            held_by_others.add(self)
-        for values in parameters:
-            values.held = False
-        self.held = False
-        if not parameters:
-            return
-        first, counts = parameters[0], [values._version for values in parameters]
-        increment_version(first)
-        sizes = [values.numel() * values.element_size() for values in parameters]
-        places = [first.data_ptr() + start for start in itertools.accumulate(sizes[:-1], initial=0)]
-        memories = {values.untyped_storage().data_ptr() for values in parameters}
-        if len(memories) == 1 and places == [values.data_ptr() for values in parameters]:
-            entries = sum(values.numel() for values in parameters)
-            self.flat = first.detach().as_strided((entries, *first.shape[1:]), first.stride())
-            self.one_count = [values._version for values in parameters] == [count + 1 for count in counts]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "flat": None, "settled": False, "one_count": False}
-
-    def _join(self) -> None:
-        """Put the tensors into one memory, unless they are there, or cannot be."""
-        tensors = [member.frozen for member in self.members]
-        if len(tensors) < 2 or len({(tensor.dtype, tensor.device) for tensor in tensors}) > 1:
-            self.joined = None
-            return
-        memories = {tensor.untyped_storage().data_ptr() for tensor in tensors}
-        if self.joined is not None and memories == {self.joined[0].untyped_storage().data_ptr()}:
-            return
-        starts = list(itertools.accumulate((tensor.numel() for tensor in tensors), initial=0))
-        memory = tensors[0].new_empty(starts[-1])
-        for member, start in zip(self.members, starts, strict=False):
-            place = memory[start : start + member.frozen.numel()].view(member.shape)
-            member.frozen = place.copy_(member.frozen).data  # with a count of changes of its own
-        index = torch.cat([member.index + start for member, start in zip(self.members, starts, strict=False)])
-        self.joined = memory, index

@@ -1,0 +1,197 @@
+"""Masked tensors that are written, and hand on their gradients, in one go."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from fish_tuning.sparse.optimizer_steps import held_by_others, look_again, watch_optimizers
+from fish_tuning.sparse.selected_gradients import whole_tensors
+from fish_tuning.sparse.values import DATA, Values, Whole, watch_again
+
+if TYPE_CHECKING:  # which has a group from its beginning
+    from fish_tuning.sparse.whole_tensors import MaskedTensor
+
+
+class Group:
+    """Masked tensors that are written, and hand on their gradients, in one go.
+
+    Small ones are, and share memory for it; a large one is alone in its group. Their values are slices of one memory,
+    too, with one count of changes for all, so that a read need not look at each of them.
+    """
+
+    def __init__(self, members: list[MaskedTensor]) -> None:
+        self.members = members
+        self.with_values: list[MaskedTensor] = []
+        self.joined: tuple[Tensor, Tensor] | None = None  # the memory that all share, and the selected entries in it
+        self.flat: Tensor | None = None  # all values, where they are slices of one memory
+        self.one_count = False  # whether all values and `flat` share one count of changes
+        self.seen = -1  # that count when the values were written last
+        self.stale = False  # whether the values may have changed without being counted
+        # Whether FSDP (its first version) moves the values: their memory is its own, and it looks for them where the
+        # tensor is read. While it gathers them for a forward pass, it puts other tensors in their place.
+        self.managed = False
+        # Whether an engine gives up the values' memory, one by one, and brings it back when it is needed (ZeRO-3): each
+        # read then writes the values of its own tensor.
+        self.scattered = False
+        self.held = False  # whether somebody has had the `.data` of any value since `flat` was looked for
+        self.switched = False  # whether any value has been frozen or thawed since the tensors were made
+        self.settled = False  # whether `flat` and the count tell all that a read must know of the values
+        for member in members:
+            member.group = self
+
+    def share_values(self) -> None:
+        """Make new values for all members: slices of one memory, with one count of changes."""
+        old: list[Any] = [member.values for member in self.members]
+        memory = torch.cat([values.detach() for values in old])
+        for member, entries in zip(self.members, memory.split([len(values) for values in old]), strict=True):
+            member.values = Values(entries)
+
+    def is_together(self) -> bool:
+        """Whether all members are on one device, in one dtype."""
+        return len({(member.frozen.dtype, member.frozen.device) for member in self.members}) < 2
+
+    def flatten(self) -> None:
+        """Make the values slices of one memory again, after they have moved."""
+        values: list[Any] = [member.values for member in self.members]
+        if len(values) > 1 and all(type(each) is Values for each in values):
+            memory = torch.cat([each.detach() for each in values])
+            for each, entries in zip(values, memory.split([len(each) for each in values]), strict=True):
+                DATA.__set__(each, entries)
+
+    def bind(self) -> None:
+        """Make the tensors that reads give; each lasts until its parameter moves, thaws or freezes."""
+        watch_optimizers()
+        self.with_values = [member for member in self.members if member.values is not None]
+        self.take_written()
+        self._join()
+        for member in self.members:
+            values: Any = member.values
+            member.trains = values is not None and values.requires_grad
+            if values is not None:
+                values.masked_group = weakref.ref(self)
+        watch_again(member.values for member in self.with_values)  # others may have taken the place of ours
+        look_again()
+        for member, tensor, plain in zip(self.members, self._tensors(), self._tensors(), strict=True):
+            tensor.__class__ = Whole
+            tensor.of = None if member.values is None else weakref.ref(member.values)
+            member.tensor, member.plain, member.written = tensor, plain, tensor._version
+        self._find_flat()
+        self.switched = False
+        self.write()
+
+    def _tensors(self) -> list[Any]:
+        """The members' whole tensors, in their memory; the gradient of those that train goes to the values."""
+        tensors: list[Any] = [member.frozen.detach() for member in self.members]
+        training = [(place, member) for place, member in enumerate(self.members) if member.trains]
+        if training:
+            joined = self.joined[1] if self.joined is not None and len(training) == len(tensors) else None
+            indices, frozen = [each.index for _, each in training], [each.frozen for _, each in training]
+            made = whole_tensors(indices, joined, frozen, [each.values for _, each in training])
+            for (place, _), tensor in zip(training, made, strict=True):
+                tensors[place] = tensor
+        return tensors
+
+    def settle(self) -> None:
+        """Look at every member, and write what has changed."""
+        if any(
+            m.tensor is None or (m.values is not None and m.values.requires_grad is not m.trains) for m in self.members
+        ):
+            self.bind()
+        else:
+            watch_again(member.values for member in self.with_values)
+            self.switched = False
+            self.follow()
+
+    def follow(self) -> None:
+        """See what was written into the tensors themselves, and write the values into them."""
+        self.take_written()
+        self.write()
+
+    def take_written(self) -> None:
+        """Where somebody has written into a tensor itself, its entries are the values now."""
+        if self.managed or self.scattered:
+            return
+        for member in self.with_values:
+            # `plain` has the same count as `tensor`, and is asked for it in a third of the time.
+            if member.tensor is not None and member.plain._version != member.written:
+                member.take_entries()
+
+    def write(self) -> None:
+        """Write the values into the tensors, after a step whatever was written into those meanwhile.
+
+        Past autograd, which need not see a change of what it saved where an optimizer has stepped since.
+        """
+        if self.managed or self.scattered:
+            return
+        members = self.with_values
+        parameters: list[Any] = [member.values for member in members]
+        with torch.no_grad():
+            for member in members:
+                if member.plain._version != member.written:
+                    member.keep_memory()
+            if self.held:
+                self._find_flat()
+            if self.joined is not None:
+                memory, index = self.joined
+                # An engine that takes a model to its device moves one layer after the other.
+                parts = [values.detach().to(memory.device) for values in parameters] if self.flat is None else []
+                flat = self.flat if self.flat is not None else torch.cat(parts)
+                memory.scatter_(0, index.long(), flat.view(-1).to(memory.dtype))
+            else:
+                for member, values in zip(members, parameters, strict=True):
+                    entries = values.detach().view(-1).to(member.frozen.device, member.frozen.dtype)
+                    member.frozen.data.view(-1).scatter_(0, member.index.long(), entries)
+        self.stale = False
+        self.settled = self.one_count and not self.switched
+        if self.one_count and self.flat is not None:
+            self.seen = self.flat._version
+        else:
+            for member, values in zip(members, parameters, strict=True):
+                member.seen = values._version
+
+    def _find_flat(self) -> None:
+        """See whether the values are slices of one memory, with one count of changes."""
+        parameters: list[Any] = [member.values for member in self.with_values]
+        self.flat, self.one_count = None, False
+        if any(values.held for values in parameters):
+            held_by_others.add(self)
+        for values in parameters:
+            values.held = False
+        self.held = False
+        if not parameters:
+            return
+        first, counts = parameters[0], [values._version for values in parameters]
+        increment_version(first)
+        sizes = [values.numel() * values.element_size() for values in parameters]
+        places = [first.data_ptr() + start for start in itertools.accumulate(sizes[:-1], initial=0)]
+        memories = {values.untyped_storage().data_ptr() for values in parameters}
+        if len(memories) == 1 and places == [values.data_ptr() for values in parameters]:
+            entries = sum(values.numel() for values in parameters)
+            self.flat = first.detach().as_strided((entries, *first.shape[1:]), first.stride())
+            self.one_count = [values._version for values in parameters] == [count + 1 for count in counts]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "flat": None, "settled": False, "one_count": False}
+
+    def _join(self) -> None:
+        """Put the tensors into one memory, unless they are there, or cannot be."""
+        tensors = [member.frozen for member in self.members]
+        if len(tensors) < 2 or len({(tensor.dtype, tensor.device) for tensor in tensors}) > 1:
+            self.joined = None
+            return
+        memories = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+        if self.joined is not None and memories == {self.joined[0].untyped_storage().data_ptr()}:
+            return
+        starts = list(itertools.accumulate((tensor.numel() for tensor in tensors), initial=0))
+        memory = tensors[0].new_empty(starts[-1])
+        for member, start in zip(self.members, starts, strict=False):
+            place = memory[start : start + member.frozen.numel()].view(member.shape)
+            member.frozen = place.copy_(member.frozen).data  # with a count of changes of its own
+        index = torch.cat([member.index + start for member, start in zip(self.members, starts, strict=False)])
+        self.joined = memory, index
