@@ -63,7 +63,8 @@ def calculate_fisher_information(
             group.
         seed: of the drawn labels.
         scores_dtype: in which the scores are summed and returned: float32, float64 or bfloat16. With bfloat16 they take
-            half the memory and about three digits; each layer's squares are computed in fp32 all the same.
+            half the memory. Each layer's squares are computed in fp32 all the same, and sums are rounded so that none
+            is lost: they are right on average, and each entry to about 1 % for 60 batches, 2 % for 500, 4 % for 4,000.
         scores_device: where they are kept, e.g. "cpu" to score all the weights of a model that fills its GPU: squares
             are added there layer by layer as the backward pass meets them. Default: with their tensors.
         warmup_steps: dense AdamW steps before scoring, undone after it to the bit: one pass over the calibration
