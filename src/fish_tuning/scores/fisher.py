@@ -73,7 +73,8 @@ def calculate_fisher_information(
             alone. Else 0: the weights as they are.
         split_between_processes: where torch.distributed is initialised (torchrun, accelerate launch), each process of
             the default group scores its share of the examples and all get the same scores, those of one process. All
-            must call this, with the same loader, or each with its part (accelerate's, or a DistributedSampler).
+            must call this, with the same loader, or each with its part (accelerate's, or a DistributedSampler; what
+            these give twice, so that all parts are as long, counts once).
             False: this process scores all by itself, and the others need not call; not where the model is sharded.
         progress: show a progress bar.
 

@@ -111,13 +111,14 @@ def measure_moments(
         )
         steps = warmup_steps_needed(model, trainable) if warmup_steps is None else warmup_steps
         processes = Processes(calibration_dataloader, split_between_processes, target)
-        wanted = processes.examples(num_samples)
-        batches = calibration_batches(processes.noted(calibration_dataloader), target, wanted, rows_per_example)
+        wanted = processes.examples(num_samples, rows_per_example)
         work = _Work(scorer, scored.of_given_labels(), steps, seed, processes, target, wanted, progress, stacklevel + 1)
         together = _must_go_together(model, processes)
         weights: Scores = {}
         seen, error = 0, None
         try:
+            noted = processes.noted(num_samples, rows_per_example)
+            batches = calibration_batches(noted, target, wanted, rows_per_example)
             seen, weights = _in_lockstep(work, batches) if together else _by_itself(work, batches)
         except Exception as raised:
             error = raised
