@@ -101,6 +101,32 @@ def test_what_an_embedding_does_to_its_gradients_may_show_in_a_later_batch_alone
     assert_scores_close(scores("auto"), scores("loop"))
 
 
+@pytest.mark.filterwarnings("ignore::fish_tuning.FishTuningWarning")
+@pytest.mark.parametrize("head", [True, False], ids=["beside a head that is watched", "alone"])
+@pytest.mark.parametrize("layer", [nn.Linear(4, 4), nn.Conv1d(3, 2, 1)], ids=["by rule", "done again"])
+def test_layers_within_a_vmap_go_through_the_loop(layer: nn.Module, head: bool) -> None:
+    class Mapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.head = layer, nn.Linear(4, 3).requires_grad_(head)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.vmap(self.layer)(x).mean(1).tanh())  # type: ignore[no-any-return]
+
+    def scores(method: Any) -> dict[str, Tensor]:
+        return calculate_fisher_information(
+            model,
+            [batch, batch],
+            method=method,
+            loss_fn=lambda outputs, batch: nn.functional.cross_entropy(outputs, batch["labels"], reduction="none"),
+            progress=False,
+        )
+
+    torch.manual_seed(0)
+    model, batch = Mapped(), {"x": torch.randn(5, 3, 4), "labels": torch.arange(5) % 3}
+    assert_scores_close(scores("auto"), scores("loop"))
+
+
 def test_hooks_are_there_only_within() -> None:
     model = lora(bert())
     probes = Probes(model, [name for name, parameter in model.named_parameters() if parameter.requires_grad])
