@@ -45,6 +45,7 @@ def calculate_fisher_information(
             and DeepSpeed's engine are looked through. A model that FSDP or DeepSpeed ZeRO-3 has sharded is scored by
             all processes together, as one that is whole; under FSDP1 each then holds all of it for that time.
         calibration_dataloader: gives mappings of tensors with `labels`, as transformers' collators do; any batch size.
+            What else they hold is left out, with a warning where the forward pass takes it.
         device: where to compute. The model is moved there. Default: where its first trainable tensor is.
         num_samples: stop after that many examples. Default: all of the loader.
         fisher_type: "empirical" uses the given labels; "sampled" draws labels from the model (one draw an example,
@@ -87,7 +88,8 @@ def calculate_fisher_information(
             not count, or a loss or score that is not finite; it names the example or the tensor.
 
     Warns:
-        FishTuningWarning: a rule failed on this model. The scores are exact all the same, but slower to get.
+        FishTuningWarning: a rule failed on this model (the scores are exact all the same, but slower to get), or batches
+            hold an argument of the forward pass that is no tensor.
 
     Example:
         >>> import torch
