@@ -104,6 +104,7 @@ def test_parts_add_up_exactly() -> None:
     [
         ({"lora": 0.5, "adapter": 0.4}, r"add up to 1; 0\.5 \+ 0\.4 = 0\.9"),
         ({"lora": 1.5, "adapter": -0.5}, "shares from 0 that add up to 1"),
+        ({"lora": float("nan"), "adapter": float("nan")}, r"add up to 1; nan \+ nan = nan"),
         ({"lora": 0.5, "prefix": 0.5}, "quotas: 'prefix' matches none of the 4 tensors"),
         ({"lora": 1.0}, r"'layer\.0\.mlp\.adapter_up\.default\.weight' of the pool matches none of 'lora'"),
         ({"lora": 0.5, "layer": 0.5}, "matches more than one: 'lora', 'layer'"),

@@ -143,6 +143,29 @@ def test_shapes_with_no_entries_and_no_dimensions() -> None:
     assert not mask["many"].any()
 
 
+@pytest.mark.parametrize("granularity", ["entry", "row", "column"])
+@pytest.mark.parametrize("options", [{"normalize": "module_type"}, {"quotas": "tensor"}])
+def test_tensors_without_entries_are_a_part_of_their_own(options: dict[str, Any], granularity: Any) -> None:
+    scores = {"none": torch.zeros(0, 3), "some": torch.tensor([[1.0, 3.0, 2.0]])}
+    mask = create_mask_from_fisher(scores, num_trainable=3, granularity=granularity, **options)
+    assert {name: tuple(kept.shape) for name, kept in mask.items()} == {"none": (0, 3), "some": (1, 3)}
+    assert mask["some"].all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64])
+def test_scores_that_are_whole_numbers_have_their_order_in_reverse_too(dtype: torch.dtype) -> None:
+    mask = create_mask_from_fisher({"a": torch.tensor([1, 0, 1], dtype=dtype)}, num_trainable=1, method="rev")
+    assert mask["a"].tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize(("dtype", "mean"), [(torch.float32, 1e-40), (torch.float32, 1e38), (torch.float64, 1e-300)])
+def test_normalized_scores_may_be_of_any_size(dtype: torch.dtype, mean: float) -> None:
+    scores = {"a": torch.tensor([0.0, 1.0, 2.0], dtype=dtype) * mean, "b": torch.tensor([1.5, 1.0, 1.0], dtype=dtype)}
+    mask = create_mask_from_fisher(scores, num_trainable=2, normalize="module_type")
+    assert mask["a"].tolist() == [False, False, True]
+    assert mask["b"].tolist() == [True, False, False]
+
+
 def test_scores_that_are_not_contiguous() -> None:
     scores = torch.arange(6.0).view(2, 3)
     assert torch.equal(select_top_k({"a": scores.T}, 2)["a"], select_top_k({"a": scores}, 2)["a"].T)

@@ -21,13 +21,14 @@ def test_batches_stop_in_the_middle_of_one() -> None:
     assert given == [[0, 1, 2, 3], [4, 5]]
 
 
-def test_no_batch_is_fetched_beyond_the_last_needed() -> None:
+@pytest.mark.parametrize("examples", [3, 4])
+def test_no_batch_is_fetched_beyond_the_last_needed(examples: int) -> None:
     def loader():  # type: ignore[no-untyped-def]
         yield {"labels": torch.arange(4)}
-        yield {"labels": torch.arange(4)}
-        raise AssertionError("a third batch was fetched")
+        raise AssertionError("a second batch was fetched")
 
-    assert len(list(calibration_batches(loader(), CPU, 4))) == 1
+    assert len(list(calibration_batches(loader(), CPU, examples))) == 1
+    assert not list(calibration_batches(loader(), CPU, 0))
 
 
 def test_what_is_no_tensor_is_left_out() -> None:

@@ -735,7 +735,7 @@ def test_dtype_and_place_of_the_scores() -> None:
     reference = scored(model, rebatch(batch, 2))
     coarse = scored(model, rebatch(batch, 2), scores_dtype=torch.bfloat16, scores_device="cpu")
     assert {score.dtype for score in coarse.values()} == {torch.bfloat16}
-    assert_scores_close({name: score.float() for name, score in coarse.items()}, reference, tolerance=2**-7)
+    assert_scores_close({name: score.float() for name, score in coarse.items()}, reference, tolerance=2**-6)
     with pytest.raises(FisherError, match=r"float16 cannot hold squared gradients.*bfloat16"):
         scored(model, batch, scores_dtype=torch.float16)
 

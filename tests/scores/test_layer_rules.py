@@ -92,6 +92,13 @@ def test_a_convolution_that_pads_otherwise_than_with_zeros_has_no_rule() -> None
     assert rule.parameters(layer) == []
 
 
+def test_a_table_whose_gradients_depend_on_how_often_its_rows_are_read_has_no_rule() -> None:
+    rule = rule_for(nn.Embedding(7, 3))
+    assert rule is not None
+    assert rule.parameters(nn.Embedding(7, 3)) == ["weight"]
+    assert rule.parameters(nn.Embedding(7, 3, scale_grad_by_freq=True)) == []
+
+
 def test_register_rule(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(per_example, "_RULES", dict(per_example._RULES))
 

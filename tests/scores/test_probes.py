@@ -68,6 +68,65 @@ def test_all_uses_of_a_tensor_are_added_up(layers: str) -> None:
     assert_scores_close(scores, by_loop)
 
 
+class Reads(nn.Module):
+    """Two embeddings of one table, of which one has padding."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.other, self.last = nn.Embedding(9, 4, **options), nn.Embedding(9, 4), nn.Linear(4, 3)
+        self.other.weight = self.table.weight
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.last((self.table(x).mean(1) + self.other(y).mean(1) ** 2).tanh())  # type: ignore[no-any-return]
+
+
+@pytest.mark.filterwarnings("ignore::fish_tuning.FishTuningWarning")  # what goes through the loop
+@pytest.mark.parametrize("options", [{"padding_idx": 0}, {"scale_grad_by_freq": True}])
+def test_what_an_embedding_does_to_its_gradients_may_show_in_a_later_batch_alone(options: dict[str, Any]) -> None:
+    """The first has neither padding nor an id twice, so that it proves nothing of them."""
+    first = {"x": torch.arange(1, 9).view(2, 4), "y": torch.arange(1, 9).view(2, 4).flip(1)}
+    later = {"x": torch.tensor([[0, 0, 2, 1], [3, 3, 3, 0]]), "y": torch.tensor([[0, 5, 5, 1], [1, 0, 0, 2]])}
+    batches = [batch | {"labels": torch.tensor([0, 2])} for batch in (first, later)]
+
+    def scores(method: Any) -> dict[str, Tensor]:
+        return calculate_fisher_information(
+            Reads(**options),
+            batches,
+            method=method,
+            loss_fn=lambda outputs, batch: nn.functional.cross_entropy(outputs, batch["labels"], reduction="none"),
+            progress=False,
+        )
+
+    assert_scores_close(scores("auto"), scores("loop"))
+
+
+@pytest.mark.filterwarnings("ignore::fish_tuning.FishTuningWarning")
+@pytest.mark.parametrize("head", [True, False], ids=["beside a head that is watched", "alone"])
+@pytest.mark.parametrize("layer", [nn.Linear(4, 4), nn.Conv1d(3, 2, 1)], ids=["by rule", "done again"])
+def test_layers_within_a_vmap_go_through_the_loop(layer: nn.Module, head: bool) -> None:
+    class Mapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.head = layer, nn.Linear(4, 3).requires_grad_(head)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.vmap(self.layer)(x).mean(1).tanh())  # type: ignore[no-any-return]
+
+    def scores(method: Any) -> dict[str, Tensor]:
+        return calculate_fisher_information(
+            model,
+            [batch, batch],
+            method=method,
+            loss_fn=lambda outputs, batch: nn.functional.cross_entropy(outputs, batch["labels"], reduction="none"),
+            progress=False,
+        )
+
+    torch.manual_seed(0)
+    model, batch = Mapped(), {"x": torch.randn(5, 3, 4), "labels": torch.arange(5) % 3}
+    assert_scores_close(scores("auto"), scores("loop"))
+
+
 def test_hooks_are_there_only_within() -> None:
     model = lora(bert())
     probes = Probes(model, [name for name, parameter in model.named_parameters() if parameter.requires_grad])

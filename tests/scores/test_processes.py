@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate import PartialState  # type: ignore[import-untyped]
 from accelerate.data_loader import prepare_data_loader  # type: ignore[import-untyped]
 from device import DEVICE
 from processes import in_two_processes
 from tiny import assert_scores_close, bert, classification_batch, lora, rebatch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from torch.utils.data.distributed import DistributedSampler
 
 from fish_tuning import (
@@ -22,11 +24,36 @@ from fish_tuning import (
     create_mask_from_fisher,
     measure_moments,
 )
+from fish_tuning.scores.processes import Processes
 
 BATCH = classification_batch((5, 9, 3, 7, 9, 4, 8, 6, 9, 5))
 # The processes compute on the CPU, and a GPU rounds otherwise.
 ROUNDING = 1e-6 if DEVICE.type == "cpu" else 1e-5
 ROWS = [{key: value[row] for key, value in BATCH.items()} for row in range(10)]
+
+
+UNEVEN = ROWS[:7]  # what fills up the parts of two processes would be counted twice
+
+
+class Stream(IterableDataset[Any]):
+    def __iter__(self) -> Iterator[Any]:
+        return iter(UNEVEN)
+
+
+def uneven_parts(rank: int) -> dict[str, Any]:
+    prepared = {"num_processes": 2, "process_index": rank}
+    return {
+        "sampler": DataLoader(UNEVEN, batch_size=2, sampler=DistributedSampler(UNEVEN, shuffle=False)),  # type: ignore[arg-type]
+        "shard": prepare_data_loader(DataLoader(UNEVEN, batch_size=2), **prepared),  # type: ignore[arg-type]
+        "stream": prepare_data_loader(DataLoader(Stream(), batch_size=2), **prepared),
+        "dispatched": prepare_data_loader(
+            DataLoader(Stream(), batch_size=2),
+            torch.device("cpu"),
+            put_on_device=True,
+            dispatch_batches=True,
+            **prepared,
+        ),
+    }
 
 
 def loader(**options: Any) -> DataLoader[Any]:
@@ -42,6 +69,7 @@ def message_of(rank: int, batches: Any, **options: Any) -> str:
 
 
 def worker(rank: int, folder: Path) -> dict[str, Any]:
+    PartialState(cpu=True)  # before accelerate makes one that knows of no other process
     odd = rebatch(BATCH, 4)  # three batches, of four, four and two examples
     broken = [dict(batch) for batch in odd]
     if rank == 1:
@@ -62,6 +90,19 @@ def worker(rank: int, folder: Path) -> dict[str, Any]:
         "accelerate": calculate_fisher_information(
             lora(bert()), prepare_data_loader(loader(), num_processes=2, process_index=rank), warmup_steps=0, **options
         ),
+        "uneven parts": {
+            how: (moments.num_samples, moments.mean_squares)
+            for how, part in uneven_parts(rank).items()
+            for moments in [measure_moments(lora(bert()), part, warmup_steps=0, **options)]
+        },
+        "some of uneven parts": {
+            (how, number): measure_moments(
+                lora(bert()), part, num_samples=number, warmup_steps=0, **options
+            ).num_samples
+            for number in (1, 3)
+            for how, part in uneven_parts(rank).items()
+            if how in ("shard", "dispatched")
+        },
         "part of a sharded loader": measure_moments(
             lora(bert()),
             loader(sampler=DistributedSampler(ROWS, shuffle=False)),
@@ -113,6 +154,26 @@ def test_a_loader_that_gives_each_its_part_is_taken_as_it_is(how: str, results: 
     for result in results:
         assert_scores_close(result[how], alone(warmup_steps=0), tolerance=1e-5)
         assert result["part of a sharded loader"] == 5
+
+
+def test_no_example_is_counted_twice(results: list[dict[str, Any]]) -> None:
+    rows = {key: value[:7] for key, value in BATCH.items()}
+    reference = calculate_fisher_information(lora(bert()), [rows], warmup_steps=0, progress=False)
+    for result in results:
+        for how, (number, squares) in result["uneven parts"].items():
+            assert number == 7, how
+            assert_scores_close(squares, reference, tolerance=1e-5)
+        for (how, number), found in result["some of uneven parts"].items():
+            assert found == number, how
+
+
+def test_seeds_of_drawn_labels_fit_however_many_processes_there_are() -> None:
+    for number in (1, 2, 17, 5000):
+        processes = Processes([], split=False, device=torch.device("cpu"))
+        processes.number, processes.has_own_part = number, True
+        firsts = [processes.first_example(0, rank) for rank in range(number)]
+        assert len(set(firsts)) == number
+        torch.Generator().manual_seed(2**62 + (1 + firsts[-1] + 10**6) * 2**20)
 
 
 def test_all_processes_get_the_same_to_the_bit(results: list[dict[str, Any]]) -> None:

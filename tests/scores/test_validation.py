@@ -209,6 +209,15 @@ def test_a_part_of_a_tensor_is_named() -> None:
         scored(model, classification_batch())
 
 
+def test_a_complex_tensor_is_named() -> None:
+    model = Gives(lambda y: y)
+    model.phases = nn.Parameter(torch.ones(2, dtype=torch.complex64))
+    with pytest.raises(FisherError, match=r"'phases' is torch\.complex64.*requires_grad_\(False\)"):
+        scored(model, {"x": torch.randn(2, 6), "labels": torch.zeros(2)})
+    model.phases.requires_grad_(False)
+    scored(model, {"x": torch.randn(2, 6), "labels": torch.zeros(2)}, loss_fn=lambda outputs, batch: outputs.sum(-1))
+
+
 def test_the_meta_device_is_named() -> None:
     with pytest.raises(FisherError, match=r"word_embeddings\.weight' is on the meta device.*Load the model's weights"):
         scored(lora(bert().to("meta")), classification_batch())

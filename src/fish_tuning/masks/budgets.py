@@ -157,7 +157,7 @@ def floor_parts(sizes: Mapping[str, int], budget: int, floors: Mapping[str, floa
 
 
 def _groups_by_pattern(names: Iterable[str], shares: Mapping[str, float]) -> dict[str, list[str]]:
-    if any(share < 0 for share in shares.values()) or abs(sum(shares.values()) - 1) > 1e-6:
+    if not (all(share >= 0 for share in shares.values()) and abs(sum(shares.values()) - 1) <= 1e-6):  # NaN is none
         listed = " + ".join(f"{share:g}" for share in shares.values()) or "nothing"
         raise MaskError(f"quotas must be shares from 0 that add up to 1; {listed} = {sum(shares.values()):g}.")
     names = list(names)

@@ -8,6 +8,7 @@ The random keys are drawn anew, chunk by chunk, wherever they are needed, and on
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import repeat
@@ -34,6 +35,7 @@ from fish_tuning.masks.selections import SELECTIONS, Priority, priorities_of
 Mask = dict[str, Tensor]
 
 _CHUNK = 2**20  # entries looked at a time: bounds the extra memory at some 100 MB
+_FACTORS = (2.0**-126, 2.0**127)  # that fp32 has with all its digits
 _DIGIT = 16
 _SIGN = 2 ** (_DIGIT - 1)  # added to the top digit, which is signed
 
@@ -241,7 +243,7 @@ def select_top_k(
             gone = taken[name].reshape(-1).split(_CHUNK) if taken else repeat(None)
             for chunk, mine in zip(scores[name].detach().reshape(-1).split(_CHUNK), gone, strict=False):
                 ordered = _ordered(
-                    priorities_of(priority, chunk.to(dtype) * scales[name] if scales else chunk, name).to(dtype)
+                    priorities_of(priority, _scaled(chunk.to(dtype), scales[name] if scales else 1.0), name).to(dtype)
                 )
                 # Below all floats, -inf included: only the bits of a NaN would be as low.
                 yield ordered if mine is None else ordered.masked_fill(mine, torch.iinfo(ordered.dtype).min)
@@ -262,6 +264,15 @@ def select_top_k(
     if sum(int(mask.count_nonzero()) for mask in masks) != k:
         raise MaskError("The selection method gave other priorities when it was called again; it must not draw.")
     return {name: flat[name].view(scores[name].shape) for name in scores}
+
+
+def _scaled(scores: Tensor, scale: float) -> Tensor:
+    """In two steps where fp32 has no such factor: that of scores about 1e-40, say."""
+    if scale == 1:
+        return scores
+    if _FACTORS[0] <= scale <= _FACTORS[1]:
+        return scores * scale
+    return scores * math.sqrt(scale) * math.sqrt(scale)
 
 
 class _TieKeys:
@@ -329,8 +340,9 @@ def _scales(pool: Mapping[str, Tensor]) -> dict[str, float]:
         total = totals.setdefault(module_type(name), [0.0, 0.0])
         total[0] += sum(float(in_float64(chunk).sum()) for chunk in scores.reshape(-1).split(_CHUNK))
         total[1] += scores.numel()
-    means = {group: total / entries for group, (total, entries) in totals.items()}
-    return {name: 1 / means[module_type(name)] if means[module_type(name)] else 1.0 for name in pool}
+    means = {group: total / max(entries, 1) for group, (total, entries) in totals.items()}
+    scales = {group: min(1 / mean, sys.float_info.max) if mean else 1.0 for group, mean in means.items()}
+    return {name: scales[module_type(name)] for name in pool}
 
 
 def _report_zero_scores(

@@ -118,6 +118,8 @@ def select_groups(
         MaskError: no set of groups has `k` entries and meets the floors; it names the nearest numbers.
     """
     found = families({name: tensor.shape for name, tensor in scores.items()}, granularity)
+    if not found:  # tensors without entries alone
+        return {name: torch.zeros_like(tensor, dtype=torch.bool) for name, tensor in scores.items()}
     numbers = [family.number for family in found]
     sizes = np.repeat([family.size for family in found], numbers)
     places = np.repeat(_places(found, floors), numbers)

@@ -60,9 +60,7 @@ def calibration_batches(
     With several rows an example, tensors are (examples, rows an example, ...).
     """
     left = num_samples
-    for number, raw in enumerate(loader):
-        if left == 0:
-            return
+    for number, raw in enumerate(loader if left != 0 else ()):
         batch = _placed({key: value for key, value in _mapping(raw).items() if isinstance(value, Tensor)}, device)
         if rows_per_example > 1:
             batch = changed(batch, lambda key, value: _grouped(key, value, rows_per_example))
@@ -74,6 +72,8 @@ def calibration_batches(
                 batch, size = rows(batch, 0, left), left
             left -= size
         yield batch
+        if left == 0:  # and no more is taken: a loader may wait for its next batch, or compute long on it
+            return
 
 
 def _placed(batch: Batch, device: torch.device) -> Batch:

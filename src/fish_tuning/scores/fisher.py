@@ -45,6 +45,7 @@ def calculate_fisher_information(
             and DeepSpeed's engine are looked through. A model that FSDP or DeepSpeed ZeRO-3 has sharded is scored by
             all processes together, as one that is whole; under FSDP1 each then holds all of it for that time.
         calibration_dataloader: gives mappings of tensors with `labels`, as transformers' collators do; any batch size.
+            What else they hold is left out, with a warning where the forward pass takes it.
         device: where to compute. The model is moved there. Default: where its first trainable tensor is.
         num_samples: stop after that many examples. Default: all of the loader.
         fisher_type: "empirical" uses the given labels; "sampled" draws labels from the model (one draw an example,
@@ -63,7 +64,8 @@ def calculate_fisher_information(
             group.
         seed: of the drawn labels.
         scores_dtype: in which the scores are summed and returned: float32, float64 or bfloat16. With bfloat16 they take
-            half the memory and about three digits; each layer's squares are computed in fp32 all the same.
+            half the memory. Each layer's squares are computed in fp32 all the same, and sums are rounded so that none
+            is lost: they are right on average, and each entry to about 1 % for 60 batches, 2 % for 500, 4 % for 4,000.
         scores_device: where they are kept, e.g. "cpu" to score all the weights of a model that fills its GPU: squares
             are added there layer by layer as the backward pass meets them. Default: with their tensors.
         warmup_steps: dense AdamW steps before scoring, undone after it to the bit: one pass over the calibration
@@ -72,7 +74,8 @@ def calculate_fisher_information(
             alone. Else 0: the weights as they are.
         split_between_processes: where torch.distributed is initialised (torchrun, accelerate launch), each process of
             the default group scores its share of the examples and all get the same scores, those of one process. All
-            must call this, with the same loader, or each with its part (accelerate's, or a DistributedSampler).
+            must call this, with the same loader, or each with its part (accelerate's, or a DistributedSampler; what
+            these give twice, so that all parts are as long, counts once).
             False: this process scores all by itself, and the others need not call; not where the model is sharded.
         progress: show a progress bar.
 
@@ -86,8 +89,9 @@ def calculate_fisher_information(
             is not finite; it names the example or the tensor.
 
     Warns:
-        FishTuningWarning: a rule failed on this model, and the scores are exact all the same, but slower to get; or
-            the model adds its routers' balance to its loss, which is left out.
+        FishTuningWarning: a rule failed on this model, and the scores are exact all the same, but slower to get; the
+            model adds its routers' balance to its loss, which is left out; or batches hold an argument of the forward
+            pass that is no tensor.
 
     Example:
         >>> import torch

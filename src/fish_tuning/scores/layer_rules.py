@@ -127,10 +127,12 @@ def looks_up(module: nn.Module) -> bool:
     """Whether the module reads the rows of its table that it is given, and scales them at most.
 
     BART's and Gemma's word embeddings scale. Tables of positions that a module counts itself would be told from that by
-    an example's proof, but where its ids happen to be those positions.
+    an example's proof, but where its ids happen to be those positions; gradients that are divided by how often a row is
+    read, but where no id comes twice.
     """
     plain = type(module).forward is nn.Embedding.forward
-    return isinstance(module, nn.Embedding) and (plain or hasattr(module, "embed_scale"))
+    by_frequency = bool(getattr(module, "scale_grad_by_freq", False))
+    return isinstance(module, nn.Embedding) and not by_frequency and (plain or hasattr(module, "embed_scale"))
 
 
 def scaled(module: nn.Module, g: Tensor) -> Tensor:

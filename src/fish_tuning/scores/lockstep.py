@@ -42,7 +42,7 @@ def rounds(processes: Processes, batches: Iterator[Batch]) -> Iterator[list[Shar
         shares = []
         for owner, batch in processes.everyones(own):
             place = owner if processes.has_own_part else 0
-            shares.append(Share(batch, seen[place] + place * 2**40, owner))
+            shares.append(Share(batch, processes.first_example(seen[place], place), owner))
             seen[place] += batch_size(batch)
         if not shares:
             return

@@ -18,12 +18,14 @@ from tqdm.auto import tqdm
 from fish_tuning.errors import FisherError, FishTuningWarning
 from fish_tuning.scores.batches import Batch, batch_size, calibration_batches
 from fish_tuning.scores.finite import check_finite
+from fish_tuning.scores.left_out import LeftOut
 from fish_tuning.scores.lockstep import Lockstep, Share, rounds
 from fish_tuning.scores.loss_vectors import UNREAD, LossFunction, LossVectors
 from fish_tuning.scores.losses import FisherType, TokenReduction
 from fish_tuning.scores.prepared import prepared
 from fish_tuning.scores.processes import Processes
 from fish_tuning.scores.prompts import a_prompt_each
+from fish_tuning.scores.renormed import tables_kept
 from fish_tuning.scores.scorer import Scorer
 from fish_tuning.scores.scoring_state import random_state_kept, scoring_state
 from fish_tuning.scores.sharded_models import gathered_layer_by_layer, whole_trained_tensors
@@ -111,13 +113,15 @@ def measure_moments(
         )
         steps = warmup_steps_needed(model, trainable) if warmup_steps is None else warmup_steps
         processes = Processes(calibration_dataloader, split_between_processes, target)
-        wanted = processes.examples(num_samples)
-        batches = calibration_batches(processes.noted(calibration_dataloader), target, wanted, rows_per_example)
-        work = _Work(scorer, scored.of_given_labels(), steps, seed, processes, target, wanted, progress, stacklevel + 1)
+        wanted = processes.examples(num_samples, rows_per_example)
+        left_out, given = LeftOut(model), scored.of_given_labels()
+        work = _Work(scorer, given, steps, seed, processes, left_out, target, wanted, progress, stacklevel + 1)
         together = _must_go_together(model, processes)
         weights: Scores = {}
         seen, error = 0, None
         try:
+            noted = left_out.noted(processes.noted(num_samples, rows_per_example))
+            batches = calibration_batches(noted, target, wanted, rows_per_example)
             seen, weights = _in_lockstep(work, batches) if together else _by_itself(work, batches)
         except Exception as raised:
             error = raised
@@ -138,6 +142,7 @@ class _Work:
     steps: int
     seed: int
     processes: Processes
+    left_out: LeftOut
     target: torch.device
     wanted: int | None
     progress: bool
@@ -148,7 +153,8 @@ class _Work:
         return tqdm(total=self.wanted, desc="Fisher information", unit="ex", disable=not self.progress, leave=False)
 
     def warn(self) -> None:
-        for message in (*self.scorer.new_failures(), *self.scorer.losses.own.new_notes()):
+        told = (*self.left_out.new(), *self.scorer.new_failures(), *self.scorer.losses.own.new_notes())
+        for message in told:
             warnings.warn(message, FishTuningWarning, stacklevel=self.stacklevel + 2)
 
 
@@ -212,6 +218,7 @@ def _ready(work: _Work, first: list[Batch]) -> Iterator[Scores]:
     model, trainable = work.trained_on.model, work.scorer.trainable
     weights: Scores = {}
     with ExitStack() as stack:
+        stack.enter_context(tables_kept(model))
         stack.enter_context(scoring_state(model))
         stack.enter_context(a_prompt_each(model))
         if work.steps:

@@ -8,16 +8,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate.data_loader import (  # type: ignore[import-untyped]
-    BatchSamplerShard,
-    DataLoaderDispatcher,
-    IterableDatasetShard,
-)
 from torch import Tensor
-from torch.utils.data.distributed import DistributedSampler
 
 from fish_tuning.errors import FisherError
-from fish_tuning.scores.batches import Batch, changed
+from fish_tuning.scores.batches import Batch, batch_size, changed
+from fish_tuning.scores.loader_parts import is_sharded, sends_out, shares_of, without_repeats
 from fish_tuning.scores.totals import Totals
 
 
@@ -33,27 +28,42 @@ class Processes:
         self.rank, self.number = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
         self.computes_on = device
         self.device = device if self.number > 1 and dist.get_backend() == "nccl" else torch.device("cpu")
-        self.has_own_part = self.number > 1 and _is_sharded(loader)
+        self.loader = loader
+        self.has_own_part = self.number > 1 and is_sharded(loader)
         self._over = False  # whether all know that one has failed
         self._digest = hashlib.sha1(usedforsecurity=False)
 
-    def examples(self, num_samples: int | None) -> int | None:
+    def examples(self, num_samples: int | None, rows_per_example: int = 1) -> int | None:
         """How many of `num_samples` to take from the loader."""
         if num_samples is None or not self.has_own_part:
             return num_samples
-        return num_samples // self.number + (self.rank < num_samples % self.number)
+        return shares_of(num_samples, self.loader, self.number, rows_per_example)[self.rank]
 
     def takes(self, batch_number: int) -> bool:
         """Whether this process scores that batch of its loader."""
         return self.has_own_part or batch_number % self.number == self.rank
 
-    def first_example(self, seen: int) -> int:
-        """A number for the next example that no other process has."""
-        return seen + (self.rank * 2**40 if self.has_own_part else 0)
+    def first_example(self, seen: int, rank: int | None = None) -> int:
+        """A number for the next example of this process, or of another, that no other process has.
 
-    def noted(self, loader: Iterable[Any]) -> Iterator[Any]:
-        """The loader's batches; what they hold is written down, as all processes must get the same."""
-        for raw in _without_repeats(loader):
+        Each number has a seed of its own, 2**20 from the next, and torch takes seeds below 2**64.
+        """
+        apart = min(2**40, 2**43 // self.number)
+        return seen + ((self.rank if rank is None else rank) * apart if self.has_own_part else 0)
+
+    def noted(self, num_samples: int | None = None, rows_per_example: int = 1) -> Iterator[Any]:
+        """The loader's batches; what they hold is written down, as all processes must get the same.
+
+        `num_samples`: how many examples all processes take.
+        """
+        batches: Iterable[Any] = without_repeats(self.loader, self.rank) if self.has_own_part else self.loader
+        if self.has_own_part and num_samples is not None and sends_out(self.loader):
+            # At once: who has its share, or none, must take as many batches as those who do not have theirs yet.
+            batches = _first(batches, -(-num_samples // self.number) * rows_per_example)
+        return self._written_down(batches)
+
+    def _written_down(self, batches: Iterable[Any]) -> Iterator[Any]:
+        for raw in batches:
             if self.number > 1 and not self.has_own_part and isinstance(raw, Mapping):
                 for key, value in sorted(raw.items()):
                     if isinstance(value, Tensor):
@@ -130,21 +140,12 @@ class Processes:
         return int(examples)
 
 
-def _is_sharded(loader: Any) -> bool:
-    own = (getattr(loader, name, None) for name in ("sampler", "batch_sampler", "dataset"))
-    parts = (DistributedSampler, BatchSamplerShard, IterableDatasetShard)
-    return isinstance(loader, DataLoaderDispatcher) or any(isinstance(part, parts) for part in own)
-
-
-def _without_repeats(loader: Iterable[Any]) -> Iterator[Any]:
-    """The loader's batches, without the examples that accelerate gives twice so that all processes have as many."""
-    sampler = getattr(loader, "batch_sampler", None)
-    if not isinstance(sampler, BatchSamplerShard):
-        yield from loader
-        return
-    even = sampler.even_batches
-    sampler.even_batches = False
-    try:
-        yield from loader
-    finally:
-        sampler.even_batches = even
+def _first(batches: Iterable[Any], rows: int) -> list[Any]:
+    """The first batches, until they have so many rows."""
+    taken: list[Any] = []
+    for raw in batches:
+        taken.append(raw)
+        rows -= batch_size({key: value for key, value in raw.items() if isinstance(value, Tensor)})
+        if rows <= 0:
+            break
+    return taken

@@ -49,13 +49,17 @@ class TiedLayers(BatchedLayer):
     def gradients(self, calls: list[Call]) -> Iterator[tuple[str, ExampleGradients]]:
         (name,) = self.names.values()
         table: Tensor = self.module.weight  # type: ignore[assignment]
-        padding = {m.padding_idx for m in self.modules if isinstance(m, nn.Embedding)}
-        without = padding.pop() if len(padding) == 1 else None
-        read = [(x, scaled(module, g)) for module, x, g in calls if isinstance(module, nn.Embedding)]
+        read = [(x, _of_read(module, x, g)) for module, x, g in calls if isinstance(module, nn.Embedding)]
         multiplied = [(g, x) for module, x, g in calls if isinstance(module, nn.Linear)]
-        rows = OfRows(*_joined(read), table.shape[0], without) if read else None
+        rows = OfRows(*_joined(read), table.shape[0]) if read else None
         products = OuterProducts(*_joined(multiplied)) if multiplied else None
         yield name, OfTable(rows, products) if rows and products else rows or products  # type: ignore[misc]
+
+
+def _of_read(module: nn.Embedding, ids: Tensor, g: Tensor) -> Tensor:
+    """The gradient at the rows that one of the embeddings read: its own padding gets none, another's may differ."""
+    g = scaled(module, g)
+    return g if module.padding_idx is None else g.masked_fill((ids == module.padding_idx)[..., None], 0)
 
 
 def _joined(calls: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -11,6 +13,7 @@ from torch import Tensor
 from fish_tuning.devices import has_float64, moved
 from fish_tuning.errors import FisherError
 from fish_tuning.scores.example_gradients import CHUNK_ENTRIES
+from fish_tuning.scores.rounding import Rounding
 
 Scores = dict[str, Tensor]
 
@@ -25,6 +28,7 @@ class Totals:
     squares: Scores
     gradients: Scores | None = None
     ignores: bool = False
+    rounding: Rounding = field(default_factory=Rounding)
 
     @classmethod
     def zeros(
@@ -55,17 +59,17 @@ class Totals:
         """Both are dense or sparse by rows; `gradients` is called only where it is wanted."""
         if self.ignores:
             return
-        _add(self.squares[name], squares)
+        self._add("squares", name, squares)
         if self.gradients is not None:
-            _add(self.gradients[name], gradients())
+            self._add("gradients", name, gradients())
 
     def add_plain(self, name: str, gradient: Tensor) -> None:
         """One example's, which is given up."""
         if self.ignores:
             return
         if self.gradients is not None:
-            _add(self.gradients[name], gradient)
-        _add(self.squares[name], squared(gradient))
+            self._add("gradients", name, gradient)
+        self._add("squares", name, squared(gradient))
 
     def add_together(self, gradients: Mapping[str, Tensor]) -> None:
         """Plain gradients of several tensors, which are given up: the same as one by one, in fewer operations."""
@@ -86,6 +90,24 @@ class Totals:
             torch._foreach_add_([self.gradients[name] for name in alike], parts)
         torch._foreach_mul_(parts, parts)
         torch._foreach_add_([self.squares[name] for name in alike], parts)
+
+    def _add(self, what: Literal["squares", "gradients"], name: str, part: Tensor) -> None:
+        """To the total of that name, wherever and in whatever dtype it is kept."""
+        total: Tensor = getattr(self, what)[name]
+        short = total.dtype == torch.bfloat16
+        add = partial(self.rounding.add, f"{what} {name}") if short else Tensor.add_
+        exactly = short and part.device == total.device  # else it is sent in 16 bits
+
+        def here(values: Tensor) -> Tensor:
+            return values if exactly else moved(values, total.device, total.dtype)
+
+        if not part.is_sparse:
+            add(total, here(part))
+            return
+        rows = part.indices()[0].to(total.device)  # each once
+        read = total[rows]
+        add(read, here(part.values()))
+        total[rows] = read
 
     def means(self, examples: int) -> tuple[Scores, Scores]:
         """Of the gradients (empty where there are none) and of their squares, in the place of the sums."""
@@ -135,12 +157,3 @@ def squared(gradient: Tensor) -> Tensor:
     if gradient.is_sparse:
         return gradient.square()
     return gradient.square_() if gradient.is_contiguous() else gradient.square()
-
-
-def _add(total: Tensor, part: Tensor) -> None:
-    """`total += part`, wherever and in whatever dtype the total is kept."""
-    if not part.is_sparse:
-        total += moved(part, total.device, total.dtype)
-        return
-    rows, values = part.indices()[0].to(total.device), moved(part.values(), total.device, total.dtype)
-    total[rows] += values  # each row once

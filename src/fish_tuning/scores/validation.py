@@ -87,6 +87,11 @@ def check_model(model: nn.Module, trainable: Mapping[str, nn.Parameter]) -> None
             "The model has a mask applied; its tensors cannot be scored as a whole. Call remove_mask(model) first."
         )
     for name, parameter in trainable.items():
+        if parameter.is_complex():
+            raise FisherError(
+                f"{name!r} is {parameter.dtype}, and scores are squares of real gradients. Set requires_grad_(False) "
+                "on it, or hold its real and imaginary parts as real tensors (torch.view_as_complex in the forward pass)."
+            )
         if engine_of(parameter) in (FSDP2, ZERO3):
             raise FisherError(
                 f"{name!r} is sharded: this process holds a part of it. Score the model before tensor parallelism "

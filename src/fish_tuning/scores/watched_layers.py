@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.utils.hooks import RemovableHandle
 
 from fish_tuning.devices import multiplies_bf16
@@ -105,6 +106,9 @@ class WatchedLayer(ABC):
 
     def probe(self, output: Tensor, call: Any, kept: tuple[Tensor, ...]) -> Tensor:
         """`output`, which hands its gradient, with `call` and what was `kept` of the call, to `receive`."""
+        if is_functorch_wrapped_tensor(output):
+            self.fail("it is called within a transform of torch.func, such as torch.vmap")
+            return output
         if self.state.into is None:  # not a recomputation, which checkpointing does in the backward pass
             self.calls += 1
         probed: Tensor = _Probe.apply(output, self.state.anchor, self, call, *kept)  # type: ignore[no-untyped-call]
@@ -137,7 +141,7 @@ class WatchedLayer(ABC):
     def serves_all(self, output: Tensor) -> bool:
         """Whether the output is one row of positions for all examples."""
         one_row = isinstance(self.module, nn.Embedding) and output.shape[:1].numel() == 1 < self.state.batch_size
-        return one_row and self.module not in self.state.repeated
+        return one_row and not is_functorch_wrapped_tensor(output) and self.module not in self.state.repeated
 
     def a_row_each(self, output: Tensor) -> Tensor:
         """Of such an output: then each example's gradient arrives by itself."""
@@ -253,6 +257,8 @@ class RuleLayer(BatchedLayer):
         if x is None or not isinstance(output, Tensor):
             self.fail("its input or output is no tensor")
             return None
+        if is_functorch_wrapped_tensor(output):  # whose shape and graph tell nothing of the batch
+            return self.probe(output, None, ())
         self.look_at_order(x)
         if self.serves_all(output) and x.shape[0] == 1:
             x, output = x.expand(state.batch_size, *x.shape[1:]), self.a_row_each(output)
