@@ -15,10 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
+from torch.utils.hooks import RemovableHandle
 
 from fish_tuning.errors import MaskError
 from fish_tuning.model_walks import every_module
 from fish_tuning.sparse.adapter_names import adapters_of, check_adapter, idle_names
+from fish_tuning.sparse.copies import by_its_own_class, deep_copied, reduced
 from fish_tuning.sparse.dense_state_dicts import (
     STATE,
     DenseStateDict,
@@ -141,7 +143,10 @@ def _made_class(base: type[nn.Module], names: frozenset[str]) -> type[nn.Module]
         return result
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
-        return _bare, (base, names), vars(self)
+        return reduced(self, base, names, protocol, _bare, _mask_again)
+
+    def __deepcopy__(self: Any, memo: Any) -> Any:
+        return deep_copied(self, base, names, memo, _mask_again)
 
     def __setattr__(self: Any, name: str, value: Any) -> None:
         if name.startswith(FROZEN):
@@ -173,6 +178,10 @@ def _made_class(base: type[nn.Module], names: frozenset[str]) -> type[nn.Module]
     own |= {"_apply": _apply, "__reduce_ex__": __reduce_ex__, "__setattr__": __setattr__}
     own |= {"named_parameters": named_parameters, "__module__": base.__module__}
     own |= {"_unmasked": base, "_masked": names}
+    if hasattr(base, "__deepcopy__"):
+        own["__deepcopy__"] = __deepcopy__
+    if issubclass(base, torch.fx.GraphModule):
+        own["recompile"] = by_its_own_class(base, "recompile")
     return type(base.__name__, (base,), own)
 
 
@@ -247,10 +256,19 @@ def _own_masked_tensors(module: nn.Module) -> list[tuple[str, MaskedTensor]]:
     return [(local, vars(module)[STATE + local]) for local in module._parameters if local in names] if names else []
 
 
-def _bare(base: type[nn.Module], names: frozenset[str]) -> nn.Module:
+def _bare(base: type[nn.Module], names: frozenset[str], *args: Any) -> nn.Module:
     """A masked module without anything in it, for copies and pickles."""
     cls = _masked_class(base, names)
-    return cls.__new__(cls)
+    return cls.__new__(cls, *args)
+
+
+def _mask_again(module: nn.Module, names: frozenset[str], marks: dict[str, MaskedTensor]) -> None:
+    """Make a masked module of a copy that has its values, and not yet what makes masked tensors of them."""
+    vars(module).update(marks)
+    _set_names(module, names)
+    kept = {hook.local for hook in module._state_dict_hooks.values() if isinstance(hook, DenseStateDict)}
+    for local in names - kept:
+        marks[STATE + local].hooks = _put_hooks(module, local)
 
 
 def _set_names(module: nn.Module, names: frozenset[str]) -> None:
@@ -280,7 +298,11 @@ def mask_tensor(module: nn.Module, local: str, selected: Tensor) -> None:
     vars(module)[STATE + local] = masked
     module._parameters[local] = masked.values
     _set_names(module, _masked_names(module) | {local})
-    masked.hooks = (
+    masked.hooks = _put_hooks(module, local)
+
+
+def _put_hooks(module: nn.Module, local: str) -> tuple[RemovableHandle, ...]:
+    return (
         module.register_state_dict_post_hook(DenseStateDict(local)),
         module.register_load_state_dict_pre_hook(SplitStateDict(local)),
         module.register_load_state_dict_post_hook(TakeLoaded(local)),

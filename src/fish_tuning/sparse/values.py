@@ -62,6 +62,15 @@ class Whole(Watched):
             values.requires_grad_(requires_grad)
         return self
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """By itself it is copied as the parameter that it stands for; its values go with the module (nn.LSTM)."""
+        return nn.Parameter, (DATA.__get__(self), self.requires_grad)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
+        if id(self) not in memo:
+            memo[id(self)] = nn.Parameter(DATA.__get__(self).clone(), self.requires_grad)
+        return memo[id(self)]  # type: ignore[no-any-return]
+
 
 class MaskedGroup(Protocol):
     """What values and optimizers know of the group of masked tensors that values belong to."""
