@@ -13,7 +13,7 @@ import torch
 from tiny import assert_only_selected_moved, random_mask, tensors
 from torch import Tensor, nn
 
-from fish_tuning import MaskError, apply_mask, get_mask
+from fish_tuning import MaskError, apply_mask, get_mask, remove_mask
 
 
 class Locked(nn.Module):
@@ -107,6 +107,11 @@ def test_a_copy_is_a_masked_model_of_its_own(make: str, way: str) -> None:
     again = MODELS[make]()
     again.load_state_dict(copied.state_dict())
     torch.testing.assert_close(outputs(again), outputs(copied))
+    copied.load_state_dict(before)
+    assert torch.equal(outputs(copied), expected)
+    remove_mask(copied)
+    again.load_state_dict(copied.state_dict())
+    assert torch.equal(outputs(again), expected)
 
 
 @pytest.mark.parametrize("way", ["deepcopy", "pickle"])

@@ -14,6 +14,7 @@ from fish_tuning.sparse.sharding import is_sharded, only_names, shard_like, whol
 from fish_tuning.sparse.whole_tensors import MaskedTensor
 
 STATE = "_fish_tuning_masked_tensor_"  # with a tensor's local name: the attribute of its module that has it
+GROUP = "_fish_tuning_group_"  # the same, for the group that it is in: modules alone keep groups alive
 _CHECKPOINTS = "torch.distributed.checkpoint.state_dict"
 
 
@@ -98,6 +99,22 @@ class TakeLoaded:
         if not own and values is not None and values.numel() == len(masked.index):
             masked.move(lambda tensor: tensor, values)
         masked.group.stale, masked.group.settled = True, False
+
+
+def put_hooks(module: nn.Module, local: str) -> None:
+    """Have the state dicts of a module hold one of its masked tensors as a whole."""
+    module.register_state_dict_post_hook(DenseStateDict(local))
+    module.register_load_state_dict_pre_hook(SplitStateDict(local))
+    module.register_load_state_dict_post_hook(TakeLoaded(local))
+
+
+def remove_hooks(module: nn.Module, local: str) -> None:
+    for kind in ("_state_dict_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"):
+        hooks = vars(module)[kind]
+        for number, hook in list(hooks.items()):
+            ours = getattr(hook, "hook", hook)  # which torch wraps with the module that it is of
+            if isinstance(ours, DenseStateDict | SplitStateDict | TakeLoaded) and ours.local == local:
+                del hooks[number]
 
 
 class _StandIn:

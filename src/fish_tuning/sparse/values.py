@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import weakref
 from collections.abc import Iterable
 from typing import Any, Protocol
@@ -12,6 +13,14 @@ from torch.autograd.graph import increment_version
 
 DATA: Any = torch.Tensor.data
 _REQUIRES_GRAD: Any = torch.Tensor.requires_grad
+
+
+def entries_digest(entries: Tensor) -> str:
+    """`dtype:sha256` of the entries' own bytes; empty for a tensor without data (on the meta device)."""
+    if entries.is_meta:
+        return ""
+    stored = entries.detach().cpu().reshape(-1).view(torch.uint8).numpy()
+    return f"{str(entries.dtype).removeprefix('torch.')}:{hashlib.sha256(stored.data).hexdigest()}"
 
 
 class Watched(Tensor):
