@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.dlpack import from_dlpack
 
 from fish_tuning.sparse.frozen_parts import keep_frozen_part
 from fish_tuning.sparse.sharding import is_sharded, only_names, shard_like, whole
@@ -19,9 +20,28 @@ _CHECKPOINTS = "torch.distributed.checkpoint.state_dict"
 
 
 def own_memory(tensor: Tensor) -> Tensor:
-    """The tensor; a copy where it shares memory with others, which code that saves tensors would take for one."""
-    alone = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
-    return tensor if alone else tensor.clone()
+    """The tensor; a copy where it shares memory with others."""
+    return tensor if _is_alone(tensor) else tensor.clone()
+
+
+def own_storage(tensor: Tensor) -> Tensor:
+    """The tensor, in its memory and with its count of changes, but with a storage that ends where it ends.
+
+    Who writes into a state dict writes into the model (averages of weights do). Code that saves tensors takes those of
+    one storage for one, and torch.save writes all of it. Where only a copy has such a storage, a copy.
+    """
+    if _is_alone(tensor):
+        return tensor
+    if type(tensor) is not Tensor or tensor.device.type not in ("cpu", "cuda") or not tensor.is_contiguous():
+        return tensor.clone()
+    with torch.inference_mode(False):
+        part = from_dlpack(tensor.view(-1).view(torch.uint8))
+        tensor.data = part.view(tensor.dtype).view(tensor.shape)
+    return tensor
+
+
+def _is_alone(tensor: Tensor) -> bool:
+    return tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
 
 
 class DenseStateDict:
@@ -44,7 +64,7 @@ class DenseStateDict:
             # ZeRO-3's checkpoints hold the values apart. In this shape nobody takes it for the tensor.
             state_dict[prefix + self.local] = masked.unselected()
         elif stored is None or own:
-            state_dict[prefix + self.local] = own_memory(masked.read().detach())
+            state_dict[prefix + self.local] = own_storage(masked.read().detach())
         elif is_sharded(stored) and only_names():
             state_dict[prefix + self.local] = torch.empty(masked.shape, dtype=stored.dtype, device="meta")
         elif is_sharded(stored):
