@@ -32,6 +32,7 @@ from fish_tuning.sparse.dense_state_dicts import (
 from fish_tuning.sparse.frozen_parts import FROZEN, is_split_up, keep_frozen_part, with_frozen_parts
 from fish_tuning.sparse.optimizer_steps import note_replaced
 from fish_tuning.sparse.sharding import full_shape, plain_name
+from fish_tuning.sparse.taken_apart import class_below, keeping_parameters, with_class_below, without_swapping
 from fish_tuning.sparse.whole_tensors import Group, MaskedTensor
 
 Mask = dict[str, Tensor]
@@ -139,8 +140,10 @@ def _masked_class(base: type[nn.Module], names: frozenset[str], methods: Methods
 
 
 def _made_class(base: type[nn.Module], names: frozenset[str], methods: Methods) -> type[nn.Module]:
-    def _apply(self: Any, fn: Any, recurse: bool = True) -> Any:
-        result = base._apply(self, fn, recurse)
+    def _apply(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with without_swapping():
+            result = base._apply(self, *args, **kwargs)  # some classes' own does not know of `recurse`
+        fn = args[0] if args else kwargs["fn"]
         for local, masked in _own_masked_tensors(self):
             masked.move(fn, self._parameters.get(local))
             keep_frozen_part(self, local, masked)
@@ -181,6 +184,7 @@ def _made_class(base: type[nn.Module], names: frozenset[str], methods: Methods) 
         own["forward"] = _linear_forward
     if names:
         own |= {"_apply": _apply, "__setattr__": __setattr__, "named_parameters": named_parameters}
+        own |= keeping_parameters(base, names)
     own |= {"__reduce_ex__": __reduce_ex__, "__module__": base.__module__, "__qualname__": base.__qualname__}
     own |= {"_unmasked": base, "_masked": names, "_methods": methods, **dict(methods)}
     if hasattr(base, "__deepcopy__"):
@@ -287,8 +291,10 @@ def set_methods(module: nn.Module, methods: Methods) -> None:
 
 
 def _set_class(module: nn.Module, names: frozenset[str], methods: Methods) -> None:
-    base = getattr(type(module), "_unmasked", type(module))
-    module.__class__ = _masked_class(base, names, methods) if names or methods else base
+    kind, below = type(module), class_below(module)
+    base: type[nn.Module] = getattr(below, "_unmasked", below)
+    new = _masked_class(base, names, methods) if names or methods else base
+    module.__class__ = with_class_below(kind, below, new)
 
 
 class NamedMaskedTensor(NamedTuple):
