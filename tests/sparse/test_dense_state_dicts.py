@@ -205,3 +205,13 @@ def test_a_state_dict_on_meta_has_shapes() -> None:
     state = model.to("meta").state_dict()
     assert [tuple(tensor.shape) for tensor in state.values()] == [(4, 4), (4,)] * 2
     assert all(tensor.is_meta for tensor in state.values())
+
+
+def test_a_tensor_without_entries_is_missed() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    apply_mask(model, random_mask(model, 0.5) | {"0.weight": torch.zeros(4, 4, dtype=torch.bool)})
+    state = model.state_dict()
+    model.load_state_dict(state)
+    with pytest.raises(RuntimeError, match=r'Missing key.*"0.weight"'):
+        model.load_state_dict(without(state, "0.weight"))
+    assert model.load_state_dict(without(state, "0.weight"), strict=False).missing_keys == ["0.weight"]

@@ -80,10 +80,21 @@ class SplitStateDict:
     def __init__(self, local: str) -> None:
         self.local = local
 
-    def __call__(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    def __call__(
+        self,
+        module: nn.Module,
+        state_dict: dict[str, Any],
+        prefix: str,
+        metadata: Any,
+        strict: Any,
+        missing: Any,
+        *_: Any,
+    ) -> None:
         masked: MaskedTensor = vars(module)[STATE + self.local]
         name, own = prefix + self.local, module._parameters.get(self.local)
         dense = state_dict.get(name)
+        if dense is None and masked.values is None and self.local in module._parameters:
+            missing.append(name)  # there is no parameter that torch would miss
         if isinstance(dense, _StandIn):  # nothing has come for it
             state_dict.pop(name)
             if own is not None:
