@@ -573,7 +573,49 @@ def test_tensor_that_is_not_contiguous() -> None:
     assert_same_tensors(model.state_dict(), before)
 
 
+class AppliedByHand(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 3))
+
+    def _apply(self, fn: Any) -> Any:  # type: ignore[override]  # as modules had it before torch 2
+        return super()._apply(fn)
+
+
+def test_a_module_with_an_apply_of_its_own_moves() -> None:
+    model = nn.Sequential(AppliedByHand())
+    apply_mask(model, random_mask(model, 0.5))
+    before = tensors(model)["0.weight"].double()
+    assert torch.equal(model.double()[0].weight, before)  # type: ignore[arg-type]
+
+
+def test_sparse_gradients_of_an_embedding() -> None:
+    dense, masked = nn.Embedding(5, 3), nn.Sequential(nn.Embedding(5, 3, sparse=True), nn.Linear(3, 2))
+    masked[0].load_state_dict(dense.state_dict())
+    mask = random_mask(masked, 0.5)
+    apply_mask(masked, mask)
+    rows = torch.tensor([1, 2, 2])
+    dense(rows).square().sum().backward()
+    masked[0](rows).square().sum().backward()  # alone, without the others of its group
+    (gradient,) = (parameter.grad for name, parameter in masked.named_parameters() if name == "0.weight")
+    assert torch.equal(gradient.flatten(), dense.weight.grad[mask["0.weight"]])  # type: ignore[union-attr, index]
+    masked(rows).sum().backward()
+
+
 # Errors
+
+
+def test_a_hook_that_would_be_left_behind_is_refused() -> None:
+    model = nn.Linear(3, 3)
+    handle = model.weight.register_post_accumulate_grad_hook(lambda parameter: None)
+    mask = random_mask(model, 0.5)
+    with pytest.raises(
+        MaskError, match=r"'weight' has a hook \(register_post_accumulate_grad_hook\).*after apply_mask"
+    ):
+        apply_mask(model, mask)
+    assert not is_masked(model)
+    handle.remove()
+    apply_mask(model, mask)
 
 
 def test_tied_tensors_cannot_be_split() -> None:

@@ -218,6 +218,11 @@ def _check(model: nn.Module, mask: Mapping[str, Tensor], engines: Engines) -> No
             )
         if not parameter.requires_grad:
             raise MaskError(f"{name!r} is in the mask but not trainable (requires_grad=False).")
+        if parameter._post_accumulate_grad_hooks and not selected.all():
+            raise MaskError(
+                f"{name!r} has a hook (register_post_accumulate_grad_hook), which what trains in its place would not "
+                "have. Put hooks on after apply_mask, onto model.named_parameters() as they are then."
+            )
         if parameter._backward_hooks and not selected.all():
             raise MaskError(
                 f"{name!r} has a gradient hook, which computes with the whole tensor's gradient; a mask would take it "

@@ -19,7 +19,7 @@ from fish_tuning.files.delta_file import Delta, DeltaTensor, dtype_name, load_de
 from fish_tuning.sparse.masked_tensors import dense_parameters, is_masked, left_dense_shapes, masked_tensors
 from fish_tuning.sparse.overrides import with_whole_tensors
 from fish_tuning.sparse.sharding import is_sharded, splitting_engine_of, whole_state_dict_of
-from fish_tuning.sparse.whole_tensors import entries_digest
+from fish_tuning.sparse.values import entries_digest
 
 
 class _Added(NamedTuple):

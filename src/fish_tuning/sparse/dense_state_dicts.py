@@ -8,19 +8,40 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.dlpack import from_dlpack
 
 from fish_tuning.sparse.frozen_parts import keep_frozen_part
 from fish_tuning.sparse.sharding import is_sharded, only_names, shard_like, whole
 from fish_tuning.sparse.whole_tensors import MaskedTensor
 
 STATE = "_fish_tuning_masked_tensor_"  # with a tensor's local name: the attribute of its module that has it
+GROUP = "_fish_tuning_group_"  # the same, for the group that it is in: modules alone keep groups alive
 _CHECKPOINTS = "torch.distributed.checkpoint.state_dict"
 
 
 def own_memory(tensor: Tensor) -> Tensor:
-    """The tensor; a copy where it shares memory with others, which code that saves tensors would take for one."""
-    alone = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
-    return tensor if alone else tensor.clone()
+    """The tensor; a copy where it shares memory with others."""
+    return tensor if _is_alone(tensor) else tensor.clone()
+
+
+def own_storage(tensor: Tensor) -> Tensor:
+    """The tensor, in its memory and with its count of changes, but with a storage that ends where it ends.
+
+    Who writes into a state dict writes into the model (averages of weights do). Code that saves tensors takes those of
+    one storage for one, and torch.save writes all of it. Where only a copy has such a storage, a copy.
+    """
+    if _is_alone(tensor):
+        return tensor
+    if type(tensor) is not Tensor or tensor.device.type not in ("cpu", "cuda") or not tensor.is_contiguous():
+        return tensor.clone()
+    with torch.inference_mode(False):
+        part = from_dlpack(tensor.view(-1).view(torch.uint8))
+        tensor.data = part.view(tensor.dtype).view(tensor.shape)
+    return tensor
+
+
+def _is_alone(tensor: Tensor) -> bool:
+    return tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
 
 
 class DenseStateDict:
@@ -43,7 +64,7 @@ class DenseStateDict:
             # ZeRO-3's checkpoints hold the values apart. In this shape nobody takes it for the tensor.
             state_dict[prefix + self.local] = masked.unselected()
         elif stored is None or own:
-            state_dict[prefix + self.local] = own_memory(masked.read().detach())
+            state_dict[prefix + self.local] = own_storage(masked.read().detach())
         elif is_sharded(stored) and only_names():
             state_dict[prefix + self.local] = torch.empty(masked.shape, dtype=stored.dtype, device="meta")
         elif is_sharded(stored):
@@ -59,10 +80,21 @@ class SplitStateDict:
     def __init__(self, local: str) -> None:
         self.local = local
 
-    def __call__(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    def __call__(
+        self,
+        module: nn.Module,
+        state_dict: dict[str, Any],
+        prefix: str,
+        metadata: Any,
+        strict: Any,
+        missing: Any,
+        *_: Any,
+    ) -> None:
         masked: MaskedTensor = vars(module)[STATE + self.local]
         name, own = prefix + self.local, module._parameters.get(self.local)
         dense = state_dict.get(name)
+        if dense is None and masked.values is None and self.local in module._parameters:
+            missing.append(name)  # there is no parameter that torch would miss
         if isinstance(dense, _StandIn):  # nothing has come for it
             state_dict.pop(name)
             if own is not None:
@@ -98,6 +130,22 @@ class TakeLoaded:
         if not own and values is not None and values.numel() == len(masked.index):
             masked.move(lambda tensor: tensor, values)
         masked.group.stale, masked.group.settled = True, False
+
+
+def put_hooks(module: nn.Module, local: str) -> None:
+    """Have the state dicts of a module hold one of its masked tensors as a whole."""
+    module.register_state_dict_post_hook(DenseStateDict(local))
+    module.register_load_state_dict_pre_hook(SplitStateDict(local))
+    module.register_load_state_dict_post_hook(TakeLoaded(local))
+
+
+def remove_hooks(module: nn.Module, local: str) -> None:
+    for kind in ("_state_dict_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"):
+        hooks = vars(module)[kind]
+        for number, hook in list(hooks.items()):
+            ours = getattr(hook, "hook", hook)  # which torch wraps with the module that it is of
+            if isinstance(ours, DenseStateDict | SplitStateDict | TakeLoaded) and ours.local == local:
+                del hooks[number]
 
 
 class _StandIn:

@@ -43,7 +43,7 @@ class Group:
         self.switched = False  # whether any value has been frozen or thawed since the tensors were made
         self.settled = False  # whether `flat` and the count tell all that a read must know of the values
         for member in members:
-            member.group = self
+            member.in_group = weakref.ref(self)
 
     def share_values(self) -> None:
         """Make new values for all members: slices of one memory, with one count of changes."""
@@ -178,6 +178,11 @@ class Group:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "flat": None, "settled": False, "one_count": False}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        for member in self.members:
+            member.in_group = weakref.ref(self)
 
     def _join(self) -> None:
         """Put the tensors into one memory, unless they are there, or cannot be."""

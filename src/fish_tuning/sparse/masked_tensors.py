@@ -8,7 +8,7 @@ numbers are written into it once a step, not at every read. In the state dict th
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,19 +20,21 @@ from fish_tuning.errors import MaskError
 from fish_tuning.model_walks import every_module
 from fish_tuning.sparse.adapter_names import adapters_of, check_adapter, idle_names
 from fish_tuning.sparse.compiled_reads import read_compiled
+from fish_tuning.sparse.copies import by_its_own_class, deep_copied, reduced
 from fish_tuning.sparse.dense_state_dicts import (
+    GROUP,
     STATE,
-    DenseStateDict,
-    SplitStateDict,
-    TakeLoaded,
     loads_whole_tensors,
     own_memory,
+    put_hooks,
+    remove_hooks,
     with_stand_ins,
 )
 from fish_tuning.sparse.frozen_parts import FROZEN, is_split_up, keep_frozen_part, with_frozen_parts
 from fish_tuning.sparse.groups import Group
 from fish_tuning.sparse.optimizer_steps import note_replaced
 from fish_tuning.sparse.sharding import full_shape, is_sharded, plain_name
+from fish_tuning.sparse.taken_apart import class_below, keeping_parameters, with_class_below, without_swapping
 from fish_tuning.sparse.whole_tensors import MaskedTensor
 
 Mask = dict[str, Tensor]
@@ -44,7 +46,8 @@ _SMALL = 2**16
 _TOGETHER, _TOGETHER_ON_GPU = 2**18, 2**22
 _GONE = object()
 _FSDP1 = "torch.distributed.fsdp._flat_param"
-_classes: dict[tuple[type[nn.Module], frozenset[str]], type[nn.Module]] = {}
+Methods = frozenset[tuple[str, Callable[..., Any]]]
+_classes: dict[tuple[type[nn.Module], frozenset[str], Methods], type[nn.Module]] = {}
 # Attribute of a module: the names and shapes of its trainable parameters that the mask left as they are.
 LEFT_DENSE = "_fish_tuning_left_dense"
 
@@ -127,18 +130,24 @@ def count_trainable_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-def _masked_class(base: type[nn.Module], names: frozenset[str]) -> type[nn.Module]:
-    """The class of a module whose tensors of these names are masked; it goes by the name of its own class."""
-    if (base, names) not in _classes:
-        _classes[base, names] = _made_class(base, names)
-    return _classes[base, names]
+def _masked_class(base: type[nn.Module], names: frozenset[str], methods: Methods) -> type[nn.Module]:
+    """The class of a module whose tensors of these names are masked, with methods that do more then.
+
+    It goes by the name of the module's own class.
+    """
+    key = base, names, methods
+    if key not in _classes:
+        _classes[key] = _made_class(base, names, methods)
+    return _classes[key]
 
 
-def _made_class(base: type[nn.Module], names: frozenset[str]) -> type[nn.Module]:
-    def _apply(self: Any, fn: Any, recurse: bool = True) -> Any:
+def _made_class(base: type[nn.Module], names: frozenset[str], methods: Methods) -> type[nn.Module]:
+    def _apply(self: Any, *args: Any, **kwargs: Any) -> Any:
         for _, masked in _own_masked_tensors(self):
             masked.group.take_written()
-        result = base._apply(self, fn, recurse)
+        with without_swapping():
+            result = base._apply(self, *args, **kwargs)  # some classes' own does not know of `recurse`
+        fn = args[0] if args else kwargs["fn"]
         for local, masked in _own_masked_tensors(self):
             masked.move(fn, self._parameters.get(local))
             keep_frozen_part(self, local, masked)
@@ -147,7 +156,12 @@ def _made_class(base: type[nn.Module], names: frozenset[str]) -> type[nn.Module]
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
         for _, masked in _own_masked_tensors(self):
             masked.group.take_written()
-        return _bare, (base, names), vars(self)
+        return reduced(self, (base, names, methods), protocol, _bare, _mask_again)
+
+    def __deepcopy__(self: Any, memo: Any) -> Any:
+        for _, masked in _own_masked_tensors(self):
+            masked.group.take_written()
+        return deep_copied(self, (base, names, methods), memo, _mask_again)
 
     def __setattr__(self: Any, name: str, value: Any) -> None:
         if name.startswith(FROZEN):
@@ -176,21 +190,27 @@ def _made_class(base: type[nn.Module], names: frozenset[str]) -> type[nn.Module]
     own: dict[str, Any] = {name: property(*_access(name)) for name in names}
     if base.forward is nn.Linear.forward and "weight" in names:
         own["forward"] = _linear_forward
-    own |= {"_apply": _apply, "__reduce_ex__": __reduce_ex__, "__setattr__": __setattr__}
-    own |= {"named_parameters": named_parameters, "__module__": base.__module__}
-    own |= {"_unmasked": base, "_masked": names}
+    if names:
+        own |= {"_apply": _apply, "__setattr__": __setattr__, "named_parameters": named_parameters}
+        own |= keeping_parameters(base, names)
+    own |= {"__reduce_ex__": __reduce_ex__, "__module__": base.__module__, "__qualname__": base.__qualname__}
+    own |= {"_unmasked": base, "_masked": names, "_methods": methods, **dict(methods)}
+    if hasattr(base, "__deepcopy__"):
+        own["__deepcopy__"] = __deepcopy__
+    if issubclass(base, torch.fx.GraphModule):
+        own["recompile"] = by_its_own_class(base, "recompile")
     return type(base.__name__, (base,), own)
 
 
 def _access(local: str) -> tuple[Any, Any, Any]:
-    key = STATE + local
+    key, group_key = STATE + local, GROUP + local
 
     def read(self: Any) -> Any:
         own = self.__dict__
         masked = own[key]
         values = own["_parameters"].get(local, _GONE)
         if values is masked.values:
-            group, tensor = masked.group, masked.tensor
+            group, tensor = own[group_key], masked.tensor
             if group.managed:
                 return values
             if group.scattered:
@@ -227,7 +247,7 @@ def _linear_forward(self: Any, input: Tensor) -> Tensor:
     """nn.Linear's, with an ordinary tensor where all is settled: torch takes one of another class later."""
     own = self.__dict__
     masked, parameters = own[STATE + "weight"], own["_parameters"]
-    group = masked.group
+    group = own[GROUP + "weight"]
     if (
         group.settled
         and not is_dynamo_compiling()
@@ -253,15 +273,36 @@ def _own_masked_tensors(module: nn.Module) -> list[tuple[str, MaskedTensor]]:
     return [(local, vars(module)[STATE + local]) for local in module._parameters if local in names] if names else []
 
 
-def _bare(base: type[nn.Module], names: frozenset[str]) -> nn.Module:
+def _bare(base: type[nn.Module], names: frozenset[str], methods: Methods, *args: Any) -> nn.Module:
     """A masked module without anything in it, for copies and pickles."""
-    cls = _masked_class(base, names)
-    return cls.__new__(cls)
+    cls = _masked_class(base, names, methods)
+    return cls.__new__(cls, *args)
 
 
-def _set_names(module: nn.Module, names: frozenset[str]) -> None:
-    base = getattr(type(module), "_unmasked", type(module))
-    module.__class__ = _masked_class(base, names) if names else base
+def _mask_again(module: nn.Module, names: frozenset[str], methods: Methods) -> None:
+    """Make a masked module of a copy that has what is in one already, or is to get it."""
+    _set_class(module, names, methods)
+    for local in names:
+        if STATE + local in vars(module):
+            remove_hooks(module, local)
+            put_hooks(module, local)
+
+
+def masked_methods(module: nn.Module) -> Methods:
+    """The methods of a module that do more while a mask is applied."""
+    methods: Methods = getattr(type(module), "_methods", frozenset())
+    return methods
+
+
+def set_methods(module: nn.Module, methods: Methods) -> None:
+    _set_class(module, _masked_names(module), methods)
+
+
+def _set_class(module: nn.Module, names: frozenset[str], methods: Methods) -> None:
+    kind, below = type(module), class_below(module)
+    base: type[nn.Module] = getattr(below, "_unmasked", below)
+    new = _masked_class(base, names, methods) if names or methods else base
+    module.__class__ = with_class_below(kind, below, new)
 
 
 class NamedMaskedTensor(NamedTuple):
@@ -283,14 +324,10 @@ def mask_tensor(module: nn.Module, local: str, selected: Tensor) -> None:
     dense.data = dense.data.new_empty(0)  # `frozen` holds it now
     dense.grad = None
     note_replaced(dense, masked)
-    vars(module)[STATE + local] = masked
+    vars(module)[STATE + local], vars(module)[GROUP + local] = masked, Group([masked])
     module._parameters[local] = masked.values
-    _set_names(module, _masked_names(module) | {local})
-    masked.hooks = (
-        module.register_state_dict_post_hook(DenseStateDict(local)),
-        module.register_load_state_dict_pre_hook(SplitStateDict(local)),
-        module.register_load_state_dict_post_hook(TakeLoaded(local)),
-    )
+    _set_class(module, _masked_names(module) | {local}, masked_methods(module))
+    put_hooks(module, local)
 
 
 def group_small(model: nn.Module) -> None:
@@ -311,6 +348,8 @@ def group_small(model: nn.Module) -> None:
     groups = [[tensors[place] for place in group] for group in places]
     for members in groups:
         group = Group([tensor.masked for tensor in members])
+        for tensor in members:
+            vars(tensor.module)[GROUP + tensor.local] = group
         if len(members) > 1 and not any(isinstance(tensor.masked.tensor, Tensor) for tensor in members):  # all new
             group.share_values()
             for tensor in members:
@@ -339,13 +378,13 @@ def small_groups(sizes: Sequence[int], keys: Sequence[Any], gpu: bool = False) -
 def unmask_tensor(tensor: NamedMaskedTensor, trains: bool) -> None:
     module, local, masked = tensor.module, tensor.local, tensor.masked
     trained = own_memory(masked.read().detach())
-    for hook in masked.hooks:
-        hook.remove()
+    remove_hooks(module, local)
+    group: Group = vars(module).pop(GROUP + local)
     del vars(module)[STATE + local]
-    masked.group.members.remove(masked)
-    masked.group.joined = None
-    masked.group.bind()
-    _set_names(module, _masked_names(module) - {local})
+    group.members.remove(masked)
+    group.joined = None
+    group.bind()
+    _set_class(module, _masked_names(module) - {local}, masked_methods(module))
     if masked.values is not None:
         note_replaced(masked.values, masked.dense)
     masked.dense.data = trained

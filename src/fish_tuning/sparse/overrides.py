@@ -2,8 +2,9 @@
 `push_to_hub` carries them, a Trainer's model card gives way to the adapter's, `set_adapter` reaches the mask's values,
 and what unloads an adapter takes it off.
 
-They are attributes of the very objects, so that neither a class nor another model knows of them: copies have their own,
-and when the mask goes, they go.
+The very objects get a class with them, so that neither their own class nor another model knows of them: copies have
+them too, and when the mask goes, they go. What an object holds itself and is bound to it would keep it alive until the
+cyclic collector runs.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import os
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -27,14 +27,16 @@ from fish_tuning.sparse.masked_tensors import (
     LEFT_DENSE,
     get_mask,
     is_masked,
+    masked_methods,
     masked_tensors,
+    set_methods,
     trained_names,
     unmask_tensor,
 )
 from fish_tuning.sparse.sharding import FSDP1, names_alone, splitting_engine_of, whole_state_dict_of
 
 _SAVING = "_fish_tuning_saving"  # an attribute of a model for as long as it is saved
-_BEFORE = "_fish_tuning_before_"  # holds what the object itself had under the method's name, if anything
+_BEFORE = "_fish_tuning_before_"  # holds what the object itself had under the method's name, if it had anything
 
 
 def override_methods(model: nn.Module) -> None:
@@ -56,24 +58,27 @@ def override_methods(model: nn.Module) -> None:
 
 def restore_methods(model: nn.Module) -> None:
     for module in model.modules():
-        own = vars(module)
-        for key in [key for key in own if key.startswith(_BEFORE) and not is_masked(module)]:
-            name, before = key.removeprefix(_BEFORE), own.pop(key)
-            del own[name]
-            if before is not None:
-                own[name] = before
+        methods, own = masked_methods(module), vars(module)
+        if not methods or is_masked(module):
+            continue
+        set_methods(module, frozenset())
+        for name, _ in methods:
+            own.pop(name, None)
+            if _BEFORE + name in own:
+                own[name] = own.pop(_BEFORE + name)
 
 
 def _override(module: nn.Module, name: str, function: Callable[..., Any]) -> None:
-    own = vars(module)
-    if _BEFORE + name not in own:
-        own[_BEFORE + name] = own.get(name)
-        own[name] = partial(function, module)  # which can be pickled, as a method that is no class's own cannot
+    own, methods = vars(module), masked_methods(module)
+    if name not in dict(methods):
+        if name in own:
+            own[_BEFORE + name] = own.pop(name)
+        set_methods(module, methods | {(name, function)})
 
 
 def _original(module: nn.Module, name: str) -> Callable[..., Any]:
-    before: Callable[..., Any] | None = vars(module)[_BEFORE + name]
-    return MethodType(getattr(type(module), name), module) if before is None else before
+    before: Callable[..., Any] | None = vars(module).get(_BEFORE + name)
+    return MethodType(getattr(type(module)._unmasked, name), module) if before is None else before  # type: ignore[attr-defined]
 
 
 def _merge_and_unload(self: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -49,6 +49,8 @@ class _Selected(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        # As nn.Embedding(sparse=True) gives them.
+        grads = tuple(grad.to_dense() if grad is not None and grad.is_sparse else grad for grad in grads)
         if ctx.joined is not None and all(grad is not None for grad in grads):
             entries = torch._utils._flatten_dense_tensors(grads).index_select(0, ctx.joined)
             # Unsafe only for who changes one and derives another: autograd need not know that they share memory.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import weakref
 from collections.abc import Iterable
 from typing import Any, Protocol
@@ -12,6 +13,14 @@ from torch.autograd.graph import increment_version
 
 DATA: Any = torch.Tensor.data
 _REQUIRES_GRAD: Any = torch.Tensor.requires_grad
+
+
+def entries_digest(entries: Tensor) -> str:
+    """`dtype:sha256` of the entries' own bytes; empty for a tensor without data (on the meta device)."""
+    if entries.is_meta:
+        return ""
+    stored = entries.detach().cpu().reshape(-1).view(torch.uint8).numpy()
+    return f"{str(entries.dtype).removeprefix('torch.')}:{hashlib.sha256(stored.data).hexdigest()}"
 
 
 class Watched(Tensor):
@@ -61,6 +70,15 @@ class Whole(Watched):
         if values is not None:
             values.requires_grad_(requires_grad)
         return self
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """By itself it is copied as the parameter that it stands for; its values go with the module (nn.LSTM)."""
+        return nn.Parameter, (DATA.__get__(self), self.requires_grad)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
+        if id(self) not in memo:
+            memo[id(self)] = nn.Parameter(DATA.__get__(self).clone(), self.requires_grad)
+        return memo[id(self)]  # type: ignore[no-any-return]
 
 
 class MaskedGroup(Protocol):

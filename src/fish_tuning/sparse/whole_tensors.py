@@ -6,32 +6,23 @@ go; `masked_tensors.py` has where it sits.
 
 from __future__ import annotations
 
-import hashlib
+import weakref
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
-from torch.utils.hooks import RemovableHandle
 
 from fish_tuning.errors import MaskError
 from fish_tuning.sparse.frozen_parts import with_entries
 from fish_tuning.sparse.groups import Group
 from fish_tuning.sparse.selected_gradients import whole_tensor
 from fish_tuning.sparse.sharding import is_sharded, local_part, shard_like, whole
-from fish_tuning.sparse.values import DATA, Values
+from fish_tuning.sparse.values import DATA, Values, entries_digest
 
 # Entries of what is kept in another dtype until the next read, to see whether it was written into: PEFT writes into
 # small ones alone.
 _KEPT_FOR_A_LOOK = 2**16
-
-
-def entries_digest(entries: Tensor) -> str:
-    """`dtype:sha256` of the entries' own bytes; empty for a tensor without data (on the meta device)."""
-    if entries.is_meta:
-        return ""
-    stored = entries.detach().cpu().reshape(-1).view(torch.uint8).numpy()
-    return f"{str(entries.dtype).removeprefix('torch.')}:{hashlib.sha256(stored.data).hexdigest()}"
 
 
 class MaskedTensor:
@@ -42,6 +33,7 @@ class MaskedTensor:
     written into it after every step of an optimizer, and when a read finds that they have changed otherwise.
     """
 
+    in_group: weakref.ref[Group]  # modules hold the group, which holds its members
     replaced = False  # whether another mask stood here before, whose entries were trained too
 
     def __init__(self, dense: nn.Parameter, selected: Tensor) -> None:
@@ -59,14 +51,16 @@ class MaskedTensor:
         # By stored dtypes, those that FSDP1's mixed precision computes in now: a record of the whole model, since of a
         # tensor without a selected entry no values tell.
         self.computed_in: dict[torch.dtype, torch.dtype] = {}
-        self.hooks: tuple[RemovableHandle, ...] = ()
-        self.group = Group([self])
         self.tensor: Any = None  # what reads give
         self.plain: Any = None  # the same for compiled models and nn.Linear, of no class of its own
         self.trains = False  # whether `tensor` has a gradient
         self.written = self.seen = -1  # the counts of changes of `tensor` and of `values` when they were equal
         # What was read last while an engine has the values, and its count of changes then; None where it is not kept.
         self.given: tuple[Tensor, int] | None = None
+
+    @property
+    def group(self) -> Group:
+        return self.in_group()  # type: ignore[return-value]
 
     def read(self) -> Tensor:
         """The whole tensor, whatever has happened to it or to the values."""
@@ -253,4 +247,5 @@ class MaskedTensor:
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the tensor of reads, which is made again: a tensor with a history cannot be copied."""
-        return {**vars(self), "tensor": None, "plain": None, "given": None}
+        state = {name: value for name, value in vars(self).items() if name != "in_group"}  # which its group sets
+        return {**state, "tensor": None, "plain": None, "given": None}
