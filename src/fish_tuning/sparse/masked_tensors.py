@@ -249,8 +249,8 @@ def _linear_forward(self: Any, input: Tensor) -> Tensor:
     masked, parameters = own[STATE + "weight"], own["_parameters"]
     group = own[GROUP + "weight"]
     if (
-        group.settled
-        and not is_dynamo_compiling()
+        not is_dynamo_compiling()  # first, since torch.compile would guard what is looked at before
+        and group.settled
         and parameters.get("weight", _GONE) is masked.values
         and group.flat._version == group.seen
         and masked.plain._version == masked.written
