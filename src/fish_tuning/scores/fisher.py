@@ -88,8 +88,8 @@ def calculate_fisher_information(
             not count, or a loss or score that is not finite; it names the example or the tensor.
 
     Warns:
-        FishTuningWarning: a rule failed on this model (the scores are exact all the same, but slower to get), or batches
-            hold an argument of the forward pass that is no tensor.
+        FishTuningWarning: a rule failed on this model (the scores are exact all the same, but slower to get), or
+            batches hold an argument of the forward pass that is no tensor.
 
     Example:
         >>> import torch
