@@ -49,6 +49,5 @@ class LeftOut:
         listed = ", ".join(f"{key!r} ({kind})" for key, kind in found.items())
         return [
             f"Fisher information: the calibration batches hold {listed}, which the model's forward pass takes, but not "
-            "as tensors: the model is scored without. Make them tensors; torch.tensor(value) is one for all examples of a "
-            "batch."
+            "as tensors: the model is scored without. Make them tensors; torch.tensor(value) is one for all of a batch."
         ]

@@ -90,7 +90,7 @@ def check_model(model: nn.Module, trainable: Mapping[str, nn.Parameter]) -> None
         if parameter.is_complex():
             raise FisherError(
                 f"{name!r} is {parameter.dtype}, and scores are squares of real gradients. Set requires_grad_(False) "
-                "on it, or hold its real and imaginary parts as real tensors (torch.view_as_complex in the forward pass)."
+                "on it, or hold its real and imaginary parts as real tensors (torch.view_as_complex in forward)."
             )
         if engine_of(parameter) in (FSDP2, ZERO3):
             raise FisherError(
