@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 from fish_tuning.experiments.config.arm_names import ArmName
 from fish_tuning.experiments.config.experiment import ExperimentConfig
 from fish_tuning.experiments.config.methods import LOOKS_AT_DATA
-from fish_tuning.experiments.records.shared_keys import SEEDS, digest, effective_arguments, method_own, of_all_arms
 from fish_tuning.experiments.records.run_record import ArmPlan
+from fish_tuning.experiments.records.shared_keys import SEEDS, digest, effective_arguments, method_own, of_all_arms
 from fish_tuning.masks.selections import SELECTIONS
 from fish_tuning.scores.warmup import WARMUP_LEARNING_RATE
 

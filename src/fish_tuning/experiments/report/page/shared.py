@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from fish_tuning.experiments.compare.pairs import setting_of
-from fish_tuning.experiments.records.shared_keys import common_of_stored
 from fish_tuning.experiments.records.run_record import RunRecord
+from fish_tuning.experiments.records.shared_keys import common_of_stored
 
 # What stands in place of a record's own `common`, from the surest on: results.json lists the run, so it is one of the
 # configuration there; there is none, so nothing but the folder holds its runs together; or it lists others alone.
