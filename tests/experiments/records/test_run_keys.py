@@ -41,6 +41,7 @@ def keys(config: ExperimentConfig, arm: str = "lora-fish", seed: int = 1, rate: 
         "training.args_override.save_strategy=epoch",
         "training.args_override.weight_decay=0.0",  # the default, said
         "training.args_override.hub_token=hf_secret",
+        "training.args_override.dataloader_persistent_workers=false",
         "lora.baseline_rank=2",
         "seeds=[1, 2, 3]",
         "fish_tuning.methods_to_run=[lora-fish]",
@@ -71,6 +72,8 @@ def test_what_is_scored_in_16_bits_is_not_what_was_scored_in_32(
         "training.args_override.weight_decay=0.1",
         "training.args_override.bf16=true",
         "training.args_override.eval_strategy=epoch",  # it draws random numbers
+        "training.args_override={dataloader_num_workers: 1, dataloader_persistent_workers: true}",
+        "training.args_override={dataloader_num_workers: 2, dataloader_in_order: false}",
         "training.early_stopping_patience=3",
         "model.dtype=bfloat16",
         "model.quantization_config.load_in_4bit=true",

@@ -14,10 +14,13 @@ from typing import Any
 # Training arguments that say where things go, what is told, or how fast the same batches come.
 _WITHOUT_EFFECT = re.compile(
     r"output_dir|run_name|report_to|project|disable_tqdm|trackio_.*|log(ging)?_.*|push_to_hub|hub_.*|debug|"
-    r"dataloader_(num_workers|pin_memory|persistent_workers|prefetch_factor|multiprocessing_context|in_order)|"
+    r"dataloader_(num_workers|pin_memory|prefetch_factor|multiprocessing_context)|"
     r"save_(only_model|on_each_node|total_limit)|skip_memory_metrics|include_num_input_tokens_seen|ddp_timeout|"
     r"do_(train|eval|predict)|use_cpu|torch_empty_cache_steps"
 )
+# Workers that stay draw one seed for all epochs, and others may mix batches up; said where they are not the default, so
+# that the keys of other runs stay what they were.
+_AS_USUAL = {"dataloader_persistent_workers": False, "dataloader_in_order": True}
 _SAVING = ("save_strategy", "save_steps")  # they count where the best checkpoint is loaded at the end
 SEEDS = ("seed", "data_seed")  # arguments that tell runs of one setting apart
 _SIZES = ("baseline_rank", "fish_rank")  # of `lora`: they are the arms' own
@@ -27,7 +30,9 @@ def effective_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The training arguments that can change what comes out."""
     left_out = () if arguments.get("load_best_model_at_end") else _SAVING
     return {
-        name: value for name, value in arguments.items() if not _WITHOUT_EFFECT.fullmatch(name) and name not in left_out
+        name: value
+        for name, value in arguments.items()
+        if not _WITHOUT_EFFECT.fullmatch(name) and name not in left_out and _AS_USUAL.get(name, ...) is not value
     }
 
 
