@@ -91,6 +91,8 @@ def _arm_parts(config: ExperimentConfig, arm: ArmPlan, arguments: Mapping[str, A
         "trainable_parameters": arm.trainable_parameters,
         "early_stopping_patience": config.training.early_stopping_patience,
     }
+    if arguments.get("dataloader_drop_last"):
+        parts["measured"] = "all rows"  # earlier versions left some out
     if config.training.head_learning_rate is not None:
         parts["head_learning_rate"] = config.training.head_learning_rate
     section = config.method_of(arm.arm)
