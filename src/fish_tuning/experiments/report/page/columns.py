@@ -33,8 +33,8 @@ def column_labels(experiments: Sequence[Experiment]) -> tuple[dict[Path, str], l
         names = zip(members, _names(members), strict=True)
         labels |= {member.folder: _label(task, [*within, name]) for member, name in names}
         notes.append(
-            f"{len(members)} experiments on {label} differ in more than their seeds and arms, so each has a column of its "
-            "own."
+            f"{len(members)} experiments on {label} differ in more than their seeds and arms, so each has a column of "
+            "its own."
         )
     return labels, notes
 
