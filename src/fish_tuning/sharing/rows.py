@@ -209,24 +209,29 @@ def _json_line(number: int, line: str) -> Any:
 
 
 def _parsed(text: str, suffix: str) -> list[Row]:
+    """`text` as `read_text` gives it: its lines end with \\n alone, which `splitlines` does not stop at."""
     if suffix == ".txt":
-        return [{TEXT: line} for line in text.splitlines() if line.strip()]
+        return [{TEXT: line} for line in text.split("\n") if line.strip()]
     if suffix in (".csv", ".tsv"):
         reader = csv.DictReader(io.StringIO(text), delimiter="\t" if suffix == ".tsv" else ",", strict=True)
         names = list(reader.fieldnames or ())
         if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
             raise ValueError(f"two columns are called {twice[0]!r}")
         rows = []
-        for row in reader:
-            if None in row:
-                raise ValueError(f"line {reader.line_num} has more cells than there are names of columns")
-            rows.append(dict(row))
+        most = csv.field_size_limit(2**31 - 1)  # a text may be longer than the module's 131,072 characters
+        try:
+            for row in reader:
+                if None in row:
+                    raise ValueError(f"line {reader.line_num} has more cells than there are names of columns")
+                rows.append(dict(row))
+        finally:
+            csv.field_size_limit(most)
         return rows
     if suffix == ".json":
         content = json.loads(text)
         content = content if isinstance(content, list) else [content]
     else:
-        content = [_json_line(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+        content = [_json_line(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     rows = [{TEXT: row} if isinstance(row, str) else row for row in content]
     if not all(isinstance(row, dict) for row in rows):
         raise ValueError("each row must be an object with columns, or a text")

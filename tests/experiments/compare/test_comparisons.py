@@ -28,6 +28,7 @@ from fish_tuning.experiments.compare.pairs import unique_runs
 from fish_tuning.experiments.compare.summaries import mean_interval
 from fish_tuning.experiments.records.run_record import RunRecord
 
+_GAINS = (("lora", 0.0), ("lora-fish", 0.1))
 UP_6 = [0.01, 0.02, 0.03, 0.04, 0.05, 0.06]
 
 
@@ -362,9 +363,21 @@ def test_other_settings_are_no_further_seeds() -> None:
     ]
     comparison = one([*runs, *others])
     assert (comparison.verdict, comparison.n, comparison.mean_difference) == ("settings differ", 0, None)
-    assert "Runs on rte differ in more than their seeds" in (comparison.reason or "")
+    assert "Runs on rte differ in more than their seeds and arms" in (comparison.reason or "")
     # nor do the other tasks give a verdict for it
     assert one([*runs, *others, *differing(UP_6, "cola")]).verdict == "settings differ"
+
+
+def test_arms_that_were_trained_otherwise_are_no_pairs() -> None:
+    dense, fish = (scores(arm, [0.5, 0.6, 0.7 + gain], common="a", method_own="m") for arm, gain in _GAINS)
+    assert one([*dense, *fish]).n == 3
+    for change in ({"common": "b"}, {"method_own": "n"}):
+        comparison = one([*dense, *(replace(run, **change) for run in fish)])
+        assert (comparison.verdict, comparison.n) == ("settings differ", 0)
+    # with another method, whose arguments are its own, only what is of all arms counts
+    other = scores("dora", [0.6, 0.7, 0.9], common="a", method_own="n")
+    (comparison,) = compare([*dense, *other], [("dora", "lora")])
+    assert comparison.n == 3
 
 
 def test_further_seeds_under_the_same_setting_are_joined() -> None:

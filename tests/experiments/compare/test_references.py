@@ -39,6 +39,8 @@ def test_a_task_that_no_arm_learns() -> None:
     )
     assert not nothing_learned([*chance, *scores("lora-fish", [0.8, 0.81, 0.82], constant_value=0.5)])
     assert not nothing_learned(scores("lora", [0.4, 0.5], constant_value=0.5))  # too few to tell
+    assert nothing_learned(scores("lora", [0.5, 0.5, 0.5], constant_value=0.5))  # as a constant answer gives it
+    assert not nothing_learned(scores("lora", [0.8, 0.8, 0.8], constant_value=0.5))
     assert not nothing_learned(scores("lora", [0.4, 0.5, 0.45]))  # no record tells the constant
 
 

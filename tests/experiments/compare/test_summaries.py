@@ -24,8 +24,8 @@ def test_interval_is_students_t() -> None:
     assert wider.low < interval.low
 
 
-@pytest.mark.parametrize("values", [[], [0.5], [0.5, 0.7], [0.5, 0.6, math.nan]])
-def test_no_interval_from_too_few_or_broken_values(values: list[float]) -> None:
+@pytest.mark.parametrize("values", [[], [0.5], [0.5, 0.7], [0.5, 0.6, math.nan], [0.1 + 0.2, 0.3, 0.3]])
+def test_no_interval_from_too_few_broken_or_equal_values(values: list[float]) -> None:
     interval = mean_interval(values)
     assert interval.low is None
     assert interval.high is None

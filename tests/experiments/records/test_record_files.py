@@ -19,6 +19,7 @@ from fish_tuning.experiments.records.record_files import (
     relabelled,
     write_record,
 )
+from fish_tuning.experiments.records.run_keys import RunKeys
 from fish_tuning.files.atomic import whole_folder
 
 NOW = -math.inf
@@ -126,8 +127,10 @@ def test_a_folder_that_a_kill_took_away_is_put_back(folder: Path) -> None:
 
 
 def test_a_found_run_bears_the_names_of_who_asks() -> None:
-    record = relabelled(ok("lora", 1, 0.5, experiment="old"), "new", "task", "model")
+    keys = RunKeys("run", "setting", "common", "own")
+    record = relabelled(ok("lora", 1, 0.5, experiment="old"), "new", "task", "model", keys)
     assert (record.experiment, record.task, record.model, record.value) == ("new", "task", "model", 0.5)
+    assert (record.common, record.method_own, record.config_hash) == ("common", "own", "")
 
 
 def test_digests_are_of_contents(folder: Path) -> None:

@@ -16,7 +16,8 @@ from fish_tuning.experiments.config.experiment import ExperimentConfig
 from fish_tuning.experiments.config.loading import load_experiment
 from fish_tuning.experiments.data import builtin
 from fish_tuning.experiments.records import run_keys
-from fish_tuning.experiments.records.run_keys import RunKeys, effective_arguments
+from fish_tuning.experiments.records.run_keys import RunKeys
+from fish_tuning.experiments.records.shared_keys import effective_arguments
 from fish_tuning.experiments.run.context import make_context
 from fish_tuning.experiments.run.plan import plan_experiment
 
@@ -40,6 +41,7 @@ def keys(config: ExperimentConfig, arm: str = "lora-fish", seed: int = 1, rate: 
         "training.args_override.save_strategy=epoch",
         "training.args_override.weight_decay=0.0",  # the default, said
         "training.args_override.hub_token=hf_secret",
+        "training.args_override.dataloader_persistent_workers=false",
         "lora.baseline_rank=2",
         "seeds=[1, 2, 3]",
         "fish_tuning.methods_to_run=[lora-fish]",
@@ -56,10 +58,10 @@ def test_what_is_scored_in_16_bits_is_not_what_was_scored_in_32(
 ) -> None:
     """Of the records of before autocast was scored under, those of scored arms with mixed precision hold no more."""
     digested: list[dict[str, Any]] = []
-    monkeypatch.setattr(run_keys, "_digest", lambda parts: digested.append(dict(parts)) or "")
+    monkeypatch.setattr(run_keys, "digest", lambda parts: digested.append(dict(parts)) or "")
     for mixed in ("bf16=true", "bf16=false"):
         keys(experiment(f"training.args_override.{mixed}"), arm)
-    said = [parts.get("scored_in") for parts in digested[::2]]
+    said = [parts.get("scored_in") for parts in digested[::3]]
     assert said == ["bf16" if arm == "lora-fish" else None, None]
 
 
@@ -70,6 +72,8 @@ def test_what_is_scored_in_16_bits_is_not_what_was_scored_in_32(
         "training.args_override.weight_decay=0.1",
         "training.args_override.bf16=true",
         "training.args_override.eval_strategy=epoch",  # it draws random numbers
+        "training.args_override={dataloader_num_workers: 1, dataloader_persistent_workers: true}",
+        "training.args_override={dataloader_num_workers: 2, dataloader_in_order: false}",
         "training.early_stopping_patience=3",
         "model.dtype=bfloat16",
         "model.quantization_config.load_in_4bit=true",
@@ -117,6 +121,26 @@ def test_rates_that_were_chosen_from_one_list_share_a_setting(experiment: MakeEx
     one, two = keys(listed, rate=0.1), keys(listed, rate=0.2)
     assert one.run != two.run
     assert one.setting == two.setting != keys(experiment("training.learning_rates=[0.1]"), rate=0.1).setting
+
+
+def test_arms_share_what_no_arm_has_of_its_own(experiment: MakeExperiment) -> None:
+    own = keys(experiment())
+    assert keys(experiment(), "lora", seed=2)[2:] == own[2:]
+    for arm in ("lora", "lora-fish"):  # what chooses or sizes the entries of an arm is its own
+        assert keys(experiment("lora.fish_rank=6", "fish_tuning.num_samples=4"), arm)[2:] == own[2:]
+    for override in ("training.args_override.max_steps=2", "lora.dropout=0.1", "training.head_learning_rate=0.3"):
+        other = keys(experiment(override), "lora")
+        assert (other.common != own.common, other.method_own) == (True, own.method_own)
+
+
+def test_a_method_may_have_arguments_and_rates_of_its_own(experiment: MakeExperiment) -> None:
+    own = keys(experiment())
+    for override in ("peft.training_args.learning_rate=0.3", "peft.learning_rates=[0.1, 0.2]"):
+        other = keys(experiment(override), rate=0.1)
+        assert (other.common, other.method_own != own.method_own) == (own.common, True)
+    listed = experiment("training.learning_rates=[0.1, 0.2]")
+    assert keys(listed, "lora", rate=0.1)[2:] == keys(listed, rate=0.2)[2:]
+    assert keys(listed, rate=0.1).common != own.common
 
 
 def test_a_random_choice_depends_on_no_scores(experiment: MakeExperiment) -> None:

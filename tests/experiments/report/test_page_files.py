@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import errno
 import io
+import json
 import os
 import re
 import subprocess
@@ -21,6 +22,7 @@ from typer.testing import CliRunner
 
 from fish_tuning import save_mask
 from fish_tuning.cli import app
+from fish_tuning.experiments.records.run_record import RunRecord
 from fish_tuning.experiments.report.page import write_page
 from fish_tuning.experiments.report.page.differences import signed
 from fish_tuning.experiments.report.page.load import read_experiments
@@ -85,6 +87,76 @@ def test_experiments_on_one_task_share_a_column_unless_they_contradict(tmp_path:
     assert apart.tasks == ("rte (one)", "rte (three)", "rte (two)")
     assert apart.averages == {}
     assert any("column of its own" in note for note in apart.notes)
+
+
+def two_arms(common: str = "", other: str = "", **changes: Any) -> list[RunRecord]:
+    """Three seeds of a dense arm and of a much better masked one."""
+    named: dict[str, Any] = {"task": "rte", "experiment": "x", "method_own": common and "m", **changes}
+    dense = [ok("lora", s, 0.5 + s / 100, common=common, config_hash=f"d{s}", setting="d", **named) for s in (1, 2, 3)]
+    fish = [
+        ok("lora-fish", s, 0.7 + s / 99, common=other, config_hash=f"f{s}", setting="f", **named) for s in (1, 2, 3)
+    ]
+    return [*dense, *fish]
+
+
+@pytest.mark.parametrize("other", ["a", "b"])
+def test_arms_of_two_folders_are_compared_where_they_were_trained_alike(tmp_path: Path, other: str) -> None:
+    runs = two_arms("a", other)
+    for name, mine in (("one", runs[:3]), ("two", runs[3:])):
+        write_experiment(tmp_path / name, mine, settings=config("x", ["lora", "lora-fish"], [1, 2, 3]), task="rte")
+    results = join_results(read_experiments([tmp_path])[0])
+    (comparison,) = results.to_dense.overall
+    if other == "a":
+        assert (results.tasks, comparison.verdict) == (("rte",), "better")
+        return
+    assert len(results.tasks) == 2
+    assert any("column of its own" in note for note in results.notes)
+    assert (comparison.verdict, comparison.n) == ("settings differ", 0)
+
+
+def test_what_an_earlier_configuration_left_in_a_folder_is_not_compared(tmp_path: Path) -> None:
+    runs = two_arms("a", "old")
+    folder = write_experiment(tmp_path / "one", runs[:3], settings=config("x", ["lora"], [1, 2, 3]), task="rte")
+    for run in runs[3:]:
+        (folder / "runs" / f"{run.arm}-seed{run.seed}.json").write_text(json.dumps(run.to_dict()))
+    (comparison,) = join_results(read_experiments([folder])[0]).to_dense.overall
+    assert comparison.verdict == "settings differ"
+
+
+@pytest.mark.parametrize("listed", [6, 4, 3], ids=["all", "one of the seeds", "none of the arm"])
+def test_older_records_are_compared_as_far_as_results_json_holds_them_together(tmp_path: Path, listed: int) -> None:
+    runs = two_arms()
+    settings = config("x", ["lora", "lora-fish"], [1, 2, 3])
+    folder = write_experiment(tmp_path / "one", runs[:listed], settings=settings, task="rte")
+    for run in runs[listed:]:
+        (folder / "runs" / f"{run.arm}-seed{run.seed}.json").write_text(json.dumps(run.to_dict()))
+    (comparison,) = join_results(read_experiments([folder])[0]).to_dense.overall
+    # Seeds of one arm under one setting share all else.
+    assert comparison.verdict == ("settings differ" if listed == 3 else "better")
+
+
+def test_older_records_of_two_folders_go_by_their_configurations(tmp_path: Path) -> None:
+    runs = two_arms()
+    for name, mine, steps in (("one", runs[:3], 5), ("two", runs[3:], 5), ("three", runs[3:], 6)):
+        settings = config("x", ["lora", "lora-fish"], [1, 2, 3])
+        settings["training"] = {"output_dir": name, "args_override": {"max_steps": steps}}
+        write_experiment(tmp_path / name, mine, settings=settings, task="rte")
+    verdicts = [
+        join_results(read_experiments([tmp_path / "one", tmp_path / other])[0]).to_dense.overall[0].verdict
+        for other in ("two", "three")
+    ]
+    assert verdicts == ["better", "settings differ"]
+
+
+def test_a_record_goes_by_the_results_json_that_lists_it(tmp_path: Path) -> None:
+    """A configuration that is run again finds runs of versions, or under lists of rates, whose files say otherwise."""
+    runs = two_arms("a", "a")
+    folder = write_experiment(tmp_path / "one", runs, settings=config("x", ["lora"], [1, 2, 3]), task="rte")
+    for run in runs[:3]:
+        old = replace(run, common="", method_own="")
+        (folder / "runs" / f"{run.arm}-seed{run.seed}.json").write_text(json.dumps(old.to_dict()))
+    (comparison,) = join_results(read_experiments([folder])[0]).to_dense.overall
+    assert comparison.verdict == "better"
 
 
 def test_a_run_that_failed_in_one_folder_and_finished_in_another_counts_as_finished(tmp_path: Path) -> None:

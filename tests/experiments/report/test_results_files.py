@@ -170,6 +170,12 @@ def test_what_is_told_of_differences_is_their_verdicts() -> None:
     )
 
 
+def test_a_small_difference_is_told_with_the_digits_that_its_verdict_needs() -> None:
+    small = [0.0004, 0.0005, 0.00045, 0.0005, 0.0004]
+    (row,) = cells([*scores("lora", [0.9] * 5), *scores("lora-fish", [0.9 + value for value in small])])
+    assert row[2:5] == ["+0.0004", "[+0.0004, +0.001]", "better"]
+
+
 def test_nothing_is_called_a_win_that_is_not_significant() -> None:
     few = [*scores("lora", [0.5, 0.6]), *scores("lora-fish", [0.6, 0.701])]
     assert cells(few) == [["lora-fish", "lora", "+0.100", "-", "too few seeds", "2"]]

@@ -131,6 +131,7 @@ def test_cards_tell_of_all_seeds_when_they_are_done(
     [
         ({1: 0.5, 2: None, 3: 0.7}, "The 2 seeds that finished (1, 3), together: mean accuracy 0.6000; no interval"),
         ({1: 0.5, 2: None, 3: None}, ""),
+        ({1: 0.5, 2: 0.5, 3: 0.5}, "mean accuracy 0.5000; no interval is given, all are equal"),
         ({1: 0.5, 2: 0.5, 3: float("nan")}, "mean accuracy nan; no interval"),
     ],
 )

@@ -246,8 +246,8 @@ def _decided(one: Comparison, found: Estimate, decision: Decision, alpha: float)
 def _reasons(one: Comparison, verdict: Verdict, pairs: Pairs) -> Iterator[str]:
     if pairs.conflicts:
         yield (
-            f"Runs on {', '.join(pairs.conflicts)} differ in more than their seeds (model, data or settings), so they "
-            "are no further seeds of each other, and no verdict is given."
+            f"Runs on {', '.join(pairs.conflicts)} differ in more than their seeds and arms (model, data or settings), "
+            "so they are no pairs or no further seeds of each other, and no verdict is given."
         )
     elif verdict == "no pairs":
         yield f"No seed finished in both {one.arm} and {one.baseline} of one experiment."

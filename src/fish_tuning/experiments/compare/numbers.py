@@ -16,6 +16,14 @@ def signed(value: float, digits: int = 3) -> str:
     return f"{rounded:+.{digits}f}" if rounded else f"{rounded:.{digits}f}"
 
 
+def bound(value: float) -> str:
+    """One end of an interval, with as many digits as tell on which side of zero it is."""
+    digits = 3
+    while value and not round(value, digits) and digits < 9:
+        digits += 1
+    return signed(value, digits)
+
+
 def typeset(text: str) -> str:
     """The same with a true minus, for pages."""
     return text.replace("-", MINUS)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+from fish_tuning.experiments.config.arm_names import ArmName
 from fish_tuning.experiments.records.run_record import RunRecord
 
 
@@ -16,7 +17,7 @@ class Pairs:
     by_task: dict[str, list[float]] = field(default_factory=dict)
     metrics: set[str] = field(default_factory=set)
     missing: list[str] = field(default_factory=list)  # where only one of the two ran, or no seed finished in both
-    conflicts: list[str] = field(default_factory=list)  # where runs differ in more than their seeds
+    conflicts: list[str] = field(default_factory=list)  # where runs differ in more than their seeds and arms
 
 
 def unique_runs(runs: Sequence[RunRecord]) -> list[RunRecord]:
@@ -57,7 +58,8 @@ def paired(runs: Sequence[RunRecord], arm: str, baseline: str) -> Pairs:
         matched = [(one, other) for one in ours for other in theirs if _belong_together(one, other)]
         seeds = [one.seed for one, _ in matched]
         settings = {(setting_of(one), setting_of(other)) for one, other in matched}
-        if len(settings) > 1 or len(set(seeds)) < len(seeds):
+        alike = all(_share_settings(one, other) for one, other in matched)
+        if len(settings) > 1 or len(set(seeds)) < len(seeds) or not alike:
             pairs.conflicts.append(task)
         elif matched:
             matched.sort(key=_seed)
@@ -76,3 +78,9 @@ def _belong_together(one: RunRecord, other: RunRecord) -> bool:
     """Runs of one seed of one experiment, in which all arms have the same data in the same order."""
     mine, theirs = ((run.seed, run.experiment, run.model, run.metric) for run in (one, other))
     return mine == theirs
+
+
+def _share_settings(one: RunRecord, other: RunRecord) -> bool:
+    """Whether two runs differ in their arms alone; methods may have training arguments and rates of their own."""
+    methods = {ArmName.parse(run.arm).method for run in (one, other)}
+    return one.common == other.common and (len(methods) > 1 or one.method_own == other.method_own)

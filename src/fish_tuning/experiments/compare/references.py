@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fish_tuning.experiments.compare.paired import TIE
-from fish_tuning.experiments.compare.summaries import ArmSummary, mean_interval
+from fish_tuning.experiments.compare.summaries import FEWEST_FOR_INTERVAL, ArmSummary, all_equal, mean_interval
 from fish_tuning.experiments.config.arm_names import HEAD_ALONE
 from fish_tuning.experiments.records.run_record import RunRecord
 
@@ -29,9 +29,15 @@ def nothing_learned(runs: Sequence[RunRecord]) -> bool:
     if constant is None:
         return False
     values = {arm: [run.value for run in runs if run.arm == arm and run.value is not None] for arm in _arms(runs)}
-    intervals = [mean_interval(found) for found in values.values()]
-    known = [interval for interval in intervals if interval.low is not None]
-    return bool(known) and all((interval.low or 0.0) <= constant for interval in known)
+    lows = [low for found in values.values() if (low := _lowest(found)) is not None]
+    return bool(lows) and all(low <= constant for low in lows)
+
+
+def _lowest(values: Sequence[float]) -> float | None:
+    """The lower end of the values' interval; their own where all seeds are equal, as those of a constant answer are."""
+    if len(values) >= FEWEST_FOR_INTERVAL and all_equal(values):
+        return values[0]
+    return mean_interval(values).low
 
 
 def _arms(runs: Sequence[RunRecord]) -> list[str]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, stdev
 
+from fish_tuning.experiments.compare.paired import TIE
 from fish_tuning.experiments.records.run_record import RunRecord
 
 FEWEST_FOR_INTERVAL = 3
@@ -46,15 +47,22 @@ class ArmSummary:
 
 
 def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
-    """Mean and Student's t interval of independent values; bounds are None for fewer than three."""
+    """Mean and Student's t interval of independent values; bounds are None for fewer than three, and where all are
+    equal: an interval of no width would claim to be sure.
+    """
     n = len(values)
     mean = fmean(values) if values else None
-    if mean is None or n < FEWEST_FOR_INTERVAL or not all(map(math.isfinite, values)):
+    if mean is None or n < FEWEST_FOR_INTERVAL or not all(map(math.isfinite, values)) or all_equal(values):
         return Interval(mean, None, None, n)
     from scipy.stats import t
 
     half = float(t.ppf((1 + confidence) / 2, n - 1)) * stdev(values) / math.sqrt(n)
     return Interval(mean, mean - half, mean + half, n)
+
+
+def all_equal(values: Sequence[float]) -> bool:
+    """Whether values are equal up to rounding, and so tell nothing of their spread."""
+    return max(values) - min(values) < TIE
 
 
 def summarize(runs: Sequence[RunRecord]) -> list[ArmSummary]:

@@ -157,8 +157,20 @@ def model_to_look_at(config: ExperimentConfig, model_config: Any, task: Task) ->
 
 
 def _without_weights(config: ExperimentConfig, model_config: Any, task: Task, device: str = "meta") -> Any:
-    with torch.device(device):
-        return _auto_class(task).from_config(copy.deepcopy(model_config), dtype=getattr(torch, config.model.dtype))
+    """Raises ConfigurationError where the configuration makes no model, or none for the task."""
+    where = (
+        f"model.name: no model can be made from the configuration of {config.model.name!r} with "
+        f"model.config_overrides={config.model.config_overrides}: "
+    )
+    try:
+        with torch.device(device):
+            return _auto_class(task).from_config(copy.deepcopy(model_config), dtype=getattr(torch, config.model.dtype))
+    except ImportError as error:  # of what a configuration asks for, such as an attention of another package
+        raise ConfigurationError(
+            f"{where}a package is missing: {_first_line(error)} Install it, or ask for something else."
+        ) from error
+    except (ValueError, TypeError, RuntimeError, KeyError, ZeroDivisionError) as error:
+        raise ConfigurationError(f"{where}{_first_line(error)}") from error
 
 
 def peft_config_of(config: ExperimentConfig, section: PeftMethodConfig, base: Any, variant: Variant) -> Any:
@@ -204,19 +216,7 @@ def _counting_model(
     config: ExperimentConfig, model_config: Any, task: Task, section: PeftMethodConfig, variant: Variant, device: str
 ) -> Any:
     with torch.device(device):
-        try:
-            base = _without_weights(config, model_config, task, device)
-        except ImportError as error:  # of what a configuration asks for, such as an attention of another package
-            raise ConfigurationError(
-                f"model.name: no model can be made from the configuration of {config.model.name!r} with "
-                f"model.config_overrides={config.model.config_overrides}: a package is missing: {_first_line(error)} "
-                "Install it, or ask for something else."
-            ) from error
-        except (ValueError, TypeError, RuntimeError, KeyError, ZeroDivisionError) as error:
-            raise ConfigurationError(
-                f"model.name: no model can be made from the configuration of {config.model.name!r} with "
-                f"model.config_overrides={config.model.config_overrides}: {_first_line(error)}"
-            ) from error
+        base = _without_weights(config, model_config, task, device)
         check_modules(config.model, base)
         adapter = peft_config_of(config, section, base, variant)
         if peft_method(section.method).takes_init_lora_weights:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from fish_tuning.errors import RecordError
 from fish_tuning.experiments.data.digests import file_digest, folder_digest
@@ -13,6 +13,9 @@ from fish_tuning.files.atomic import recover_folder
 from fish_tuning.files.delta_file import DELTA_FILE_NAME
 from fish_tuning.files.mask_file import MASK_FILE_NAME
 from fish_tuning.files.sealed_json import read_sealed, write_sealed
+
+if TYPE_CHECKING:  # it needs torch, which reports do without
+    from fish_tuning.experiments.records.run_keys import RunKeys
 
 _ADAPTER_FILES = "adapter_*"  # as PEFT names them; whatever else lies there is the user's own
 
@@ -93,9 +96,14 @@ def find_record(folder: Path, arm: str, seed: int, key: str, failed_since: float
     return Found(damage=damage) if damage else Found(record)
 
 
-def relabelled(record: RunRecord, experiment: str, task: str, model: str) -> RunRecord:
-    """A finished run under the names of the experiment that asks for it: a key holds contents, not names."""
-    return replace(record, experiment=experiment, task=task, model=model)
+def relabelled(record: RunRecord, experiment: str, task: str, model: str, keys: RunKeys) -> RunRecord:
+    """A finished run under the names of the experiment that asks for it: a key holds contents, not names.
+
+    What it shares with other arms is the asking experiment's too: records of earlier versions do not say it.
+    """
+    return replace(
+        record, experiment=experiment, task=task, model=model, common=keys.common, method_own=keys.method_own
+    )
 
 
 def _damage(record: RunRecord, adapter: Path) -> str:

@@ -6,9 +6,6 @@ versions of packages and the kind of device. What cannot change a result is left
 
 from __future__ import annotations
 
-import hashlib
-import json
-import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -16,17 +13,10 @@ from fish_tuning.experiments.config.arm_names import ArmName
 from fish_tuning.experiments.config.experiment import ExperimentConfig
 from fish_tuning.experiments.config.methods import LOOKS_AT_DATA
 from fish_tuning.experiments.records.run_record import ArmPlan
+from fish_tuning.experiments.records.shared_keys import SEEDS, digest, effective_arguments, method_own, of_all_arms
 from fish_tuning.masks.selections import SELECTIONS
 from fish_tuning.scores.warmup import WARMUP_LEARNING_RATE
 
-# Training arguments that say where things go, what is told, or how fast the same batches come.
-_WITHOUT_EFFECT = re.compile(
-    r"output_dir|run_name|report_to|project|disable_tqdm|trackio_.*|log(ging)?_.*|push_to_hub|hub_.*|debug|"
-    r"dataloader_(num_workers|pin_memory|persistent_workers|prefetch_factor|multiprocessing_context|in_order)|"
-    r"save_(only_model|on_each_node|total_limit)|skip_memory_metrics|include_num_input_tokens_seen|ddp_timeout|"
-    r"do_(train|eval|predict)|use_cpu|torch_empty_cache_steps"
-)
-_SAVING = ("save_strategy", "save_steps")  # they count where the best checkpoint is loaded at the end
 # Of configurations: paths, versions, and of which class and dtype the weights were saved, where others may be loaded.
 _NOT_SETTINGS = (
     "_name_or_path", "base_model_name_or_path", "revision", "transformers_version", "peft_version", "inference_mode",
@@ -35,14 +25,24 @@ _NOT_SETTINGS = (
 
 
 class RunKeys(NamedTuple):
-    """`run` is of one run; `setting` is the same for all seeds, and for all learning rates chosen from one list."""
+    """`run` is of one run; `setting` is the same for all seeds, and for all learning rates chosen from one list.
+
+    `common` is the same for all arms and seeds of an experiment, and `method_own` for those of one method, which may
+    have training arguments and learning rates of its own: only runs that agree in both are told apart by their arms.
+    """
 
     run: str
     setting: str
+    common: str
+    method_own: str
 
 
 def run_keys(
-    config: ExperimentConfig, arm: ArmPlan, arguments: Mapping[str, Any], shared: Mapping[str, Any]
+    config: ExperimentConfig,
+    arm: ArmPlan,
+    arguments: Mapping[str, Any],
+    of_all: Mapping[str, Any],
+    shared: Mapping[str, Any],
 ) -> RunKeys:
     """The keys of one arm with one seed.
 
@@ -50,25 +50,30 @@ def run_keys(
         config: the experiment.
         arm: of its plan.
         arguments: the run's whole TrainingArguments, seed included.
+        of_all: the same of an arm whose method changes none of them.
         shared: what all runs depend on: contents of data and weights, versions and the like.
     """
     parts = {**shared, **_arm_parts(config, arm, arguments), "arguments": effective_arguments(arguments)}
-    seedless = {name: value for name, value in parts["arguments"].items() if name not in ("seed", "data_seed")}
-    rates = config.learning_rates_of(config.method_of(arm.arm))
+    section = config.method_of(arm.arm)
+    seedless = _seedless(config, parts["arguments"], config.learning_rates_of(section))
+    common = {
+        **shared,
+        "arguments": _seedless(config, effective_arguments(of_all), config.training.learning_rates),
+        **of_all_arms(config.model_dump(mode="json")),
+    }
+    own = method_own(section.model_dump(mode="json"))
+    return RunKeys(digest(parts), digest({**parts, "arguments": seedless}), digest(common), own)
+
+
+def _seedless(config: ExperimentConfig, arguments: Mapping[str, Any], rates: list[float]) -> dict[str, Any]:
+    """Training arguments without the seed, and with all rates where one is chosen of several."""
+    seedless = {name: value for name, value in arguments.items() if name not in SEEDS}
     if len(rates) > 1:
         seeds = config.training.trial_seeds
         how = ["by loss"] if config.training.choose_by == "loss" else []
         how += [f"{seeds} seeds"] if seeds > 1 else []
         seedless["learning_rate"] = [*rates, *how]
-    return RunKeys(_digest(parts), _digest({**parts, "arguments": seedless}))
-
-
-def effective_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The training arguments that can change what comes out."""
-    left_out = () if arguments.get("load_best_model_at_end") else _SAVING
-    return {
-        name: value for name, value in arguments.items() if not _WITHOUT_EFFECT.fullmatch(name) and name not in left_out
-    }
+    return seedless
 
 
 def plain_settings(settings: Any) -> Any:
@@ -86,6 +91,8 @@ def _arm_parts(config: ExperimentConfig, arm: ArmPlan, arguments: Mapping[str, A
         "trainable_parameters": arm.trainable_parameters,
         "early_stopping_patience": config.training.early_stopping_patience,
     }
+    if arguments.get("dataloader_drop_last"):
+        parts["measured"] = "all rows"  # earlier versions left some out
     if config.training.head_learning_rate is not None:
         parts["head_learning_rate"] = config.training.head_learning_rate
     section = config.method_of(arm.arm)
@@ -111,7 +118,3 @@ def _arm_parts(config: ExperimentConfig, arm: ArmPlan, arguments: Mapping[str, A
             precision = next((name for name in ("bf16", "fp16") if arguments.get(name)), None)
             parts |= {"scored_in": precision} if precision else {}
     return parts
-
-
-def _digest(parts: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -41,6 +41,8 @@ class RunRecord:
     error: str | None = None
     config_hash: str = ""  # key of all that the run depends on
     setting: str = ""  # the same without the seed: runs that differ in it are no further seeds of each other
+    common: str = ""  # key of what all arms share, seed left out: runs that differ in it are no pairs
+    method_own: str = ""  # key of what the arms of one method share beyond that
     adapter_digest: str = ""  # of the adapter's files as they were written
     mask_digest: str = ""
     constant_value: float | None = None  # the metric of always predicting the largest class, or the mean

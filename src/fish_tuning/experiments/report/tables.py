@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from fish_tuning.experiments.compare.comparisons import Comparison
-from fish_tuning.experiments.compare.numbers import number, signed
+from fish_tuning.experiments.compare.comparisons import SIGNIFICANT, Comparison
+from fish_tuning.experiments.compare.numbers import bound, number, signed
 from fish_tuning.experiments.compare.summaries import ArmSummary
 
 if TYPE_CHECKING:
@@ -145,8 +145,9 @@ def difference_rows(compared: Sequence[Comparison]) -> tuple[list[str], list[lis
 
 
 def _difference(each: Comparison) -> list[str]:
-    mean = "-" if each.mean_difference is None else signed(each.mean_difference)
-    interval = "-" if each.low is None or each.high is None else f"[{signed(each.low)}, {signed(each.high)}]"
+    told = bound if each.verdict in SIGNIFICANT else signed  # a difference that is one is not told as 0.000
+    mean = "-" if each.mean_difference is None else told(each.mean_difference)
+    interval = "-" if each.low is None or each.high is None else f"[{bound(each.low)}, {bound(each.high)}]"
     return [mean, interval, each.verdict, str(each.n)]
 
 

@@ -292,6 +292,8 @@ def _record(
         kept=kept_shares(mask, dense) if mask else [],
         config_hash=keys.run,
         setting=keys.setting,
+        common=keys.common,
+        method_own=keys.method_own,
         adapter_digest=saved.digests.adapter,
         mask_digest=saved.digests.mask,
         constant_value=plan.task.constant_value(context.data.train, context.data.validation),

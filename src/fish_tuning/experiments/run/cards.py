@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from fish_tuning.experiments.compare.summaries import mean_interval
+from fish_tuning.experiments.compare.summaries import FEWEST_FOR_INTERVAL, mean_interval
 from fish_tuning.experiments.config.arm_names import ArmName
 from fish_tuning.experiments.config.experiment import ExperimentConfig
 from fish_tuning.experiments.config.secrets import scrubbed
@@ -95,6 +95,8 @@ def all_seeds_text(runs: Sequence[RunRecord]) -> str:
         f", 95 % interval [{found.low:.4f}, {found.high:.4f}] (Student's t over seeds, which covers what a seed "
         "changes: head, data order, masks; not the choice of examples or of the data set)"
         if found.low is not None
+        else "; no interval is given, all are equal, which tells nothing of their spread"
+        if found.n >= FEWEST_FOR_INTERVAL
         else "; no interval is given for fewer than three, it would say nothing"
     )
     left_out = f" {failed} failed." if failed else ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainingArguments
 
 from fish_tuning.errors import ConfigurationError
+from fish_tuning.experiments.config.arm_names import HEAD_ALONE
 from fish_tuning.experiments.config.choices import ChoiceConfig
 from fish_tuning.experiments.config.experiment import ExperimentConfig
 from fish_tuning.experiments.config.sections import ModelConfig
@@ -96,12 +97,10 @@ class Context:
     def keys(self, arm: ArmPlan, seed: int, learning_rate: float | None) -> RunKeys:
         """The keys of one run."""
         arguments = self.arguments(arm, seed, learning_rate)
-        # Several GPUs of one process share each step's batch.
-        values = {**arguments.to_dict(), "train_batch_size": arguments.train_batch_size}
-        if arguments.world_size > 1:
-            values |= {"world_size": arguments.world_size}
-        values |= _of_accelerate(arguments)
-        return run_keys(self.config, arm, values, {**self.shared, "device": arguments.device.type})
+        rates = self.config.training.learning_rates
+        of_all = self.arguments(replace(arm, arm=HEAD_ALONE), seed, rates[0] if rates else None)
+        shared = {**self.shared, "device": arguments.device.type}
+        return run_keys(self.config, arm, _values(arguments), _values(of_all), shared)
 
     def join(self, launch: Launch) -> None:
         """Let the processes of a launch meet, as the first TrainingArguments' device does.
@@ -127,6 +126,15 @@ class Context:
 
     def checkpoints(self, arm: ArmPlan, seed: int) -> Path:
         return self.folder / "checkpoints" / run_name(arm.arm, seed)
+
+
+def _values(arguments: TrainingArguments) -> dict[str, Any]:
+    """All that a run's key may hold of its arguments."""
+    # Several GPUs of one process share each step's batch.
+    values = {**arguments.to_dict(), "train_batch_size": arguments.train_batch_size}
+    if arguments.world_size > 1:
+        values |= {"world_size": arguments.world_size}
+    return {**values, **_of_accelerate(arguments)}
 
 
 def _of_accelerate(arguments: TrainingArguments) -> dict[str, Any]:

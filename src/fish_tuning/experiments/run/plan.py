@@ -69,6 +69,7 @@ def plan_experiment(config: ExperimentConfig) -> Plan:
     Raises ConfigurationError for whatever cannot work: missing data, columns or targets, a budget below the head.
     """
     # What needs no data comes first: a wrong model name should not cost a download.
+    training_arguments(config, config.seeds[0], Path(config.training.output_dir))  # that methods change
     for section in config.peft:
         check_method(section)
         # refuses what would fail later

@@ -145,9 +145,10 @@ class _Session:
             mine = left
 
     def _read_of_other_shards(self, arm: ArmPlan, seed: int) -> None:
-        found = find_record(self.folder, arm.arm, seed, self._keys(arm, seed).run, math.inf)
+        keys = self._keys(arm, seed)
+        found = find_record(self.folder, arm.arm, seed, keys.run, math.inf)
         if found.record is not None:
-            self.records[arm.arm, seed] = self._named(found.record)
+            self.records[arm.arm, seed] = self._named(found.record, keys)
 
     def _take(self, arm: ArmPlan, seed: int) -> bool:
         """Do a run, or read it; False when another process is at it."""
@@ -185,10 +186,11 @@ class _Session:
 
     def _found(self, arm: ArmPlan, seed: int) -> RunRecord | None:
         """What is written of the run: that it has finished, or has failed since the work began."""
-        found = find_record(self.folder, arm.arm, seed, self._keys(arm, seed).run, self.since)
+        keys = self._keys(arm, seed)
+        found = find_record(self.folder, arm.arm, seed, keys.run, self.since)
         if found.damage:
             logger.warning("%s, seed %d is run again: %s.", arm.arm, seed, found.damage)
-        return None if found.record is None else self._named(found.record)
+        return None if found.record is None else self._named(found.record, keys)
 
     def _keys(self, arm: ArmPlan, seed: int) -> RunKeys:
         rate = self.rates.known(arm)
@@ -218,14 +220,16 @@ class _Session:
             error=f"{kind}{reason} (traceback in {log})",
             config_hash=keys.run,
             setting=keys.setting,
+            common=keys.common,
+            method_own=keys.method_own,
             experiment=context.config.name,
             task=context.plan.task.name,
             model=context.config.model.name,
         )
 
-    def _named(self, record: RunRecord) -> RunRecord:
+    def _named(self, record: RunRecord, keys: RunKeys) -> RunRecord:
         config = self.context.config
-        return relabelled(record, config.name, self.context.plan.task.name, config.model.name)
+        return relabelled(record, config.name, self.context.plan.task.name, config.model.name, keys)
 
     def _lock(self, arm: ArmPlan, seed: int) -> Path:
         return self.folder / "locks" / f"{run_name(arm.arm, seed)}.lock"

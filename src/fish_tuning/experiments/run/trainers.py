@@ -31,10 +31,26 @@ def make_trainer(
         processing_class=context.plan.processing_class,
         callbacks=callbacks,
     )
+    _measure_all_rows(trainer)
     trainer.remove_callback(PrinterCallback)  # it prints every log to standard output
     if context.head_learning_rate is not None:
         set_head_learning_rate(trainer, context.head_learning_rate, own_head(arm.method, arm.settings))
     return trainer
+
+
+def _measure_all_rows(trainer: Trainer) -> None:
+    """`dataloader_drop_last` is of training: transformers would leave rows of the validation set out as well."""
+    batches, args = trainer.get_eval_dataloader, trainer.args
+
+    def get_eval_dataloader(eval_dataset: Any = None) -> Any:
+        drops, args.dataloader_drop_last = args.dataloader_drop_last, False
+        try:
+            return batches(eval_dataset)
+        finally:
+            args.dataloader_drop_last = drops
+
+    if args.dataloader_drop_last:
+        trainer.get_eval_dataloader = get_eval_dataloader  # type: ignore[method-assign]
 
 
 def evaluate(context: Context, trainer: Trainer) -> dict[str, float]:

@@ -16,7 +16,7 @@ from fish_tuning.errors import ConfigurationError
 from fish_tuning.experiments.config.experiment import ExperimentConfig
 from fish_tuning.experiments.config.sections import DatasetConfig
 from fish_tuning.experiments.data.metrics import class_metrics
-from fish_tuning.experiments.data.tasks import encode, load_task
+from fish_tuning.experiments.data.tasks import encode, labels, load_task
 from fish_tuning.experiments.models.building import build_model
 from fish_tuning.experiments.run.plan import plan_experiment
 
@@ -109,6 +109,26 @@ def test_data_that_cannot_be_learned_from_is_refused(
         write_split(tmp_path / "d", split, columns)
     with pytest.raises(ConfigurationError, match=message):
         task_of(tmp_path / "d")
+
+
+def test_whole_numbers_with_gaps_are_names_of_classes(tmp_path: Path) -> None:
+    write_split(tmp_path / "d", "train", {"text": ["a", "b", "c"], "label": [5, 1, 10**12]})
+    write_split(tmp_path / "d", "validation", {"text": ["a", "b"], "label": [7, 5]})
+    task = task_of(tmp_path / "d")
+    assert task.labels == ("1", "5", "7", "1000000000000")
+    assert (list(task.train["labels"]), list(task.validation["labels"])) == ([1, 0, 3], [2, 1])
+    write_split(tmp_path / "e", "train", {"text": ["a", "b"], "label": [0, 2]})
+    write_split(tmp_path / "e", "validation", {"text": ["a", "b"], "label": [1, 2]})
+    assert list(task_of(tmp_path / "e").train["labels"]) == [0, 2]  # none is missing in both
+
+
+def test_more_numbers_than_classes_can_be_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(labels, "MOST_CLASSES", 3)
+    for name, numbers in (("gaps", [2, 5, 7, 9]), ("none", [0, 1, 2, 3])):
+        for split in ("train", "validation"):
+            write_split(tmp_path / name, split, {"text": list("abcd"), "label": numbers})
+        with pytest.raises(ConfigurationError, match=r"label_column: .* are the most"):
+            task_of(tmp_path / name)
 
 
 def test_a_validation_label_that_training_lacks_is_refused(tmp_path: Path) -> None:

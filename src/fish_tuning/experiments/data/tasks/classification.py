@@ -55,8 +55,9 @@ class Classification(Task):
             check_filled(name, data, needed)
         asked = config.validation_split is not None
         more = {} if asked else {name: splits.all[s] for name, s in MORE_VALIDATION.items() if s in splits.all}
-        more = {name: labelled(train, split, label_column)[1] for name, split in more.items()}
-        train, validation, labels = labelled(train, validation, label_column)
+        others = (validation, *more.values())
+        more = {name: labelled(train, split, label_column, others)[1] for name, split in more.items()}
+        train, validation, labels = labelled(train, validation, label_column, others)
         return cls._made(config, splits, train, validation, columns=columns, labels=labels, more_validation=more)
 
     @property

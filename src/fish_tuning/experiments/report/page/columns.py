@@ -16,7 +16,7 @@ def column_labels(experiments: Sequence[Experiment]) -> tuple[dict[Path, str], l
     """The column of each experiment, by its folder, and notes.
 
     A column is a task. It is named with its model where a task ran on several, and with its experiment where two
-    experiments differ in more than their seeds: those are different settings, and are never mixed.
+    experiments differ in more than their seeds and arms: those are different settings, and are never mixed.
     """
     groups: dict[tuple[str, str], list[Experiment]] = defaultdict(list)
     for experiment in experiments:
@@ -33,7 +33,8 @@ def column_labels(experiments: Sequence[Experiment]) -> tuple[dict[Path, str], l
         names = zip(members, _names(members), strict=True)
         labels |= {member.folder: _label(task, [*within, name]) for member, name in names}
         notes.append(
-            f"{len(members)} experiments on {label} differ in more than their seeds, so each has a column of its own."
+            f"{len(members)} experiments on {label} differ in more than their seeds and arms, so each has a column of "
+            "its own."
         )
     return labels, notes
 
@@ -47,7 +48,7 @@ def _key(experiment: Experiment) -> tuple[str, str]:
 
 
 def _contradict(members: Sequence[Experiment]) -> bool:
-    """Whether experiments differ in more than their seeds; a failed run says nothing."""
+    """Whether experiments differ in more than their seeds and arms; a failed run says nothing."""
     runs = [run for member in members for run in member.runs if finished(run)]
     known: dict[tuple[str, int], RunRecord] = {}
     for run in runs:
@@ -57,7 +58,9 @@ def _contradict(members: Sequence[Experiment]) -> bool:
     settings: dict[str, set[tuple[str, ...]]] = defaultdict(set)
     for run in unique_runs([replace(run, task="") for run in runs]):
         settings[run.arm].add(setting_of(run))
-    return len({run.metric for run in runs}) > 1 or any(len(found) > 1 for found in settings.values())
+    if len({run.metric for run in runs}) > 1 or len({run.common for run in runs}) > 1:
+        return True
+    return any(len(found) > 1 for found in settings.values())
 
 
 def _names(members: Sequence[Experiment]) -> list[str]:

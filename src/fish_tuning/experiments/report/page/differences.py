@@ -24,7 +24,4 @@ def signed(value: float) -> str:
 
 def bound(value: float) -> str:
     """One end of an interval, with as many digits as tell on which side of zero it is."""
-    digits = 3
-    while value and not round(value, digits) and digits < 9:
-        digits += 1
-    return numbers.typeset(numbers.signed(value, digits))
+    return numbers.typeset(numbers.bound(value))

@@ -15,6 +15,7 @@ from pydantic import TypeAdapter
 
 from fish_tuning.errors import ConfigurationError, RecordError, did_you_mean_beside
 from fish_tuning.experiments.records.run_record import RunRecord
+from fish_tuning.experiments.report.page.shared import settled, with_common
 from fish_tuning.files.sealed_json import read_sealed
 
 _NOT_SEARCHED = ("adapters", "checkpoints", "locks", "runs", "selection")
@@ -60,7 +61,12 @@ def read_experiments(folders: Sequence[Path]) -> tuple[list[Experiment], list[st
                 f"report: no readable run in {folder}; an experiment folder has runs/*.json or results.json.{torn}"
             )
         found |= {experiment.folder.resolve(): experiment for experiment in below if experiment.runs}
-    return list(found.values()), notes
+    return _settled(list(found.values())), notes
+
+
+def _settled(experiments: Sequence[Experiment]) -> list[Experiment]:
+    runs = iter(settled([run for experiment in experiments for run in experiment.runs]))
+    return [replace(each, runs=tuple(next(runs) for _ in each.runs)) for each in experiments]
 
 
 def read_experiment(folder: Path, notes: list[str]) -> Experiment:
@@ -80,7 +86,8 @@ def read_experiment(folder: Path, notes: list[str]) -> Experiment:
         notes += _leftovers(folder, runs, listed)
     order = {arm: position for position, arm in enumerate(dict.fromkeys(arm for arm, _ in planned))}
     runs.sort(key=lambda run: (order.get(run.arm, len(order)), run.arm if run.arm not in order else "", run.seed))
-    return Experiment(folder, name, tuple(_completed(run, name, config, facts) for run in runs), config, facts, planned)
+    runs = with_common([_completed(run, name, config, facts) for run in runs], folder, listed, config, facts)
+    return Experiment(folder, name, tuple(runs), config, facts, planned)
 
 
 def _experiment_folders(top: Path) -> Iterator[Path]:

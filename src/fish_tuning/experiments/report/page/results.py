@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 
 from fish_tuning.experiments.compare.comparisons import Comparison, choice_pairs, compare, compare_by_task
-from fish_tuning.experiments.compare.paired import TIE, estimate
+from fish_tuning.experiments.compare.paired import estimate
 from fish_tuning.experiments.compare.references import (
     constant_name,
     constant_of,
@@ -16,7 +16,7 @@ from fish_tuning.experiments.compare.references import (
     nothing_learned,
     unlearned_note,
 )
-from fish_tuning.experiments.compare.summaries import FEWEST_FOR_INTERVAL, mean_interval
+from fish_tuning.experiments.compare.summaries import FEWEST_FOR_INTERVAL, all_equal, mean_interval
 from fish_tuning.experiments.config.arm_names import HEAD_ALONE, SELECTIONS, ArmName, baseline_of
 from fish_tuning.experiments.records.run_record import RunRecord
 from fish_tuning.experiments.report.page.columns import column_labels
@@ -168,13 +168,9 @@ def _score(runs: Sequence[RunRecord], missing: Sequence[tuple[str, str, int]], a
     if len(values) < FEWEST_FOR_INTERVAL:
         seeds = "1 seed" if len(values) == 1 else f"{len(values)} seeds"
         return Score(interval.mean, None, None, values, failed, absent, f"{seeds}, no interval")
-    if not _spread(values):  # an interval of no width would claim to be sure
+    if all_equal(values):
         return Score(interval.mean, None, None, values, failed, absent, "all seeds equal")
     return Score(interval.mean, interval.low, interval.high, values, failed, absent)
-
-
-def _spread(values: Sequence[float]) -> bool:
-    return max(values) - min(values) >= TIE
 
 
 def _average(scores: Sequence[Score]) -> Score:
@@ -186,7 +182,7 @@ def _average(scores: Sequence[Score]) -> Score:
     if (fewest := min(len(score.values) for score in scores)) < FEWEST_FOR_INTERVAL:
         reason = f"a task has {fewest} {'seed' if fewest == 1 else 'seeds'}, no interval"
         return Score(fmean(means), None, None, means, failed, missing, reason)
-    if not any(_spread(score.values) for score in scores):
+    if all(all_equal(score.values) for score in scores):
         return Score(fmean(means), None, None, means, failed, missing, "all seeds equal")
     found = estimate([score.values for score in scores])
     low, high = (None, None) if found is None else found.interval(0.05)

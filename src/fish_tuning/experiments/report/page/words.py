@@ -78,7 +78,7 @@ _SENTENCES: dict[str, str] = {
     "too few seeds": "There are too few seeds to tell whether there is a difference for {}.",
     "all pairs equal": "Every pair is equal for {}.",
     "no spread": "Every seed gave the same difference, which tells nothing of its spread, for {}.",
-    "settings differ": "No verdict is given for {}: runs of the same task differ in more than their seeds.",
+    "settings differ": "No verdict is given for {}: runs of the same task differ in more than their seeds and arms.",
     "no pairs": "No seed finished in both for {}.",
 }
 
