@@ -44,7 +44,7 @@ from fish_tuning import (
     remove_mask,
 )
 from fish_tuning.files.delta_file import load_delta
-from fish_tuning.sparse import masked_tensors
+from fish_tuning.sparse import groups, masked_tensors
 from fish_tuning.sparse.delta import add_delta, remove_delta, save_delta
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Batch]]] = {
@@ -455,7 +455,7 @@ class DenseTensors(TorchDispatchMode):
 
 def test_one_dense_gradient_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of large tensors; the small ones of a layer wait for each other."""
-    monkeypatch.setattr(masked_tensors, "_SMALL", 1000)
+    monkeypatch.setattr(groups, "_SMALL", 1000)
     peaks = {}
     for masked in (False, True):
         model = nn.Sequential(*(nn.Linear(40, 40) for _ in range(4)))
@@ -470,11 +470,11 @@ def test_one_dense_gradient_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_small_tensors_that_go_together() -> None:
     """Of one kind; up to so many entries, more on a GPU; large ones and those without a key stay alone."""
-    small, large = masked_tensors._SMALL, masked_tensors._SMALL + 1
+    small, large = groups._SMALL, groups._SMALL + 1
     sizes, keys = [small, large, small, small, small, small, 10, 10], ["a", "a", "b", "a", "a", "a", None, "a"]
-    assert 4 * small == masked_tensors._TOGETHER
-    assert masked_tensors.small_groups(sizes, keys) == [[0, 3, 4, 5], [1], [2], [6], [7]]
-    assert masked_tensors.small_groups(sizes, keys, gpu=True) == [[0, 3, 4, 5, 7], [1], [2], [6]]
+    assert 4 * small == groups._TOGETHER
+    assert groups.small_groups(sizes, keys) == [[0, 3, 4, 5], [1], [2], [6], [7]]
+    assert groups.small_groups(sizes, keys, gpu=True) == [[0, 3, 4, 5, 7], [1], [2], [6]]
 
 
 def test_gradient_that_is_not_contiguous_is_not_copied() -> None:

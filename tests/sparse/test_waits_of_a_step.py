@@ -42,7 +42,7 @@ def steps(
 )
 def test_a_step_waits_for_nothing_of_ours(model: Any, batch: Any, large: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if large:
-        monkeypatch.setattr("fish_tuning.sparse.masked_tensors._SMALL", 0)
+        monkeypatch.setattr("fish_tuning.sparse.groups._SMALL", 0)
     plain = steps(lora(model()).train(), batch(), 3)
     masked = lora(model()).train()
     apply_mask(masked, random_mask(masked))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +17,12 @@ from fish_tuning.sparse.values import DATA, Values, Whole, watch_again
 
 if TYPE_CHECKING:  # which has a group from its beginning
     from fish_tuning.sparse.whole_tensors import MaskedTensor
+
+# A tensor of more entries is a group of its own: there, the entries cost more than the call that gathers them.
+_SMALL = 2**16
+# Entries of a group at most, since their dense gradients are kept until all are there. On a GPU each group costs the
+# same few operations in a step, whatever its size.
+_TOGETHER, _TOGETHER_ON_GPU = 2**18, 2**22
 
 
 class Group:
@@ -200,3 +207,21 @@ class Group:
             member.frozen = place.copy_(member.frozen).data  # with a count of changes of its own
         index = torch.cat([member.index + start for member, start in zip(self.members, starts, strict=False)])
         self.joined = memory, index
+
+
+def small_groups(sizes: Sequence[int], keys: Sequence[Any], gpu: bool = False) -> list[list[int]]:
+    """The places of tensors of these sizes that go together: small neighbours of one key; those of key None, alone."""
+    together = _TOGETHER_ON_GPU if gpu else _TOGETHER
+    groups: list[list[int]] = []
+    open_groups: dict[Any, tuple[int, list[int]]] = {}  # by key: entries and members
+    for place, (size, key) in enumerate(zip(sizes, keys, strict=True)):
+        members = [place]
+        if size <= _SMALL and key is not None:
+            entries, others = open_groups.get(key, (0, []))
+            if others and entries + size <= together:
+                size, members = entries + size, others
+                members.append(place)
+            open_groups[key] = size, members
+        if len(members) == 1:
+            groups.append(members)
+    return groups

@@ -8,7 +8,7 @@ numbers are written into it once a step, not at every read. In the state dict th
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -31,7 +31,7 @@ from fish_tuning.sparse.dense_state_dicts import (
     with_stand_ins,
 )
 from fish_tuning.sparse.frozen_parts import FROZEN, is_split_up, keep_frozen_part, with_frozen_parts
-from fish_tuning.sparse.groups import Group
+from fish_tuning.sparse.groups import Group, small_groups
 from fish_tuning.sparse.optimizer_steps import note_replaced
 from fish_tuning.sparse.sharding import full_shape, is_sharded, plain_name
 from fish_tuning.sparse.taken_apart import class_below, keeping_parameters, with_class_below, without_swapping
@@ -39,11 +39,6 @@ from fish_tuning.sparse.whole_tensors import MaskedTensor
 
 Mask = dict[str, Tensor]
 
-# A tensor of more entries is a group of its own: there, the entries cost more than the call that gathers them.
-_SMALL = 2**16
-# Entries of a group at most, since their dense gradients are kept until all are there. On a GPU each group costs the
-# same few operations in a step, whatever its size.
-_TOGETHER, _TOGETHER_ON_GPU = 2**18, 2**22
 _GONE = object()
 _FSDP1 = "torch.distributed.fsdp._flat_param"
 Methods = frozenset[tuple[str, Callable[..., Any]]]
@@ -355,24 +350,6 @@ def group_small(model: nn.Module) -> None:
             for tensor in members:
                 tensor.module._parameters[tensor.local] = tensor.masked.values
         group.bind()  # now, because compiled models cannot
-
-
-def small_groups(sizes: Sequence[int], keys: Sequence[Any], gpu: bool = False) -> list[list[int]]:
-    """The places of tensors of these sizes that go together: small neighbours of one key; those of key None, alone."""
-    together = _TOGETHER_ON_GPU if gpu else _TOGETHER
-    groups: list[list[int]] = []
-    open_groups: dict[Any, tuple[int, list[int]]] = {}  # by key: entries and members
-    for place, (size, key) in enumerate(zip(sizes, keys, strict=True)):
-        members = [place]
-        if size <= _SMALL and key is not None:
-            entries, others = open_groups.get(key, (0, []))
-            if others and entries + size <= together:
-                size, members = entries + size, others
-                members.append(place)
-            open_groups[key] = size, members
-        if len(members) == 1:
-            groups.append(members)
-    return groups
 
 
 def unmask_tensor(tensor: NamedMaskedTensor, trains: bool) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fish_tuning.sparse.masked_tensors import small_groups
+from fish_tuning.sparse.groups import small_groups
 from fish_tuning.sparse.selected_gradients import whole_tensors
 
 VALUES = "_values"  # after a masked tensor's name: the parameter that trains in its place
