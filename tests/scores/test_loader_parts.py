@@ -52,8 +52,8 @@ LOADERS: dict[str, Callable[[int, int, int], DataLoader[Any]]] = {
 }
 
 
-def given(loader: Any, rank: int) -> list[int]:
-    return [number for batch in without_repeats(loader, rank) for number in batch.tolist()]
+def given(loader: Any) -> list[int]:
+    return [number for batch in without_repeats(loader) for number in batch.tolist()]
 
 
 @pytest.mark.parametrize("number", [1, 2, 3])
@@ -62,7 +62,7 @@ def test_every_example_comes_once(how: str, number: int) -> None:
     for size in (1, 2, 5, 7, 12):
         loaders = [LOADERS[how](size, number, rank) for rank in range(number)]
         filled_up = [[number for batch in loader for number in batch.tolist()] for loader in loaders]
-        parts = [given(loader, rank) for rank, loader in enumerate(loaders)]
+        parts = [given(loader) for loader in loaders]
         assert all(map(is_sharded, loaders))
         assert sorted(chain.from_iterable(parts)) == list(range(size)), (size, parts)
         for part, filled in zip(parts, filled_up, strict=True):
@@ -72,7 +72,7 @@ def test_every_example_comes_once(how: str, number: int) -> None:
 
 
 def test_what_a_sampler_drops_is_not_scored() -> None:
-    assert [len(given(by_sampler(7, 3, rank, drop_last=True), rank)) for rank in range(3)] == [2, 2, 2]
+    assert [len(given(by_sampler(7, 3, rank, drop_last=True))) for rank in range(3)] == [2, 2, 2]
 
 
 def test_a_sampler_with_an_order_of_its_own_is_left_alone() -> None:
@@ -81,7 +81,7 @@ def test_a_sampler_with_an_order_of_its_own_is_left_alone() -> None:
             return iter([0, 0, 1])
 
     loader = DataLoader(range(5), sampler=Own(range(5), 2, 0))  # type: ignore[arg-type]
-    assert given(loader, 0) == [0, 0, 1]
+    assert given(loader) == [0, 0, 1]
 
 
 @pytest.mark.parametrize(

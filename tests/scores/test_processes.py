@@ -119,6 +119,9 @@ def worker(rank: int, folder: Path) -> dict[str, Any]:
         "alone": calculate_fisher_information(lora(bert()), odd, split_between_processes=False, **options)
         if rank == 0
         else {},
+        "a part alone": measure_moments(
+            lora(bert()), uneven_parts(rank)["sampler"], split_between_processes=False, warmup_steps=0, **options
+        ).num_samples,
         "different": message_of(rank, rebatch(BATCH, 4 + rank)),
         "broken": message_of(rank, broken),
         "broken while it warms up": message_of(rank, broken, warmup_steps=2),
@@ -163,6 +166,7 @@ def test_no_example_is_counted_twice(results: list[dict[str, Any]]) -> None:
         for how, (number, squares) in result["uneven parts"].items():
             assert number == 7, how
             assert_scores_close(squares, reference, tolerance=1e-5)
+        assert result["a part alone"] == (4 if result is results[0] else 3)
         for (how, number), found in result["some of uneven parts"].items():
             assert found == number, how
 

@@ -32,8 +32,8 @@ def sends_out(loader: Any) -> bool:
     return isinstance(loader, DataLoaderDispatcher)
 
 
-def without_repeats(loader: Any, rank: int) -> Iterator[Any]:
-    """The loader's batches, without the examples that another process has too."""
+def without_repeats(loader: Any) -> Iterator[Any]:
+    """The loader's batches, without the examples that another process has too; those of any loader."""
     with ExitStack() as stack:
         for part in _inside(loader):
             if isinstance(part, BatchSamplerShard):
@@ -45,7 +45,7 @@ def without_repeats(loader: Any, rank: int) -> Iterator[Any]:
                 stack.enter_context(_set(part, __class__=_UnfilledShard))
         for raw in loader:
             last = sends_out(loader) and loader.end_of_dataloader
-            own = _own_rows(raw, loader.remainder, rank) if last else raw
+            own = _own_rows(raw, loader.remainder, loader.state.process_index) if last else raw
             if own is not None:
                 yield own
 

@@ -56,7 +56,7 @@ class Processes:
 
         `num_samples`: how many examples all processes take.
         """
-        batches: Iterable[Any] = without_repeats(self.loader, self.rank) if self.has_own_part else self.loader
+        batches: Iterable[Any] = without_repeats(self.loader)
         if self.has_own_part and num_samples is not None and sends_out(self.loader):
             # At once: who has its share, or none, must take as many batches as those who do not have theirs yet.
             batches = _first(batches, -(-num_samples // self.number) * rows_per_example)
