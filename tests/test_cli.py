@@ -18,7 +18,7 @@ import typer
 from typer.testing import CliRunner, Result
 
 import fish_tuning
-from fish_tuning.cli import app, run_command
+from fish_tuning.cli import app, application, run_command
 from fish_tuning.cli.application import errors_told
 from fish_tuning.errors import ConfigurationError, FisherError
 from fish_tuning.experiments.config.loading import shipped_experiments
@@ -118,7 +118,7 @@ def test_dry_run_shows_the_plan_and_runs_nothing(invoke: Callable[..., Result], 
     ("arguments", "expected"),
     [
         (["run", "digitz"], "Did you mean 'digits'?"),
-        (["run", "digits", "lora.fish_rank=0"], "lora.fish_rank=0: must be a whole number from 1."),
+        (["run", "digits", "lora.fish_rank=0"], "lora.fish_rank=0: must be a whole number from 1 to 65536."),
         (["run", "digits", "oops"], "is no override"),
         (["run"], "Missing argument"),
         (["run", "digits", "--wet-run"], "--wet-run"),
@@ -199,6 +199,12 @@ def test_a_mistyped_file_gets_its_neighbour(invoke: Callable[..., Result], tmp_p
     assert "Did you mean 'digits'?" in invoke("run", "digts.yaml").stderr
     (tmp_path / "digits.yaml").write_text("")
     assert "Did you mean 'digits.yaml'?" in invoke("run", "digts.yaml").stderr
+
+
+@pytest.mark.parametrize("name", [".", "..", "", "/"])
+def test_a_folder_in_place_of_a_file_is_told(invoke: Callable[..., Result], name: str) -> None:
+    done = invoke("run", name)
+    assert (done.exit_code, "is a folder; give a YAML file" in done.stderr) == (2, True)
 
 
 def test_the_schema_is_printed() -> None:
@@ -440,6 +446,19 @@ def test_errors_and_their_exit_codes(
         raise error
     assert ended.value.exit_code == code
     assert capsys.readouterr().err == told
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_what_standard_output_cannot_take_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(application, "app", lambda: full.write("a schema"))
+        monkeypatch.setattr(sys, "stdout", full)
+        with pytest.raises(SystemExit) as ended:
+            application.main()
+    assert ended.value.code == 1
+    assert "error: the disk is full" in capsys.readouterr().err
 
 
 def test_what_is_nobodys_mistake_keeps_its_traceback() -> None:

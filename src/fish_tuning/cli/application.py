@@ -37,8 +37,21 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """The `fish-tuning` command."""
-    app()
+    """The `fish-tuning` command. Exit code 1 where standard output cannot take what is told."""
+    from fish_tuning.files.atomic import disk_full
+
+    try:
+        try:
+            app()
+        finally:
+            sys.stdout.flush()  # here, where a failure can be told, not when the process ends
+    except OSError as error:
+        if disk_full(error) is None and not isinstance(error, BrokenPipeError):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left would fail again at the end
+        if not isinstance(error, BrokenPipeError):  # whoever reads has gone, and needs no message
+            tell(f"error: the disk is full ({error}): standard output could not be written.", err=True)
+        sys.exit(FAILED)
 
 
 def tell(text: str, *, err: bool = False) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -54,7 +55,8 @@ def _init(model: str, data: list[str], output: str | None, force: bool, extensio
     way_out = "Name another with --output, or replace it with --force."
     if output not in (None, STDOUT) and not force:
         refuse_old(Path(str(output)).expanduser(), way_out)  # before the data is read
-    source = [word for word in data if "=" not in word]
+    overrides = [word for word in data if _is_override(word)]
+    source = [word for word in data if word not in overrides]
     if len(source) == 1 and source[0].lower().endswith(DATA_FILES):
         refuse_missing(source)  # before the libraries are imported, which takes seconds
     load_extensions(extensions)
@@ -63,7 +65,7 @@ def _init(model: str, data: list[str], output: str | None, force: bool, extensio
 
     folder = Path() if output in (None, STDOUT) else Path(str(output)).expanduser().parent
     modeline = [f"yaml-language-server: $schema={SCHEMA_FILE}"] if (folder / SCHEMA_FILE).is_file() else []
-    draft = draft_experiment(model, source, [word for word in data if "=" in word], modeline)
+    draft = draft_experiment(model, source, overrides, modeline)
     if output == STDOUT:
         tell(draft.text.removesuffix("\n"))
         return
@@ -72,3 +74,9 @@ def _init(model: str, data: list[str], output: str | None, force: bool, extensio
         tell(f"note: {note}")
     tell(f"written: {file}")
     tell(f"check it with: fish-tuning run {file} --dry-run")
+
+
+def _is_override(word: str) -> bool:
+    """Whether a word is KEY=VALUE: no file or folder that is there, nor a path with such a sign in it."""
+    key, sign, _ = word.partition("=")
+    return bool(sign) and "/" not in key and not os.path.exists(os.path.expanduser(word))

@@ -131,6 +131,7 @@ def _run(config_name: str, overrides: list[str], how: How, launch: Launch, outpu
     from fish_tuning.experiments.models.building import check_weights
     from fish_tuning.experiments.models.quantized import check_installed
     from fish_tuning.experiments.run.engines import check_engine
+    from fish_tuning.experiments.run.launch import check_launch
     from fish_tuning.experiments.run.plan import plan_experiment
     from fish_tuning.experiments.run.shards import parse_shard
 
@@ -138,6 +139,7 @@ def _run(config_name: str, overrides: list[str], how: How, launch: Launch, outpu
     check_engine(how.engine, how.workers, launch)
     planned = []
     for config in experiments:  # all of them, before the first is run
+        check_launch(config, launch)
         planned.append((config, plan_experiment(config)))
         if how.dry_run and launch.leads:
             output.plan(*planned[-1])

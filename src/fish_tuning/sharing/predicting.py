@@ -15,6 +15,7 @@ from transformers import AutoImageProcessor, AutoTokenizer
 from fish_tuning.errors import ConfigurationError, FishTuningWarning
 from fish_tuning.sharing.folder import PROCESSING_FILES, read_adapter_config
 from fish_tuning.sharing.hub import fetched
+from fish_tuning.sharing.lengths import check_room, positions_of
 from fish_tuning.sharing.loading import base_arguments, load_whole_adapter
 from fish_tuning.sharing.rows import IMAGE, Row, check_columns, has_images, read_image, text_columns
 from fish_tuning.sharing.sources import adapter_folder
@@ -77,6 +78,8 @@ def predict(
         names = (IMAGE,) if images else _text_columns(rows, columns, model.config)
         kind = _kind(model.get_base_model(), images, names)
         processor = _processor(AutoImageProcessor if images else AutoTokenizer, path, loading)
+        if max_length is not None and not images:
+            _check_length(model, processor, kind, max_length, len(names))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if not getattr(model, "hf_device_map", None):
         model.to(device)
@@ -223,8 +226,21 @@ def _without_end(ids: list[int], tokenizer: Any) -> list[int]:
 
 
 def _cut(model: Any, tokenizer: Any, max_length: int | None) -> dict[str, Any]:
-    most = getattr(model.config, "max_position_embeddings", None) or 10**9
+    most = positions_of(model.config) or 10**9
     return {"truncation": True, "max_length": max_length or min(tokenizer.model_max_length, most)}
+
+
+def _check_length(model: Any, tokenizer: Any, kind: str, max_length: int, columns: int) -> None:
+    """Refuse a length that cannot be cut to, or that the model would break at; what writes texts cuts none."""
+    if kind == "text-generation":
+        return
+    check_room(tokenizer, "--max-length", max_length, columns)
+    positions = positions_of(model.config)
+    if positions is not None and max_length > positions:
+        raise ConfigurationError(
+            f"--max-length={max_length} is more than the {positions} positions of the model; set it to {positions} or "
+            "less."
+        )
 
 
 def _of_base(auto_class: Any, path: Path, loading: dict[str, Any]) -> Any:

@@ -21,6 +21,7 @@ TEXT = "text"  # the column of a text that has no name
 IMAGE = "image"  # the column of image files
 # Columns of answers, which a file to predict on may have too.
 _ANSWERS = ("label", "labels", "target", "class", "score", "completion", "response", "answer", "output", "id", "idx")
+_HALF = re.compile("[\ud800-\udfff]")
 _NUMBER = re.compile(r"[-+]?\d*\.?\d+")
 
 Row = dict[str, Any]
@@ -46,7 +47,7 @@ def read_rows(source: str) -> list[Row]:
     if not _is(file, Path.is_file):
         if suffix in (*READ, *IMAGES) and not any(map(str.isspace, source)):
             raise ConfigurationError(f"There is no file {source!r}.{did_you_mean(file.name, _beside(file))}")
-        return [{TEXT: source}]
+        return _check_characters([{TEXT: source}])
     if suffix not in READ:
         raise ConfigurationError(
             f"{source!r} cannot be read: {suffix or 'no ending'} is none of {', '.join(READ + IMAGES)}."
@@ -62,7 +63,19 @@ def read_rows(source: str) -> list[Row]:
         raise ConfigurationError(f"{source!r} is not readable as {suffix[1:]}: {error}") from error
     if not rows:
         raise ConfigurationError(f"{source!r} has no rows.")
+    _check_characters(rows)
     return [{**row, IMAGE: _image_beside(row[IMAGE], file)} if IMAGE in row else row for row in rows]
+
+
+def _check_characters(rows: list[Row]) -> list[Row]:
+    """Refuse what no file and no tokenizer can hold: halves of pairs, which bytes that are no UTF-8 become, too."""
+    for number, row in enumerate(rows, 1):
+        if found := _HALF.search(json.dumps(row, ensure_ascii=False, default=str)):
+            raise ConfigurationError(
+                f"Row {number} of what is predicted on holds {found[0].encode('unicode_escape').decode()}, half of a "
+                "character, as bytes that are not in UTF-8 leave it. Mend the text, or save it in UTF-8."
+            )
+    return rows
 
 
 def _image_beside(image: Any, file: Path) -> Any:
@@ -127,6 +140,7 @@ def text_columns(rows: Sequence[Row], asked: Sequence[str] = (), labels: Collect
         wrong = next((number for number, row in enumerate(rows, 1) if not isinstance(row.get(name), str)), None)
         if wrong is not None:
             raise ConfigurationError(f"The column {name!r} has no text in row {wrong}.")
+    _check_characters([{name: row[name] for name in chosen} for row in rows])
     return chosen
 
 

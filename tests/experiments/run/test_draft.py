@@ -196,6 +196,9 @@ def test_what_cannot_be_drafted_names_the_key(bert_folder: Path, tmp_path: Path)
         draft_experiment(str(bert_folder), [str(tmp_path / "topics.csv")])
     with pytest.raises(ConfigurationError, match=r"write a list of sections: peft: \[{method: lora}, {method: ia3}\]"):
         draft_experiment(str(bert_folder), [str(tmp_path / "wide.csv")], ["peft.method=[lora,ia3]"])
+    images = ["builtin:digits"]
+    with pytest.raises(ConfigurationError, match=r"no AutoModelForImageClassification of .* \(bert\), which image_"):
+        draft_experiment(str(bert_folder), images)
     with pytest.raises(ConfigurationError, match=r"there is no folder .*nowhere"):
         draft_experiment(str(tmp_path / "nowhere"), [str(csv_file(tmp_path / "films.csv"))])
 
@@ -264,6 +267,8 @@ def test_the_command(bert_folder: Path, tmp_path: Path, monkeypatch: pytest.Monk
     assert (lines[0], lines[-1]) == ("# yaml-language-server: $schema=fish-tuning.schema.json", "seeds: [1]")
     shown = CliRunner().invoke(app, [*arguments, "--output", "-"], catch_exceptions=False)
     assert parse(shown.stdout, "standard output") == parse(first, "the file")
+    csv_file(Path("a=b.csv"))
+    assert CliRunner().invoke(app, ["init", str(bert_folder), "a=b.csv", "-o", "-"]).stdout.startswith("# ")
     wrong = CliRunner().invoke(app, ["init", str(bert_folder), "flims.csv"], catch_exceptions=False)
     assert wrong.exit_code == 2
     assert "Did you mean 'films.csv'?" in wrong.stderr

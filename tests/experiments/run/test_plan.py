@@ -12,7 +12,9 @@ from transformers import BertConfig, BloomConfig, RobertaConfig
 from fish_tuning.errors import ConfigurationError, FishTuningError
 from fish_tuning.experiments.config.experiment import ExperimentConfig
 from fish_tuning.experiments.config.loading import load_experiment
-from fish_tuning.experiments.run.plan import plan_experiment, positions_of
+from fish_tuning.experiments.run.launch import ALONE, Launch, check_launch
+from fish_tuning.experiments.run.plan import plan_experiment
+from fish_tuning.sharing.lengths import positions_of
 
 MakeExperiment = Callable[..., ExperimentConfig]
 
@@ -58,7 +60,7 @@ def test_facts_tell_what_was_found(experiment: MakeExperiment) -> None:
     facts = plan_experiment(experiment()).facts
     assert facts["target_modules"] == {"lora": ["key", "query", "value"]}
     assert (facts["train_examples"], facts["validation_examples"], facts["num_labels"]) == (48, 24, 2)
-    assert (facts["init_lora_weights"], facts["warmup_steps_before_scoring"]) == (True, {"lora": 20})
+    assert (facts["init_lora_weights"], facts["warmup_steps_before_scoring"]) == (True, {"lora": 8})
     assert facts["versions"]["fish-tuning"] == "0.1.0"
     starts = "peft=[{method: lora}, {name: other, method: lora, args: {init_lora_weights: pissa}}, {method: ia3}]"
     assert plan_experiment(experiment(starts)).facts["init_lora_weights"] == {"lora": True, "other": "pissa"}
@@ -85,6 +87,24 @@ def test_a_start_that_leaves_half_unscored_is_noted(experiment: MakeExperiment) 
         ("training.args_override.report_to=neptune", "'neptune': its package is not installed"),
         ("training.args_override.report_to=[wandbb]", r"no such report\. Did you mean 'wandb'\?"),
         ("training.args_override.report_to=null", "None: "),
+        (
+            "training.args_override.dataloader_num_workers=-1",
+            "num_workers=-1: must be a whole number from 0",
+        ),
+        ("training.args_override.dataloader_persistent_workers=true", "needs dataloader_num_workers from 1"),
+        ("training.args_override.train_sampling_strategy=randon", "one of random, .*Did you mean 'random'"),
+        ("training.args_override.prediction_loss_only=true", "prediction_loss_only=true: evaluations would bring no"),
+        ("training.args_override.batch_eval_metrics=true", "batch_eval_metrics=true: evaluations would bring no"),
+        ("training.args_override.eval_do_concat_batches=false", "eval_do_concat_batches=false: evaluations would"),
+        ("training.args_override.label_names=[foo]", r"label_names=\['foo'\]: batches have their labels under"),
+        (
+            "training.args_override={load_best_model_at_end: true, metric_for_best_model: acuracy, "
+            "eval_strategy: epoch, save_strategy: epoch}",
+            "metric_for_best_model='acuracy': evaluations bring loss, accuracy, .* Did you mean 'accuracy'",
+        ),
+        ("peft.args.init_lora_weights=pisa", r"init_lora_weights='pisa': must be one of .* Did you mean 'pissa'"),
+        ("training.max_seq_length=2", r"max_seq_length=2 leaves no room for a text beside the 2 .* 3 or more"),
+        ("model.config_overrides.num_hidden_layers=100000000", "10000 layers are the most"),
         ("training.args_override.auto_find_batch_size=true", "smaller batches than the others"),
     ],
 )
@@ -94,6 +114,38 @@ def test_what_cannot_work_is_told_before_anything_is_trained(
     ratio = [] if "ratio" in override else ["fish_tuning.prune_to_ratio_of_baseline=1.0"]
     with pytest.raises(FishTuningError, match=message):
         plan_experiment(experiment(*ratio, override))
+
+
+def test_an_installed_name_is_no_guess(experiment: MakeExperiment) -> None:
+    with pytest.raises(FishTuningError) as caught:
+        plan_experiment(experiment("training.args_override.report_to=neptune"))
+    assert "Did you mean" not in str(caught.value)
+
+
+def test_a_best_checkpoint_by_a_metric_of_the_task_is_fine(experiment: MakeExperiment) -> None:
+    best = "training.args_override={load_best_model_at_end: true, metric_for_best_model: eval_f1_macro, "
+    assert plan_experiment(experiment(best + "eval_strategy: epoch, save_strategy: epoch}")).arms
+
+
+def test_one_process_has_nothing_to_shard(experiment: MakeExperiment) -> None:
+    sharded = experiment("training.args_override.fsdp=full_shard")
+    check_launch(experiment(), ALONE)
+    check_launch(sharded, Launch(0, 2, 0))
+    with pytest.raises(FishTuningError, match="fsdp='full_shard' shards over several processes"):
+        check_launch(sharded, ALONE)
+
+
+def test_as_many_warm_up_steps_are_told_as_there_are_examples(experiment: MakeExperiment) -> None:
+    few = experiment("fish_tuning.num_samples=8")
+    assert plan_experiment(few).facts["warmup_steps_before_scoring"] == {"lora": 8}
+    assert few.start(few.peft[0]).endswith("scored after 8 warm-up steps")
+
+
+def test_a_share_is_planned_with_all_its_digits(experiment: MakeExperiment) -> None:
+    shares = experiment("protocol=fixed_layers", "fish_tuning.keep_ratio=[0.5, 0.12345678]")
+    assert [arm for arm in shares.arms if arm.startswith("lora-fish@")] == ["lora-fish@0.5", "lora-fish@0.12345678"]
+    kept = plan_experiment(shares).arm("lora-fish@0.12345678")
+    assert kept.kept == round(0.12345678 * kept.pool)
 
 
 def test_what_needs_no_data_is_told_first(experiment: MakeExperiment, monkeypatch: pytest.MonkeyPatch) -> None:

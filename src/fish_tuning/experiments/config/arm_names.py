@@ -89,6 +89,12 @@ def count_budget(entries: int) -> str:
     return f"n{entries}"
 
 
+def ratio_budget(ratio: float) -> str:
+    """As short as it can be and still be that number: arms are planned by their names."""
+    short = f"{ratio:g}"
+    return short if float(short) == ratio else repr(ratio)
+
+
 def baseline_of(arm: str) -> str:
     """The dense arm of the same method: `dora` for `dora-fish`, `lora@top2` for `lora-fish@top2`."""
     return ArmName.parse(arm).baseline

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from fish_tuning.errors import did_you_mean
-from fish_tuning.experiments.config.arm_names import SELECTIONS
+from fish_tuning.experiments.config.arm_names import SELECTIONS, ratio_budget
 from fish_tuning.experiments.config.section import Section, regular_expression, unique
 from fish_tuning.peft_methods import WARMUP_STEPS
 from fish_tuning.scores.named import SCORES
@@ -105,7 +105,7 @@ class FishTuningConfig(ChoiceConfig):
     def _shares(cls, value: list[float]) -> list[float]:
         if not all(0 < ratio <= 1 for ratio in value):
             raise ValueError("must be numbers above 0, up to 1")
-        unique([f"{ratio:g}" for ratio in value])  # as arms are called
+        unique(list(map(ratio_budget, value)))  # as arms are called
         return value
 
     @field_validator("top_layers", "kept_parameters")

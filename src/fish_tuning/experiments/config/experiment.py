@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from fish_tuning.errors import did_you_mean
-from fish_tuning.experiments.config.arm_names import HEAD_ALONE, ArmName, Variant, count_budget, suffixes
+from fish_tuning.experiments.config.arm_names import HEAD_ALONE, ArmName, Variant, count_budget, ratio_budget, suffixes
 from fish_tuning.experiments.config.choices import DEFAULT_SELECTIONS, ChoiceConfig, FishTuningConfig
 from fish_tuning.experiments.config.methods import STARTS_AT_ZERO, LoraSection, PeftMethodConfig
 from fish_tuning.experiments.config.section import Section, unique
@@ -106,7 +106,7 @@ class ExperimentConfig(Section):
             budgets = [f"top{number}" for number in self.fish_tuning.top_layers]
             return [str(replace(name, budget=budget)) for budget in budgets for name in names]
         if self.protocol in ("fixed_layers", "fixed_count"):
-            ratios = [f"{ratio:g}" for ratio in self.fish_tuning.keep_ratio]
+            ratios = list(map(ratio_budget, self.fish_tuning.keep_ratio))
             counts = [count_budget(number) for number in self.fish_tuning.kept_parameters]
             budgets = ratios if self.protocol == "fixed_layers" else counts
             dense = [str(name) for name in names if name.selection is None]
@@ -173,6 +173,10 @@ class ExperimentConfig(Section):
             return WARMUP_STEPS if zero and not self.freezes_A(section) else 0
         return 0 if known.starts_away_from_zero else WARMUP_STEPS
 
+    def warmup_steps_done(self, section: PeftMethodConfig) -> int:
+        """`warmup_steps` as they are made: each needs an example, and none is seen twice."""
+        return min(self.warmup_steps(section), self.choice_of(section).num_samples)
+
     def start(self, section: PeftMethodConfig, scores: bool = True) -> str:
         """The starting point of a method's adapter, and of its scores if it has any, in words."""
         words = []
@@ -181,7 +185,7 @@ class ExperimentConfig(Section):
             words.append(f"init_lora_weights {str(init).lower() if isinstance(init, bool) else init}")
         if self.freezes_A(section):
             words.append("A frozen")
-        steps = self.warmup_steps(section)
+        steps = self.warmup_steps_done(section)
         scored = f"scored after {steps} warm-up steps" if steps else "scored at its start"
         return ", ".join([*words, scored] if scores and (steps or not words) else words) or "its own start"
 

@@ -25,8 +25,9 @@ STARTS_AT_ZERO = (True, "gaussian", *LOOKS_AT_DATA)
 
 # PEFT's initialisations by name that need no settings of their own, and those above.
 INITIALISATIONS = ("gaussian", "pissa", "olora", "orthogonal", *LOOKS_AT_DATA)
-_PISSA_NITER = re.compile(r"pissa_niter_[1-9]\d*")
+PISSA_NITER = re.compile(r"pissa_niter_[1-9]\d*")
 
+MOST_RANK = 65536  # above all layers' sizes; what has no bound is counted for hours
 HEAD_PATTERN = "modules_to_save"  # where PEFT keeps the head that a task brings
 
 
@@ -36,8 +37,8 @@ class LoraSection(Section):
     Alpha is always 2 x rank, as in the paper.
     """
 
-    baseline_rank: int = Field(default=8, ge=1, description="a whole number from 1")
-    fish_rank: int = Field(default=16, ge=1, description="a whole number from 1")
+    baseline_rank: int = Field(default=8, ge=1, le=MOST_RANK, description=f"a whole number from 1 to {MOST_RANK}")
+    fish_rank: int = Field(default=16, ge=1, le=MOST_RANK, description=f"a whole number from 1 to {MOST_RANK}")
     dropout: float = Field(default=0.0, ge=0, lt=1, description="a number from 0 to below 1")
     target_modules: list[str] | str | None = Field(
         default=None, description="a list of module names, a regular expression, or null to find them from the model"
@@ -65,7 +66,7 @@ class LoraSection(Section):
     @field_validator("init_lora_weights")
     @classmethod
     def _known_initialisation(cls, value: bool | str) -> bool | str:
-        if isinstance(value, bool) or value in INITIALISATIONS or _PISSA_NITER.fullmatch(value):
+        if isinstance(value, bool) or value in INITIALISATIONS or PISSA_NITER.fullmatch(value):
             return value
         names = ("true", "false", *INITIALISATIONS, "pissa_niter_[number]")
         raise ValueError(f"must be one of {', '.join(names)}.{did_you_mean(value, INITIALISATIONS)}")

@@ -20,7 +20,7 @@ def nearest_file(path: Path, suffixes: Collection[str], names: Iterable[str] = (
         suffixes: what files end with, in small letters.
         names: that would have done as well, such as those of shipped experiments.
     """
-    here = {file.name: str(path.with_name(file.name)) for file in _files(path.parent, suffixes)}
+    here = {file.name: str(path.parent / file.name) for file in _files(path.parent, suffixes)}
     here |= {Path(name).stem: written for name, written in here.items() if Path(name).stem not in here}
     known = {**here, **{name: name for name in names if name not in here}}
     lower = {name.lower(): written for name, written in reversed(known.items())}

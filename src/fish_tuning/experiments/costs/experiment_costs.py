@@ -22,9 +22,10 @@ from fish_tuning.experiments.data.tasks import CausalLM
 from fish_tuning.experiments.models.building import build_meta_model
 from fish_tuning.experiments.records.run_record import ArmPlan
 from fish_tuning.experiments.run.arguments import training_arguments
-from fish_tuning.experiments.run.plan import Plan, names_outside_pool, positions_of
+from fish_tuning.experiments.run.plan import Plan, names_outside_pool
 from fish_tuning.masks.budgets import matching_names
 from fish_tuning.masks.selections import SELECTIONS
+from fish_tuning.sharing.lengths import positions_of
 
 DEVICES = (1, 2, 4, 8)
 KINDS = ("cpu", "cuda")

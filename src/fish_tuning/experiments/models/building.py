@@ -41,6 +41,7 @@ from fish_tuning.sharing.reaching import hub_arguments
 
 # A part of a tensor's name that counts layers.
 _LAYER_NUMBER = re.compile(r"\.\d+\.")
+MOST_LAYERS = 10_000  # each is a module: more take hours to make, weights or none
 
 
 def load_processing_class(config: ModelConfig, task: Task) -> Any:
@@ -95,6 +96,11 @@ def load_config(config: ModelConfig, task: Task, pad_token_id: int | None, loade
     if pad_token_id is not None:  # a decoder that classifies reads its last token before the padding
         loaded.pad_token_id = pad_token_id
     for key, value in config.config_overrides.items():
+        if "layer" in key and type(value) is int and value > MOST_LAYERS:
+            raise ConfigurationError(
+                f"model.config_overrides.{key}={value}: {MOST_LAYERS} layers are the most that are made; the model has "
+                f"{getattr(loaded, key)}."
+            )
         try:
             setattr(loaded, key, value)
         except (StrictDataclassError, ValueError, TypeError, AttributeError) as error:
@@ -170,6 +176,12 @@ def _without_weights(config: ExperimentConfig, model_config: Any, task: Task, de
             f"{where}a package is missing: {_first_line(error)} Install it, or ask for something else."
         ) from error
     except (ValueError, TypeError, RuntimeError, KeyError, ZeroDivisionError) as error:
+        if "Unrecognized configuration class" in str(error):
+            raise ConfigurationError(
+                f"model.name: transformers has no {task.auto_class} of {config.model.name!r} "
+                f"({model_config.model_type}), which {task.kind} needs. Name a model that has one, or set dataset.task "
+                "to what this one is for."
+            ) from error
         raise ConfigurationError(f"{where}{_first_line(error)}") from error
 
 

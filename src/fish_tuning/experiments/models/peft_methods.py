@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any
 
-from peft import AdaLoraConfig, EvaConfig, PeftType
+from peft import AdaLoraConfig, EvaConfig, LoraConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LNTUNING_TARGET_MODULES_MAPPING
 from torch import nn
@@ -19,7 +19,7 @@ from fish_tuning.adapters.families import find_family, layer_number, matching
 from fish_tuning.errors import ConfigurationError, did_you_mean
 from fish_tuning.experiments.config.arm_names import Variant
 from fish_tuning.experiments.config.experiment import ExperimentConfig
-from fish_tuning.experiments.config.methods import EVA, GRADIENT, PeftMethodConfig
+from fish_tuning.experiments.config.methods import EVA, GRADIENT, INITIALISATIONS, PISSA_NITER, PeftMethodConfig
 from fish_tuning.experiments.models.base_weights import BaseWeights
 from fish_tuning.experiments.models.targets import (
     head_names,
@@ -65,12 +65,26 @@ def check_method(section: PeftMethodConfig) -> None:
         )
     known = _field_names(section.method)
     for key in ("args", "baseline_args", "fish_args"):
+        if peft_method(section.method).takes_init_lora_weights:
+            _check_initialisation(key, getattr(section, key).get("init_lora_weights", True))
         for name in getattr(section, key):
             if name not in known:
                 raise ConfigurationError(
                     f"peft.{key}.{name}: {_config_class(section.method).__name__} has no {name!r}."
                     f"{did_you_mean(name, known)}"
                 )
+
+
+def _check_initialisation(key: str, asked: Any) -> None:
+    """As `lora.init_lora_weights` is checked; PEFT's own names that need more settings are known here, too."""
+    of_peft = re.findall(r"[\"'](\w+)[\"']", str(LoraConfig.__dataclass_fields__["init_lora_weights"].type))
+    allowed = list(dict.fromkeys([*INITIALISATIONS, *of_peft]))
+    if isinstance(asked, bool) or asked in allowed or PISSA_NITER.fullmatch(str(asked)):
+        return
+    raise ConfigurationError(
+        f"peft.{key}.init_lora_weights={asked!r}: must be one of true, false, {', '.join(allowed)} or "
+        f"pissa_niter_[number].{did_you_mean(str(asked), allowed)}"
+    )
 
 
 def peft_config(config: ExperimentConfig, section: PeftMethodConfig, base: nn.Module, variant: Variant) -> Any:

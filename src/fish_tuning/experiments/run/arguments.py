@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from transformers.integrations.integration_utils import (
     INTEGRATION_TO_CALLBACK,
     get_available_reporting_integrations,
 )
+from transformers.trainer_utils import SaveStrategy, SchedulerType
 
 from fish_tuning.errors import ConfigurationError, did_you_mean
 from fish_tuning.experiments.config.experiment import ExperimentConfig
@@ -36,6 +37,8 @@ def training_arguments(
     except Exception as error:  # transformers raises whatever a value of the wrong kind leads to
         raise ConfigurationError(f"training.args_override: {error}") from error
     _check_numbers(arguments)
+    _check_workers(arguments)
+    _check_measuring(arguments)
     _check_reports(arguments)
     return arguments
 
@@ -82,16 +85,70 @@ def _check_numbers(arguments: TrainingArguments) -> None:
         )
 
 
+def check_best(arguments: TrainingArguments, metrics: Collection[str]) -> None:
+    """Refuse a best checkpoint by a metric that evaluations do not bring: training would fail at the first of them."""
+    asked = arguments.metric_for_best_model
+    wanted = (
+        arguments.load_best_model_at_end
+        or arguments.save_strategy == SaveStrategy.BEST
+        or arguments.lr_scheduler_type == SchedulerType.REDUCE_ON_PLATEAU
+    )
+    allowed = ("loss", *metrics)
+    if wanted and asked is not None and asked.removeprefix("eval_") not in allowed:
+        raise ConfigurationError(
+            f"training.args_override.metric_for_best_model={asked!r}: evaluations bring {', '.join(allowed)}."
+            f"{did_you_mean(asked, allowed)}"
+        )
+
+
+def _check_workers(arguments: TrainingArguments) -> None:
+    """What torch's data loaders refuse once every arm has been prepared."""
+    workers = arguments.dataloader_num_workers
+    if type(workers) is not int or workers < 0:
+        raise ConfigurationError(
+            f"training.args_override.dataloader_num_workers={workers}: must be a whole number from 0."
+        )
+    if arguments.dataloader_persistent_workers and not workers:
+        raise ConfigurationError(
+            "training.args_override.dataloader_persistent_workers=true needs dataloader_num_workers from 1; set it, or "
+            "leave out the first."
+        )
+    known = TrainingArguments.__dataclass_fields__.get("train_sampling_strategy")
+    allowed = known.metadata.get("choices", ()) if known is not None else ()
+    asked = getattr(arguments, "train_sampling_strategy", None)
+    if allowed and asked not in allowed:
+        raise ConfigurationError(
+            f"training.args_override.train_sampling_strategy={asked!r}: must be one of {', '.join(allowed)}."
+            f"{did_you_mean(str(asked), allowed)}"
+        )
+
+
+def _check_measuring(arguments: TrainingArguments) -> None:
+    """What leaves evaluations without the metrics that arms are compared by."""
+    unusual = {"prediction_loss_only": True, "batch_eval_metrics": True, "eval_do_concat_batches": False}
+    for name, value in unusual.items():
+        if bool(getattr(arguments, name)) is value:
+            raise ConfigurationError(
+                f"training.args_override.{name}={str(value).lower()}: evaluations would bring no metric to compare "
+                "arms by. Leave it out."
+            )
+    if arguments.label_names not in (None, ["labels"]):
+        raise ConfigurationError(
+            f"training.args_override.label_names={arguments.label_names}: batches have their labels under the name "
+            "labels, whatever the column is called. Leave it out, and name the column in dataset.label_column."
+        )
+
+
 def _check_reports(arguments: TrainingArguments) -> None:
     """Refuse a report that the Trainer would refuse: an unknown one, or one whose package is not installed."""
     available = get_available_reporting_integrations()
     for name in arguments.report_to or []:
         if name == "flyte" or name in available:  # transformers does not count flyte among those it finds
             continue
-        reason = (
-            "its package is not installed" if name in INTEGRATION_TO_CALLBACK else "transformers has no such report"
-        )
+        known = name in INTEGRATION_TO_CALLBACK
+        reason = "its package is not installed" if known else "transformers has no such report"
+        hint = "" if known else did_you_mean(str(name), INTEGRATION_TO_CALLBACK)
         raise ConfigurationError(
-            f"training.args_override.report_to={name!r}: {reason}.{did_you_mean(str(name), INTEGRATION_TO_CALLBACK)} "
+            f"training.args_override.report_to={name!r}: {reason}.{hint} "
             f"Installed are {', '.join(available) or 'none'}. Install what it needs, or write 'none'."
         )

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+from fish_tuning.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from fish_tuning.experiments.config.experiment import ExperimentConfig
 
 
 class Launch(NamedTuple):
@@ -36,3 +41,16 @@ def this_launch(environment: Mapping[str, str] = os.environ) -> Launch:
     if not (rank.isdigit() and number.isdigit() and int(number) > 1):
         return ALONE
     return Launch(int(rank), int(number), int(local) if local.isdigit() else int(rank))
+
+
+def check_launch(config: ExperimentConfig, launch: Launch) -> None:
+    """Refuse what needs several processes, in one that was not launched with others."""
+    if launch.number > 1:
+        return
+    for section in config.peft:
+        asked = {**config.training.args_override, **config.dataset.training_args, **section.training_args}.get("fsdp")
+        if asked:
+            raise ConfigurationError(
+                f"training.args_override.fsdp={asked!r} shards over several processes, and this is one. Start it with "
+                "accelerate launch or torchrun, or leave fsdp out."
+            )

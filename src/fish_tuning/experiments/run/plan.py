@@ -14,7 +14,7 @@ from fish_tuning.experiments.config.arm_names import HEAD_ALONE, ArmName
 from fish_tuning.experiments.config.choices import ChoiceConfig
 from fish_tuning.experiments.config.experiment import ExperimentConfig
 from fish_tuning.experiments.config.methods import HEAD_PATTERN
-from fish_tuning.experiments.data.tasks import Task, encode, load_task
+from fish_tuning.experiments.data.tasks import Task, TokenClassification, encode, load_task
 from fish_tuning.experiments.models.base_weights import own_head
 from fish_tuning.experiments.models.building import load_config, load_processing_class, read_config
 from fish_tuning.experiments.models.meta_models import MetaModels
@@ -28,18 +28,14 @@ from fish_tuning.experiments.models.quantized import (
 )
 from fish_tuning.experiments.records.run_record import ArmPlan
 from fish_tuning.experiments.run.adalora import entries_planned
-from fish_tuning.experiments.run.arguments import training_arguments
+from fish_tuning.experiments.run.arguments import check_best, training_arguments
 from fish_tuning.experiments.run.plan_facts import plan_facts, plan_notes
 from fish_tuning.masks.budgets import matching_names, resolve_budget
 from fish_tuning.masks.create import check_choice
 from fish_tuning.peft_methods import ADALORA, peft_method
+from fish_tuning.sharing.lengths import check_room, positions_of
 
 HELD_OUT = 0.2  # of the training set, where learning rates are chosen
-# Model types whose position embeddings start after the padding token's number.
-NUMBERED_AFTER_PADDING = (
-    "roberta", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm", "camembert", "data2vec-text", "xmod", "mpnet",
-    "longformer", "esm", "ibert", "luke", "layoutlmv3",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -70,10 +66,12 @@ def plan_experiment(config: ExperimentConfig) -> Plan:
     """
     # What needs no data comes first: a wrong model name should not cost a download.
     training_arguments(config, config.seeds[0], Path(config.training.output_dir))  # that methods change
+    of_methods = []
     for section in config.peft:
         check_method(section)
         # refuses what would fail later
         arguments = training_arguments(config, config.seeds[0], Path(config.training.output_dir), section.training_args)
+        of_methods.append(arguments)
         check_device_map(config.model, arguments.device, arguments.world_size)
     most = config.dataset.max_train_samples
     key, asked = _most_samples(config)
@@ -85,6 +83,9 @@ def plan_experiment(config: ExperimentConfig) -> Plan:
     quantization = quantization_of(config.model, stored)
     check_quantized(config, quantization)
     task = load_task(config.dataset)
+    if not config.training.early_stopping_patience:  # which has its own
+        for arguments in of_methods:
+            check_best(arguments, task.metrics)
     processing_class = load_processing_class(config.model, task)
     model_config = load_config(config.model, task, getattr(processing_class, "pad_token_id", None), stored)
     notes = task.check(processing_class, model_config, config.training.max_seq_length)
@@ -132,8 +133,14 @@ def _most_samples(config: ExperimentConfig) -> tuple[str, int]:
 
 
 def _check_length(config: ExperimentConfig, task: Task, tokenizer: Any, model_config: Any) -> None:
-    """Refuse texts longer than the model's positions; tokenises only where max_seq_length would let such texts pass."""
+    """Refuse a length without room for a text, and texts longer than the model's positions.
+
+    Tokenises only where max_seq_length would let such texts pass.
+    """
     asked = config.training.max_seq_length
+    if task.encodes and task.brings_head:
+        columns = 1 if task.kind == TokenClassification.kind else len(task.columns)
+        check_room(tokenizer, "training.max_seq_length", asked, columns)
     positions = positions_of(model_config)
     if positions is None or asked + task.tokens_written <= positions:
         return
@@ -151,16 +158,6 @@ def _check_length(config: ExperimentConfig, task: Task, tokenizer: Any, model_co
             f"training.max_seq_length={asked} lets a text of {longest} tokens pass, more than the {positions} "
             f"positions of {config.model.name!r}; set it to {positions} or less."
         )
-
-
-def positions_of(model_config: Any) -> int | None:
-    """How many tokens the model has positions for; None where it sets no bound."""
-    positions = getattr(model_config, "max_position_embeddings", None)
-    if not isinstance(positions, int) or positions < 1:  # relative positions only
-        return None
-    if model_config.model_type in NUMBERED_AFTER_PADDING:
-        positions -= (model_config.pad_token_id or 0) + 1
-    return positions
 
 
 def _plan_arm(config: ExperimentConfig, arm: str, models: MetaModels) -> ArmPlan:

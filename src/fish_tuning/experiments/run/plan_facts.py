@@ -51,7 +51,7 @@ def plan_facts(
         "scores": scores,
         "num_samples": config.fish_tuning.num_samples,
         "warmup_steps_before_scoring": {
-            name: config.warmup_steps(config.method_of(arm)) for name, arm in first.items() if name in scores
+            name: config.warmup_steps_done(config.method_of(arm)) for name, arm in first.items() if name in scores
         },
         "device": _device(),
         "versions": {name: version(name) for name in _recorded_packages(task, quantization)}
