@@ -5,6 +5,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from folders import write_sentences
 from safetensors import SafetensorError
 
 from fish_tuning.experiments.config.experiment import ExperimentConfig
-from fish_tuning.experiments.records.record_files import adapter_digests
+from fish_tuning.experiments.records.record_files import adapter_digests, write_record
 from fish_tuning.experiments.records.run_record import RunRecord
 from fish_tuning.experiments.run import arm as arms
 from fish_tuning.experiments.run import runner, trainings
@@ -68,6 +69,21 @@ def test_what_is_finished_is_not_repeated(experiment: MakeExperiment) -> None:
         assert f"accuracy {own:.4f} on the 24 examples" in card
     _, seen = run(experiment("seeds=[1, 2]", "fish_tuning.methods_to_run=[lora, lora-fish]"))
     assert all(known for *_, known in seen)
+
+
+def test_a_record_of_before_tells_what_it_shares_once_it_is_found_again(
+    experiment: MakeExperiment, tmp_path: Path
+) -> None:
+    config = experiment("fish_tuning.methods_to_run=[lora]")
+    (first,) = run_experiment(config, plan_experiment(config))
+    assert first.common
+    write_record(tmp_path / "results", replace(first, common="", method_own=""))
+    (again,) = run_experiment(config, plan_experiment(config))
+    assert (again.train_seconds, again.common, again.method_own) == (
+        first.train_seconds, first.common, first.method_own,
+    )  # fmt: skip
+    listed = json.loads((tmp_path / "results" / "results.json").read_text())["runs"]
+    assert listed[0]["common"] == first.common
 
 
 def test_another_configuration_runs_again_but_only_where_it_counts(experiment: MakeExperiment) -> None:
