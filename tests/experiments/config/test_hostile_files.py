@@ -62,7 +62,7 @@ REFUSED = {
     "a version of many digits": f"...\n%YAML {'1' * 5_000}.1\n---\na: 1",
     "an endless argument": "training: {args_override: {max_grad_norm: .inf}}",
     "an argument that is no number": "training: {args_override: {learning_rate: .nan}}",
-    "two ratios of one name": "protocol: fixed_layers\nfish_tuning: {keep_ratio: [0.1, 0.10000001]}",
+    "one ratio twice": "protocol: fixed_layers\nfish_tuning: {keep_ratio: [0.1, 0.10]}",
     "variables without an end": "name: " + "${a:-" * 10_000,
     "a key of several lines": '"a\\nb": 1',
     "a long key": "? " + "k" * 900 + "\n: 1",

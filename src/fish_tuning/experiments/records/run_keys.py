@@ -41,8 +41,8 @@ def run_keys(
     config: ExperimentConfig,
     arm: ArmPlan,
     arguments: Mapping[str, Any],
-    of_all: Mapping[str, Any],
     shared: Mapping[str, Any],
+    of_all: Mapping[str, Any] | None = None,
 ) -> RunKeys:
     """The keys of one arm with one seed.
 
@@ -50,15 +50,17 @@ def run_keys(
         config: the experiment.
         arm: of its plan.
         arguments: the run's whole TrainingArguments, seed included.
-        of_all: the same of an arm whose method changes none of them.
         shared: what all runs depend on: contents of data and weights, versions and the like.
+        of_all: the arguments of an arm whose method changes none of them; the run's own if not given.
     """
     parts = {**shared, **_arm_parts(config, arm, arguments), "arguments": effective_arguments(arguments)}
     section = config.method_of(arm.arm)
     seedless = _seedless(config, parts["arguments"], config.learning_rates_of(section))
     common = {
         **shared,
-        "arguments": _seedless(config, effective_arguments(of_all), config.training.learning_rates),
+        "arguments": _seedless(
+            config, effective_arguments(arguments if of_all is None else of_all), config.training.learning_rates
+        ),
         **of_all_arms(config.model_dump(mode="json")),
     }
     own = method_own(section.model_dump(mode="json"))

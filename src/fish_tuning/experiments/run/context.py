@@ -100,7 +100,7 @@ class Context:
         rates = self.config.training.learning_rates
         of_all = self.arguments(replace(arm, arm=HEAD_ALONE), seed, rates[0] if rates else None)
         shared = {**self.shared, "device": arguments.device.type}
-        return run_keys(self.config, arm, _values(arguments), _values(of_all), shared)
+        return run_keys(self.config, arm, _values(arguments), shared, _values(of_all))
 
     def join(self, launch: Launch) -> None:
         """Let the processes of a launch meet, as the first TrainingArguments' device does.
