@@ -167,6 +167,19 @@ def test_sixteen_bits_tell_losses_apart(dtype: torch.dtype) -> None:
     assert not losses.own.open
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale", [0.1, 3.0, 30.0])
+def test_a_loss_that_is_taken_in_sixteen_bits_is_no_other_one(scale: float, dtype: torch.dtype) -> None:
+    generator, model = torch.Generator().manual_seed(0), bert().to(dtype)
+    for size in (2, 8, 32) * 20:
+        logits = (torch.randn(size, 3, generator=generator) * scale).to(DEVICE, dtype)
+        labels = torch.where(torch.rand(size, generator=generator).to(DEVICE) < 0.2, 0, logits.argmax(1))
+        outputs = {"loss": F.cross_entropy(logits, labels), "logits": logits}
+        own = OwnLoss(model)
+        own.look(outputs, logits, {"labels": labels}, drawn=False)
+        assert not own.open
+
+
 def test_losses_that_are_the_same_tell_nothing() -> None:
     model = bart()
     nn.init.zeros_(model.lm_head.weight)  # each token is as likely as any

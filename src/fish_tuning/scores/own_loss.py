@@ -35,9 +35,10 @@ from fish_tuning.scores.losses import (
 
 # By which two ways to one loss of the same logits differ, of its size, and where it is next to nothing. (Losses of
 # random models lie close together: ProphetNet's is 7e-5 from another.) In 16 bits some models take the loss in these:
-# in epsilons, what the roundings of tokens and mean can come to, and what they hardly exceed.
+# in epsilons, what the roundings of tokens and mean can come to, and what they hardly exceed. Where the loss is the
+# small difference of large logits, roundings are of their size: in epsilons again, what they come to at most.
 _ROOM, _NOTHING = 1e-5, 3e-6
-_ROUNDINGS, _MOST_OFTEN = 1.5, 0.6
+_ROUNDINGS, _MOST_OFTEN, _AT_MOST = 1.5, 0.6, 3.0
 _MOST_LOOKS = 2
 
 
@@ -103,6 +104,9 @@ class OwnLoss:
             if self.encoder_decoder and _same(value, wanted, own.dtype):
                 break  # which shift nothing, where rounding would not tell
         same = [shifted for shifted, value in found.items() if _same(value, wanted, own.dtype)]
+        if not same:
+            room = _AT_MOST * torch.finfo(own.dtype).eps * (float(logits.detach().abs().max()) + abs(wanted))
+            same = [shifted for shifted, value in found.items() if abs(value - wanted) <= room]
         if len(same) > 1:
             same = [shifted for shifted in same if _same(found[shifted], wanted, own.dtype, _MOST_OFTEN)] or same
         if len(same) != 1:
