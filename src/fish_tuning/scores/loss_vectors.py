@@ -93,9 +93,12 @@ class LossVectors:
                 except Exception as error:
                     if not asked or out_of_memory(error) or gathered_layer_by_layer(self.model):
                         raise
-                    # Labels that do not fit are told by name, below, after a pass without them.
-                    asked, failed = {}, error
+                    # Labels that do not fit are told by name, below, after a pass without them; what was not of the
+                    # labels is raised as it came.
                     outputs = self.model(**inputs)
+                    if not self._fails_again({**inputs, **asked}, error):
+                        raise
+                    asked, failed = {}, error
             self.in_forward = False
             losses = self._losses(outputs, batch, first_example, given=None if failed else asked or batch)
         if failed is not None:
@@ -172,6 +175,13 @@ class LossVectors:
         given = {key: tensor for key in LABELS if (tensor := on_cpu(batch, key)) is not None}
         labels = whole_numbers(labels_of(given))
         return align_labels(self.model, logits, labels, on_cpu(batch, "attention_mask"), self.own.shifted)
+
+    def _fails_again(self, inputs: Mapping[str, Any], error: Exception) -> bool:
+        try:
+            self.model(**inputs)
+        except Exception as again:
+            return type(again) is type(error)
+        return False
 
     def _positions(self, batch: Batch) -> Batch:
         """Positions counted from the first real token where padding comes first: a row's loss must not depend on it."""

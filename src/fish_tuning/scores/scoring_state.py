@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fish_tuning.model_walks import attribute, every_module, every_parameter
 from fish_tuning.scores.bare_model import uncompiled, without_mixed_precision
@@ -64,6 +63,8 @@ def _keep_checkpointing(module: nn.Module, stack: ExitStack) -> None:
     own: Any = module._gradient_checkpointing_func
     function = own.func if isinstance(own, partial) else checkpoint  # transformers' own, where inputs are offloaded
     function = partial(function, use_reentrant=False)
+    from transformers.modeling_layers import GradientCheckpointingLayer  # which is there where such layers are
+
     if isinstance(module, GradientCheckpointingLayer):
         module.training = True
         _set(module, "_gradient_checkpointing_func", partial(_in_evaluation, module, function), stack)
