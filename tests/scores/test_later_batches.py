@@ -106,6 +106,33 @@ def test_rows_that_are_padded_in_several_ways_are_each_looked_at() -> None:
     assert_scores_close(scored(model, rebatch(batch, 4)), scored(model, [batch], method="loop"))
 
 
+class ReadsItsPadding(Classifier):
+    """What it says of a row depends on whether more than half of it is padding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, inputs_embeds: Tensor, attention_mask: Tensor, labels: Tensor | None = None) -> object:
+        mask = attention_mask[..., None].to(inputs_embeds.dtype)
+        hidden = torch.tanh(self.layer(inputs_embeds)) * mask
+        little = (mask.mean(1, keepdim=True) > 0.5) & (mask.mean(1, keepdim=True) < 1)
+        return super().forward(
+            torch.where(little, hidden * 3, hidden).sum(1, keepdim=True) / mask.sum(1, keepdim=True), labels
+        )
+
+
+def test_in_16_bits_the_least_padded_row_is_looked_at_too() -> None:
+    generator = torch.Generator().manual_seed(1)
+    mask = torch.tensor([[1] * 9, [1] * 4 + [0] * 5, [1] * 7 + [0] * 2, [1] * 9])
+    x = torch.randn(4, 9, 4, generator=generator).bfloat16()
+    batch = {"inputs_embeds": x, "attention_mask": mask, "labels": torch.arange(4) % 3}
+    model = ReadsItsPadding().bfloat16()
+    scores, by_loop = scored(model, [batch]), scored(model, [batch], method="loop")
+    for name, score in by_loop.items():
+        torch.testing.assert_close(scores[name], score, rtol=0.05, atol=1e-3)
+
+
 def test_the_ways_of_padding() -> None:
     mask = torch.tensor(
         [[1, 1, 1, 1], [0, 0, 1, 1], [0, 1, 1, 1], [1, 1, 1, 0], [0, 1, 1, 0], [1, 0, 1, 1], [1, 1, 0, 0]]
@@ -113,6 +140,7 @@ def test_the_ways_of_padding() -> None:
     left, within, right = (True, False, False), (False, True, False), (False, False, True)
     batch = {"attention_mask": mask}
     assert padded_rows(batch) == {left: 1, within: 5, right: 6, (True, False, True): 4}
+    assert padded_rows(batch, least=True) == {left: 2, within: 5, right: 3, (True, False, True): 4}
     assert padded_rows({"attention_mask": torch.ones(2, 3)}) == padded_rows({"x": mask}) == {}
     labels = torch.full((7, 4), -100)
     labels[[2, 3], 1:] = 1  # rows without a label that counts tell nothing, where another is padded so

@@ -131,8 +131,11 @@ def most_padded_row(batch: Mapping[str, Tensor]) -> int:
     return 0 if mask is None or mask.dim() != 2 else int(_lengths(batch, mask).argmin())
 
 
-def padded_rows(batch: Mapping[str, Tensor]) -> dict[Padding, int]:
-    """By the ways in which rows of a text are padded: the row with the fewest real tokens of those padded so."""
+def padded_rows(batch: Mapping[str, Tensor], least: bool = False) -> dict[Padding, int]:
+    """By the ways in which rows of a text are padded: the row with the fewest real tokens of those padded so.
+
+    `least`: the one with the most of them.
+    """
     mask = on_cpu(batch, "attention_mask")
     if mask is None or mask.dim() != 2 or bool(mask.all()):
         return {}
@@ -143,7 +146,10 @@ def padded_rows(batch: Mapping[str, Tensor]) -> dict[Padding, int]:
     lengths = _lengths(batch, mask).tolist()
     found: dict[Padding, int] = {}
     for row, way in enumerate(ways):
-        if any(way) and (way not in found or lengths[row] < lengths[found[way]]):
+        better = way not in found or (
+            lengths[row] > lengths[found[way]] if least else lengths[row] < lengths[found[way]]
+        )
+        if any(way) and better:
             found[way] = row
     return found
 

@@ -114,12 +114,15 @@ class Scorer:
             # not hold.
             self.padding_met |= padded.keys()
             self.proven, self.looked_at = set(), set()
+        look = list(padded.values())
+        if padded and self._low_precision():  # there a row may reach its padding by little more than rounding
+            look += [row for way, row in padded_rows(batch, least=True).items() if way in padded and row not in look]
         unproven = [name for name in self.probes.names if name not in self.proven]
         failed: dict[str, str] = {}
         if unproven:
             try:
                 with full_precision():
-                    failed = self._add_checked(batch, first_example, unproven, list(padded.values()))
+                    failed = self._add_checked(batch, first_example, unproven, look)
             except _PaddingMatters:
                 self._give_up(PADDING)
         elif self.probes.names:
