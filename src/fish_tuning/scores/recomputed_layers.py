@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from fish_tuning.errors import out_of_memory
 from fish_tuning.scores.watched_layers import Pass, WatchedLayer
 
 
@@ -74,7 +75,7 @@ class RecomputedLayer(WatchedLayer):
         try:
             self._add_up(arrived)
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
-            if "memory" in f"{type(error).__name__} {error}".lower():
+            if out_of_memory(error):
                 raise
             self.fail(f"it cannot be computed again for one example ({type(error).__name__}: {error})")
 
