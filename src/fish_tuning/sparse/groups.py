@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from fish_tuning.sparse.optimizer_steps import held_by_others, look_again, watch_optimizers
-from fish_tuning.sparse.selected_gradients import whole_tensors
+from fish_tuning.sparse.selected_gradients import runs_of, whole_tensors
 from fish_tuning.sparse.values import DATA, Values, Whole, watch_again
 
 if TYPE_CHECKING:  # which has a group from its beginning
@@ -49,6 +49,8 @@ class Group:
         self.held = False  # whether somebody has had the `.data` of any value since `flat` was looked for
         self.switched = False  # whether any value has been frozen or thawed since the tensors were made
         self.settled = False  # whether `flat` and the count tell all that a read must know of the values
+        self._plains: list[Tensor] = []  # the tensors of all members with values, and their counts of changes when
+        self._counts: list[int] = []  # they were written last: to look at each member takes three times as long
         for member in members:
             member.in_group = weakref.ref(self)
 
@@ -58,6 +60,10 @@ class Group:
         memory = torch.cat([values.detach() for values in old])
         for member, entries in zip(self.members, memory.split([len(values) for values in old]), strict=True):
             member.values = Values(entries)
+
+    def all_values(self) -> list[Any]:
+        """The values of its tensors, in the order of `flat`."""
+        return [member.values for member in self.with_values]
 
     def is_together(self) -> bool:
         """Whether all members are on one device, in one dtype."""
@@ -75,7 +81,7 @@ class Group:
         """Make the tensors that reads give; each lasts until its parameter moves, thaws or freezes."""
         watch_optimizers()
         self.with_values = [member for member in self.members if member.values is not None]
-        self.take_written()
+        self._take_each()
         self._join()
         for member in self.members:
             values: Any = member.values
@@ -88,7 +94,8 @@ class Group:
             tensor.__class__ = Whole
             tensor.of = None if member.values is None else weakref.ref(member.values)
             member.tensor, member.plain, member.written = tensor, plain, tensor._version
-        self._find_flat()
+        self._note_counts()
+        self.find_flat()
         self.switched = False
         self.write()
 
@@ -122,12 +129,30 @@ class Group:
 
     def take_written(self) -> None:
         """Where somebody has written into a tensor itself, its entries are the values now."""
+        if not self._unwritten():
+            self._take_each()
+
+    def _take_each(self) -> None:
         if self.managed or self.scattered:
             return
         for member in self.with_values:
-            # `plain` has the same count as `tensor`, and is asked for it in a third of the time.
             if member.tensor is not None and member.plain._version != member.written:
                 member.take_entries()
+        self._note_counts()
+
+    def split_up(self) -> None:
+        """An engine has the tensors, part by part: nothing of them is kept here."""
+        self.scattered, self.joined = True, None
+        self._plains, self._counts = [], []
+
+    def _unwritten(self) -> bool:
+        """Whether nobody has written into a tensor itself since the values were."""
+        # `plain` has the same count as `tensor`, and is asked for it in a third of the time.
+        return [plain._version for plain in self._plains] == self._counts
+
+    def _note_counts(self) -> None:
+        self._plains = [member.plain for member in self.with_values]
+        self._counts = [member.written for member in self.with_values]
 
     def write(self) -> None:
         """Write the values into the tensors, after a step whatever was written into those meanwhile.
@@ -136,22 +161,23 @@ class Group:
         """
         if self.managed or self.scattered:
             return
-        members = self.with_values
-        parameters: list[Any] = [member.values for member in members]
-        with torch.no_grad():
-            for member in members:
+        if not self._unwritten():
+            for member in self.with_values:
                 if member.plain._version != member.written:
                     member.keep_memory()
+            self._note_counts()
+        with torch.no_grad():
             if self.held:
-                self._find_flat()
+                self.find_flat()
             if self.joined is not None:
                 memory, index = self.joined
                 # An engine that takes a model to its device moves one layer after the other.
-                parts = [values.detach().to(memory.device) for values in parameters] if self.flat is None else []
-                flat = self.flat if self.flat is not None else torch.cat(parts)
+                flat = self.flat
+                if flat is None:
+                    flat = torch.cat([values.detach().to(memory.device) for values in self.all_values()])
                 memory.scatter_(0, index.long(), flat.view(-1).to(memory.dtype))
             else:
-                for member, values in zip(members, parameters, strict=True):
+                for member, values in zip(self.with_values, self.all_values(), strict=True):
                     entries = values.detach().view(-1).to(member.frozen.device, member.frozen.dtype)
                     member.frozen.data.view(-1).scatter_(0, member.index.long(), entries)
         self.stale = False
@@ -159,10 +185,10 @@ class Group:
         if self.one_count and self.flat is not None:
             self.seen = self.flat._version
         else:
-            for member, values in zip(members, parameters, strict=True):
+            for member, values in zip(self.with_values, self.all_values(), strict=True):
                 member.seen = values._version
 
-    def _find_flat(self) -> None:
+    def find_flat(self) -> None:
         """See whether the values are slices of one memory, with one count of changes."""
         parameters: list[Any] = [member.values for member in self.with_values]
         self.flat, self.one_count = None, False
@@ -184,7 +210,7 @@ class Group:
             self.one_count = [values._version for values in parameters] == [count + 1 for count in counts]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "flat": None, "settled": False, "one_count": False}
+        return {**vars(self), "flat": None, "settled": False, "one_count": False, "_plains": [], "_counts": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -194,18 +220,21 @@ class Group:
     def _join(self) -> None:
         """Put the tensors into one memory, unless they are there, or cannot be."""
         tensors = [member.frozen for member in self.members]
-        if len(tensors) < 2 or len({(tensor.dtype, tensor.device) for tensor in tensors}) > 1:
+        kinds = {(tensor.dtype, tensor.device) for tensor in tensors}
+        if len(tensors) < 2 or len(kinds) > 1 or not all(tensor.dim() for tensor in tensors):
             self.joined = None
             return
         memories = {tensor.untyped_storage().data_ptr() for tensor in tensors}
         if self.joined is not None and memories == {self.joined[0].untyped_storage().data_ptr()}:
             return
-        starts = list(itertools.accumulate((tensor.numel() for tensor in tensors), initial=0))
-        memory = tensors[0].new_empty(starts[-1])
-        for member, start in zip(self.members, starts, strict=False):
-            place = memory[start : start + member.frozen.numel()].view(member.shape)
-            member.frozen = place.copy_(member.frozen).data  # with a count of changes of its own
-        index = torch.cat([member.index + start for member, start in zip(self.members, starts, strict=False)])
+        memory = tensors[0].new_empty(sum(tensor.numel() for tensor in tensors))
+        start, starts = 0, [0] * len(tensors)
+        for place in itertools.chain(*runs_of([tensor.shape for tensor in tensors])):
+            member, starts[place] = self.members[place], start
+            start += member.frozen.numel()
+            there = memory[starts[place] : start].view(member.shape)
+            member.frozen = there.copy_(member.frozen).data  # with a count of changes of its own
+        index = torch.cat([member.index + start for member, start in zip(self.members, starts, strict=True)])
         self.joined = memory, index
 
 

@@ -15,6 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fish_tuning.errors import MaskError
+from fish_tuning.sparse.joined_steps import JoinedSteps, steppers, works_entry_by_entry
 from fish_tuning.sparse.values import MaskedGroup, stop_watching, watch_again
 
 # Groups whose values' memory others may hold, such as an engine that trains a copy of the parameters.
@@ -28,8 +29,10 @@ class _Trained(NamedTuple):
     """All that an optimizer trains, and which of it are masked values, of which groups."""
 
     parameters: list[Any]
+    in_each: list[int]  # how many of them are in each of the optimizer's param groups
     values: list[Any]
     groups: list[weakref.ref[MaskedGroup]]
+    joined: JoinedSteps
 
     def living_groups(self) -> list[MaskedGroup]:
         return [group for reference in self.groups if (group := reference()) is not None]
@@ -37,6 +40,7 @@ class _Trained(NamedTuple):
 
 # To look at each of hundreds of parameters costs more than to see that they are those of the step before.
 _trained: weakref.WeakKeyDictionary[Optimizer, _Trained] = weakref.WeakKeyDictionary()
+_in_step: weakref.WeakKeyDictionary[Optimizer, _Trained] = weakref.WeakKeyDictionary()
 
 
 def note_replaced(parameter: Tensor, by: Any) -> None:
@@ -60,18 +64,18 @@ def look_again() -> None:
     _trained.clear()
 
 
-def _values_of(optimizer: Optimizer, in_step: bool = False) -> tuple[list[Any], list[MaskedGroup]]:
-    """The masked values that an optimizer trains, and their groups; `in_step`, those that it had as the step began."""
+def _trained_by(optimizer: Optimizer) -> _Trained:
     known = _trained.get(optimizer)
-    if known is not None and in_step:
-        return known.values, known.living_groups()
     parameters = [parameter for held in optimizer.param_groups for parameter in held["params"]]
-    if known is None or not _same_objects(known.parameters, parameters):
+    in_each = [len(held["params"]) for held in optimizer.param_groups]
+    if known is None or known.in_each != in_each or not all(map(operator.is_, known.parameters, parameters)):
         _check_holds_what_trains(optimizer, parameters)
         values = [each for each in parameters if getattr(each, "masked_group", None) is not None]
-        groups = dict.fromkeys(each.masked_group for each in values)
-        known = _trained[optimizer] = _Trained(parameters, values, list(groups))
-    return known.values, known.living_groups()
+        groups = list(dict.fromkeys(each.masked_group for each in values))
+        living = [group for reference in groups if (group := reference()) is not None]
+        joined = JoinedSteps(optimizer, living)
+        known = _trained[optimizer] = _Trained(parameters, in_each, values, groups, joined)
+    return known
 
 
 def _check_holds_what_trains(optimizer: Optimizer, parameters: list[Any]) -> None:
@@ -92,11 +96,7 @@ def _check_holds_what_trains(optimizer: Optimizer, parameters: list[Any]) -> Non
         )
 
 
-def _same_objects(ours: list[Any], others: list[Any]) -> bool:
-    return len(ours) == len(others) and all(map(operator.is_, ours, others))
-
-
-def _before_step(optimizer: Optimizer, *_: Any) -> None:
+def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Refuse what would compute something else of values than of the matrix that they are part of; else let go of them.
 
     Before that they take what was written into their tensors (an embedding's `max_norm`, a clamp) and not read since.
@@ -104,8 +104,10 @@ def _before_step(optimizer: Optimizer, *_: Any) -> None:
     operations. What is done through `.data` in a step need not be counted: the values are written after it. A read in
     the middle of it (a closure's) finds its group unsettled, and has them watched again.
     """
-    name = type(optimizer).__name__
-    values, groups = _values_of(optimizer)
+    if optimizer in steppers:
+        return
+    name, trained = type(optimizer).__name__, _trained_by(optimizer)
+    groups = trained.living_groups()
     if name in _OF_WHOLE_MATRICES and groups:
         raise MaskError(
             f"{name} computes its steps from whole matrices; of masked tensors it holds selected entries alone. Use "
@@ -114,13 +116,20 @@ def _before_step(optimizer: Optimizer, *_: Any) -> None:
     for group in groups:
         group.take_written()  # or the values would move from where they were before
         group.stale, group.settled = True, False
-    stop_watching(values)
+    stop_watching(trained.values)
+    _in_step[optimizer] = trained
+    if groups and works_entry_by_entry(optimizer, args, kwargs):
+        trained.joined.step(optimizer)
 
 
 def _after_step(optimizer: Optimizer, *_: Any) -> None:
     """After every step of every optimizer of the process."""
-    values, groups = _values_of(optimizer, in_step=True)
-    watch_again(values)
+    trained = _in_step.pop(optimizer, None)
+    if trained is None:
+        return
+    trained.joined.end()
+    watch_again(trained.values)
+    groups = trained.living_groups()
     for group in groups:
         group.write()  # now, because compiled models do not look whether they are out of date
     for group in held_by_others:

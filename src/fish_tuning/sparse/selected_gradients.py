@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,12 +12,24 @@ from torch import Tensor
 _AT_ONCE = 2**62
 
 
+def runs_of(shapes: Sequence[torch.Size]) -> list[list[int]]:
+    """The places of tensors that are joined along their first dimension, run by run.
+
+    A view of each tensor costs as much as joining it.
+    """
+    runs: dict[torch.Size, list[int]] = {}
+    for place, shape in enumerate(shapes):
+        runs.setdefault(shape[1:], []).append(place)
+    return list(runs.values())
+
+
 def whole_tensors(
     indices: list[Tensor], joined: Tensor | None, frozen: list[Tensor], values: list[Any]
 ) -> tuple[Tensor, ...]:
     """The `frozen` tensors, whose gradients at the entries `indices` go to the `values`.
 
-    `joined` are the entries of them all, counted over one tensor after another, where they hand on in one go.
+    `joined` are the entries of them all, counted over one tensor after another in the order of `runs_of`, where they
+    hand on in one go.
     """
     with torch.inference_mode(False), torch.enable_grad():
         made: tuple[Any, ...] = _Selected.apply(indices, joined, frozen, *values)  # type: ignore[no-untyped-call]
@@ -44,24 +57,39 @@ class _Selected(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.indices, ctx.joined, ctx.shapes = indices, joined, [tensor.shape for tensor in values]
         ctx.sizes = [len(tensor) for tensor in values]
+        ctx.runs = runs_of([tensor.shape for tensor in frozen]) if joined is not None else []
         ctx.set_materialize_grads(False)
         return tuple(tensor.detach() for tensor in frozen)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        # As nn.Embedding(sparse=True) gives them.
-        grads = tuple(grad.to_dense() if grad is not None and grad.is_sparse else grad for grad in grads)
-        if ctx.joined is not None and all(grad is not None for grad in grads):
-            entries = torch._utils._flatten_dense_tensors(grads).index_select(0, ctx.joined)
+        if ctx.joined is not None and all(grad is not None and not grad.is_sparse for grad in grads):
+            entries = _joined(grads, ctx.runs).index_select(0, ctx.joined)
             # Unsafe only for who changes one and derives another: autograd need not know that they share memory.
             entries = entries.view(-1, *ctx.shapes[0][1:])
             return (None, None, None, *torch.unsafe_split_with_sizes(entries, ctx.sizes))
         return (None, None, None, *map(_gathered, grads, ctx.indices, ctx.shapes))
 
 
+def _joined(grads: Sequence[Any], runs: list[list[int]]) -> Tensor:
+    """Their entries, one tensor after another, run by run."""
+    if torch.is_grad_enabled():  # create_graph=True
+        return torch.cat([grads[place].reshape(-1) for run in runs for place in run])
+    memory: Tensor = grads[0].new_empty(sum(grad.numel() for grad in grads))
+    start = 0
+    for run in runs:
+        inner = grads[run[0]].shape[1:]
+        end = start + sum(len(grads[place]) for place in run) * inner.numel()
+        torch.cat([grads[place] for place in run], out=memory[start:end].view(-1, *inner))
+        start = end
+    return memory
+
+
 def _gathered(grad: Tensor | None, index: Tensor, shape: torch.Size) -> Tensor | None:
     if grad is None:
         return None
+    if grad.is_sparse:  # as nn.Embedding(sparse=True) gives it
+        grad = grad.to_dense()
     # take() reads any layout in place, where reshape(-1) would copy the whole gradient; index_select is faster.
     flat = grad.view(-1).index_select(0, index) if grad.is_contiguous() else grad.take(index.long())
     return flat.view(shape)

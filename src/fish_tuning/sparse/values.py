@@ -86,9 +86,18 @@ class MaskedGroup(Protocol):
 
     settled: bool
     stale: bool
+    managed: bool
     scattered: bool
     held: bool
     switched: bool
+    one_count: bool
+    flat: Tensor | None
+
+    def all_values(self) -> list[Any]:
+        """The values of its tensors, in the order of `flat`."""
+
+    def find_flat(self) -> None:
+        """See whether the values are slices of one memory, with one count of changes."""
 
     def take_written(self) -> None:
         """Where somebody has written into a tensor itself, its entries are the values now."""

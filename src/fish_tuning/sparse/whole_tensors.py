@@ -177,8 +177,8 @@ class MaskedTensor:
         the backward pass: what either computes with is freed after it.
         """
         if not self.split_up:
-            self.split_up = self.group.scattered = True
-            self.tensor = self.plain = self.group.joined = None
+            self.split_up, self.tensor, self.plain = True, None, None
+            self.group.split_up()
         self.frozen = frozen
         self._check_unwritten()
         if is_sharded(frozen) or values is None or is_sharded(values):

@@ -1,0 +1,312 @@
+"""Steps of values that are stepped as one tensor are those of each by itself, whatever happens between them."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from device import DEVICE, placed
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, AdamW, Optimizer
+
+from fish_tuning import apply_mask, replace_mask
+from fish_tuning.sparse import joined_steps, optimizer_steps
+from fish_tuning.sparse.masked_tensors import masked_tensors
+
+WAYS: dict[str, Callable[[Any], Optimizer]] = {
+    "AdamW": lambda parameters: AdamW(parameters, lr=0.02, weight_decay=0.1),
+    "AdamW, fused": lambda parameters: AdamW(parameters, lr=0.02, fused=True),
+    "AdamW, foreach, amsgrad": lambda parameters: AdamW(parameters, lr=0.02, foreach=True, amsgrad=True),
+    "AdamW, lr as a tensor": lambda parameters: AdamW(parameters, lr=torch.tensor(0.02)),
+    "Adam": lambda parameters: Adam(parameters, lr=0.02, weight_decay=0.1, maximize=True),
+    "SGD": lambda parameters: SGD(parameters, lr=0.5),
+    "SGD, momentum": lambda parameters: SGD(parameters, lr=0.5, momentum=0.9, nesterov=True, weight_decay=0.1),
+}
+
+
+class Side:
+    """A masked model and its optimizer, whose steps are joined or not."""
+
+    def __init__(self, make: Callable[[Any], Optimizer], joins: bool) -> None:
+        torch.manual_seed(0)
+        self.model: Any = placed(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 5), nn.Linear(5, 2), nn.LayerNorm(2)))
+        apply_mask(self.model, every_third(self.model, 0))
+        self.make, self.joins, self.number = make, joins, 0
+        self.optimizer = make(self.model.parameters())
+
+    def values(self) -> list[Any]:
+        return list(self.model.parameters())
+
+    def step(self, without: int | None = None, **kwargs: Any) -> int:
+        """One step with random gradients; how many of them were hidden from the optimizer itself."""
+        self.number += 1
+        draw = torch.Generator().manual_seed(self.number)
+        for place, values in enumerate(self.values()):
+            grad = torch.randn(values.shape, generator=draw).to(values)
+            values.grad = None if place == without or not values.requires_grad else grad
+        return self.only_step(**kwargs)
+
+    def only_step(self, **kwargs: Any) -> int:
+        hidden: list[int] = []
+
+        def step(joined: Any, optimizer: Optimizer) -> None:
+            if self.joins:
+                ORIGINAL(joined, optimizer)
+            hidden.append(len(joined._hidden))
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(joined_steps.JoinedSteps, "step", step)
+            self.optimizer.step(**kwargs)
+        return sum(hidden)
+
+
+ORIGINAL = joined_steps.JoinedSteps.step
+
+
+def every_third(model: nn.Module, first: int) -> dict[str, Tensor]:
+    return {
+        name: (torch.arange(tensor.numel(), device=tensor.device) % 3 == first).view(tensor.shape)
+        for name, tensor in model.state_dict().items()
+    }
+
+
+def both(way: str) -> tuple[Side, Side]:
+    return Side(WAYS[way], joins=True), Side(WAYS[way], joins=False)
+
+
+def assert_equal(one: Side, other: Side) -> None:
+    # A fused kernel rounds the last entries of a tensor otherwise than the others.
+    rounding = {"rtol": 0, "atol": 1e-6} if one.optimizer.defaults.get("fused") else {"rtol": 0, "atol": 0}
+    for ours, theirs in zip(one.model.state_dict().values(), other.model.state_dict().values(), strict=True):
+        torch.testing.assert_close(ours, theirs, **rounding)
+    ours, theirs = one.optimizer.state_dict(), other.optimizer.state_dict()
+    assert ours["param_groups"] == theirs["param_groups"]
+    assert ours["state"].keys() == theirs["state"].keys()
+    for place, state in theirs["state"].items():
+        assert ours["state"][place].keys() == state.keys()
+        for key, value in state.items():
+            mine = ours["state"][place][key]
+            if isinstance(value, Tensor):
+                torch.testing.assert_close(mine, value, **rounding)
+            else:
+                assert mine == value
+    for mine, each in zip(one.values(), other.values(), strict=True):
+        assert (mine.grad is None) == (each.grad is None)
+        assert mine.grad is None or torch.equal(mine.grad, each.grad)
+    for tensor in masked_tensors(one.model):  # what compiled models read
+        masked: Any = tensor.masked
+        assert torch.equal(masked.frozen.flatten()[masked.index.long()], masked.values.detach().flatten())
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_joined_steps_are_those_of_each(way: str) -> None:
+    one, other = both(way)
+    for _ in range(3):
+        assert one.step() == len(one.values())
+        assert other.step() == 0
+        assert_equal(one, other)
+
+
+def reload(side: Side) -> None:
+    stored = io.BytesIO()
+    torch.save(side.optimizer.state_dict(), stored)
+    stored.seek(0)
+    side.optimizer = side.make(side.model.parameters())
+    side.optimizer.load_state_dict(torch.load(stored, weights_only=True))
+
+
+def copied(side: Side) -> None:
+    side.model, side.optimizer = copy.deepcopy((side.model, side.optimizer))
+
+
+def reset_one(side: Side) -> None:
+    side.optimizer.state[side.values()[1]] = {}
+
+
+def reset_entries(side: Side) -> None:
+    for state in side.optimizer.state.values():
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.dim():
+                state[key] = torch.ones_like(value)
+                break
+
+
+def reset_in_place(side: Side) -> None:
+    for value in side.optimizer.state[side.values()[2]].values():
+        if isinstance(value, Tensor) and value.dim():
+            value.zero_()
+
+
+def count_one_higher(side: Side) -> None:
+    if "step" in side.optimizer.state[side.values()[0]]:
+        side.optimizer.state[side.values()[0]]["step"].add_(5)
+
+
+def forget(side: Side) -> None:
+    side.optimizer.state.clear()
+
+
+def other_rate(side: Side) -> None:
+    side.optimizer.param_groups[0]["lr"] = 0.01
+
+
+def two_param_groups(side: Side) -> None:
+    held = side.optimizer.param_groups
+    held.append({**held[0], "params": held[0]["params"][3:], "lr": 0.001})
+    held[0]["params"] = held[0]["params"][:3]
+
+
+def write_data(side: Side) -> None:
+    side.values()[0].data = side.values()[0].data + 1
+
+
+def write_values(side: Side) -> None:
+    with torch.no_grad():
+        side.values()[0].mul_(2)
+
+
+def write_whole(side: Side) -> None:
+    with torch.no_grad():
+        side.model[0].weight.mul_(2)
+
+
+def freeze_one(side: Side) -> None:
+    side.values()[0].requires_grad_(False)
+
+
+def other_mask(side: Side) -> None:
+    replace_mask(side.model, every_third(side.model, 1), side.optimizer)
+
+
+def other_dtype(side: Side) -> None:
+    side.model.double()
+    side.optimizer = side.make(side.model.parameters())
+
+
+EVENTS = [
+    reload, copied, reset_one, reset_entries, reset_in_place, count_one_higher, forget, other_rate, two_param_groups,
+    write_data, write_values, write_whole, freeze_one, other_mask, other_dtype,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("event", EVENTS)
+@pytest.mark.parametrize("way", ["AdamW", "AdamW, fused", "SGD, momentum"])
+def test_what_happens_between_two_steps_counts(way: str, event: Callable[[Side], None]) -> None:
+    one, other = both(way)
+    for side in (one, other):
+        side.step()
+        event(side)
+        side.step()
+    assert_equal(one, other)
+    for side in (one, other):
+        side.step()
+    assert_equal(one, other)
+
+
+@pytest.mark.parametrize("way", ["AdamW", "AdamW, fused", "SGD, momentum"])
+def test_where_a_tensor_has_no_gradient_each_is_stepped_by_itself(way: str) -> None:
+    one, other = both(way)
+    hidden = [[side.step(without) for without in (3, None, None, 2, None, 3)] for side in (one, other)]
+    assert_equal(one, other)
+    assert 0 < hidden[0][0] < len(one.values())  # the LayerNorm's are another group
+    assert not any(hidden[1])
+
+
+def test_what_the_steps_of_all_were_counted_as_again_is_joined_again() -> None:
+    one, other = both("AdamW")
+    for side in (one, other):
+        side.step()
+        side.step(closure=lambda: 0.0)  # each by itself
+        assert side.step() == (len(side.values()) if side.joins else 0)
+    assert_equal(one, other)
+
+
+def test_gradients_of_a_closure_are_found() -> None:
+    one, other = both("AdamW")
+    for side in (one, other):
+        inputs = torch.ones(2, 3, device=DEVICE)
+
+        def closure(side: Side = side, inputs: Tensor = inputs) -> Tensor:
+            side.optimizer.zero_grad()
+            loss: Tensor = side.model(inputs).square().sum()
+            loss.backward()
+            return loss
+
+        for _ in range(3):
+            assert side.only_step(closure=closure) == 0
+    assert_equal(one, other)
+
+
+def test_gradients_in_one_memory_and_by_themselves() -> None:
+    """From a backward pass they are slices of one memory; accumulated, clipped and scaled they still are."""
+    one, other = both("AdamW")
+    inputs = torch.randn(4, 3, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    scalers = [torch.amp.GradScaler(DEVICE.type, init_scale=8.0) for _ in range(2)]
+    for side, scaler in zip((one, other), scalers, strict=True):
+        for number in range(4):
+            for _ in range(2):
+                scaler.scale(side.model(inputs)[:, 0].sum()).backward()
+            scaler.unscale_(side.optimizer)
+            torch.nn.utils.clip_grad_norm_(side.model.parameters(), 0.5)
+            if number == 2:
+                side.values()[0].grad = side.values()[0].grad.clone()
+            side.only_step()
+            scaler.update()
+            side.optimizer.zero_grad(set_to_none=number < 2)
+    assert_equal(one, other)
+
+
+@pytest.mark.parametrize("inf", [False, True])
+def test_a_grad_scaler_tells_fused_optimizers(inf: bool) -> None:
+    one, other = both("AdamW, fused")
+    for side in (one, other):
+        scaler = torch.amp.GradScaler(DEVICE.type, init_scale=8.0)
+        inputs = torch.full((4, 3), torch.inf if inf else 1.0, device=DEVICE)
+        for _ in range(3):
+            scaler.scale(side.model(inputs)[:, 0].sum()).backward()
+            scaler.step(side.optimizer)
+            scaler.update()
+            side.optimizer.zero_grad()
+        side.step()
+    assert_equal(one, other)
+
+
+def test_who_looks_into_a_step_finds_the_gradients() -> None:
+    side, seen = Side(WAYS["AdamW"], joins=True), []
+    side.optimizer.register_step_pre_hook(lambda *_: seen.append(side.values()[0].grad))
+    assert side.step() == 0
+    assert seen[0] is side.values()[0].grad is not None
+
+
+def test_an_error_within_a_step_leaves_an_optimizer_that_goes_on() -> None:
+    side = Side(WAYS["AdamW"], joins=True)
+    side.step()
+    held = side.optimizer.param_groups
+    held.append({**held[0], "params": [nn.Parameter(torch.ones(2, device=DEVICE))], "lr": "wrong"})
+    held[1]["params"][0].grad = torch.ones(2, device=DEVICE)
+    with pytest.raises(TypeError):
+        side.step()
+    held.pop()
+    before = [values.detach().clone() for values in side.values()]
+    assert side.step() == len(side.values())
+    assert not any(torch.equal(values, old) for values, old in zip(side.values(), before, strict=True))
+
+
+def test_subclasses_are_left_alone() -> None:
+    class ByTensor(AdamW):
+        """May compute something of whole tensors."""
+
+    side = Side(ByTensor, joins=True)
+    assert side.step() == 0
+
+
+def test_nothing_of_a_step_is_kept_with_the_model() -> None:
+    side = Side(WAYS["AdamW"], joins=True)
+    side.step()
+    trained = optimizer_steps._trained[side.optimizer]
+    assert not trained.joined._hidden
+    assert all(joined.whole.grad is None and not joined.grads for joined in trained.joined._joined)
