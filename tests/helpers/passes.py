@@ -37,8 +37,8 @@ def real_pass(model: Any, batch: dict[str, torch.Tensor], args: Any) -> LiveByte
     """A step as the Trainer does it."""
     held = [*model.parameters(), *model.buffers()]
     for tensor in masked_tensors(model):
-        held += [tensor.masked.read(), tensor.masked.frozen, tensor.masked.index]
-        held += tensor.masked.group.joined or ()
+        held += [tensor.masked.read(), tensor.masked.frozen]
+        held += tensor.masked.group.joined or [tensor.masked.index]
     if args.activation_checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     model.train()

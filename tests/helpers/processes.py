@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import socket
 from collections.abc import Callable
@@ -14,6 +15,9 @@ import torch
 import torch.distributed as dist
 
 from fish_tuning.errors import FishTuningError
+
+# What both of two processes would load, for as long as most of these tests take otherwise, is loaded once for all.
+_LOADED = ["torch._dynamo", "torch.distributed.fsdp", "transformers.trainer", "peft", "tiny", "fish_tuning"]
 
 
 def refusal(call: Callable[[], Any]) -> str:
@@ -33,7 +37,10 @@ def in_two_processes(work: Callable[..., Any], folder: Path, *args: Any) -> list
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with mock.patch.dict(os.environ, {"CUDA_VISIBLE_DEVICES": "", "FISH_TUNING_DEVICE": "cpu"}):  # gloo's device
-        torch.multiprocessing.spawn(_process, (port, work, folder, args), nprocs=2)  # type: ignore[no-untyped-call]
+        multiprocessing.set_forkserver_preload(_LOADED)
+        torch.multiprocessing.start_processes(  # type: ignore[no-untyped-call]
+            _process, (port, work, folder, args), nprocs=2, start_method="forkserver"
+        )
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
+import weakref
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -53,18 +56,18 @@ class Side:
     def only_step(self, **kwargs: Any) -> int:
         hidden: list[int] = []
 
-        def step(joined: Any, optimizer: Optimizer) -> None:
+        def begin(joined: Any, optimizer: Optimizer) -> None:
             if self.joins:
                 ORIGINAL(joined, optimizer)
-            hidden.append(len(joined._hidden))
+            hidden.append(sum(len(each._values) for each in joined._ready))
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(joined_steps.JoinedSteps, "step", step)
+            patch.setattr(joined_steps.JoinedSteps, "begin", begin)
             self.optimizer.step(**kwargs)
         return sum(hidden)
 
 
-ORIGINAL = joined_steps.JoinedSteps.step
+ORIGINAL = joined_steps.JoinedSteps.begin
 
 
 def every_third(model: nn.Module, first: int) -> dict[str, Tensor]:
@@ -105,8 +108,9 @@ def assert_equal(one: Side, other: Side) -> None:
 @pytest.mark.parametrize("way", WAYS)
 def test_joined_steps_are_those_of_each(way: str) -> None:
     one, other = both(way)
-    for _ in range(3):
-        assert one.step() == len(one.values())
+    for number in range(4):
+        joined = number > 0 or way == "SGD"  # the first makes the states
+        assert one.step() == (len(one.values()) if joined else 0)
         assert other.step() == 0
         assert_equal(one, other)
 
@@ -187,9 +191,33 @@ def other_dtype(side: Side) -> None:
     side.optimizer = side.make(side.model.parameters())
 
 
+def elsewhere(side: Side) -> None:
+    """As states are offloaded."""
+    for state in side.optimizer.state.values():
+        for value in state.values():
+            value.data = value.data.clone()
+
+
+def one_elsewhere(side: Side) -> None:
+    state = side.optimizer.state[side.values()[1]]
+    key = next(key for key, value in state.items() if value.dim())
+    state[key].data = torch.ones_like(state[key])
+
+
+def other_count(side: Side) -> None:
+    for state in side.optimizer.state.values():
+        if "step" in state:
+            state["step"].fill_(7)
+
+
+def settings(side: Side) -> None:
+    side.optimizer.param_groups[0].update(weight_decay=0.3, maximize=True)
+
+
 EVENTS = [
-    reload, copied, reset_one, reset_entries, reset_in_place, count_one_higher, forget, other_rate, two_param_groups,
-    write_data, write_values, write_whole, freeze_one, other_mask, other_dtype,
+    elsewhere, one_elsewhere, other_count, settings, reload, copied, reset_one, reset_entries, reset_in_place,
+    count_one_higher, forget, other_rate, two_param_groups, write_data, write_values, write_whole, freeze_one,
+    other_mask, other_dtype,
 ]  # fmt: skip
 
 
@@ -199,10 +227,12 @@ def test_what_happens_between_two_steps_counts(way: str, event: Callable[[Side],
     one, other = both(way)
     for side in (one, other):
         side.step()
+        side.step()
         event(side)
         side.step()
     assert_equal(one, other)
     for side in (one, other):
+        side.step()
         side.step()
     assert_equal(one, other)
 
@@ -210,18 +240,29 @@ def test_what_happens_between_two_steps_counts(way: str, event: Callable[[Side],
 @pytest.mark.parametrize("way", ["AdamW", "AdamW, fused", "SGD, momentum"])
 def test_where_a_tensor_has_no_gradient_each_is_stepped_by_itself(way: str) -> None:
     one, other = both(way)
-    hidden = [[side.step(without) for without in (3, None, None, 2, None, 3)] for side in (one, other)]
+    hidden = [[side.step(without) for without in (None, 3, None, None, 2, None, 3)] for side in (one, other)]
     assert_equal(one, other)
-    assert 0 < hidden[0][0] < len(one.values())  # the LayerNorm's are another group
+    assert 0 < hidden[0][1] < len(one.values())  # the matrices are a group, the vectors another
     assert not any(hidden[1])
 
 
-def test_what_the_steps_of_all_were_counted_as_again_is_joined_again() -> None:
+def test_after_steps_one_by_one_they_are_joined_again() -> None:
     one, other = both("AdamW")
     for side in (one, other):
         side.step()
         side.step(closure=lambda: 0.0)  # each by itself
         assert side.step() == (len(side.values()) if side.joins else 0)
+    assert_equal(one, other)
+
+
+def test_who_moves_states_again_and_again_has_them_stepped_one_by_one() -> None:
+    one, other = both("AdamW")
+    hidden: list[list[int]] = [[], []]
+    for side, found in zip((one, other), hidden, strict=True):
+        for _ in range(5):
+            found += [side.step(), side.step()]
+            elsewhere(side)
+    assert [number > 0 for number in hidden[0]] == [False, True, False, True, False, True] + [False] * 4
     assert_equal(one, other)
 
 
@@ -239,6 +280,34 @@ def test_gradients_of_a_closure_are_found() -> None:
         for _ in range(3):
             assert side.only_step(closure=closure) == 0
     assert_equal(one, other)
+
+
+def test_states_stay_the_objects_that_they_are_in_the_order_of_the_parameters() -> None:
+    side = Side(WAYS["AdamW"], joins=True)
+    plain = AdamW([nn.Parameter(values.detach().clone()) for values in side.values()])
+    for values, parameter in zip(side.values(), plain.param_groups[0]["params"], strict=True):
+        values.grad, parameter.grad = torch.ones_like(values), torch.ones_like(parameter)
+    held: list[Any] = []
+    side.optimizer.register_step_post_hook(lambda *_: held.append(side.optimizer.state_dict()["state"]))
+    side.only_step()
+    plain.step()
+    side.optimizer._optimizer_step_post_hooks.clear()
+    for _ in range(3):
+        side.step()
+    assert list(held[0]) == list(side.optimizer.state_dict()["state"]) == list(plain.state_dict()["state"])
+    for place, state in side.optimizer.state_dict()["state"].items():
+        assert list(state) == list(plain.state_dict()["state"][place])
+        assert all(held[0][place][key] is value for key, value in state.items())
+
+
+def test_states_that_nobody_holds_are_gone() -> None:
+    side = Side(WAYS["AdamW"], joins=True)
+    for _ in range(3):
+        side.step()
+    states = [weakref.ref(state["exp_avg"].untyped_storage()) for state in side.optimizer.state.values()]
+    side.optimizer.state.clear()
+    gc.collect()
+    assert not any(state() is not None for state in states)
 
 
 def test_gradients_in_one_memory_and_by_themselves() -> None:
@@ -275,38 +344,84 @@ def test_a_grad_scaler_tells_fused_optimizers(inf: bool) -> None:
     assert_equal(one, other)
 
 
-def test_who_looks_into_a_step_finds_the_gradients() -> None:
+@pytest.mark.parametrize("registered", ["pre", "post"])
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_who_looks_into_a_step_finds_the_gradients(registered: str, everywhere: bool) -> None:
     side, seen = Side(WAYS["AdamW"], joins=True), []
-    side.optimizer.register_step_pre_hook(lambda *_: seen.append(side.values()[0].grad))
-    assert side.step() == 0
+    side.step()
+
+    def look(optimizer: Optimizer, *_: Any) -> None:
+        assert optimizer is side.optimizer
+        seen.append(side.values()[0].grad)
+
+    where: Any = import_module("torch.optim.optimizer") if everywhere else side.optimizer
+    prefix = "register_optimizer_step" if everywhere else "register_step"
+    handle = getattr(where, f"{prefix}_{registered}_hook")(look)
+    try:
+        assert side.step() == 0
+    finally:
+        handle.remove()
+    assert len(seen) == 1
     assert seen[0] is side.values()[0].grad is not None
+    assert side.step() == len(side.values())
 
 
-def test_an_error_within_a_step_leaves_an_optimizer_that_goes_on() -> None:
+def test_an_error_within_a_step_moves_nothing_and_leaves_an_optimizer_that_goes_on() -> None:
     side = Side(WAYS["AdamW"], joins=True)
     side.step()
     held = side.optimizer.param_groups
     held.append({**held[0], "params": [nn.Parameter(torch.ones(2, device=DEVICE))], "lr": "wrong"})
     held[1]["params"][0].grad = torch.ones(2, device=DEVICE)
+    before = [values.detach().clone() for values in side.values()]
     with pytest.raises(TypeError):
         side.step()
+    assert all(torch.equal(values, old) for values, old in zip(side.values(), before, strict=True))
     held.pop()
-    before = [values.detach().clone() for values in side.values()]
     assert side.step() == len(side.values())
     assert not any(torch.equal(values, old) for values, old in zip(side.values(), before, strict=True))
+    assert {float(side.optimizer.state[values]["step"]) for values in side.values()} == {2.0}
+
+
+def test_a_parameter_that_is_there_twice_is_stepped_twice() -> None:
+    one, other = both("SGD")
+    for side in (one, other):
+        side.optimizer.param_groups[0]["params"].append(side.values()[0])
+        assert side.step() == 0
+    assert_equal(one, other)
+
+
+def test_in_inference_mode_each_is_stepped_by_itself() -> None:
+    one, other = both("AdamW")
+    for side in (one, other):
+        with torch.inference_mode():
+            side.step()
+            side.step()
+    assert_equal(one, other)
 
 
 def test_subclasses_are_left_alone() -> None:
-    class ByTensor(AdamW):
-        """May compute something of whole tensors."""
+    class Doubled(AdamW):
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            super().step(closure)
+            for held in self.param_groups:
+                for parameter in held["params"]:
+                    parameter.data.add_(1)
 
-    side = Side(ByTensor, joins=True)
-    assert side.step() == 0
+    one, other = (Side(Doubled, joins) for joins in (True, False))
+    for side in (one, other):
+        AdamW(side.model.parameters())  # torch puts its hooks on the step of a class when it makes the first
+        for _ in range(3):
+            assert side.step() == 0
+    assert_equal(one, other)
 
 
-def test_nothing_of_a_step_is_kept_with_the_model() -> None:
+def test_nothing_of_a_step_is_kept() -> None:
     side = Side(WAYS["AdamW"], joins=True)
-    side.step()
-    trained = optimizer_steps._trained[side.optimizer]
-    assert not trained.joined._hidden
-    assert all(joined.whole.grad is None and not joined.grads for joined in trained.joined._joined)
+    for _ in range(2):
+        side.step()
+    joined = optimizer_steps._trained[side.optimizer].joined
+    assert not joined._ready
+    assert not any(each._grads for each in joined._joined)
+    grads = [weakref.ref(values.grad) for values in side.values()]
+    side.optimizer.zero_grad()
+    assert not any(grad() is not None for grad in grads)

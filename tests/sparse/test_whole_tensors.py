@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vmap
 
 from fish_tuning import apply_mask, get_mask
-from fish_tuning.sparse.masked_tensors import masked_tensors
+from fish_tuning.sparse.masked_tensors import masked_tensors, unmask_tensor
 
 
 class Bookkept:
@@ -347,3 +347,60 @@ def test_a_call_in_another_dtype() -> None:
     called = CalledWithOthers()
     expected, called.given = called.model(called.given), called.given.double()
     torch.testing.assert_close(called.masked({n: p.double() for n, p in called.own.items()}).float(), expected)
+
+
+def every_position_is(model: nn.Module, mask: dict[str, Tensor]) -> bool:
+    return all(
+        torch.equal(tensor.masked.index, mask[tensor.name].flatten().nonzero()[:, 0])
+        for tensor in masked_tensors(model)
+    )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model,
+        lambda model: model.double(),
+        lambda model: copy.deepcopy(model),
+        lambda model: pickle.loads(pickle.dumps(model)),
+        lambda model: model.requires_grad_(False),
+    ],
+    ids=["as it is", "double", "deepcopy", "pickle", "frozen"],
+)
+def test_positions_are_kept_once_and_are_those_of_the_mask(change: Callable[[nn.Module], nn.Module]) -> None:
+    torch.manual_seed(0)
+    model: nn.Module = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 5), nn.Linear(5, 2))
+    mask = {name: torch.rand(p.shape) < 0.5 for name, p in model.named_parameters()}
+    apply_mask(model, mask)
+    model = change(model)
+    assert every_position_is(model, mask)
+    found = [tensor.masked for tensor in masked_tensors(model)]
+    groups = {each.group: each.group.joined[1] for each in found}
+    assert all(each.own_index is None for each in found)
+    assert sum(index.nbytes for index in groups.values()) == 4 * sum(each.num_selected for each in found)
+
+
+def test_positions_of_those_that_stay_when_one_of_a_group_goes() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 5), nn.Linear(5, 2))
+    mask = {name: torch.rand(p.shape) < 0.5 for name, p in model.named_parameters()}
+    apply_mask(model, mask)
+    first, *others = masked_tensors(model)
+    unmask_tensor(first, trains=True)
+    assert [tensor.name for tensor in masked_tensors(model)] == [tensor.name for tensor in others]
+    assert every_position_is(model, mask)
+
+
+def test_gradients_where_one_of_a_group_has_none() -> None:
+    torch.manual_seed(0)
+    model: Any = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 5), nn.Linear(5, 2))
+    mask = {name: torch.rand(p.shape) < 0.5 for name, p in model.named_parameters()}
+    dense = copy.deepcopy(model)
+    apply_mask(model, mask)
+    inputs = torch.randn(2, 3)
+    for each in (model, dense):
+        each[1](each[0](inputs)).square().sum().backward()
+    for name, values in model.named_parameters():
+        whole = dict(dense.named_parameters())[name].grad
+        assert (values.grad is None) == (whole is None)
+        assert values.grad is None or torch.equal(values.grad.flatten(), whole[mask[name]])

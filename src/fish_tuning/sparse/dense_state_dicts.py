@@ -70,7 +70,7 @@ class DenseStateDict:
         elif is_sharded(stored):
             dense = torch.empty(masked.shape, device="meta") if stored.is_meta else masked.dense_of(stored)
             state_dict[prefix + self.local] = shard_like(dense, stored)
-        elif stored.numel() == len(masked.index):
+        elif stored.numel() == masked.num_selected:
             state_dict[prefix + self.local] = masked.dense_of(stored)
 
 
@@ -102,7 +102,7 @@ class SplitStateDict:
             return
         if not isinstance(dense, Tensor) or self.local not in module._parameters:
             return
-        if own is not None and not own.numel() and dense.shape == (masked.shape.numel() - len(masked.index),):
+        if own is not None and not own.numel() and dense.shape == (masked.shape.numel() - masked.num_selected,):
             masked.put_unselected(dense)  # the values come by ZeRO-3's own ways
             state_dict[name] = own.detach()
         if dense.shape != masked.shape:
@@ -127,7 +127,7 @@ class TakeLoaded:
         masked: MaskedTensor = vars(module)[STATE + self.local]
         values = module._parameters.get(self.local)
         own = values is None or values is masked.values or is_sharded(values)
-        if not own and values is not None and values.numel() == len(masked.index):
+        if not own and values is not None and values.numel() == masked.num_selected:
             masked.move(lambda tensor: tensor, values)
         masked.group.stale, masked.group.settled = True, False
 

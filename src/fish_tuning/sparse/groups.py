@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from fish_tuning.sparse.optimizer_steps import held_by_others, look_again, watch_optimizers
-from fish_tuning.sparse.selected_gradients import runs_of, whole_tensors
+from fish_tuning.sparse.selected_gradients import starts_of, whole_tensors
 from fish_tuning.sparse.values import DATA, Values, Whole, watch_again
 
 if TYPE_CHECKING:  # which has a group from its beginning
@@ -51,8 +51,21 @@ class Group:
         self.settled = False  # whether `flat` and the count tell all that a read must know of the values
         self._plains: list[Tensor] = []  # the tensors of all members with values, and their counts of changes when
         self._counts: list[int] = []  # they were written last: to look at each member takes three times as long
+        self._places: dict[MaskedTensor, tuple[int, int, int]] = {}  # of each member's in the joined entries and memory
         for member in members:
+            member.index = member.index  # which the group that it was in may have
             member.in_group = weakref.ref(self)
+
+    def index_of(self, member: MaskedTensor) -> Tensor:
+        """The positions of a member's selected entries, of which the joined ones tell."""
+        (_, joined), (first, last, start) = self.joined, self._places[member]  # type: ignore[misc]
+        return joined[first:last] - start
+
+    def take_apart(self) -> None:
+        """Each member knows the positions of its entries itself."""
+        for member in self.members:
+            member.index = member.index
+        self.joined, self._places = None, {}
 
     def share_values(self) -> None:
         """Make new values for all members: slices of one memory, with one count of changes."""
@@ -105,8 +118,8 @@ class Group:
         training = [(place, member) for place, member in enumerate(self.members) if member.trains]
         if training:
             joined = self.joined[1] if self.joined is not None and len(training) == len(tensors) else None
-            indices, frozen = [each.index for _, each in training], [each.frozen for _, each in training]
-            made = whole_tensors(indices, joined, frozen, [each.values for _, each in training])
+            indices = joined if joined is not None else [each.index for _, each in training]
+            made = whole_tensors(indices, [each.frozen for _, each in training], [each.values for _, each in training])
             for (place, _), tensor in zip(training, made, strict=True):
                 tensors[place] = tensor
         return tensors
@@ -142,7 +155,8 @@ class Group:
 
     def split_up(self) -> None:
         """An engine has the tensors, part by part: nothing of them is kept here."""
-        self.scattered, self.joined = True, None
+        self.scattered = True
+        self.take_apart()
         self._plains, self._counts = [], []
 
     def _unwritten(self) -> bool:
@@ -222,20 +236,24 @@ class Group:
         tensors = [member.frozen for member in self.members]
         kinds = {(tensor.dtype, tensor.device) for tensor in tensors}
         if len(tensors) < 2 or len(kinds) > 1 or not all(tensor.dim() for tensor in tensors):
-            self.joined = None
+            self.take_apart()
             return
         memories = {tensor.untyped_storage().data_ptr() for tensor in tensors}
         if self.joined is not None and memories == {self.joined[0].untyped_storage().data_ptr()}:
             return
         memory = tensors[0].new_empty(sum(tensor.numel() for tensor in tensors))
-        start, starts = 0, [0] * len(tensors)
-        for place in itertools.chain(*runs_of([tensor.shape for tensor in tensors])):
-            member, starts[place] = self.members[place], start
-            start += member.frozen.numel()
-            there = memory[starts[place] : start].view(member.shape)
-            member.frozen = there.copy_(member.frozen).data  # with a count of changes of its own
+        starts = starts_of([tensor.shape for tensor in tensors])
+        for member, start in zip(self.members, starts, strict=True):
+            place = memory[start : start + member.frozen.numel()].view(member.shape)
+            member.frozen = place.copy_(member.frozen).data  # with a count of changes of its own
         index = torch.cat([member.index + start for member, start in zip(self.members, starts, strict=True)])
-        self.joined = memory, index
+        ends = itertools.accumulate(member.num_selected for member in self.members)
+        places = [
+            (end - each.num_selected, end, start) for each, end, start in zip(self.members, ends, starts, strict=True)
+        ]
+        self.joined, self._places = (memory, index), dict(zip(self.members, places, strict=True))
+        for member in self.members:
+            member.own_index = None
 
 
 def small_groups(sizes: Sequence[int], keys: Sequence[Any], gpu: bool = False) -> list[list[int]]:

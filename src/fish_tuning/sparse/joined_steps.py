@@ -1,16 +1,15 @@
 """Masked values that lie in one memory are stepped as one tensor, by optimizers that work entry by entry.
 
-What hundreds of small tensors cost an optimizer is looking at each of them, not their entries. So another optimizer of
-the same class steps one parameter over all values of a group before the real one begins, which then finds no gradient
-there. All that others see stays as it was: the values are the parameters, and the state of each is a slice of the whole
-state, whether a step was joined or not.
+What hundreds of small tensors cost an optimizer is looking at each of them, not their entries. So their gradients are
+hidden while the optimizer steps; then its own step is done for one tensor over all values of a group, another over
+their gradients, and others over their states. Nothing of it is kept: the values are the parameters, the optimizer has
+the state of each, and only the memory of these states is moved once, so that they lie together. Where anything lies
+elsewhere than expected, or one of the values was stepped less often, the optimizer steps each as ever.
 """
 
 from __future__ import annotations
 
-import inspect
 import itertools
-import operator
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,24 +17,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from fish_tuning.sparse.values import MaskedGroup
+from fish_tuning.sparse.values import DATA, MaskedGroup
 
 # By the class itself: a subclass may compute something of whole tensors.
 _ENTRY_BY_ENTRY = (Adam, AdamW, SGD)
-_OF_GRAD_SCALER = ("grad_scale", "found_inf")  # what it tells a fused optimizer for the length of a step
-# The optimizers that step for others.
-steppers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+_TRIES = 3  # to gather states: who moves them again and again, or steps some less often, has them stepped one by one
 
 
-def works_entry_by_entry(optimizer: Optimizer, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+def may_be_joined(optimizer: Optimizer, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     """Whether a step with these arguments may be joined: nobody looks into it, and no gradient comes within it."""
     closure = args[1] if len(args) > 1 else kwargs.get("closure")
     return (
         type(optimizer) in _ENTRY_BY_ENTRY
+        and hasattr(type(optimizer).step, "__wrapped__")  # what is within torch's hooks
         and closure is None
         and not optimizer._optimizer_step_pre_hooks
         and not optimizer._optimizer_step_post_hooks
+        and len(_global_optimizer_pre_hooks) == len(_global_optimizer_post_hooks) == 1  # ours
+        and not torch.is_inference_mode_enabled()
         and not any(held.get("differentiable") for held in optimizer.param_groups)
     )
 
@@ -45,168 +46,188 @@ class JoinedSteps:
 
     def __init__(self, optimizer: Optimizer, groups: list[MaskedGroup]) -> None:
         places = {id(each): place for place, held in enumerate(optimizer.param_groups) for each in held["params"]}
+        once = len(places) == sum(len(held["params"]) for held in optimizer.param_groups)
         self._joined = []
         for group in groups:
             values = group.all_values()
             found = {places.get(id(each)) for each in values}
-            if len(values) > 1 and len(found) == 1 and None not in found:
+            if len(values) > 1 and len(found) == 1 and None not in found and once:
                 self._joined.append(_Joined(group, values, places[id(values[0])]))
-        self._stepper: Optimizer | None = None
-        self._hidden: list[tuple[Any, Tensor]] = []
+        self._ready: list[_Joined] = []
+        self._others: list[_Joined] = []
 
-    def step(self, optimizer: Optimizer) -> None:
-        """Step what can be stepped together, and hide its gradients until `end`."""
-        self._hidden = []
-        ready = [each for each in self._joined if each.prepare(optimizer)]
-        if not ready:
-            return
-        stepper = self._stepper_for(optimizer, ready)
-        stepper.step()
+    def begin(self, optimizer: Optimizer) -> None:
+        """Hide the gradients of what can be stepped together. An error in the step loses them, and moves nothing."""
+        self._ready, self._others = [], []
+        for each in self._joined:
+            (self._ready if each.is_together(optimizer) else self._others).append(each)
+        for each in self._ready:
+            each.hide()
+
+    def end(self, optimizer: Optimizer) -> None:
+        """Step what was hidden, once the optimizer has stepped the rest."""
+        ready, others = self._ready, self._others
+        self._ready, self._others = [], []
         for each in ready:
-            each.hand_out(optimizer, stepper)
-            self._hidden += zip(each.values, each.grads, strict=True)
-            each.grads, each.whole.grad = [], None
-        for values, _ in self._hidden:
-            values.grad = None
+            each.show()
+        if ready:
+            with torch.no_grad():
+                _step([each.whole(optimizer) for each in ready], optimizer)
+        for each in others:
+            each.gather_states(optimizer)
 
-    def end(self) -> None:
-        """The real optimizer's step is over."""
-        for values, grad in self._hidden:
-            values.grad = grad
-        self._hidden = []
 
-    def _stepper_for(self, optimizer: Optimizer, ready: list[_Joined]) -> Optimizer:
-        """An optimizer of the same class and settings, whose parameters are these."""
-        if self._stepper is None:
-            known = inspect.signature(type(optimizer)).parameters
-            own = {name: value for name, value in optimizer.defaults.items() if name in known}
-            self._stepper = type(optimizer)([nn.Parameter(torch.zeros(()))], **own)
-            steppers.add(self._stepper)
-        self._stepper.param_groups = [{**optimizer.param_groups[each.place], "params": [each.whole]} for each in ready]
-        self._stepper.state.clear()
-        self._stepper.state.update({each.whole: dict(each.state) for each in ready if each.state})
-        for name in _OF_GRAD_SCALER:
-            if hasattr(optimizer, name):
-                setattr(self._stepper, name, getattr(optimizer, name))
-            elif hasattr(self._stepper, name):
-                delattr(self._stepper, name)
-        return self._stepper
+class _Whole:
+    """A parameter over all values of a group, its state, and what the optimizer has set for it."""
+
+    def __init__(self, parameter: nn.Parameter, state: dict[str, Any], counts: list[Tensor], settings: Any) -> None:
+        self.parameter, self.state, self.counts, self.settings = parameter, state, counts, settings
+
+
+def _step(wholes: list[_Whole], optimizer: Optimizer) -> None:
+    """What the optimizer does in a step, for these: an object that is it in all but parameters and state does it."""
+    kind: Any = type(optimizer)
+    stepper = kind.__new__(kind)
+    vars(stepper).update(vars(optimizer))
+    stepper.param_groups = [{**each.settings, "params": [each.parameter]} for each in wholes]
+    stepper.state = {each.parameter: each.state for each in wholes}
+    kind.step.__wrapped__(stepper)  # without hooks, and not told of to a profiler as a step
+    for each in wholes:
+        for counts, count in zip(each.counts, (s for s in each.state.values() if _is_count(s)), strict=True):
+            counts.copy_(count)
 
 
 class _Joined:
-    """The values of one masked group, and the state that an optimizer has of them, as one tensor each."""
+    """The values of one masked group in one optimizer."""
 
     def __init__(self, group: MaskedGroup, values: list[Any], place: int) -> None:
         self._group = weakref.ref(group)  # an optimizer does not keep the model
-        self.values, self.place = values, place
-        self.sizes = [each.numel() for each in values]
-        starts = itertools.accumulate(self.sizes[:-1], initial=0)
-        self._starts = [start * values[0].element_size() for start in starts]
-        self._flat: Tensor | None = None
-        self.whole: Any = None  # a parameter over all values
-        self.grads: list[Tensor] = []
-        self.state: dict[str, Any] = {}  # of `whole`
-        self._parts: list[dict[str, Any]] = []  # of each of the values, as it was handed out
-        self._counts: dict[str, tuple[Tensor, int]] = {}  # the counts of steps of all values, and their version then
+        self._values, self._place = values, place
+        self._sizes = [each.numel() for each in values]
+        self._starts = list(itertools.accumulate(self._sizes[:-1], initial=0))
+        self._tries = 0
+        self._apart = False  # whether that alone stood in the way of the last step, that its states were not together
+        self._versions: list[int] = []  # of the counts of steps, when they were equal
+        # For the length of a step: the gradients, and the memories that they and the states are in.
+        self._grads: list[Tensor] = []
+        self._grad: Tensor | None = None
+        self._states: dict[str, tuple[Tensor, bool]] = {}
 
-    def prepare(self, optimizer: Optimizer) -> bool:
-        """Whether the values, their gradients and their states are whole tensors; `whole` has them then."""
+    def is_together(self, optimizer: Optimizer) -> bool:
+        """Whether the values, their gradients and their states are such that they can be stepped as one tensor."""
         group = self._group()
-        if group is None or group.managed or group.scattered:
+        self._apart = False
+        if group is None or group.managed or group.scattered or self._tries > _TRIES:
             return False
         if group.held:
             group.find_flat()
         if group.flat is None or not group.one_count:
             return False
-        grads = [each.grad for each in self.values]
-        if any(grad is None for grad in grads) or not self._join_state(optimizer):
+        grads = [each.grad for each in self._values]
+        if any(grad is None for grad in grads):
             return False
-        if self._flat is not group.flat:
-            self._flat, self.whole = group.flat, nn.Parameter(group.flat)
-        self.grads = grads
-        self.whole.grad = self._joined_grad(grads)
+        memory, states = self._memory_of(grads), self._states_together(optimizer)
+        self._apart = states is None
+        if states is None or (memory is None and not self._may_be_copied(grads, optimizer)):
+            return False
+        self._grads, self._grad, self._states = grads, memory, states
         return True
 
-    def _joined_grad(self, grads: list[Tensor]) -> Tensor:
-        first, shape = grads[0], self.whole.shape
-        begin = first.data_ptr()
-        if [grad.data_ptr() - begin for grad in grads] == self._starts and first.is_contiguous():
-            memory = first.untyped_storage()
-            if begin - memory.data_ptr() + self.whole.numel() * first.element_size() <= memory.nbytes():
-                return first.detach().as_strided(shape, self.whole.stride())
-        return torch.cat(grads)
+    def _may_be_copied(self, grads: list[Tensor], optimizer: Optimizer) -> bool:
+        """Whether gradients may be stepped from copies; a fused step of a GradScaler writes into them."""
+        kinds = {(grad.dtype, grad.layout) for grad in grads}
+        return kinds == {(self._values[0].dtype, torch.strided)} and getattr(optimizer, "grad_scale", None) is None
 
-    def _join_state(self, optimizer: Optimizer) -> bool:
-        """See that `state` is that of the values; whether it is."""
-        states: list[dict[str, Any]] = [optimizer.state.get(each, {}) for each in self.values]
-        if self._parts and all(map(_same_state, states, self._parts)):
-            return all(counts._version == seen for counts, seen in self._counts.values()) or self._count_again()
-        self.state, self._parts, self._counts = {}, [], {}
-        if not any(states):
-            return True
-        state = _joined_state(states, [each.shape for each in self.values])
-        if state is None:
-            return False
-        self.state = state
-        self._hand_out_parts(optimizer)
-        return True
+    def hide(self) -> None:
+        for values in self._values:
+            values.grad = None
 
-    def _count_again(self) -> bool:
-        """The values were stepped one by one meanwhile: whether all as often."""
-        if any(len(counts.unique()) > 1 for counts, _ in self._counts.values()):
-            return False
-        for key, (counts, _) in self._counts.items():
-            self.state[key].copy_(counts[0])
-        return True
+    def show(self) -> None:
+        for values, grad in zip(self._values, self._grads, strict=True):
+            values.grad = grad
 
-    def hand_out(self, optimizer: Optimizer, stepper: Optimizer) -> None:
-        """After a step, each of the values has its part of the state."""
-        state = stepper.state.get(self.whole, {})
-        if state and not (self._parts and _same_state(state, self.state)):
-            self.state = state
-            self._hand_out_parts(optimizer)
-        for key, (counts, _) in self._counts.items():
-            counts.copy_(state[key])
-            self._counts[key] = counts, counts._version
+    def whole(self, optimizer: Optimizer) -> _Whole:
+        flat: Any = self._group().flat  # type: ignore[union-attr]
+        parameter = nn.Parameter(flat)
+        parameter.grad = torch.cat(self._grads) if self._grad is None else self._grad.view_as(parameter)
+        state, counts = {}, []
+        for key, (memory, counted) in self._states.items():
+            state[key] = memory[0].clone() if counted else memory.view_as(parameter)
+            counts += [memory] if counted else []
+        self._grads, self._grad, self._states = [], None, {}
+        return _Whole(parameter, state, counts, optimizer.param_groups[self._place])
 
-    def _hand_out_parts(self, optimizer: Optimizer) -> None:
-        parts: list[dict[str, Any]] = [{} for _ in self.values]
-        self._counts = {}
-        for key, whole in self.state.items():
-            each: Sequence[Any] = [whole] * len(parts)
-            if isinstance(whole, Tensor) and whole.dim():
-                each = whole.split(self.sizes)
-            elif isinstance(whole, Tensor):
-                counts = whole.repeat(len(parts))
-                self._counts[key] = counts, counts._version
-                each = counts.unbind()
-            for part, entries in zip(parts, each, strict=True):
-                part[key] = entries
-        for values, part in zip(self.values, parts, strict=True):
-            optimizer.state[values] = part
-        self._parts = [dict(part) for part in parts]
-
-
-def _joined_state(states: list[dict[str, Any]], shapes: list[torch.Size]) -> dict[str, Any] | None:
-    """The states of tensors of these shapes as that of one tensor; None where they are too unlike for it."""
-    first = states[0]
-    if any(state.keys() != first.keys() for state in states):
-        return None
-    joined: dict[str, Any] = {}
-    for key, example in first.items():
-        parts = [state[key] for state in states]
-        if not isinstance(example, Tensor):
-            alike, joined[key] = all(part == example for part in parts), example
-        elif example.dim():
-            kinds = {(part.dtype, part.device) for part in parts}
-            alike = len(kinds) == 1 and [part.shape for part in parts] == shapes
-            joined[key] = torch.cat(parts) if alike else None
-        else:
-            alike, joined[key] = len(torch.stack(parts).unique()) == 1, example.clone()
-        if not alike:
+    def _memory_of(self, parts: list[Tensor]) -> Any:
+        """The one memory of which these are slices, or None."""
+        first = parts[0]
+        found, size = list(map(Tensor.data_ptr, parts)), first.element_size()
+        begin, starts = found[0], self._starts if first.dim() else range(len(parts))
+        if found != [begin + start * size for start in starts]:
             return None
-    return joined
+        entries = starts[-1] + parts[-1].numel()
+        memory = first.untyped_storage()
+        if not first.is_contiguous() or begin - memory.data_ptr() + entries * size > memory.nbytes():
+            return None
+        return first.data.as_strided((entries,), (1,))  # whose changes are not counted as the first part's
+
+    def _states_together(self, optimizer: Optimizer) -> dict[str, tuple[Tensor, bool]] | None:
+        """By name, the one memory of the values' states, and whether it counts their steps.
+
+        None where they are not in one, and where one of the values was stepped less often than another.
+        """
+        states: list[Any] = list(map(optimizer.state.get, self._values))
+        if not any(states):
+            return None if _has_state(optimizer, self._place) else {}  # which the optimizer makes
+        if not all(states) or set(map(len, states)) != {len(states[0])}:
+            return None
+        found: dict[str, tuple[Tensor, bool]] = {}
+        for key in states[0]:
+            parts = [state.get(key) for state in states]
+            if set(map(type, parts)) != {Tensor}:
+                return None
+            memory, counted = self._memory_of(parts), not parts[0].dim()
+            if memory is None or (counted and not self._are_equal(memory, parts)):
+                return None
+            found[key] = memory, counted
+        return found
+
+    def _are_equal(self, counts: Tensor, parts: list[Tensor]) -> bool:
+        """Whether all were stepped as often. A GPU is waited for only where somebody has written one meanwhile."""
+        versions = [part._version for part in parts]
+        if versions != self._versions:
+            self._versions = versions if bool((counts == counts[0]).all()) else []
+        return versions == self._versions
+
+    def gather_states(self, optimizer: Optimizer) -> None:
+        """Where that alone stood in the way: move the states into one memory. They stay the objects that they are."""
+        if not self._apart:
+            return
+        self._tries += 1
+        states = [optimizer.state.get(each) for each in self._values]
+        if self._tries > _TRIES or not all(states):
+            return
+        whole: list[tuple[list[Tensor], Tensor]] = []
+        for key, example in states[0].items():  # type: ignore[union-attr]
+            parts: list[Any] = [state.get(key) for state in states if state is not None]
+            if not all(isinstance(part, Tensor) for part in parts):
+                return
+            shapes = [torch.Size()] * len(parts) if _is_count(example) else [each.shape for each in self._values]
+            if [part.shape for part in parts] != shapes or len({(part.dtype, part.device) for part in parts}) > 1:
+                return
+            memory = torch.stack(parts) if _is_count(example) else torch.cat(parts)
+            if _is_count(example) and not self._are_equal(memory, parts):
+                return
+            whole.append((parts, memory))
+        for parts, memory in whole:
+            slices: Sequence[Tensor] = memory.unbind() if memory.dim() == 1 and not parts[0].dim() else ()
+            for part, entries in zip(parts, slices or memory.split(self._sizes), strict=True):
+                DATA.__set__(part, entries)
 
 
-def _same_state(state: dict[str, Any], known: dict[str, Any]) -> bool:
-    return len(state) == len(known) and all(map(operator.is_, state.values(), known.values()))
+def _is_count(state: Any) -> bool:
+    """Of steps: one number a parameter."""
+    return isinstance(state, Tensor) and not state.dim()
+
+
+def _has_state(optimizer: Optimizer, place: int) -> bool:
+    return type(optimizer) is not SGD or bool(optimizer.param_groups[place]["momentum"])

@@ -358,8 +358,8 @@ def unmask_tensor(tensor: NamedMaskedTensor, trains: bool) -> None:
     remove_hooks(module, local)
     group: Group = vars(module).pop(GROUP + local)
     del vars(module)[STATE + local]
+    group.take_apart()
     group.members.remove(masked)
-    group.joined = None
     group.bind()
     _set_class(module, _masked_names(module) - {local}, masked_methods(module))
     if masked.values is not None:

@@ -15,7 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fish_tuning.errors import MaskError
-from fish_tuning.sparse.joined_steps import JoinedSteps, steppers, works_entry_by_entry
+from fish_tuning.sparse.joined_steps import JoinedSteps, may_be_joined
 from fish_tuning.sparse.values import MaskedGroup, stop_watching, watch_again
 
 # Groups whose values' memory others may hold, such as an engine that trains a copy of the parameters.
@@ -104,8 +104,6 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
     operations. What is done through `.data` in a step need not be counted: the values are written after it. A read in
     the middle of it (a closure's) finds its group unsettled, and has them watched again.
     """
-    if optimizer in steppers:
-        return
     name, trained = type(optimizer).__name__, _trained_by(optimizer)
     groups = trained.living_groups()
     if name in _OF_WHOLE_MATRICES and groups:
@@ -118,16 +116,16 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
         group.stale, group.settled = True, False
     stop_watching(trained.values)
     _in_step[optimizer] = trained
-    if groups and works_entry_by_entry(optimizer, args, kwargs):
-        trained.joined.step(optimizer)
+    if groups and may_be_joined(optimizer, args, kwargs):
+        trained.joined.begin(optimizer)
 
 
 def _after_step(optimizer: Optimizer, *_: Any) -> None:
     """After every step of every optimizer of the process."""
-    trained = _in_step.pop(optimizer, None)
+    trained = _in_step.get(optimizer)
     if trained is None:
         return
-    trained.joined.end()
+    trained.joined.end(optimizer)
     watch_again(trained.values)
     groups = trained.living_groups()
     for group in groups:

@@ -162,7 +162,7 @@ def with_whole_tensors(model: nn.Module, state_dict: Mapping[str, Any]) -> dict[
             made[tensor.name] = tensor.frozen.detach().clone()
         if stored is None or stored.shape == tensor.masked.shape:
             continue
-        if stored.numel() != len(tensor.masked.index):
+        if stored.numel() != tensor.masked.num_selected:
             raise MaskError(
                 f"state_dict has {tensor.name!r} in the shape {tuple(stored.shape)}; what is saved needs all of it, "
                 f"{tuple(tensor.masked.shape)}. Gather the state dict from all processes."

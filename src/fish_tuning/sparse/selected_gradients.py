@@ -23,23 +23,31 @@ def runs_of(shapes: Sequence[torch.Size]) -> list[list[int]]:
     return list(runs.values())
 
 
-def whole_tensors(
-    indices: list[Tensor], joined: Tensor | None, frozen: list[Tensor], values: list[Any]
-) -> tuple[Tensor, ...]:
+def starts_of(shapes: Sequence[torch.Size]) -> list[int]:
+    """Where each tensor begins in a memory that has them one after another, run by run."""
+    start, starts = 0, [0] * len(shapes)
+    for run in runs_of(shapes):
+        for place in run:
+            starts[place] = start
+            start += shapes[place].numel()
+    return starts
+
+
+def whole_tensors(indices: list[Tensor] | Tensor, frozen: list[Tensor], values: list[Any]) -> tuple[Tensor, ...]:
     """The `frozen` tensors, whose gradients at the entries `indices` go to the `values`.
 
-    `joined` are the entries of them all, counted over one tensor after another in the order of `runs_of`, where they
-    hand on in one go.
+    `indices` is a list of each tensor's entries; or the entries of all, in the memory of which `starts_of` tells, where
+    they hand on in one go.
     """
     with torch.inference_mode(False), torch.enable_grad():
-        made: tuple[Any, ...] = _Selected.apply(indices, joined, frozen, *values)  # type: ignore[no-untyped-call]
+        made: tuple[Any, ...] = _Selected.apply(indices, frozen, *values)  # type: ignore[no-untyped-call]
     made[0].grad_fn._set_sequence_nr(_AT_ONCE)
     return made
 
 
 def whole_tensor(index: Tensor, frozen: Tensor, values: Any) -> Tensor:
     """One of them alone, for one forward pass: without gradients where the pass asks for none."""
-    made: Any = _Selected.apply([index], None, [frozen], values)[0]  # type: ignore[no-untyped-call]
+    made: Any = _Selected.apply([index], [frozen], values)[0]  # type: ignore[no-untyped-call]
     if made.grad_fn is not None:
         made.grad_fn._set_sequence_nr(_AT_ONCE)
     return made  # type: ignore[no-any-return]
@@ -52,23 +60,27 @@ class _Selected(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, indices: list[Tensor], joined: Tensor | None, frozen: list[Tensor], *values: Tensor
-    ) -> tuple[Tensor, ...]:
-        ctx.indices, ctx.joined, ctx.shapes = indices, joined, [tensor.shape for tensor in values]
+    def forward(ctx: Any, indices: list[Tensor] | Tensor, frozen: list[Tensor], *values: Tensor) -> tuple[Tensor, ...]:
+        ctx.indices, ctx.shapes = indices, [tensor.shape for tensor in values]
         ctx.sizes = [len(tensor) for tensor in values]
-        ctx.runs = runs_of([tensor.shape for tensor in frozen]) if joined is not None else []
+        if isinstance(indices, Tensor):
+            ctx.whole_shapes = [tensor.shape for tensor in frozen]
+            ctx.runs = runs_of(ctx.whole_shapes)
         ctx.set_materialize_grads(False)
         return tuple(tensor.detach() for tensor in frozen)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        if ctx.joined is not None and all(grad is not None and not grad.is_sparse for grad in grads):
-            entries = _joined(grads, ctx.runs).index_select(0, ctx.joined)
-            # Unsafe only for who changes one and derives another: autograd need not know that they share memory.
-            entries = entries.view(-1, *ctx.shapes[0][1:])
-            return (None, None, None, *torch.unsafe_split_with_sizes(entries, ctx.sizes))
-        return (None, None, None, *map(_gathered, grads, ctx.indices, ctx.shapes))
+        indices: Any = ctx.indices
+        if isinstance(indices, Tensor):
+            if all(grad is not None and not grad.is_sparse for grad in grads):
+                entries = _joined(grads, ctx.runs).index_select(0, indices)
+                # Unsafe only for who changes one and derives another: autograd need not know that they share memory.
+                entries = entries.view(-1, *ctx.shapes[0][1:])
+                return (None, None, *torch.unsafe_split_with_sizes(entries, ctx.sizes))
+            starts = starts_of(ctx.whole_shapes)
+            indices = [index - start for index, start in zip(indices.split(ctx.sizes), starts, strict=True)]
+        return (None, None, *map(_gathered, grads, indices, ctx.shapes))
 
 
 def _joined(grads: Sequence[Any], runs: list[list[int]]) -> Tensor:

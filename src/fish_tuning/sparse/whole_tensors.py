@@ -39,6 +39,7 @@ class MaskedTensor:
     def __init__(self, dense: nn.Parameter, selected: Tensor) -> None:
         index = selected.flatten().nonzero()[:, 0].to(dense.device)
         entries = dense.detach().take(index)
+        self.num_selected = len(index)
         self.index = index.to(torch.int32) if dense.numel() < 2**31 else index
         self.shape = dense.shape
         self.dense = dense  # the object that an unmasked model gets back
@@ -61,6 +62,15 @@ class MaskedTensor:
     @property
     def group(self) -> Group:
         return self.in_group()  # type: ignore[return-value]
+
+    @property
+    def index(self) -> Tensor:
+        """The positions of the selected entries in the flattened tensor, ascending."""
+        return self.own_index if self.own_index is not None else self.group.index_of(self)
+
+    @index.setter
+    def index(self, index: Tensor) -> None:
+        self.own_index: Tensor | None = index  # None where the group has it among those of all its members
 
     def read(self) -> Tensor:
         """The whole tensor, whatever has happened to it or to the values."""
@@ -119,7 +129,7 @@ class MaskedTensor:
             return self.frozen if values is None else values
         if self.split_up and values is None:
             return self.frozen
-        if not isinstance(values, Tensor) or values.numel() != len(self.index) or is_sharded(values):
+        if not isinstance(values, Tensor) or values.numel() != self.num_selected or is_sharded(values):
             return values
         if values.is_meta or not values.untyped_storage().nbytes():
             return values
@@ -148,7 +158,7 @@ class MaskedTensor:
         The whole tensor in memory of its own, so that the model keeps its values, and calls with several of them may be
         in one graph. Where an engine moves the values, `read_with`.
         """
-        if self.by_engine or self.group.managed or self.group.scattered or values.numel() != len(self.index):
+        if self.by_engine or self.group.managed or self.group.scattered or values.numel() != self.num_selected:
             return self.read_with(values)
         frozen, index = self.frozen.detach().to(values.device, values.dtype), self.index.to(values.device).long()
         return frozen.view(-1).index_copy(0, index, values.reshape(-1)).view(self.shape)

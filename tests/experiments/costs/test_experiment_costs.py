@@ -49,7 +49,7 @@ def built(config: ExperimentConfig, name: str, folder: Path) -> dict[str, Any]:
     trainer.train()
     held: list[Any] = [*model.parameters(), *model.buffers()]
     for tensor in masked_tensors(model):
-        held += [tensor.masked.frozen, tensor.masked.index, *(tensor.masked.group.joined or ())]
+        held += [tensor.masked.frozen, *(tensor.masked.group.joined or [tensor.masked.index])]
     memories = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in held}
     save(model, mask, folder)
     files = {path.name: path.stat().st_size for path in folder.iterdir()}
@@ -93,14 +93,14 @@ def test_what_is_called_exact_is(experiment: Experiment, tmp_path: Path, arm: st
     # Where the entries are is known once they are scored. A tensor that gets none keeps no step and no group, and is
     # not in a delta.
     empty = real["empty"]
-    assert said.weights == pytest.approx(real["weights"], rel=0.02 if empty else 0, abs=0)
+    assert said.weights == pytest.approx(real["weights"], rel=0.01 if empty else 0, abs=0)
     assert said.optimizer - 4 * empty == real["optimizer"]
     assert said.gradients == 4 * said.trainable_parameters or "bfloat16" in str(changes)
     if arm == "base-fish":
         assert said.files.adapter == pytest.approx(real["adapter"], abs=8 + 600 * empty)
     else:
         assert said.files.adapter == real["adapter"]
-    assert said.files.checkpoint == pytest.approx(real["checkpoint"] + 3 * 265 * empty, rel=0.02, abs=1000)
+    assert said.files.checkpoint == pytest.approx(real["checkpoint"] + 3 * 68 * empty, rel=0.02, abs=1000)
 
 
 def test_arms_of_the_same_size_are_said_to_need_the_same(experiment: Experiment) -> None:

@@ -15,7 +15,7 @@ from transformers import TrainingArguments
 
 from fish_tuning.experiments.costs.batches import Shapes
 from fish_tuning.experiments.costs.devices import FrozenParts, Sizes
-from fish_tuning.experiments.costs.fake_models import make_fake, mask_fake
+from fish_tuning.experiments.costs.fake_models import groups_of, make_fake, mask_fake
 from fish_tuning.experiments.costs.kernels import matmul_workspace
 from fish_tuning.experiments.costs.optimizers import OptimizerState, Trained, optimizer_state, step_bytes
 from fish_tuning.experiments.costs.quantized import StoredWeights, quantize_like
@@ -28,6 +28,9 @@ from fish_tuning.sparse.frozen_parts import is_large
 # What torch.save adds for each tensor: its record's header, padding to 64 bytes, and its entry in the directory.
 _RECORD = 265
 _ARCHIVE = 1200  # and for the whole file
+# The same where the states of small masked tensors lie in one memory: for each of them, and for the memory.
+_SLICE, _MEMORY = 68, 190
+_JOINS = ("adamw_torch", "adamw_torch_fused")
 
 
 @dataclass(frozen=True)
@@ -179,7 +182,7 @@ def _files(work: Work, state: OptimizerState, failures: list[str]) -> Files:
     model = work.model
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
     mask = mask_size(shapes) if work.has_mask else None
-    optimizer = state.nbytes + _RECORD * state.tensors + _ARCHIVE
+    optimizer = state.nbytes + _records(work, state) + _ARCHIVE
     if not isinstance(model, PeftModel):
         trained = {name: _described(p) for name, p in model.named_parameters() if p.requires_grad}
         whole = safetensors_size(_whole(model), {"format": "pt"})
@@ -193,6 +196,14 @@ def _files(work: Work, state: OptimizerState, failures: list[str]) -> Files:
         failures.append(f"the adapter's file is not known ({_reason(error)})")
         return Files(None, mask, None)
     return Files(adapter, mask, adapter + (mask or 0) + optimizer)
+
+
+def _records(work: Work, state: OptimizerState) -> int:
+    together = [len(group) for group in groups_of(work.model, work.kept, work.gpu) if len(group) > 1]
+    if optimizer_name(work.args) not in _JOINS or not together:
+        return _RECORD * state.tensors
+    each = 3  # two moments, and the count of steps
+    return _RECORD * (state.tensors - each * sum(together)) + each * (_SLICE * sum(together) + _MEMORY * len(together))
 
 
 def _whole(model: nn.Module) -> dict[str, Described]:

@@ -42,38 +42,41 @@ def mask_fake(model: nn.Module, kept: Mapping[str, int], gpu: bool = False) -> l
     Args:
         gpu: whether small tensors go together as they do on a GPU.
     """
-    places = [(name, *_owner(model, name)) for name in kept]
-    frozen = [module._parameters[local] for _, module, local in places]
-    sizes = [tensor.numel() for tensor in frozen]  # type: ignore[union-attr]
-    keys = [(tensor.dtype, tensor.dim() > 1) if kept[name] else None  # type: ignore[union-attr]
-            for (name, *_), tensor in zip(places, frozen, strict=True)]  # fmt: skip
     beside: list[Tensor] = []
-    for group in small_groups(sizes, keys, gpu):
-        members = [(*places[place], frozen[place]) for place in group]
-        if not kept[members[0][0]]:
-            members[0][3].requires_grad_(False)  # type: ignore[union-attr]
+    for group in groups_of(model, kept, gpu):
+        members = [(name, *_owner(model, name), model.get_parameter(name)) for name in group]
+        if not kept[group[0]]:
+            members[0][3].requires_grad_(False)
             continue
-        beside += [tensor.detach() for *_, tensor in members]  # type: ignore[union-attr]
+        beside += [tensor.detach() for *_, tensor in members]
         beside += _train_entries(members, kept)
     return beside
+
+
+def groups_of(model: nn.Module, kept: Mapping[str, int], gpu: bool = False) -> list[list[str]]:
+    """The names of the masked tensors that go together."""
+    names = list(kept)
+    tensors = [model.get_parameter(name) for name in names]
+    keys = [(t.dtype, t.dim() > 1) if kept[name] else None for name, t in zip(names, tensors, strict=True)]
+    return [[names[place] for place in group] for group in small_groups([t.numel() for t in tensors], keys, gpu)]
 
 
 def _train_entries(members: list[Any], kept: Mapping[str, int]) -> list[Tensor]:
     """Of the tensors of one group; returns their positions."""
     counts = [kept[name] for name, *_ in members]
     tensors = [tensor.detach() for *_, tensor in members]
-    indices = [tensor.new_empty(count, dtype=torch.int32) for count, tensor in zip(counts, tensors, strict=True)]
-    joined = tensors[0].new_empty(sum(counts), dtype=torch.int32) if len(members) > 1 else None
+    of_each = counts if len(members) == 1 else [sum(counts)]
+    indices = [tensors[0].new_empty(count, dtype=torch.int32) for count in of_each]
     values = [
         nn.Parameter(tensor.new_empty((count,) if tensor.dim() == 1 else (count, 1)))
         for count, tensor in zip(counts, tensors, strict=True)
     ]
-    whole = whole_tensors(indices, joined, tensors, values)
+    whole = whole_tensors(indices if len(members) == 1 else indices[0], tensors, values)
     for (_, module, local, _), own, tensor in zip(members, values, whole, strict=True):
         del module._parameters[local]
         vars(module)[local] = tensor
         module.register_parameter(local + VALUES, own)
-    return [*indices, *([] if joined is None else [joined])]
+    return indices
 
 
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
