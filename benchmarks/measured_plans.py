@@ -118,9 +118,7 @@ def weights_of(model: nn.Module) -> int:
     """Parameters, buffers, and what masks keep beside them; each memory once."""
     held: list[Any] = [*model.parameters(), *model.buffers()]
     for tensor in masked_tensors(model):
-        held += [tensor.masked.frozen, tensor.masked.index]
-        if tensor.masked.group.joined is not None:
-            held += tensor.masked.group.joined
+        held += [tensor.masked.frozen, *(tensor.masked.group.joined or [tensor.masked.index])]
     memories = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in held}
     return sum(memories.values())
 
