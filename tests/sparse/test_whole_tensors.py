@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vmap
 
-from fish_tuning import apply_mask, get_mask
+from fish_tuning import MaskError, apply_mask, get_mask
+from fish_tuning.sparse.groups import Group
 from fish_tuning.sparse.masked_tensors import masked_tensors, unmask_tensor
 
 
@@ -404,3 +405,17 @@ def test_gradients_where_one_of_a_group_has_none() -> None:
         whole = dict(dense.named_parameters())[name].grad
         assert (values.grad is None) == (whole is None)
         assert values.grad is None or torch.equal(values.grad.flatten(), whole[mask[name]])
+
+
+def test_what_an_earlier_version_pickled_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 5))
+    apply_mask(model, {name: torch.rand(p.shape) < 0.5 for name, p in model.named_parameters()})
+    state = Group.__getstate__
+
+    def earlier(self: Group) -> dict[str, Any]:
+        return {name: value for name, value in state(self).items() if name != "_places"}
+
+    monkeypatch.setattr(Group, "__getstate__", earlier)
+    stored = pickle.dumps(model)
+    with pytest.raises(MaskError, match="pickled by an earlier version of fish-tuning"):
+        pickle.loads(stored)

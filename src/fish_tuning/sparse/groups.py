@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from fish_tuning.errors import MaskError
 from fish_tuning.sparse.optimizer_steps import held_by_others, look_again, watch_optimizers
 from fish_tuning.sparse.selected_gradients import starts_of, whole_tensors
 from fish_tuning.sparse.values import DATA, Values, Whole, watch_again
@@ -227,6 +228,11 @@ class Group:
         return {**vars(self), "flat": None, "settled": False, "one_count": False, "_plains": [], "_counts": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        if "_places" not in state:  # whose tensors lie in another order, which gradients would not follow
+            raise MaskError(
+                "This masked model was pickled by an earlier version of fish-tuning, which kept its tensors otherwise. "
+                "Load it with that version, and save its adapter (save_pretrained) or its state dict."
+            )
         vars(self).update(state)
         for member in self.members:
             member.in_group = weakref.ref(self)
