@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -77,11 +77,13 @@ class JoinedSteps:
             each.gather_states(optimizer)
 
 
-class _Whole:
+class _Whole(NamedTuple):
     """A parameter over all values of a group, its state, and what the optimizer has set for it."""
 
-    def __init__(self, parameter: nn.Parameter, state: dict[str, Any], counts: list[Tensor], settings: Any) -> None:
-        self.parameter, self.state, self.counts, self.settings = parameter, state, counts, settings
+    parameter: nn.Parameter
+    state: dict[str, Any]
+    counts: dict[str, Tensor]  # by name, the one memory of the counts of steps, of which the state has one
+    settings: dict[str, Any]
 
 
 def _step(wholes: list[_Whole], optimizer: Optimizer) -> None:
@@ -93,8 +95,8 @@ def _step(wholes: list[_Whole], optimizer: Optimizer) -> None:
     stepper.state = {each.parameter: each.state for each in wholes}
     kind.step.__wrapped__(stepper)  # without hooks, and not told of to a profiler as a step
     for each in wholes:
-        for counts, count in zip(each.counts, (s for s in each.state.values() if _is_count(s)), strict=True):
-            counts.copy_(count)
+        for key, memory in each.counts.items():
+            memory.copy_(each.state[key])
 
 
 class _Joined:
@@ -150,10 +152,11 @@ class _Joined:
         flat: Any = self._group().flat  # type: ignore[union-attr]
         parameter = nn.Parameter(flat)
         parameter.grad = torch.cat(self._grads) if self._grad is None else self._grad.view_as(parameter)
-        state, counts = {}, []
+        state, counts = {}, {}
         for key, (memory, counted) in self._states.items():
             state[key] = memory[0].clone() if counted else memory.view_as(parameter)
-            counts += [memory] if counted else []
+            if counted:
+                counts[key] = memory
         self._grads, self._grad, self._states = [], None, {}
         return _Whole(parameter, state, counts, optimizer.param_groups[self._place])
 
@@ -206,7 +209,7 @@ class _Joined:
         states = [optimizer.state.get(each) for each in self._values]
         if self._tries > _TRIES or not all(states):
             return
-        whole: list[tuple[list[Tensor], Tensor]] = []
+        moved: list[tuple[Tensor, Tensor]] = []
         for key, example in states[0].items():  # type: ignore[union-attr]
             parts: list[Any] = [state.get(key) for state in states if state is not None]
             if not all(isinstance(part, Tensor) for part in parts):
@@ -217,11 +220,10 @@ class _Joined:
             memory = torch.stack(parts) if _is_count(example) else torch.cat(parts)
             if _is_count(example) and not self._are_equal(memory, parts):
                 return
-            whole.append((parts, memory))
-        for parts, memory in whole:
-            slices: Sequence[Tensor] = memory.unbind() if memory.dim() == 1 and not parts[0].dim() else ()
-            for part, entries in zip(parts, slices or memory.split(self._sizes), strict=True):
-                DATA.__set__(part, entries)
+            slices = memory.unbind() if _is_count(example) else memory.split(self._sizes)
+            moved += zip(parts, slices, strict=True)
+        for part, entries in moved:
+            DATA.__set__(part, entries)
 
 
 def _is_count(state: Any) -> bool:
