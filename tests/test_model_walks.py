@@ -7,7 +7,7 @@ from tiny import bert, llama, lora, random_mask
 from torch import nn
 
 from fish_tuning import apply_mask
-from fish_tuning.model_walks import every_module, every_parameter, every_tensor
+from fish_tuning.model_walks import every_module, every_parameter, every_tensor, named_parameters, walked_once
 
 
 def shared() -> nn.Module:
@@ -31,3 +31,19 @@ def test_they_give_what_torchs_walks_give(make) -> None:  # type: ignore[no-unty
     assert every_module(model) == list(model.modules())
     assert list(map(id, every_parameter(model))) == list(map(id, model.parameters()))
     assert {*map(id, every_tensor(model))} == {*map(id, model.parameters()), *map(id, model.buffers())}
+    names = named_parameters(model)
+    assert list(names) == [name for name, _ in model.named_parameters()]
+    assert list(map(id, names.values())) == list(map(id, model.parameters()))
+
+
+def test_one_walk_serves_all_who_ask_for_that_model() -> None:
+    model, other = shared(), nn.Linear(2, 2)
+    with walked_once(model):
+        modules = every_module(model)
+        model.register_module("late", nn.Identity())
+        every_module(model).clear()
+        assert every_module(model) == modules
+        assert every_module(other) == [other]
+        with walked_once(other):
+            assert every_module(other) == [other]
+    assert every_module(model) == list(model.modules()) != modules

@@ -5,16 +5,33 @@ torch's own walks are generators within generators, of which a call that scores 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 T = TypeVar("T", bound=Tensor)
 
+_walked: ContextVar[tuple[nn.Module, list[nn.Module]] | None] = ContextVar("_walked", default=None)
+
+
+@contextmanager
+def walked_once(model: nn.Module) -> Iterator[None]:
+    """Until this is left, one walk serves all who ask for the model's modules, which nothing in it may change."""
+    token = _walked.set((model, every_module(model)))
+    try:
+        yield
+    finally:
+        _walked.reset(token)
+
 
 def every_module(model: nn.Module) -> list[nn.Module]:
     """`model.modules()`, in its order."""
+    walked = _walked.get()
+    if walked is not None and walked[0] is model:
+        return list(walked[1])
     seen: dict[nn.Module, None] = {}
     left: list[nn.Module | None] = [model]
     while left:
@@ -29,6 +46,25 @@ def every_module(model: nn.Module) -> list[nn.Module]:
 def every_parameter(model: nn.Module) -> list[nn.Parameter]:
     """`model.parameters()`, in its order."""
     return _once(each for module in every_module(model) for each in module._parameters.values())
+
+
+def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """`dict(model.named_parameters())`, in its order."""
+    found: dict[str, nn.Parameter] = {}
+    seen: set[int] = set()
+    left: list[tuple[str, nn.Module | None]] = [("", model)]
+    while left:
+        prefix, module = left.pop()
+        if module is None or id(module) in seen:
+            continue
+        seen.add(id(module))
+        for name, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) not in seen:
+                seen.add(id(parameter))
+                found[prefix + name] = parameter
+        if module._modules:
+            left.extend([(f"{prefix}{name}.", child) for name, child in reversed(module._modules.items())])
+    return found
 
 
 def attribute(module: nn.Module, name: str) -> Any:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from fish_tuning.errors import FisherError, FishTuningWarning
+from fish_tuning.model_walks import walked_once
 from fish_tuning.scores.batches import Batch, batch_size, calibration_batches
 from fish_tuning.scores.finite import check_finite
 from fish_tuning.scores.left_out import LeftOut
@@ -107,10 +108,10 @@ def measure_moments(
         )
     with whole_trained_tensors(model) as model:
         model, trainable, target = prepared(model, device)
-        scored = LossVectors(model, fisher_type, token_reduction, loss_fn, seed, rows_per_example)
-        scorer = Scorer(
-            model, trainable, scored, method, Totals.zeros(trainable, scores_dtype, scores_device, gradients)
-        )
+        totals = Totals.zeros(trainable, scores_dtype, scores_device, gradients)
+        with walked_once(model):
+            scored = LossVectors(model, fisher_type, token_reduction, loss_fn, seed, rows_per_example)
+            scorer = Scorer(model, trainable, scored, method, totals)
         steps = warmup_steps_needed(model, trainable) if warmup_steps is None else warmup_steps
         processes = Processes(calibration_dataloader, split_between_processes, target)
         wanted = processes.examples(num_samples, rows_per_example)
@@ -218,9 +219,9 @@ def _ready(work: _Work, first: list[Batch]) -> Iterator[Scores]:
     model, trainable = work.trained_on.model, work.scorer.trainable
     weights: Scores = {}
     with ExitStack() as stack:
-        stack.enter_context(tables_kept(model))
-        stack.enter_context(scoring_state(model))
-        stack.enter_context(a_prompt_each(model))
+        with walked_once(model):
+            for state in (tables_kept(model), scoring_state(model), a_prompt_each(model)):
+                stack.enter_context(state)
         if work.steps:
             with device_errors_explained(model, work.target):
                 stack.enter_context(

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from fish_tuning.model_walks import named_parameters, walked_once
 from fish_tuning.scores.bare_model import unwrapped
 from fish_tuning.scores.sharded_models import gathered_layer_by_layer
 from fish_tuning.scores.validation import check_model
@@ -26,8 +27,9 @@ def prepared(model: nn.Module, device: torch.device | str | None = None) -> Prep
     Raises FisherError for a model that cannot be scored, whatever the data.
     """
     model = unwrapped(model)
-    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    check_model(model, trainable)
+    trainable = {name: parameter for name, parameter in named_parameters(model).items() if parameter.requires_grad}
+    with walked_once(model):
+        check_model(model, trainable)
     if device is None:
         return Prepared(model, trainable, next(iter(trainable.values())).device)
     move(model, device)

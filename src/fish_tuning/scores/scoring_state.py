@@ -42,7 +42,8 @@ def scoring_state(model: nn.Module) -> Iterator[None]:
             without_mixed_precision(model, stack)
             stack.callback(allow_packing, keep_unpacked(model))
             for module in modes:  # not by eval(), with which some layers merge what trains into what does not
-                module.training = False
+                if module.training:
+                    module.training = False
             for module in modes:
                 if attribute(module, "gradient_checkpointing") and hasattr(module, "_gradient_checkpointing_func"):
                     _keep_checkpointing(module, stack)

@@ -37,7 +37,7 @@ def warmup_steps_needed(model: nn.Module, trainable: Mapping[str, nn.Parameter])
     trained = (
         parameter for name, parameter in trainable.items() if "modules_to_save" not in name and not parameter.is_meta
     )
-    zero = {not bool(any_left) for any_left in read(parameter.any() for parameter in trained)}
+    zero = {not bool(left) for left in read(parameter.count_nonzero() for parameter in trained)}
     return WARMUP_STEPS if len(zero) == 2 else 0
 
 
