@@ -45,7 +45,7 @@ class Side:
         return list(self.model.parameters())
 
     def step(self, without: int | None = None, **kwargs: Any) -> int:
-        """One step with random gradients; how many of them were hidden from the optimizer itself."""
+        """One step with random gradients; how many tensors' were stepped as one."""
         self.number += 1
         draw = torch.Generator().manual_seed(self.number)
         for place, values in enumerate(self.values()):
@@ -54,20 +54,21 @@ class Side:
         return self.only_step(**kwargs)
 
     def only_step(self, **kwargs: Any) -> int:
-        hidden: list[int] = []
+        joined: list[int] = []
 
-        def begin(joined: Any, optimizer: Optimizer) -> None:
-            if self.joins:
-                ORIGINAL(joined, optimizer)
-            hidden.append(sum(len(each._values) for each in joined._ready))
+        def stepper(steps: Any, optimizer: Optimizer) -> Optimizer | None:
+            made = ORIGINAL(steps, optimizer) if self.joins else None
+            ready = [each for each in steps._joined if made is not None and each not in steps._others]
+            joined.append(sum(len(each.values) for each in ready))
+            return made
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(joined_steps.JoinedSteps, "begin", begin)
+            patch.setattr(joined_steps.JoinedSteps, "stepper", stepper)
             self.optimizer.step(**kwargs)
-        return sum(hidden)
+        return sum(joined)
 
 
-ORIGINAL = joined_steps.JoinedSteps.begin
+ORIGINAL = joined_steps.JoinedSteps.stepper
 
 
 def every_third(model: nn.Module, first: int) -> dict[str, Tensor]:
@@ -214,10 +215,17 @@ def settings(side: Side) -> None:
     side.optimizer.param_groups[0].update(weight_decay=0.3, maximize=True)
 
 
+def new_parameter(side: Side) -> None:
+    """Which gets its first state in a step whose others are joined."""
+    parameter = nn.Parameter(torch.ones(3, device=DEVICE))
+    parameter.grad = torch.ones_like(parameter)
+    side.optimizer.add_param_group({"params": [parameter], "lr": 0.1})
+
+
 EVENTS = [
     elsewhere, one_elsewhere, other_count, settings, reload, copied, reset_one, reset_entries, reset_in_place,
     count_one_higher, forget, other_rate, two_param_groups, write_data, write_values, write_whole, freeze_one,
-    other_mask, other_dtype,
+    other_mask, other_dtype, new_parameter,
 ]  # fmt: skip
 
 
@@ -366,20 +374,27 @@ def test_who_looks_into_a_step_finds_the_gradients(registered: str, everywhere: 
     assert side.step() == len(side.values())
 
 
-def test_an_error_within_a_step_moves_nothing_and_leaves_an_optimizer_that_goes_on() -> None:
-    side = Side(WAYS["AdamW"], joins=True)
-    side.step()
-    held = side.optimizer.param_groups
-    held.append({**held[0], "params": [nn.Parameter(torch.ones(2, device=DEVICE))], "lr": "wrong"})
-    held[1]["params"][0].grad = torch.ones(2, device=DEVICE)
-    before = [values.detach().clone() for values in side.values()]
-    with pytest.raises(TypeError):
+@pytest.mark.parametrize("way", ["AdamW", "AdamW, fused", "SGD, momentum"])
+@pytest.mark.parametrize("place", [0, 1])
+def test_an_error_in_a_param_group_leaves_what_it_leaves_of_each(way: str, place: int) -> None:
+    one, other = both(way)
+    for side in (one, other):
         side.step()
-    assert all(torch.equal(values, old) for values, old in zip(side.values(), before, strict=True))
-    held.pop()
-    assert side.step() == len(side.values())
-    assert not any(torch.equal(values, old) for values, old in zip(side.values(), before, strict=True))
-    assert {float(side.optimizer.state[values]["step"]) for values in side.values()} == {2.0}
+        held = side.optimizer.param_groups
+        wrong = nn.Parameter(torch.ones(2, device=DEVICE))
+        wrong.grad = torch.ones_like(wrong)
+        held.insert(place, {**held[0], "params": [wrong], "lr": "wrong"})
+        before = [values.detach().clone() for values in side.values()]
+        with pytest.raises((TypeError, RuntimeError)):
+            side.step()
+        moved = [not torch.equal(values, old) for values, old in zip(side.values(), before, strict=True)]
+        assert moved == [place == 1] * len(moved)  # the param groups before it were stepped
+        assert all(values.grad is not None for values in side.values())
+        side.optimizer.state.pop(wrong, None)
+        held.pop(place)
+        assert side.step() == (len(side.values()) if side.joins else 0)
+        side.step()
+    assert_equal(one, other)
 
 
 def test_a_parameter_that_is_there_twice_is_stepped_twice() -> None:
@@ -421,7 +436,27 @@ def test_nothing_of_a_step_is_kept() -> None:
         side.step()
     joined = optimizer_steps._trained[side.optimizer].joined
     assert not joined._ready
-    assert not any(each._grads for each in joined._joined)
     grads = [weakref.ref(values.grad) for values in side.values()]
     side.optimizer.zero_grad()
     assert not any(grad() is not None for grad in grads)
+
+
+def test_compiled_steps_are_those_of_each() -> None:
+    """In a graph for all tensors, made once; and the same where torch gives up compiling."""
+    one, other = both("SGD, momentum")
+    graphs: list[Any] = []
+
+    def count(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda: one.optimizer.step(), backend=count)
+    for number in range(5):
+        other.step()
+        for ours, theirs in zip(one.values(), other.values(), strict=True):
+            ours.grad = theirs.grad.clone()
+        with torch._dynamo.config.patch(disable=number == 4):
+            compiled()
+        assert_equal(one, other)
+    assert len(graphs) <= 2

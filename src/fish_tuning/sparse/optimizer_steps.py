@@ -96,7 +96,13 @@ def _check_holds_what_trains(optimizer: Optimizer, parameters: list[Any]) -> Non
         )
 
 
-def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Before every step of every optimizer of the process."""
+    # A compiled step is one for all tensors anyway, and would be compiled again for each optimizer in its place.
+    return _uncompiled(optimizer, args, kwargs, joins=not torch.compiler.is_compiling())
+
+
+def _prepare(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any], joins: bool) -> Any:
     """Refuse what would compute something else of values than of the matrix that they are part of; else let go of them.
 
     Before that they take what was written into their tensors (an embedding's `max_norm`, a clamp) and not read since.
@@ -104,6 +110,9 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
     operations. What is done through `.data` in a step need not be counted: the values are written after it. A read in
     the middle of it (a closure's) finds its group unsettled, and has them watched again.
     """
+    ended_in_error = _in_step.pop(optimizer, None)
+    if ended_in_error is not None:  # after some of the param groups
+        ended_in_error.joined.hand_back(optimizer)
     name, trained = type(optimizer).__name__, _trained_by(optimizer)
     groups = trained.living_groups()
     if name in _OF_WHOLE_MATRICES and groups:
@@ -116,13 +125,18 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
         group.stale, group.settled = True, False
     stop_watching(trained.values)
     _in_step[optimizer] = trained
-    if groups and may_be_joined(optimizer, args, kwargs):
-        trained.joined.begin(optimizer)
+    if not joins or not groups or not may_be_joined(optimizer, args, kwargs):
+        return None
+    stepper = trained.joined.stepper(optimizer)
+    return None if stepper is None else ((stepper, *args[1:]), kwargs)
+
+
+_uncompiled: Any = torch.compiler.disable(_prepare)
 
 
 def _after_step(optimizer: Optimizer, *_: Any) -> None:
     """After every step of every optimizer of the process."""
-    trained = _in_step.get(optimizer)
+    trained = _in_step.pop(optimizer, None)
     if trained is None:
         return
     trained.joined.end(optimizer)
@@ -138,5 +152,5 @@ def _after_step(optimizer: Optimizer, *_: Any) -> None:
 @functools.cache
 def watch_optimizers() -> None:
     """Once there is something masked. A compiled step leaves these as they are."""
-    register_optimizer_step_pre_hook(torch.compiler.disable(_before_step))
+    register_optimizer_step_pre_hook(_before_step)
     register_optimizer_step_post_hook(torch.compiler.disable(_after_step))

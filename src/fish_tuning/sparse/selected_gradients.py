@@ -2,32 +2,44 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 # Autograd runs what was made last first. This is to run as soon as it can, and let dense gradients go.
 _AT_ONCE = 2**62
+_IS_SPARSE: Any = Tensor.is_sparse.__get__  # type: ignore[attr-defined]
 
 
-def runs_of(shapes: Sequence[torch.Size]) -> list[list[int]]:
-    """The places of tensors that are joined along their first dimension, run by run.
+class Run(NamedTuple):
+    """Tensors that are joined along their first dimension: a view of each costs as much as joining it."""
 
-    A view of each tensor costs as much as joining it.
-    """
-    runs: dict[torch.Size, list[int]] = {}
+    places: list[int]  # among all tensors
+    start: int  # of their entries in the memory that has those of all, run by run
+    shape: tuple[int, ...]  # of the tensors joined
+
+
+def runs_of(shapes: Sequence[torch.Size]) -> list[Run]:
+    """Tensors of these shapes, those together that differ in their first dimension alone."""
+    found: dict[torch.Size, list[int]] = {}
     for place, shape in enumerate(shapes):
-        runs.setdefault(shape[1:], []).append(place)
-    return list(runs.values())
+        found.setdefault(shape[1:], []).append(place)
+    runs, start = [], 0
+    for inner, places in found.items():
+        runs.append(Run(places, start, (sum(shapes[place][0] for place in places), *inner)))
+        start += sum(shapes[place].numel() for place in places)
+    return runs
 
 
 def starts_of(shapes: Sequence[torch.Size]) -> list[int]:
     """Where each tensor begins in a memory that has them one after another, run by run."""
-    start, starts = 0, [0] * len(shapes)
+    starts = [0] * len(shapes)
     for run in runs_of(shapes):
-        for place in run:
+        start = run.start
+        for place in run.places:
             starts[place] = start
             start += shapes[place].numel()
     return starts
@@ -65,7 +77,7 @@ class _Selected(torch.autograd.Function):
         ctx.sizes = [len(tensor) for tensor in values]
         if isinstance(indices, Tensor):
             ctx.whole_shapes = [tensor.shape for tensor in frozen]
-            ctx.runs = runs_of(ctx.whole_shapes)
+            ctx.runs, ctx.entries = runs_of(ctx.whole_shapes), sum(shape.numel() for shape in ctx.whole_shapes)
         ctx.set_materialize_grads(False)
         return tuple(tensor.detach() for tensor in frozen)
 
@@ -73,8 +85,8 @@ class _Selected(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         indices: Any = ctx.indices
         if isinstance(indices, Tensor):
-            if all(grad is not None and not grad.is_sparse for grad in grads):
-                entries = _joined(grads, ctx.runs).index_select(0, indices)
+            if set(map(type, grads)) == {Tensor} and not any(map(_IS_SPARSE, grads)):
+                entries = _joined(grads, ctx.runs, ctx.entries).index_select(0, indices)
                 # Unsafe only for who changes one and derives another: autograd need not know that they share memory.
                 entries = entries.view(-1, *ctx.shapes[0][1:])
                 return (None, None, *torch.unsafe_split_with_sizes(entries, ctx.sizes))
@@ -83,17 +95,17 @@ class _Selected(torch.autograd.Function):
         return (None, None, *map(_gathered, grads, indices, ctx.shapes))
 
 
-def _joined(grads: Sequence[Any], runs: list[list[int]]) -> Tensor:
-    """Their entries, one tensor after another, run by run."""
+def _joined(grads: Sequence[Any], runs: list[Run], entries: int) -> Tensor:
+    """Their entries, one tensor after another, run by run.
+
+    Their shapes are those of the whole tensors, as autograd sees to; to ask hundreds of them costs as much as the rest.
+    """
     if torch.is_grad_enabled():  # create_graph=True
-        return torch.cat([grads[place].reshape(-1) for run in runs for place in run])
-    memory: Tensor = grads[0].new_empty(sum(grad.numel() for grad in grads))
-    start = 0
+        return torch.cat([grads[place].reshape(-1) for run in runs for place in run.places])
+    memory: Tensor = grads[0].new_empty(entries)
     for run in runs:
-        inner = grads[run[0]].shape[1:]
-        end = start + sum(len(grads[place]) for place in run) * inner.numel()
-        torch.cat([grads[place] for place in run], out=memory[start:end].view(-1, *inner))
-        start = end
+        joined = memory[run.start : run.start + math.prod(run.shape)].view(run.shape)
+        torch.cat([grads[place] for place in run.places], out=joined)
     return memory
 
 
