@@ -116,6 +116,7 @@ def test_environment_variables_are_expanded(experiment: Path, monkeypatch: pytes
         ("lora.baseline_rnk=3", "Did you mean 'lora.baseline_rank'?"),
         ("lora.baseline_rank=0", "lora.baseline_rank=0: must be a whole number from 1 to 65536."),
         ("lora.fish_rank=1000000000", "lora.fish_rank=1000000000: must be a whole number from 1 to 65536."),
+        ("peft.args={r: 1000000000}", "r=1000000000 must be a whole number from 1 to 65536"),
         ("lora.baseline_rank=true", "lora.baseline_rank=true: must be a whole number from 1 to 65536."),
         ("lora.fish_rank='16'", "lora.fish_rank='16': must be a whole number"),
         ("lora.dropout=1", "lora.dropout=1: must be a number from 0 to below 1."),

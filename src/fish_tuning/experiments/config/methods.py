@@ -127,6 +127,14 @@ class PeftMethodConfig(Section):
             raise ValueError(f"method is one method; for several write a list of sections: peft: [{sections}]")
         return {"name": method, **data}
 
+    @field_validator("args", "baseline_args", "fish_args")
+    @classmethod
+    def _bounded(cls, value: dict[str, Any]) -> dict[str, Any]:
+        rank = value.get("r")
+        if isinstance(rank, int) and rank > MOST_RANK:
+            raise ValueError(f"r={rank} must be a whole number from 1 to {MOST_RANK}")
+        return value
+
     @field_validator("name")
     @classmethod
     def _filled(cls, value: str) -> str:
