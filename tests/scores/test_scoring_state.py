@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import bert, causal_batch, classification_batch, image_batch, llama, lora, rebatch, vit
+from tiny import assert_scores_close, bert, causal_batch, classification_batch, image_batch, llama, lora, rebatch, vit
 from torch import Tensor, nn
+from torch.utils import checkpoint as checkpointing
 from torch.utils.data import DataLoader
 from transformers import (
     BartConfig,
@@ -50,6 +51,7 @@ def traces(model: nn.Module) -> dict[str, Any]:
         "use_cache": model.config.use_cache if hasattr(model.config, "use_cache") else None,
         "random": (torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate()),
         "grad mode": torch.is_grad_enabled(),
+        "checkpoint function": checkpointing.CheckpointFunction,
     }
 
 
@@ -259,3 +261,41 @@ def test_key_value_cache_is_off_within() -> None:
         assert not model.config.use_cache
         assert not model.training
     assert model.config.use_cache
+
+
+class Checkpoints(nn.Module):
+    """Checkpoints its layers by itself, reentrantly; the first gets nothing that trains, so no gradient comes there."""
+
+    def __init__(self, checkpoints: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.third = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+        self.checkpoints, self.passes = checkpoints, 0
+
+    def forward(self, input: Tensor) -> Tensor:
+        hidden = self.run(self.first, input)
+        hidden = self.run(self.middle, nn.functional.relu(hidden) if self.checkpoints else hidden.detach().relu())
+        return self.third(hidden)  # type: ignore[no-any-return]
+
+    def middle(self, hidden: Tensor) -> Tensor:
+        self.passes += 1
+        return self.second(hidden).tanh()  # type: ignore[no-any-return]
+
+    def run(self, layer: Any, hidden: Tensor) -> Any:
+        if not self.checkpoints:
+            return layer(hidden)
+        if layer == self.middle:
+            hidden = hidden + 0 * self.third.weight.sum()  # now it hangs on something that trains
+        return checkpointing.checkpoint(layer, hidden, use_reentrant=True)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("method", ["auto", "loop"])
+def test_modules_that_checkpoint_reentrantly_by_themselves(method: Any) -> None:
+    batch = {"input": torch.randn(4, 4), "labels": torch.arange(4) % 2}
+    plain, model = Checkpoints(False), Checkpoints(True)
+    expected = calculate_fisher_information(plain, [batch], loss_fn=class_losses, method=method, progress=False)
+    scores = calculate_fisher_information(model, [batch], loss_fn=class_losses, method=method, progress=False)
+    assert_scores_close(scores, expected)
+    assert model.passes == 2 * plain.passes
+    assert not scores["first.weight"].any()

@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor, nn
+from torch.utils import checkpoint as checkpointing
+from torch.utils.checkpoint import CheckpointFunction, checkpoint
 
 from fish_tuning.model_walks import attribute, every_module, every_parameter
 from fish_tuning.scores.bare_model import uncompiled, without_mixed_precision
@@ -39,6 +40,8 @@ def scoring_state(model: nn.Module) -> Iterator[None]:
         stack.enter_context(Autocast(model).off())
         try:
             uncompiled(stack)
+            stack.callback(setattr, checkpointing, "CheckpointFunction", checkpointing.CheckpointFunction)
+            checkpointing.CheckpointFunction = _NotReentrant  # type: ignore[assignment,misc]
             without_mixed_precision(model, stack)
             stack.callback(allow_packing, keep_unpacked(model))
             for module in modes:  # not by eval(), with which some layers merge what trains into what does not
@@ -57,6 +60,19 @@ def scoring_state(model: nn.Module) -> Iterator[None]:
             for module, training in modes.items():
                 if module.training is not training:
                     module.training = training
+
+
+class _NotReentrant:
+    """In the place of torch's `CheckpointFunction`, for modules that checkpoint what they call by themselves.
+
+    Reentrant checkpointing cannot serve torch.autograd.grad, nor a backward pass to given inputs.
+    """
+
+    @staticmethod
+    def apply(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
+        if any(isinstance(each, Tensor) and each.requires_grad for each in args):
+            return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=preserve)
+        return CheckpointFunction.apply(function, preserve, *args)  # which hands no gradient on, in training neither
 
 
 def _keep_checkpointing(module: nn.Module, stack: ExitStack) -> None:
