@@ -9,8 +9,8 @@ anything lies elsewhere than expected, or one of the values was stepped less oft
 
 from __future__ import annotations
 
+import operator
 import weakref
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -24,6 +24,8 @@ from fish_tuning.sparse.values import DATA, MaskedGroup
 
 # By the class itself: a subclass may compute something of whole tensors.
 _ENTRY_BY_ENTRY = (Adam, AdamW, SGD)
+_DTYPE: Any = Tensor.dtype.__get__  # type: ignore[attr-defined]
+_LAYOUT: Any = Tensor.layout.__get__  # type: ignore[attr-defined]
 _TRIES = 3  # to gather states: who moves them again and again, or steps some less often, has them stepped one by one
 
 
@@ -55,64 +57,78 @@ class JoinedSteps:
                 self._joined.append(_Joined(group, values, places[id(values[0])]))
         joined = {id(values) for each in self._joined for values in each.values}
         self._rest = [[each for each in held["params"] if id(each) not in joined] for held in optimizer.param_groups]
-        self._stepper: Optimizer | None = None  # for the length of a step, as are these:
-        self._ready: list[_Whole] = []
-        self._others: list[_Joined] = []
 
     def stepper(self, optimizer: Optimizer) -> Optimizer | None:
-        """The optimizer, but with one parameter in the place of values that can be stepped together, if any can be."""
-        self._ready, self._others = [], []
-        params = [list(rest) for rest in self._rest]
+        """The optimizer, but with one parameter in the place of values that can be stepped together, if any can be.
+
+        These come last: an error in a step of the others moves nothing of them.
+        """
+        rest, wholes = [list(each) for each in self._rest], dict[int, list[_Whole]]()
         for each in self._joined:
             whole = each.whole(optimizer)
             if whole is None:
-                self._others.append(each)
-                params[each.place] += each.values
+                rest[each.place] += each.values
             else:
-                self._ready.append(whole)
-                params[each.place].append(whole.parameter)
-        if not self._ready:
+                wholes.setdefault(each.place, []).append(whole)
+        if not wholes:
             return None
-        kind = type(optimizer)
-        stepper = kind.__new__(kind)
-        vars(stepper).update(vars(optimizer))
-        stepper.param_groups = [
-            {**held, "params": own} for held, own in zip(optimizer.param_groups, params, strict=True)
+        held = optimizer.param_groups
+        stepper = _twin(optimizer)
+        stepper.param_groups = [{**held[place], "params": own} for place, own in enumerate(rest) if own]
+        stepper.param_groups += [
+            {**held[place], "params": [whole.parameter for whole in own]} for place, own in wholes.items()
         ]
-        rest = {each: optimizer.state[each] for own in params for each in own if each in optimizer.state}
-        stepper.state = defaultdict(dict, rest | {each.parameter: each.state for each in self._ready})
-        self._stepper = stepper
+        every = [whole for own in wholes.values() for whole in own]
+        stepper.state = _States({each.parameter: each.state for each in every}, optimizer.state)  # type: ignore[assignment]
+        vars(stepper)[_WHOLES] = every
         return stepper
 
-    def end(self, optimizer: Optimizer) -> None:
-        """What is left to do for values and states once all is stepped."""
-        self.hand_back(optimizer)
-        others, self._others = self._others, []
-        for each in others:
+    def end(self, optimizer: Optimizer, stepper: Any) -> None:
+        """What is left to do for states, once the optimizer, or another in its place, has stepped all."""
+        for whole in vars(stepper).get(_WHOLES, ()):
+            whole.hand_back(optimizer)
+        for each in self._joined:
             each.gather_states(optimizer)
 
-    def hand_back(self, optimizer: Optimizer) -> None:
-        """Have the optimizer's states follow those of the one that stepped in its place, if it has."""
-        stepper, ready = self._stepper, self._ready
-        self._stepper, self._ready = None, []
-        if stepper is None:
-            return
-        for whole in ready:
-            stepper.state.pop(whole.parameter)  # whose memory theirs is, but for the counts of steps
-            for key, memory in whole.counts.items():
-                memory.copy_(whole.state[key])
-        new = {each: state for each, state in stepper.state.items() if each not in optimizer.state}
-        if new:  # after an error in a step, something may have been taken out since
-            held = {id(each) for held in optimizer.param_groups for each in held["params"]}
-            optimizer.state.update({each: state for each, state in new.items() if id(each) in held})
+
+_WHOLES = "_fish_tuning_wholes"  # what belongs to one step is the stepper's own, and ends with it, by an error too
+
+
+def _twin(optimizer: Optimizer) -> Optimizer:
+    kind = type(optimizer)
+    twin = kind.__new__(kind)
+    vars(twin).update(vars(optimizer))
+    return twin
+
+
+class _States(dict[Any, Any]):
+    """States of parameters over all values; any other parameter has its own where it always has it."""
+
+    def __init__(self, own: dict[Any, Any], others: Any) -> None:
+        super().__init__(own)
+        self._others = others
+
+    def __missing__(self, parameter: Any) -> Any:
+        return self._others[parameter]
 
 
 class _Whole(NamedTuple):
     """A parameter over all values of a group, and its state."""
 
+    joined: _Joined
     parameter: nn.Parameter
     state: dict[str, Any]
+    memories: dict[str, Tensor]  # by name, what of the state is in the memory of the values' own
     counts: dict[str, Tensor]  # by name, the one memory of the counts of steps, of which the state has one
+
+    def hand_back(self, optimizer: Optimizer) -> None:
+        """What is not in the memory of the values' own states: counts of steps, and what is new."""
+        for key, now in self.state.items():
+            if key in self.counts:
+                self.counts[key].copy_(now)
+            elif now is not self.memories.get(key):
+                for values, part in zip(self.joined.values, self.joined.parts_of(now), strict=True):
+                    optimizer.state[values][key] = part
 
 
 class _Joined:
@@ -126,7 +142,8 @@ class _Joined:
         self._starts, self._entries = ends - np.array(self._sizes, np.uint64), int(ends[-1])
         self._tries = 0
         self._apart = False  # whether that alone stood in the way of the last step, that its states were not together
-        self._versions: list[int] = []  # of the counts of steps, when they were equal
+        self._counts: list[Tensor] = []  # of steps, when they were equal, and how often each was changed by then
+        self._versions: list[int] = []
 
     def whole(self, optimizer: Optimizer) -> _Whole | None:
         """The values as one parameter, unless they, their gradients or their states are not such as can be one."""
@@ -139,22 +156,29 @@ class _Joined:
         if group.flat is None or not group.one_count:
             return None
         grads: list[Any] = [each.grad for each in self.values]
-        if set(map(type, grads)) != {Tensor}:
+        if set(map(type, grads)) != {Tensor} or set(map(_DTYPE, grads)) != {group.flat.dtype}:
+            return None
+        if set(map(_LAYOUT, grads)) != {torch.strided}:
             return None
         memory, states = self._memory_of(grads), self._states_together(optimizer)
         self._apart = states is None
-        if states is None or (memory is None and not self._may_be_copied(grads, optimizer)):
+        # A fused step of a GradScaler writes into gradients, which copies would not tell of.
+        if states is None or (memory is None and getattr(optimizer, "grad_scale", None) is not None):
             return None
         parameter = nn.Parameter(group.flat)
         parameter.grad = torch.cat(grads).detach() if memory is None else memory.view_as(parameter)
         counts = {key: memory for key, (memory, counted) in states.items() if counted}
-        state = {key: memory.view_as(parameter) for key, (memory, counted) in states.items() if not counted}
-        return _Whole(parameter, state | {key: memory[0].clone() for key, memory in counts.items()}, counts)
+        memories = {key: memory.view_as(parameter) for key, (memory, counted) in states.items() if not counted}
+        state = memories | {key: memory[0].clone() for key, memory in counts.items()}
+        return _Whole(self, parameter, state, memories, counts)
 
-    def _may_be_copied(self, grads: list[Tensor], optimizer: Optimizer) -> bool:
-        """Whether gradients may be stepped from copies; a fused step of a GradScaler writes into them."""
-        kinds = {(grad.dtype, grad.layout) for grad in grads}
-        return kinds == {(self.values[0].dtype, torch.strided)} and getattr(optimizer, "grad_scale", None) is None
+    def parts_of(self, state: Any) -> list[Any]:
+        """Each one's of a state of all, in memory that stays together."""
+        if not isinstance(state, Tensor):
+            return [state] * len(self.values)
+        if _is_count(state):
+            return list(state.expand(len(self.values)).clone().unbind())
+        return list(state.split(self._sizes))
 
     def _memory_of(self, parts: list[Tensor]) -> Any:
         """The one memory of which these are slices, or None."""
@@ -162,10 +186,10 @@ class _Joined:
         size, entries = first.element_size(), len(parts) if counted else self._entries
         found = np.fromiter(map(Tensor.data_ptr, parts), np.uint64, len(parts))
         starts = np.arange(len(parts), dtype=np.uint64) if counted else self._starts
-        if not np.array_equal(found - found[0], starts * np.uint64(size)):
+        if not np.array_equal(found - found[0], starts * np.uint64(size)) or not all(map(Tensor.is_contiguous, parts)):
             return None
         memory = first.untyped_storage()
-        if not first.is_contiguous() or first.data_ptr() - memory.data_ptr() + entries * size > memory.nbytes():
+        if first.data_ptr() - memory.data_ptr() + entries * size > memory.nbytes():
             return None
         return first.data.as_strided((entries,), (1,))  # whose changes are not counted as the first part's
 
@@ -193,13 +217,16 @@ class _Joined:
     def _are_equal(self, counts: Tensor, parts: list[Tensor]) -> bool:
         """Whether all were stepped as often. A GPU is waited for only where somebody has written one meanwhile."""
         versions = [part._version for part in parts]
-        if versions != self._versions:
-            self._versions = versions if bool((counts == counts[0]).all()) else []
-        return versions == self._versions
+        if versions != self._versions or not all(map(operator.is_, parts, self._counts)):
+            equal = bool((counts == counts[0]).all())
+            self._counts, self._versions = (parts, versions) if equal else ([], [])
+            return equal
+        return True
 
     def gather_states(self, optimizer: Optimizer) -> None:
         """Where that alone stood in the way: move the states into one memory. They stay the objects that they are."""
-        if not self._apart:
+        apart, self._apart = self._apart, False
+        if not apart:
             return
         self._tries += 1
         states = [optimizer.state.get(each) for each in self.values]

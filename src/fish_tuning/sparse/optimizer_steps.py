@@ -110,9 +110,6 @@ def _prepare(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     operations. What is done through `.data` in a step need not be counted: the values are written after it. A read in
     the middle of it (a closure's) finds its group unsettled, and has them watched again.
     """
-    ended_in_error = _in_step.pop(optimizer, None)
-    if ended_in_error is not None:  # after some of the param groups
-        ended_in_error.joined.hand_back(optimizer)
     name, trained = type(optimizer).__name__, _trained_by(optimizer)
     groups = trained.living_groups()
     if name in _OF_WHOLE_MATRICES and groups:
@@ -134,12 +131,12 @@ def _prepare(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
 _uncompiled: Any = torch.compiler.disable(_prepare)
 
 
-def _after_step(optimizer: Optimizer, *_: Any) -> None:
+def _after_step(optimizer: Optimizer, args: tuple[Any, ...], _: dict[str, Any]) -> None:
     """After every step of every optimizer of the process."""
     trained = _in_step.pop(optimizer, None)
     if trained is None:
         return
-    trained.joined.end(optimizer)
+    trained.joined.end(optimizer, args[0])
     watch_again(trained.values)
     groups = trained.living_groups()
     for group in groups:
