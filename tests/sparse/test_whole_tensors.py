@@ -407,6 +407,40 @@ def test_gradients_where_one_of_a_group_has_none() -> None:
         assert values.grad is None or torch.equal(values.grad.flatten(), whole[mask[name]])
 
 
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_gradients_in_batches(create_graph: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    apply_mask(model, {name: torch.rand(p.shape) < 0.5 for name, p in model.named_parameters()})
+    outputs, values = model(torch.randn(2, 3)).flatten(), list(model.parameters())
+    batched = torch.autograd.grad(
+        outputs, values, torch.eye(4), is_grads_batched=True, create_graph=create_graph, retain_graph=True
+    )
+    for number, output in enumerate(outputs):
+        alone = torch.autograd.grad(output, values, retain_graph=True)
+        for one, many in zip(alone, batched, strict=True):
+            torch.testing.assert_close(many[number], one)
+
+
+def test_hooks_on_values_see_gradients_alone() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(3, 4))
+    apply_mask(model, {name: torch.ones(p.shape, dtype=torch.bool) for name, p in model.named_parameters()})
+    seen: list[int] = []
+    handles = [
+        values.register_hook(lambda gradient, place=place: seen.append(place) or 2 * gradient)
+        for place, values in enumerate(model.parameters())
+    ]
+    model[0](torch.ones(2, 3)).sum().backward()
+    gradients = [values.grad for values in model.parameters()]
+    assert sorted(seen) == [0, 1]
+    assert torch.equal(gradients[1], torch.full((4,), 4.0))
+    assert gradients[2] is gradients[3] is None
+    for handle in handles:
+        handle.remove()
+    model[1](torch.ones(2, 3)).sum().backward()
+    assert sorted(seen) == [0, 1]
+
+
 def test_what_an_earlier_version_pickled_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 5))
     apply_mask(model, {name: torch.rand(p.shape) < 0.5 for name, p in model.named_parameters()})

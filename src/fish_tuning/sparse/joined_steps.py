@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
+from fish_tuning.errors import MaskError
 from fish_tuning.sparse.values import DATA, MaskedGroup
 
 # By the class itself: a subclass may compute something of whole tensors.
@@ -159,11 +160,19 @@ class _Joined:
         if set(map(type, grads)) != {Tensor} or set(map(_DTYPE, grads)) != {group.flat.dtype}:
             return None
         if set(map(_LAYOUT, grads)) != {torch.strided}:
-            return None
+            raise MaskError(
+                "The selected entries of a masked tensor have a sparse gradient, which torch's optimizers would write "
+                "past their end. Set a dense one: gradient.to_dense()."
+            )
+        held = optimizer.param_groups[self.place]
+        if type(optimizer) is SGD and held.get("fused") and grads[0].element_size() == 2:
+            return None  # on a CPU, torch's kernel is right for a few entries alone
         memory, states = self._memory_of(grads), self._states_together(optimizer)
         self._apart = states is None
-        # A fused step of a GradScaler writes into gradients, which copies would not tell of.
-        if states is None or (memory is None and getattr(optimizer, "grad_scale", None) is not None):
+        # What a step writes into gradients, copies would not tell of: a GradScaler's fused one, and Nesterov's.
+        nesterov = held.get("nesterov") and held.get("foreach") is not False
+        writes = nesterov or getattr(optimizer, "grad_scale", None) is not None
+        if states is None or (memory is None and writes):
             return None
         parameter = nn.Parameter(group.flat)
         parameter.grad = torch.cat(grads).detach() if memory is None else memory.view_as(parameter)

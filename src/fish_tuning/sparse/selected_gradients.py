@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
 
 # Autograd runs what was made last first. This is to run as soon as it can, and let dense gradients go.
 _AT_ONCE = 2**62
@@ -85,7 +86,9 @@ class _Selected(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         indices: Any = ctx.indices
         if isinstance(indices, Tensor):
-            if set(map(type, grads)) == {Tensor} and not any(map(_IS_SPARSE, grads)):
+            # With is_grads_batched=True all are of another kind.
+            plain = set(map(type, grads)) == {Tensor} and not any(map(_IS_SPARSE, grads))
+            if plain and not is_legacy_batchedtensor(grads[0]):  # type: ignore[arg-type]
                 entries = _joined(grads, ctx.runs, ctx.entries).index_select(0, indices)
                 # Unsafe only for who changes one and derives another: autograd need not know that they share memory.
                 entries = entries.view(-1, *ctx.shapes[0][1:])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import torch
@@ -121,6 +121,10 @@ class Values(Watched, nn.Parameter):
         if group is not None:
             group.switched, group.settled = True, False
         return self
+
+    def register_hook(self, hook: Callable[[Tensor], Tensor | None]) -> Any:
+        """As `Tensor.register_hook`. One node hands on the gradients of a group, and None where a pass gives none."""
+        return super().register_hook(lambda gradient: None if gradient is None else hook(gradient))  # type: ignore[no-untyped-call]
 
     def _hand_out(self) -> None:
         self.held = True
