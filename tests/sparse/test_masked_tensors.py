@@ -468,11 +468,11 @@ def test_one_dense_gradient_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     assert peaks == {False: 5, True: 1}  # four kept, and one on its way to be added to them
 
 
-def test_small_tensors_that_go_together() -> None:
+def test_small_tensors_that_go_together(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of one kind; up to so many entries, more on a GPU; large ones and those without a key stay alone."""
     small, large = groups._SMALL, groups._SMALL + 1
     sizes, keys = [small, large, small, small, small, small, 10, 10], ["a", "a", "b", "a", "a", "a", None, "a"]
-    assert 4 * small == groups._TOGETHER
+    monkeypatch.setattr(groups, "_TOGETHER", 4 * small)
     assert groups.small_groups(sizes, keys) == [[0, 3, 4, 5], [1], [2], [6], [7]]
     assert groups.small_groups(sizes, keys, gpu=True) == [[0, 3, 4, 5, 7], [1], [2], [6]]
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # which has a group from its beginning
 _SMALL = 2**16
 # Entries of a group at most, since their dense gradients are kept until all are there. On a GPU each group costs the
 # same few operations in a step, whatever its size.
-_TOGETHER, _TOGETHER_ON_GPU = 2**18, 2**22
+_TOGETHER, _TOGETHER_ON_GPU = 2**20, 2**22
 
 
 class Group:
