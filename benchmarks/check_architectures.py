@@ -6,7 +6,8 @@
 For each: LoRA on all linear layers, then all of the model's weights, or the adapters that are asked for. Scores in
 batches are compared with those of the loop (`method="loop"`), entry by entry in 32 bits and tensor by tensor in 16; a
 masked step of SGD with the dense gradient, and the loss that is scored of an example with the model's own, in 32 bits.
-A line a model, and a table of what is not the same; exit code 1 where anything is not.
+Scores that differ in 32 bits are compared again in 64. A line a model, and a table of what is not the same; exit code
+1 where anything is not.
 """
 
 from __future__ import annotations
@@ -33,9 +34,9 @@ from fish_tuning.scores.loss_vectors import LossVectors
 from fish_tuning.scores.scoring_state import scoring_state
 
 SECONDS = 100
-# In 32 bits of a tensor's largest score, in 16 of its norm.
-LIMITS = {torch.float32: 2e-3, torch.bfloat16: 0.15}
-NEGLIGIBLE = {torch.float32: 1e-8, torch.bfloat16: 1e-4}  # of the largest tensor's norm
+# In 32 and 64 bits of a tensor's largest score, in 16 of its norm.
+LIMITS = {torch.float64: 1e-6, torch.float32: 2e-3, torch.bfloat16: 0.15}
+NEGLIGIBLE = {torch.float64: 1e-8, torch.float32: 1e-8, torch.bfloat16: 1e-4}  # of the largest tensor's norm
 
 
 @dataclass
@@ -59,7 +60,7 @@ def compare_scores(model: nn.Module, batch: dict[str, Tensor], dtype: torch.dtyp
             continue  # all rounding
         difference = scores[name] - each
         off, size = (
-            (difference.abs().amax(), each.amax()) if dtype == torch.float32 else (difference.norm(), each.norm())
+            (difference.norm(), each.norm()) if dtype == torch.bfloat16 else (difference.abs().amax(), each.amax())
         )
         if not float(off) <= LIMITS[dtype] * float(size):
             found.wrong.append(f"score of {name} off by {float(off) / float(size):.1e}")
@@ -185,7 +186,12 @@ def main() -> int:
                 found = check(kind, name, task, DTYPES[asked.dtype], asked.adapters)
             told = f"{found.tensors} tensors, {found.looped} by the loop"
             outcome = "not the same" if found.wrong else "the same"
-            rows += [[task, name, wrong] for wrong in found.wrong[:3]]
+            # Some lose so many digits that two exact ways differ in 32 bits; a wrong score is wrong in 64, too.
+            if asked.dtype == "float32" and found.wrong and all(each.startswith("score") for each in found.wrong):
+                with at_most(SECONDS):
+                    if not check(kind, name, task, torch.float64, asked.adapters).wrong:
+                        outcome, told = "the same in 64 bits", f"{told}; in 32 {found.wrong[0]}"
+            rows += [[task, name, wrong] for wrong in found.wrong[:3] if outcome == "not the same"]
         except FishTuningError as refusal:
             outcome, told = "refused", str(refusal)
         except (Unbuilt, TimeoutError) as reason:
