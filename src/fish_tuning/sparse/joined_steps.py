@@ -27,6 +27,7 @@ from fish_tuning.sparse.values import DATA, MaskedGroup
 _ENTRY_BY_ENTRY = (Adam, AdamW, SGD)
 _DTYPE: Any = Tensor.dtype.__get__  # type: ignore[attr-defined]
 _LAYOUT: Any = Tensor.layout.__get__  # type: ignore[attr-defined]
+_WHOLES = "_fish_tuning_wholes"  # what belongs to one step is the stepper's own, and ends with it, by an error too
 _TRIES = 3  # to gather states: who moves them again and again, or steps some less often, has them stepped one by one
 
 
@@ -90,9 +91,6 @@ class JoinedSteps:
             whole.hand_back(optimizer)
         for each in self._joined:
             each.gather_states(optimizer)
-
-
-_WHOLES = "_fish_tuning_wholes"  # what belongs to one step is the stepper's own, and ends with it, by an error too
 
 
 def _twin(optimizer: Optimizer) -> Optimizer:
