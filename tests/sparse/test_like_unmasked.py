@@ -130,8 +130,16 @@ def test_who_writes_into_a_masked_tensor_writes_its_values(how: str) -> None:
     assert_only_selected_moved(before, tensors(model), mask)
 
 
-def test_a_pickled_model_trains_on() -> None:
+@pytest.mark.parametrize("after_an_error", [False, True])
+def test_a_pickled_model_trains_on(after_an_error: bool) -> None:
     model, mask = masked(lora(bert()))
+    if after_an_error:  # in an optimizer's step, which takes values as ordinary parameters
+        optimizer = torch.optim.SGD(trainable(model).values(), lr=1e-2)
+        model(**BATCH).loss.backward()
+        optimizer.param_groups[0]["lr"] = "fast"
+        with pytest.raises((TypeError, ValueError)):
+            optimizer.step()
+        model.zero_grad()
     file = io.BytesIO()
     torch.save(model, file)
     file.seek(0)

@@ -14,7 +14,7 @@ from torch.autograd.graph import increment_version
 from fish_tuning.errors import MaskError
 from fish_tuning.sparse.optimizer_steps import held_by_others, look_again, watch_optimizers
 from fish_tuning.sparse.selected_gradients import starts_of, whole_tensors
-from fish_tuning.sparse.values import DATA, Values, Whole, watch_again
+from fish_tuning.sparse.values import DATA, GroupReference, Values, Whole, watch_again
 
 if TYPE_CHECKING:  # which has a group from its beginning
     from fish_tuning.sparse.whole_tensors import MaskedTensor
@@ -101,7 +101,7 @@ class Group:
             values: Any = member.values
             member.trains = values is not None and values.requires_grad
             if values is not None:
-                values.masked_group = weakref.ref(self)
+                values.masked_group = GroupReference(self)
         watch_again(member.values for member in self.with_values)  # others may have taken the place of ours
         look_again()
         for member, tensor, plain in zip(self.members, self._tensors(), self._tensors(), strict=True):

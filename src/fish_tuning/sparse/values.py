@@ -106,13 +106,24 @@ class MaskedGroup(Protocol):
         """Write the values into the tensors."""
 
 
+class GroupReference(weakref.ref[MaskedGroup]):
+    """To the group of values, which finds them again where it is loaded: an error in a step leaves them ordinary
+    parameters until the next read, and these are pickled with all that they know."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _no_group, ()
+
+
+def _no_group() -> None: ...
+
+
 class Values(Watched, nn.Parameter):
     """The selected entries: of a vector (k,), of a tensor of more dimensions (k, 1).
 
     Optimizers tell matrices from vectors by that, as LoRA+ does and some rules for weight decay.
     """
 
-    masked_group: weakref.ref[MaskedGroup] | None = None
+    masked_group: GroupReference | None = None
     held = False  # whether somebody has had its `.data`, and may have kept it
 
     def requires_grad_(self, requires_grad: bool = True) -> Values:
