@@ -5,7 +5,7 @@ torch's own walks are generators within generators, of which a call that scores 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, TypeVar
@@ -41,6 +41,32 @@ def every_module(model: nn.Module) -> list[nn.Module]:
             if module._modules:
                 left.extend(reversed(module._modules.values()))
     return list(seen)
+
+
+def in_one_memory(tensors: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    """Each of these tensors that shares entries with another one, with the names of all that do.
+
+    Tensors side by side in one memory, such as FSDP's, share none. What has no memory of its own, or leaves gaps in it,
+    is left out.
+    """
+    spans: dict[tuple[str, int], list[tuple[int, int, str]]] = {}
+    for name, tensor in tensors.items():
+        if tensor.is_meta or type(tensor) not in (Tensor, nn.Parameter) or not tensor.numel():
+            continue
+        last = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+        start, memory = tensor.data_ptr(), (str(tensor.device), tensor.untyped_storage().data_ptr())
+        if last + 1 == tensor.numel():
+            spans.setdefault(memory, []).append((start, start + tensor.nbytes, name))
+    found: dict[str, list[str]] = {}
+    for each in spans.values():
+        together: list[str] = []
+        end = 0
+        for start, stop, name in sorted(each):
+            together = [*together, name] if start < end else [name]
+            end = max(end, stop) if len(together) > 1 else stop
+            if len(together) > 1:
+                found |= dict.fromkeys(together, together)
+    return found
 
 
 def every_parameter(model: nn.Module) -> list[nn.Parameter]:

@@ -18,6 +18,18 @@ from fish_tuning.scores.checks import (
 checksum = Checksumming().checksum
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_torch_s_defaults_change_no_checksum(dtype: torch.dtype) -> None:
+    rows, expected, weights = torch.randn(5, 3), Checksumming(), random_weights(7, 0)
+    wanted = expected.checksum(rows)
+    torch.set_default_dtype(dtype)
+    try:
+        assert torch.equal(Checksumming().checksum(rows), wanted)
+        assert torch.equal(random_weights(7, 0), weights)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def norm(checksum: torch.Tensor) -> torch.Tensor:
     return checksum[1:].square().mean()
 
@@ -129,10 +141,10 @@ def test_comparison() -> None:
 
     plain = {name: sums(4.0, 1.0) for name in ("same", "other", "moved", "missed")}
     plain |= {"tiny": sums(1e-9, 1e-9), "nan": sums(float("nan")), "nan elsewhere": sums(1e-9, float("nan"))}
-    plain |= {"tiny but the same": sums(1e-9, 1e-9)}
-    rule = plain | {"other": sums(4.1, 1.0), "moved": sums(4.0, 1.1), "tiny": sums(0.0)}
+    plain |= {"tiny but the same": sums(1e-9, 1e-9), "tiny and not seen": sums(1e-9, 1e-9)}
+    rule = plain | {"other": sums(4.1, 1.0), "moved": sums(4.0, 1.1), "tiny": sums(1e-12), "tiny and not seen": sums(0)}
     del rule["missed"]
     found = Comparison.of([*plain, "neither"], rule, plain, tolerance=1e-3, floor=1e-5)
     assert found.right == {"same", "tiny but the same"}
     assert found.agree == {"same", "tiny but the same", "tiny", "neither"}
-    assert found.disagree == {"other", "moved", "missed", "nan", "nan elsewhere"}
+    assert found.disagree == {"other", "moved", "missed", "nan", "nan elsewhere", "tiny and not seen"}

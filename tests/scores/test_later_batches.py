@@ -122,15 +122,48 @@ class ReadsItsPadding(Classifier):
         )
 
 
-def test_in_16_bits_the_least_padded_row_is_looked_at_too() -> None:
-    generator = torch.Generator().manual_seed(1)
-    mask = torch.tensor([[1] * 9, [1] * 4 + [0] * 5, [1] * 7 + [0] * 2, [1] * 9])
-    x = torch.randn(4, 9, 4, generator=generator).bfloat16()
-    batch = {"inputs_embeds": x, "attention_mask": mask, "labels": torch.arange(4) % 3}
-    model = ReadsItsPadding().bfloat16()
+def padded_batch(*lengths: int, width: int = 9, dtype: torch.dtype = torch.float32) -> Batch:
+    mask = torch.tensor([[1] * length + [0] * (width - length) for length in lengths])
+    x = torch.randn(len(lengths), width, 4, generator=torch.Generator().manual_seed(1)).to(dtype)
+    return {"inputs_embeds": x, "attention_mask": mask, "labels": torch.arange(len(lengths)) % 3}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_least_padded_row_is_looked_at_too(dtype: torch.dtype) -> None:
+    batch = padded_batch(9, 4, 7, 9, dtype=dtype)
+    model = ReadsItsPadding().to(dtype)
     scores, by_loop = scored(model, [batch]), scored(model, [batch], method="loop")
+    tolerance = {"rtol": 0.05, "atol": 1e-3} if dtype is torch.bfloat16 else {}
     for name, score in by_loop.items():
-        torch.testing.assert_close(scores[name], score, rtol=0.05, atol=1e-3)
+        torch.testing.assert_close(scores[name], score, **tolerance)  # type: ignore[arg-type]
+
+
+class PoolsTwoTokens(Classifier):
+    """As Funnel does: where a row has an odd number of tokens, its last one is pooled with padding, if there is any.
+
+    `rare` has next to no gradient but where a row of seven tokens is alone.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.rare = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, inputs_embeds: Tensor, attention_mask: Tensor, labels: Tensor | None = None) -> object:
+        x = inputs_embeds * attention_mask[..., None]
+        x = x + self.rare(x) * (1.0 if x.shape[1] == 7 else 1e-6)
+        pooled = nn.functional.avg_pool1d(x.transpose(1, 2), 2, ceil_mode=True).transpose(1, 2)
+        return super().forward(torch.tanh(self.layer(pooled)), labels)
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_where_padding_is_read_no_tensor_is_scored_by_rule(earlier: bool) -> None:
+    """Also one that no row which is looked at tells anything of."""
+    padded = padded_batch(10, 3, 7, 9, 5, width=10)
+    loader = [padded_batch(10, 10, width=10), padded] if earlier else [padded]
+    model = PoolsTwoTokens()
+    scores, by_loop = scored(model, loader), scored(model, loader, method="loop")
+    assert float(by_loop["rare.weight"].max()) > 1e-5
+    assert_scores_close(scores, by_loop)
 
 
 def test_the_ways_of_padding() -> None:
@@ -139,9 +172,10 @@ def test_the_ways_of_padding() -> None:
     )
     left, within, right = (True, False, False), (False, True, False), (False, False, True)
     batch = {"attention_mask": mask}
-    assert padded_rows(batch) == {left: 1, within: 5, right: 6, (True, False, True): 4}
-    assert padded_rows(batch, least=True) == {left: 2, within: 5, right: 3, (True, False, True): 4}
+    assert padded_rows(batch) == {left: (1, 2), within: (5, 5), right: (6, 3), (True, False, True): (4, 4)}
     assert padded_rows({"attention_mask": torch.ones(2, 3)}) == padded_rows({"x": mask}) == {}
     labels = torch.full((7, 4), -100)
     labels[[2, 3], 1:] = 1  # rows without a label that counts tell nothing, where another is padded so
-    assert padded_rows(batch | {"labels": labels}) == {left: 2, within: 5, right: 3, (True, False, True): 4}
+    assert padded_rows(batch | {"labels": labels}) == {
+        left: (2, 2), within: (5, 5), right: (3, 3), (True, False, True): (4, 4),
+    }  # fmt: skip

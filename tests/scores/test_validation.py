@@ -288,3 +288,12 @@ def test_a_regression_label_that_is_nan_names_the_example() -> None:
         FisherError, match=r"example 3 is not finite.*tensors are finite; check the calibration examples"
     ):
         scored(lora(bert(num_labels=1)), rebatch(batch, 2))
+
+
+def test_parameters_of_one_memory_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(4, 3, bias=False), nn.Linear(3, 4, bias=False))
+    model[1].weight = nn.Parameter(model[0].weight.detach().T)
+    with pytest.raises(FisherError, match=r"'0.weight' is in one memory with '1.weight', as a parameter of its own"):
+        calculate_fisher_information(
+            model, [{"input": torch.ones(2, 4)}], loss_fn=lambda outputs, batch: outputs.sum(1)
+        )

@@ -631,6 +631,54 @@ def test_tied_tensors_cannot_be_split() -> None:
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
+def test_parameters_of_one_memory_cannot_be_split() -> None:
+    """As PEFT's ensure_weight_tying makes them: two parameters, one a transposed view of the other."""
+    model = nn.Sequential(nn.Linear(4, 3, bias=False), nn.Linear(3, 4, bias=False))
+    model[1].weight = nn.Parameter(model[0].weight.detach().T)
+    mask = random_mask(model, 0.5)
+    with pytest.raises(
+        MaskError, match=r"'0.weight' is shared by several layers \(tied weights: '0.weight', '1.weight'"
+    ):
+        apply_mask(model, mask)
+    apply_mask(model, {"0.weight": torch.ones(3, 4, dtype=torch.bool), "1.weight": torch.ones(4, 3, dtype=torch.bool)})
+    assert model[0].weight.data_ptr() == model[1].weight.data_ptr()
+
+
+def test_parameters_side_by_side_in_one_memory_are_not_shared() -> None:
+    model, memory = nn.Sequential(nn.Linear(4, 3, bias=False), nn.Linear(3, 4, bias=False)), torch.randn(24)
+    model[0].weight, model[1].weight = (nn.Parameter(memory[:12].view(3, 4)), nn.Parameter(memory[12:].view(4, 3)))
+    apply_mask(model, random_mask(model, 0.5))
+    assert is_masked(model)
+
+
+@pytest.mark.parametrize("how", ["=", "register_parameter"])
+def test_a_whole_parameter_in_the_place_of_values_is_refused(how: str) -> None:
+    model = nn.Linear(4, 3)
+    apply_mask(model, random_mask(model, 0.5))
+    before, parameters = tensors(model), list(model.parameters())
+    put = model.__setattr__ if how == "=" else model.register_parameter
+    with pytest.raises(MaskError, match=r"'weight' of Linear has a mask, and a new parameter .* train as a\s*whole"):
+        put("weight", nn.Parameter(torch.ones(3, 4)))
+    assert_same_tensors(tensors(model), before)
+    assert all(now is was for now, was in zip(model.parameters(), parameters, strict=True))
+
+
+def test_a_masked_embedding_gets_no_other_size() -> None:
+    model = llama()
+    mask = random_mask(model)
+    apply_mask(model, mask)
+    before = tensors(model)
+    with pytest.raises(
+        MaskError, match=r"would get another size \(resize_token_embeddings.*remove_mask\(model\) first"
+    ):
+        model.resize_token_embeddings(64)
+    assert_same_tensors(tensors(model), before)
+    model(**causal_batch())
+    remove_mask(model)
+    model.resize_token_embeddings(64)
+    assert model(**causal_batch()).logits.shape[-1] == 64
+
+
 def test_tied_tensors_outside_the_pool() -> None:
     model, batch = llama(tie_word_embeddings=True), causal_batch()
     model.get_parameter("model.embed_tokens.weight").requires_grad_(False)

@@ -30,6 +30,7 @@ from fish_tuning import (
     FishTuningTrainer,
     MaskError,
     add_mask,
+    apply_mask,
     calculate_fisher_information,
     calibration_of,
     count_trainable_parameters,
@@ -204,6 +205,13 @@ def test_wrong_use(tmp_path: Path) -> None:
     with pytest.raises(MaskError, match="has its optimizer already"):
         fish_tune(dense, 0.1)
     assert not is_masked(dense.model)
+    synchronized = plain(tmp_path)
+    synchronized.ref_model, synchronized.args.sync_ref_model = lora(bert()), True  # type: ignore[attr-defined]
+    with pytest.raises(MaskError, match=r"sync_ref_model=True copies .* apply_mask\(trainer.ref_model, mask\) first"):
+        add_mask(synchronized, random_mask(synchronized.model))
+    assert not is_masked(synchronized.model)
+    apply_mask(synchronized.ref_model, random_mask(synchronized.model))  # type: ignore[attr-defined]
+    add_mask(synchronized, random_mask(synchronized.model))
     anew = Trainer(model_init=lambda: lora(bert()), args=trainer.args, train_dataset=DATA)
     with pytest.raises(MaskError, match=r"makes its model anew .* FishTuningTrainer\(model_init=.*, mask=.*\)"):
         fish_tune(anew, 0.1)

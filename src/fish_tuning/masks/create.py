@@ -288,7 +288,7 @@ class _TieKeys:
         generator = torch.Generator().manual_seed(self.seed)
         for chunk in self.priorities():
             tied = (chunk == self.cut).nonzero()[:, 0]
-            key = torch.randint(2**31 - 1, (len(tied),), generator=generator, dtype=torch.int32)
+            key = torch.randint(2**31 - 1, (len(tied),), generator=generator, dtype=torch.int32, device="cpu")
             yield tied, key.to(chunk.device)
 
 
@@ -302,7 +302,7 @@ def _kth_largest(chunks: Callable[[], Iterable[Tensor]], k: int, bits: int) -> _
     prefix, above = 0, 0
     top = bits - _DIGIT
     for shift in range(top, -1, -_DIGIT):
-        counts = torch.zeros(2**_DIGIT, dtype=torch.int64)
+        counts = torch.zeros(2**_DIGIT, dtype=torch.int64, device="cpu")
         for chunk in chunks():
             if shift == top:
                 digits = (chunk >> shift) + _SIGN

@@ -124,12 +124,12 @@ def select_groups(
     sizes = np.repeat([family.size for family in found], numbers)
     places = np.repeat(_places(found, floors), numbers)
     values = torch.cat([_priorities(family, scores, scales, priority) for family in found]).numpy()
-    keys = torch.randint(2**31 - 1, (len(sizes),), generator=torch.Generator().manual_seed(seed)).numpy()
+    keys = torch.randint(2**31 - 1, (len(sizes),), generator=torch.Generator().manual_seed(seed), device="cpu").numpy()
     order = np.lexsort((np.arange(len(sizes)), -keys, -values))
     least = [number for _, number in floors]
     selected = np.zeros(len(sizes), dtype=bool)
     selected[order[take_exactly(sizes[order].tolist(), k, places[order].tolist(), least)]] = True
-    masks = {name: torch.zeros(tensor.shape, dtype=torch.bool) for name, tensor in scores.items()}
+    masks = {name: torch.zeros(tensor.shape, dtype=torch.bool, device="cpu") for name, tensor in scores.items()}
     for family, groups in zip(found, torch.from_numpy(selected).split(numbers), strict=True):
         for name, axis in family.members:
             _slices(name, axis, masks, family.number)[groups] = True
@@ -192,7 +192,7 @@ def _priorities(
     family: Family, scores: Mapping[str, Tensor], scales: Mapping[str, float] | None, priority: Priority
 ) -> Tensor:
     """Of the mean scores, in fp64 on the CPU."""
-    total = torch.zeros(family.number, dtype=torch.float64)
+    total = torch.zeros(family.number, dtype=torch.float64, device="cpu")
     for name, axis in family.members:
         sums = in_float64(_slices(name, axis, scores, family.number)).sum(1).cpu()
         total += sums * scales[name] if scales else sums

@@ -131,10 +131,11 @@ def most_padded_row(batch: Mapping[str, Tensor]) -> int:
     return 0 if mask is None or mask.dim() != 2 else int(_lengths(batch, mask).argmin())
 
 
-def padded_rows(batch: Mapping[str, Tensor], least: bool = False) -> dict[Padding, int]:
-    """By the ways in which rows of a text are padded: the row with the fewest real tokens of those padded so.
+def padded_rows(batch: Mapping[str, Tensor]) -> dict[Padding, tuple[int, int]]:
+    """By the ways in which rows of a text are padded: of those padded so, the rows with the fewest and the most tokens.
 
-    `least`: the one with the most of them.
+    Real ones, that is. One row may reach its padding by little more than rounding in 16 bits, or not at all because its
+    length is even, where the other shows it.
     """
     mask = on_cpu(batch, "attention_mask")
     if mask is None or mask.dim() != 2 or bool(mask.all()):
@@ -144,14 +145,15 @@ def padded_rows(batch: Mapping[str, Tensor], least: bool = False) -> dict[Paddin
     within = before + real.sum(1) + after < real.shape[1]
     ways = zip((before > 0).tolist(), within.tolist(), (after > 0).tolist(), strict=True)
     lengths = _lengths(batch, mask).tolist()
-    found: dict[Padding, int] = {}
+    found: dict[Padding, list[int]] = {}
     for row, way in enumerate(ways):
-        better = way not in found or (
-            lengths[row] > lengths[found[way]] if least else lengths[row] < lengths[found[way]]
-        )
-        if any(way) and better:
-            found[way] = row
-    return found
+        if any(way):
+            found.setdefault(way, []).append(row)
+    # Where none of its labels counts, a row has no loss to show anything.
+    longest = [length if length <= mask.shape[1] else -1 for length in lengths]
+    return {
+        way: (min(alike, key=lengths.__getitem__), max(alike, key=longest.__getitem__)) for way, alike in found.items()
+    }
 
 
 def _lengths(batch: Mapping[str, Tensor], mask: Tensor) -> Tensor:

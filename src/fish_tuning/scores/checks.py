@@ -27,6 +27,7 @@ _OF_OTHERS = 0.1  # floats of 8 bits
 _ROOMS_ALONE = {torch.bfloat16: 0.2, torch.float16: 0.04}
 _ROOM_OF_OTHERS = 0.4
 NEGLIGIBLE_GRADIENT = 1e-4  # of the norm of an example's gradient over all tensors
+_NOTHING = 1e-30  # of a squared norm: where squares vanish in 32 bits
 _PROJECTIONS = 16
 _KEPT_LENGTH = 2**16  # of vectors: longer ones are few, and take memory
 
@@ -49,8 +50,8 @@ def room_alone(dtypes: set[torch.dtype]) -> float:
 def random_weights(size: int, seed: int) -> Tensor:
     """(size,) numbers of either sign between 1 and 2 in size: no gradients cancel, and none is lost beside another."""
     generator = torch.Generator().manual_seed(seed)
-    signs = torch.randint(2, (size,), generator=generator) * 2 - 1
-    return signs * (1 + torch.rand(size, generator=generator))
+    signs = torch.randint(2, (size,), generator=generator, device="cpu") * 2 - 1
+    return signs * (1 + torch.rand(size, generator=generator, dtype=torch.float32, device="cpu"))
 
 
 class Checksumming:
@@ -98,8 +99,9 @@ class Checksumming:
         if key in self._vectors:
             return self._vectors[key]
         generator = torch.Generator().manual_seed(0 if side == "left" else 1)
-        signs = torch.randint(2, (length, _PROJECTIONS), generator=generator) * 2.0 - 1
-        made = placed(torch.cat([torch.ones(length, 1), signs], dim=1), device)
+        signs = torch.ones(length, 1 + _PROJECTIONS, dtype=torch.float32, device="cpu")
+        signs[:, 1:] = torch.randint(2, (length, _PROJECTIONS), generator=generator, device="cpu") * 2 - 1
+        made = placed(signs, device)
         if length <= _KEPT_LENGTH:
             self._vectors[key] = made
         return made
@@ -146,7 +148,7 @@ def distance(one: Checksums, other: Checksums) -> float:
 
     The mean over tensors, each by its share in the squared norms. Both are on the CPU.
     """
-    no_gradient = torch.zeros(1 + _PROJECTIONS, dtype=torch.float64)
+    no_gradient = torch.zeros(1 + _PROJECTIONS, dtype=torch.float64, device="cpu")
     if not (names := one.keys() | other.keys()):
         return 0.0
     these, those = (
@@ -182,7 +184,7 @@ class Comparison:
         if not names:
             return cls(set(), set(), set())
         length = max(map(len, (*rule.values(), *plain.values())), default=1 + _PROJECTIONS)
-        no_gradient = torch.zeros(length, dtype=torch.float64)
+        no_gradient = torch.zeros(length, dtype=torch.float64, device="cpu")
         by_rule, by_plain = (torch.stack([sums.get(name, no_gradient) for name in names]) for sums in (rule, plain))
         squares, signs = (by_rule - by_plain).split([1 + _PROJECTIONS, length - 1 - _PROJECTIONS], dim=1)
         norm = by_plain[:, 0]  # squared
@@ -193,6 +195,7 @@ class Comparison:
         in_place = _norms(squares) <= room**2 * _norms(by_plain[:, : 1 + _PROJECTIONS])
         agreeing &= in_place | (squares.isfinite().all(dim=1) & ~telling)
         agreeing &= _norms(signs) <= room**2 * norm.clamp(min=floor)
+        agreeing &= (by_rule[:, 0] != 0) | (norm < _NOTHING)  # a rule that sees nothing of a tensor is no rounding
         telling |= (norm > 0) & in_place & (squares[:, 0].abs() <= room * norm) & (_norms(signs) <= room**2 * norm)
         agree = {name for name, yes in zip(names, agreeing.tolist(), strict=True) if yes}
         tell = {name for name, yes in zip(names, telling.tolist(), strict=True) if yes}

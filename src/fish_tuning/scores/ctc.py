@@ -27,7 +27,7 @@ def ctc_losses(
     # What says how long things are is looked at on the CPU, where the loss wants it.
     labels = labels_of({key: tensor for key in LABELS if (tensor := on_cpu(batch, key)) is not None})
     counted = labels >= 0
-    frames = torch.full((len(logits),), logits.shape[1])
+    frames = torch.full((len(logits),), logits.shape[1], device="cpu")
     if (mask := on_cpu(batch, "attention_mask")) is not None:
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         frames = base._get_feat_extract_output_lengths(mask.sum(-1)).to(torch.long)

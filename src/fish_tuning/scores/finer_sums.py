@@ -86,8 +86,8 @@ class _EmbeddingSums(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (ids,), g = ctx.saved_tensors, gradients[0]
         rows, inverse = ids.flatten().unique(return_inverse=True)
-        sums = torch.zeros(len(rows), g.shape[-1]).index_add_(0, inverse, g.flatten(0, -2).float())
-        of_table = torch.zeros(ctx.shape, dtype=ctx.dtype)
+        sums = g.new_zeros(len(rows), g.shape[-1], dtype=torch.float32).index_add_(0, inverse, g.flatten(0, -2).float())
+        of_table = g.new_zeros(ctx.shape, dtype=ctx.dtype)
         of_table[rows] = sums.to(ctx.dtype)
         if ctx.padding is not None:
             of_table[ctx.padding] = 0

@@ -41,7 +41,7 @@ def check_given_classes(model: Any, labels: Tensor | None, first_example: int) -
     name = "num_labels" if kind in CLASSIFICATION else "vocab_size" if kind in TOKENWISE else None
     number = getattr(config, name, None) if name else None
     if labels is not None and number and number > 1 and not labels.is_floating_point():
-        _check_range(labels, number, first_example, ignored=True)
+        _check_range(labels, number, first_example, ignored=kind in TOKENWISE)
 
 
 def check_shapes(model: Any, logits: Tensor, labels: Tensor) -> None:

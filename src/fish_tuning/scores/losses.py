@@ -31,6 +31,7 @@ SHIFTED = ("ForCausalLM", "ForConditionalGeneration")  # by transformers' own lo
 # Tasks that transformers knows by the model's class alone.
 BY_CLASS = {"LMHeadModel": "ForCausalLM", "ForMultipleChoice": "ForMultipleChoice"}
 ANSWER = ("start_positions", "end_positions")
+_DRAWN: Any = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults are, the same numbers
 LABELS = ("labels", "label", *ANSWER)
 
 
@@ -178,7 +179,7 @@ def _class_nll(logits: Tensor, labels: Tensor, known: Tensor) -> Tensor:
 
 
 def _sample_classes(logits: Tensor, known: Tensor, generators: list[torch.Generator]) -> Tensor:
-    uniform = torch.cat([torch.rand(1, 1, generator=generator) for generator in generators])
+    uniform = torch.cat([torch.rand(1, 1, generator=generator, **_DRAWN) for generator in generators])
     return _draw(logits, placed(uniform, logits.device))
 
 
@@ -197,7 +198,7 @@ def _regression_nll(logits: Tensor, labels: Tensor, known: Tensor) -> Tensor:
 
 def _sample_regression(logits: Tensor, known: Tensor, generators: list[torch.Generator]) -> Tensor:
     deviation = math.sqrt(logits[0].numel() / 2)
-    noise = torch.stack([torch.randn(logits.shape[1:], generator=generator) for generator in generators])
+    noise = torch.stack([torch.randn(logits.shape[1:], generator=generator, **_DRAWN) for generator in generators])
     return logits + deviation * placed(noise, logits.device)
 
 
@@ -212,7 +213,7 @@ def _multi_label_nll(logits: Tensor, labels: Tensor, known: Tensor) -> Tensor:
 
 
 def _sample_multi_label(logits: Tensor, known: Tensor, generators: list[torch.Generator]) -> Tensor:
-    uniform = torch.stack([torch.rand(logits.shape[1:], generator=generator) for generator in generators])
+    uniform = torch.stack([torch.rand(logits.shape[1:], generator=generator, **_DRAWN) for generator in generators])
     return (placed(uniform, logits.device) < logits.sigmoid()).float()
 
 
@@ -236,7 +237,7 @@ def _token_likelihood(reduction: TokenReduction) -> Likelihood:
         numbers = counted.sum(dim=1).tolist()
         drawn = placed(known.clone(), logits.device)
         columns = placed(counted.nonzero()[:, 1], logits.device).split(numbers)
-        uniform = [torch.rand(number, 1, generator=g) for number, g in zip(numbers, generators, strict=True)]
+        uniform = [torch.rand(number, 1, generator=g, **_DRAWN) for number, g in zip(numbers, generators, strict=True)]
         chances = placed(torch.cat(uniform), logits.device).split(numbers)
         for row, (of_row, chance) in enumerate(zip(columns, chances, strict=True)):
             drawn[row, of_row] = _draw(logits[row, of_row].float(), chance)

@@ -39,7 +39,7 @@ from fish_tuning.scores.losses import (
 # small difference of large logits, roundings are of their size: in epsilons again, what they come to at most.
 _ROOM, _NOTHING = 1e-5, 3e-6
 _ROUNDINGS, _MOST_OFTEN, _AT_MOST = 1.5, 0.6, 3.0
-_MOST_LOOKS = 2
+_MOST_LOOKS = 4  # two rows each of two ways of padding may come alone before the first batch
 
 
 class OwnLoss:

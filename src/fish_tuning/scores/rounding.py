@@ -54,6 +54,8 @@ class Rounding:
     def _thresholds(self, device: torch.device) -> Tensor:
         if device not in self._drawn:
             size = _CHUNK if device.type == "cpu" else _CHUNK_ON_GPU
-            drawn = torch.randint(_STEPS, (size,), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+            drawn = torch.randint(
+                _STEPS, (size,), generator=torch.Generator().manual_seed(0), dtype=torch.int32, device="cpu"
+            )
             self._drawn[device] = drawn.to(device)
         return self._drawn[device]

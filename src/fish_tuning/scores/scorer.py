@@ -73,8 +73,7 @@ class Scorer:
         self.failed: dict[str, str] = {}
         self.proven: set[str] = set()
         self.looked_at: set[str] = set()  # those of which an example was looked at alone
-        weights = {parameter.dtype for parameter in every_parameter(losses.model)}
-        self._weights = weights
+        self._weights = weights = {parameter.dtype for parameter in every_parameter(losses.model)}
         self.scale = LossScale(fp16=torch.float16 in {*losses.autocast.dtypes.values(), *weights})
         self.probes.state.scale = self.plain.scale = self.scale
         self.padding_met: set[tuple[bool, ...]] = set()  # the ways of padding that rows had by which rules are proven
@@ -108,23 +107,25 @@ class Scorer:
             self.loop(batch, first_example, list(self.trainable))
             self.begun = True
             return
-        padded = {way: row for way, row in padded_rows(batch).items() if way not in self.padding_met}
+        padded = {way: found for way, found in padded_rows(batch).items() if way not in self.padding_met}
         if padded:
-            # Where examples reach their padding, rules that rows without any, or with some elsewhere, have proven do
-            # not hold.
+            # Rules that rows without padding, or with some elsewhere, have proven do not hold where examples reach it.
             self.padding_met |= padded.keys()
             self.proven, self.looked_at = set(), set()
-        look = list(padded.values())
-        if padded and self._low_precision():  # there a row may reach its padding by little more than rounding
-            look += [row for way, row in padded_rows(batch, least=True).items() if way in padded and row not in look]
+        look = list(dict.fromkeys(row for found in padded.values() for row in found))
         unproven = [name for name in self.probes.names if name not in self.proven]
         failed: dict[str, str] = {}
         if unproven:
+            before = self.totals.copy(unproven) if self.begun else None
             try:
                 with full_precision():
                     failed = self._add_checked(batch, first_example, unproven, look)
+                undone = failed.keys() & set(unproven)
             except _PaddingMatters:
                 self._give_up(PADDING)
+                undone = set(unproven)
+            for name in undone:
+                self.totals.set_back(name, before)
         elif self.probes.names:
             self.probes.backward(self._forward(batch, first_example), self.totals)
             self.scale.check()
@@ -173,15 +174,15 @@ class Scorer:
         ]
 
     def _add_checked(self, batch: Batch, first_example: int, names: list[str], look: list[int]) -> dict[str, str]:
-        """Adds the batch by rule, but nothing for those of `names` whose rule failed; returns them with the reason.
+        """Adds the batch by rule, also for those of `names` whose rule failed; returns them with the reason.
 
         One example is looked at alone, or those of the rows `look`. Where they have no gradient, they prove
         nothing; then the gradient of the batch must be what the rule says, now and in every batch to come. Where that
         is not zero, it is looked whether examples are kept apart: in 32 bits each is looked at alone, in 16 the batch
         is done again with other weights.
         """
-        size, look = batch_size(batch), look or [most_padded_row(batch)]  # what spills over shows there
-        before = self.totals.copy(names) if self.begun else None
+        size, padded = batch_size(batch), look
+        look = padded or [most_padded_row(batch)]  # what spills over shows there
         new = [name for name in names if name not in self.looked_at]
         first = not self.looked_at
         self.looked_at |= set(new)
@@ -214,6 +215,8 @@ class Scorer:
         together = on_cpu(together)
         if new:
             in_row = self._compare(new, check.of_row, alone, floor, failed)
+        for row in padded if in_row.disagree and not self._low_precision() else ():
+            self._check_padding(rows(batch, row, row + 1), first_example + row, 0, names)
         floor = size * self._floor(together, size)
         in_sum = self._compare(waiting, check.of_sum, together, floor, failed)
         told = [name for name in waiting if name in in_sum.right - in_row.right]
@@ -227,8 +230,6 @@ class Scorer:
         self.proven |= (in_row.right | in_batch.agree) - failed.keys()
         disagree = in_row.disagree | in_sum.disagree | in_batch.disagree
         failed |= {name: DISAGREES for name in names if name in disagree}
-        for name in set(names) & failed.keys():
-            self.totals.set_back(name, before)
         return failed
 
     def _check(self, alone: Iterable[str], together: Iterable[str], looked_at: list[int], weights: Tensor) -> Check:
@@ -306,17 +307,20 @@ class Scorer:
         self.losses.check_finite()
         return on_cpu(sums)
 
-    def _check_padding(self, batch: Batch, first_example: int, row: int, names: list[str], in_batch: Checksums) -> None:
+    def _check_padding(
+        self, batch: Batch, first_example: int, row: int, names: list[str], in_batch: Checksums | None = None
+    ) -> None:
         """_PaddingMatters where the row's gradient by itself, without padding, is another than that `in_batch`.
 
-        In 16 bits. No batch tells what such a row is alone. Losses would tell less: one that rounding could account for
-        may come with quite another gradient. Where labels are drawn, both are those of the labels that are given, since
-        rounding may draw another.
+        In 16 bits rules cannot tell, and in 32 not of tensors whose gradient is nearly none. Losses would tell less:
+        one that rounding could account for may come with quite another gradient. Where labels are drawn, both are those
+        of the labels that are given, since rounding may draw another.
         """
         scored = self.losses
         try:
             if scored.fisher_type == "sampled":
-                self.losses = scored.of_given_labels()
+                self.losses, in_batch = scored.of_given_labels(), None
+            if in_batch is None:
                 in_batch = self._of_loss(batch, first_example, row, names)
             alone: Checksums = {}
             self.take_gradients(batch, first_example, row, names, partial(self.checksums.add_gradient, alone))
@@ -390,8 +394,7 @@ class Scorer:
         again = self.probes.done_again()
         logger.info("Fisher information: %d tensors by rules of their layers.", len(self.probes.names) - len(again))
         if again:
-            example = again[0]
-            logger.info("Fisher information: %d tensors by modules done again, e.g. %s.", len(again), example)
+            logger.info("Fisher information: %d tensors by modules done again, e.g. %s.", len(again), again[0])
         for reason, number in Counter(self.looped.values()).items():
             example = next(name for name, why in self.looped.items() if why == reason)
             logger.info("Fisher information: %d tensors by the loop (%s), e.g. %s.", number, reason, example)

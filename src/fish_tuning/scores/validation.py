@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fish_tuning.errors import FisherError
-from fish_tuning.model_walks import every_module, every_tensor
+from fish_tuning.model_walks import every_module, every_tensor, in_one_memory
 from fish_tuning.peft_methods import refusal
 from fish_tuning.scores.finite import tensors_of
 from fish_tuning.scores.loss_vectors import LossFunction
@@ -98,6 +98,13 @@ def check_model(model: nn.Module, trainable: Mapping[str, nn.Parameter]) -> None
                 "shards it, save_mask, and train with that mask; or shard it with FSDP2 (fully_shard) or DeepSpeed "
                 "ZeRO-3. Under torchrun or accelerate launch each process then scores its share of the examples."
             )
+    if shared := in_one_memory(trainable):
+        name, names = next(iter(shared.items()))
+        raise FisherError(
+            f"{name!r} is in one memory with {', '.join(repr(each) for each in names if each != name)}, as a parameter "
+            "of its own (PEFT's ensure_weight_tying makes such pairs), so that neither's gradient is that of their "
+            "entries. Tie them as one nn.Parameter, or leave both out with requires_grad_(False)."
+        )
     check_unpacked(model)
     offloaded = any("_hf_hook" in vars(module) for module in modules)  # weights come when needed
     frozen = (tensor.frozen for tensor in masked_tensors(model))

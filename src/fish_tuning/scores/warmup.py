@@ -120,7 +120,7 @@ def step_parts(batches: Sequence[Batch], steps: int, seed: int) -> list[list[Par
             if first < last:
                 parts.append(Part(rows(batch, first - start, last - start), first, (last - first) / (high - low)))
         runs.append(parts)
-    order = torch.randperm(steps, generator=torch.Generator().manual_seed(seed % 2**63))
+    order = torch.randperm(steps, device="cpu", generator=torch.Generator().manual_seed(seed % 2**63))
     return [runs[number] for number in order.tolist()]
 
 

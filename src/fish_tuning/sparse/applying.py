@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fish_tuning.errors import MaskError, did_you_mean
-from fish_tuning.model_walks import every_parameter
+from fish_tuning.model_walks import every_parameter, in_one_memory
 from fish_tuning.peft_methods import refusal
 from fish_tuning.sparse.adapter_names import adapters_of, check_adapter, check_saved_names, idle_names
 from fish_tuning.sparse.engines import Engines, check_names_kept, given_back
@@ -245,7 +245,7 @@ def _check(model: nn.Module, mask: Mapping[str, Tensor], engines: Engines) -> No
 
 
 def _shared_names(model: nn.Module) -> dict[str, list[str]]:
-    """Each name of a tensor that several modules hold, with all the names that it has.
+    """Each name of a tensor that several modules hold, or whose memory another one has, with all the names.
 
     One module that is registered in several places holds its tensors once, and can be masked.
     """
@@ -254,4 +254,5 @@ def _shared_names(model: nn.Module) -> dict[str, list[str]]:
         for local, parameter in module._parameters.items():
             if parameter is not None:
                 owners.setdefault(id(parameter), []).append(f"{prefix}.{local}" if prefix else local)
-    return {name: names for names in owners.values() if len(names) > 1 for name in names}
+    shared = {name: names for names in owners.values() if len(names) > 1 for name in names}
+    return in_one_memory(dict(model.named_parameters())) | shared

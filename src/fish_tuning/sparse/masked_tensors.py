@@ -34,7 +34,13 @@ from fish_tuning.sparse.frozen_parts import FROZEN, is_split_up, keep_frozen_par
 from fish_tuning.sparse.groups import Group, small_groups
 from fish_tuning.sparse.optimizer_steps import note_replaced
 from fish_tuning.sparse.sharding import full_shape, is_sharded, plain_name
-from fish_tuning.sparse.taken_apart import class_below, keeping_parameters, with_class_below, without_swapping
+from fish_tuning.sparse.taken_apart import (
+    check_no_whole,
+    class_below,
+    keeping_parameters,
+    with_class_below,
+    without_swapping,
+)
 from fish_tuning.sparse.whole_tensors import MaskedTensor
 
 Mask = dict[str, Tensor]
@@ -172,6 +178,7 @@ def _made_class(base: type[nn.Module], names: frozenset[str], methods: Methods) 
             if name in self._parameters and isinstance(value, nn.Parameter):
                 # FSDP2's, for which torch would read the tensor to look whether it is there.
                 masked.by_engine |= is_sharded(value)
+                check_no_whole(self, name, value)
                 self._parameters[name] = value
                 return
         base.__setattr__(self, name, value)

@@ -17,6 +17,7 @@ from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from fish_tuning.errors import MaskError
 from fish_tuning.sparse.dense_state_dicts import STATE
+from fish_tuning.sparse.sharding import is_sharded
 
 _TOOLS = "torch.nn.utils."
 
@@ -48,6 +49,8 @@ def keeping_parameters(base: Any, names: frozenset[str]) -> dict[str, Any]:
 
     def register_parameter(self: Any, name: str, param: Any) -> None:
         _check_not_taken_apart(self, names, name, sys._getframe(1))
+        if name in names and STATE + name in vars(self):
+            check_no_whole(self, name, param)
         base.register_parameter(self, name, param)
 
     def parametrizations(self: Any) -> Any:
@@ -75,6 +78,19 @@ def _check_not_taken_apart(module: nn.Module, names: frozenset[str], changed: st
                 "trains is its selected entries. remove_mask(model) first; a mask of the model as it is then names "
                 "the tensors that are there then."
             )
+
+
+def check_no_whole(module: nn.Module, local: str, parameter: nn.Parameter | None) -> None:
+    """MaskError for a whole tensor in the place of a masked one's values: all of it would train, with the mask told."""
+    masked = vars(module)[STATE + local]
+    if parameter is None or is_sharded(parameter) or parameter.shape != masked.shape:
+        return
+    if masked.num_selected < parameter.numel():
+        raise MaskError(
+            f"{local!r} of {type(module).__name__} has a mask, and a new parameter in its place would train as a "
+            f"whole. Write into it (with torch.no_grad(): module.{local}.copy_(...)), or remove_mask(model) first and "
+            "apply the mask again."
+        )
 
 
 def _is_tensor(self: Any) -> bool:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
+from fish_tuning.errors import MaskError
+
 DATA: Any = torch.Tensor.data
 _REQUIRES_GRAD: Any = torch.Tensor.requires_grad
 
@@ -38,10 +40,10 @@ class Watched(Tensor):
 
     @data.setter
     def data(self, value: Tensor) -> None:
-        increment_version(self)
-        self._hand_out()
         if value.numel() != self.numel():
             self._resized()
+        increment_version(self)
+        self._hand_out()
         DATA.__set__(self, value)
 
     def _hand_out(self) -> None:
@@ -70,6 +72,12 @@ class Whole(Watched):
         if values is not None:
             values.requires_grad_(requires_grad)
         return self
+
+    def _resized(self) -> None:
+        raise MaskError(
+            f"A masked tensor of shape {tuple(self.shape)} would get another size (resize_token_embeddings does so), "
+            "of which its mask tells nothing. remove_mask(model) first, or resize before you score."
+        )
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """By itself it is copied as the parameter that it stands for; its values go with the module (nn.LSTM)."""

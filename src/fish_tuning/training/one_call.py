@@ -20,7 +20,7 @@ from fish_tuning.scores.bare_model import unwrapped
 from fish_tuning.scores.calculate import calculate_scores
 from fish_tuning.scores.named import SCORES
 from fish_tuning.sparse.applying import apply_mask
-from fish_tuning.sparse.masked_tensors import trains_masked
+from fish_tuning.sparse.masked_tensors import is_masked, trains_masked
 from fish_tuning.training.as_trained import as_trained
 from fish_tuning.training.calibration import calibration_of
 from fish_tuning.training.checkpoints import find_fault, last_checkpoint
@@ -180,6 +180,12 @@ def _check_new(trainer: Trainer) -> None:
         raise MaskError(
             "The Trainer has its optimizer already, which holds the whole tensors. Add the mask before train(), to a "
             "Trainer that was made without optimizers=."
+        )
+    reference: Any = getattr(trainer, "ref_model", None)
+    if getattr(trainer.args, "sync_ref_model", False) and reference is not None and not is_masked(reference):
+        raise MaskError(
+            "sync_ref_model=True copies the parameters one after another, and masked tensors have fewer entries than "
+            "those of the reference model. apply_mask(trainer.ref_model, mask) first, with the same mask."
         )
     if trains_masked(cast(nn.Module, trainer.model)):
         raise MaskError(
