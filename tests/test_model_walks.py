@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from tiny import bert, llama, lora, random_mask
 from torch import nn
 
 from fish_tuning import apply_mask
-from fish_tuning.model_walks import every_module, every_parameter, every_tensor, named_parameters, walked_once
+from fish_tuning.model_walks import (
+    every_module,
+    every_parameter,
+    every_tensor,
+    in_one_memory,
+    named_parameters,
+    walked_once,
+)
 
 
 def shared() -> nn.Module:
@@ -47,3 +55,17 @@ def test_one_walk_serves_all_who_ask_for_that_model() -> None:
         with walked_once(other):
             assert every_module(other) == [other]
     assert every_module(model) == list(model.modules()) != modules
+
+
+def test_tensors_of_one_memory() -> None:
+    memory, freed = torch.zeros(24), [torch.zeros(3), torch.zeros(3)]
+    for each in freed:
+        each.untyped_storage().resize_(0)
+    tensors = {
+        "all": memory[:12], "turned": memory[:12].view(3, 4).T, "part": memory[10:13], "beside": memory[13:20],
+        "with gaps": memory[1::2], "elsewhere": torch.zeros(24), "none": memory[:0],
+        "meta": torch.zeros(3, device="meta"), "freed": freed[0], "freed too": freed[1],
+    }  # fmt: skip
+    found = in_one_memory(tensors)
+    assert set(found) == {"all", "part", "turned"}
+    assert all(sorted(names) == ["all", "part", "turned"] for names in found.values())

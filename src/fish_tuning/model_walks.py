@@ -55,7 +55,7 @@ def in_one_memory(tensors: Mapping[str, Tensor]) -> dict[str, list[str]]:
             continue
         last = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
         start, memory = tensor.data_ptr(), (str(tensor.device), tensor.untyped_storage().data_ptr())
-        if last + 1 == tensor.numel():
+        if start and last + 1 == tensor.numel():  # an engine may have given its memory up
             spans.setdefault(memory, []).append((start, start + tensor.nbytes, name))
     found: dict[str, list[str]] = {}
     for each in spans.values():
