@@ -138,3 +138,16 @@ def test_a_model_on_its_way_to_another_dtype() -> None:
     by_hand(model)
     assert torch.equal(compiled(X), expected(model))
     assert counted.graphs == 1
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_exported_with_tensors_of_which_no_entry_trains(strict: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
+    mask = {name: torch.zeros(p.shape, dtype=torch.bool) for name, p in model.named_parameters()}
+    mask["0.weight"][1], mask["1.bias"][2] = True, True
+    apply_mask(model, mask)
+    by_hand(model)
+    expected = model(X)
+    exported = torch.export.export(model, (X,), strict=strict).module()
+    assert torch.equal(exported(X), expected)

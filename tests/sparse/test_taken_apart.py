@@ -100,3 +100,18 @@ def test_where_torch_swaps_parameters_masked_ones_stay() -> None:
     assert_same_tensors(tensors(layer), new)
     assert torch.equal(layer.double().weight, new["weight"].double())
     assert torch.__future__.get_swap_module_params_on_conversion()
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+@pytest.mark.parametrize(
+    "tool", [lambda model: torch.jit.trace(model, ROWS), torch.jit.script], ids=["trace", "script"]
+)
+def test_torch_script_is_refused(tool: Callable[[nn.Module], Any]) -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3))
+    apply_mask(model, random_mask(model, 0.5))
+    expected = model(ROWS)
+    with pytest.raises(MaskError, match=r"TorchScript .* remove_mask"):
+        tool(model)
+    assert torch.equal(model(ROWS), expected)
+    remove_mask(model)
+    assert torch.equal(tool(model)(ROWS), expected)

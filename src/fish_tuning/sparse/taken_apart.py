@@ -1,4 +1,4 @@
-"""What torch puts in the place of a module's tensors (parametrizations, pruning), and in that of its class.
+"""What torch puts in the place of a module's tensors (parametrizations, pruning), or of the module (TorchScript).
 
 A masked tensor cannot be taken apart: it is refused before anything is, with the layer as it was.
 """
@@ -62,6 +62,7 @@ def keeping_parameters(base: Any, names: frozenset[str]) -> dict[str, Any]:
 
     methods: dict[str, Any] = {each.__name__: each for each in (_load_from_state_dict, __delattr__, register_parameter)}
     methods["parametrizations"] = property(parametrizations)
+    methods |= {"_slow_forward": _as_torch_script, "__prepare_scriptable__": _as_torch_script}  # a trace, a script
     return methods | ({"is_tensor": property(_is_tensor)} if issubclass(base, ParametrizationList) else {})
 
 
@@ -91,6 +92,14 @@ def check_no_whole(module: nn.Module, local: str, parameter: nn.Parameter | None
             f"whole. Write into it (with torch.no_grad(): module.{local}.copy_(...)), or remove_mask(model) first and "
             "apply the mask again."
         )
+
+
+def _as_torch_script(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    raise MaskError(
+        f"TorchScript (torch.jit.trace, torch.jit.script) was asked for a {type(self).__name__} that has a mask, "
+        "which it does not know of. remove_mask(model) first, which leaves the tensors as they are now; torch.compile "
+        "and torch.export take the model as it is."
+    )
 
 
 def _is_tensor(self: Any) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.compiler import is_dynamo_compiling
+from torch.compiler import is_compiling, is_dynamo_compiling
 
 from fish_tuning.errors import MaskError
 from fish_tuning.sparse.frozen_parts import with_entries
@@ -82,7 +82,8 @@ class MaskedTensor:
         if values is None and self.computed_in:
             return self.frozen.to(self.computed_in.get(self.frozen.dtype, self.frozen.dtype))
         if values is None:
-            pass
+            if is_compiling():  # torch.export takes no constant of another class
+                return self.plain  # type: ignore[no-any-return]
         elif group.one_count or group.stale:
             group.settle()
         elif values.requires_grad is not self.trains:
