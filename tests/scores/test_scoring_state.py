@@ -254,6 +254,39 @@ def class_losses(output: Any, batch: Any) -> Tensor:
     return nn.functional.cross_entropy(output, batch["labels"], reduction="none")
 
 
+class Told(nn.Linear):
+    """Is told of each attribute that is set."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "training":
+            self.told.append(value)
+        super().__setattr__(name, value)
+
+
+class ElsewhereTraining(nn.Linear):
+    """Keeps its mode under another name."""
+
+    @property
+    def training(self) -> bool:
+        return self.mode
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        self.mode = mode
+
+
+def test_layers_with_a_training_mode_of_their_own() -> None:
+    told, elsewhere = Told(2, 2), ElsewhereTraining(2, 2)
+    vars(told)["told"] = []
+    with scoring_state(nn.Sequential(told, elsewhere)):
+        assert told.told == [False]
+        assert not told.training
+        assert not elsewhere.training
+    assert told.told == [False, True]
+    assert told.training
+    assert elsewhere.training
+
+
 def test_key_value_cache_is_off_within() -> None:
     model = lora(llama())
     assert model.config.use_cache
