@@ -6,7 +6,14 @@ from tiny import text_batch
 from transformers import BatchEncoding
 
 from fish_tuning import FisherError
-from fish_tuning.scores.batches import batch_size, calibration_batches, one_by_one_is_as_fast, rows, trim_padding
+from fish_tuning.scores.batches import (
+    batch_size,
+    calibration_batches,
+    one_by_one_is_as_fast,
+    rows,
+    rows_to_look_at,
+    trim_padding,
+)
 
 CPU = torch.device("cpu")
 
@@ -113,3 +120,17 @@ def test_which_batches_are_scored_one_by_one(size: int, tokens: int, on_cpu: boo
     assert one_by_one_is_as_fast(batch, gpu=True) == on_gpu
     images = {"pixel_values": torch.zeros(size, 3, tokens, 2), "labels": torch.zeros(size)}
     assert one_by_one_is_as_fast(images) == (size == 1)
+
+
+def test_rows_to_look_at_are_drawn_of_those_that_tell_most() -> None:
+    mask = (torch.arange(6) < torch.tensor([6, 3, 3, 2, 5])[:, None]).long()
+    labels = torch.zeros(5, 6, dtype=torch.long)
+    labels[3] = -100  # whose loss would tell nothing
+    batch = {"input_ids": mask, "attention_mask": mask, "labels": labels}
+    drawn = [rows_to_look_at(batch, 3, seed) for seed in range(40)]
+    assert {found[0] for found in drawn} == {1, 2}, "the shortest with a label"
+    assert {row for found in drawn for row in found} == {0, 1, 2, 4}
+    assert all(len(set(found)) == 3 for found in drawn)
+    assert {rows_to_look_at(batch, 1, seed, shortest=False)[0] for seed in range(40)} == {0, 1, 2, 4}
+    assert rows_to_look_at(batch, 3, 7) == rows_to_look_at(batch, 3, 7)
+    assert sorted(rows_to_look_at({"labels": torch.arange(3)}, 5, 0)) == [0, 1, 2]

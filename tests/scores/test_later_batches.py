@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from peft import PromptTuningConfig, get_peft_model
 from tiny import Batch, assert_scores_close, causal_batch, llama, rebatch
 from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel
 
-from fish_tuning import FishTuningWarning, calculate_fisher_information
+from fish_tuning import FisherError, FishTuningWarning, calculate_fisher_information, measure_moments
+from fish_tuning.scores import later_looks
 from fish_tuning.scores.batches import padded_rows
+from fish_tuning.scores.scorer import Scorer
 
 
 def scored(model: nn.Module, loader: list[Batch], method: str = "auto") -> dict[str, Tensor]:
@@ -179,3 +184,99 @@ def test_the_ways_of_padding() -> None:
     assert padded_rows(batch | {"labels": labels}) == {
         left: (2, 2), within: (5, 5), right: (3, 3), (True, False, True): (4, 4),
     }  # fmt: skip
+
+
+def test_positions_are_those_of_a_row_whatever_others_are_padded_like() -> None:
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=128, n_positions=16)).eval()
+    left, right = causal_batch((9, 4), side="left"), causal_batch((9, 3), side="right")
+    mixed = {key: torch.stack([left[key][1], right[key][1]]) for key in left}
+    assert_scores_close(scored(model, [left, mixed]), scored(model, [left, mixed], method="loop"))
+
+
+class Changes(Classifier):
+    """What it computes, and whether examples reach each other, may depend on what a batch holds."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.layer, self.how = nn.Linear(4, 4), how
+
+    def logits(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.layer(x))
+        if bool((x > 5).any()):
+            hidden = hidden + (hidden @ self.layer.weight if self.how == "twice" else hidden.mean(0))
+        return super().logits(hidden)
+
+
+def late_outliers(size: int = 8, batches: int = 12, first: int = 8) -> list[Batch]:
+    torch.manual_seed(1)
+    loader = [{"x": torch.randn(size, 3, 4).clamp(-2, 2), "labels": torch.arange(size) % 3} for _ in range(batches)]
+    for batch in loader[first:]:
+        batch["x"][:, 0, 0] = 7
+    return loader
+
+
+@pytest.mark.parametrize("how", ["twice", "across"])
+def test_what_later_examples_change_is_seen_and_all_is_added_anew(how: str) -> None:
+    model, loader = Changes(how), late_outliers()
+    with pytest.warns(FishTuningWarning, match=r"rule failed for \d of 4 tensors"):
+        moments = measure_moments(model, loader, warmup_steps=0, progress=False)
+    by_loop = measure_moments(model, loader, warmup_steps=0, method="loop", progress=False)
+    assert_scores_close(moments.mean_squares, by_loop.mean_squares)
+    assert_scores_close(moments.mean_gradients, by_loop.mean_gradients)
+    assert_scores_close(scored(model, loader), by_loop.mean_squares)
+
+
+def test_a_loader_may_use_its_memory_again() -> None:
+    loader = late_outliers()
+
+    def one_memory() -> Iterator[Batch]:
+        held = {key: value.clone() for key, value in loader[0].items()}
+        for batch in loader:
+            for key, value in batch.items():
+                held[key].copy_(value)
+            yield held
+
+    model = Changes("twice")
+    with pytest.warns(FishTuningWarning, match="rule failed"):
+        scores = calculate_fisher_information(model, one_memory(), progress=False)
+    assert_scores_close(scores, scored(model, loader, method="loop"))
+
+
+def test_where_earlier_batches_are_too_many_to_be_kept_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(later_looks, "_KEPT_BYTES", 1000)
+    with pytest.raises(FisherError, match=r"after 64 examples.* method='loop'"):
+        calculate_fisher_information(Changes("twice"), late_outliers(), progress=False)
+
+
+def test_later_looks_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    alone = Scorer._of_examples
+
+    def noted(self: Scorer, batch: Batch, first: int, numbers: list[int], names: list[str]) -> Any:
+        seen.append(first)
+        return alone(self, batch, first, numbers, names)
+
+    monkeypatch.setattr(Scorer, "_of_examples", noted)
+    scored(Changes("twice"), late_outliers(batches=40, first=40))
+    assert seen == [0, 64, 144, 304]
+
+
+class Groups(Classifier):
+    """Rows of one group share the mean of their states; the first row's group has no other."""
+
+    def forward(self, x: Tensor, group: Tensor, labels: Tensor | None = None) -> object:
+        same = (group[:, None] == group[None]).to(x)
+        return super().forward((same / same.sum(1, keepdim=True) @ self.layer(x).flatten(1)).view_as(x), labels)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+
+def test_a_first_row_that_others_do_not_reach_proves_nothing() -> None:
+    torch.manual_seed(1)
+    group = torch.tensor([0, *[1] * 15])
+    batch = {"x": torch.randn(16, 3, 4), "group": group, "labels": torch.arange(16) % 3}
+    model = Groups()
+    assert_scores_close(scored(model, [batch]), scored(model, [batch], method="loop"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -125,10 +126,21 @@ def one_by_one_is_as_fast(batch: Mapping[str, Tensor], gpu: bool | None = None) 
     return not gpu and size <= FEW and ids.shape[1] >= LONG
 
 
-def most_padded_row(batch: Mapping[str, Tensor]) -> int:
-    """The row with the fewest real tokens among those with a label that counts; 0 where nothing is padded."""
-    mask = on_cpu(batch, "attention_mask")
-    return 0 if mask is None or mask.dim() != 2 else int(_lengths(batch, mask).argmin())
+def rows_to_look_at(batch: Mapping[str, Tensor], number: int, seed: int, shortest: bool = True) -> list[int]:
+    """So many rows with a label that counts, the `shortest` first, where what spills over shows.
+
+    They are drawn: the first row may be the one that a sort, or a search, leaves in its place.
+    """
+    mask, labels = on_cpu(batch, "attention_mask"), on_cpu(batch, "labels")
+    if mask is None or mask.dim() != 2:
+        shape = labels.shape if labels is not None and labels.dim() == 2 else (batch_size(batch), 1)
+        mask = torch.ones(shape, dtype=torch.long, device="cpu")
+    lengths, draw = _lengths(batch, mask).tolist(), random.Random(seed)
+    counted = [row for row, length in enumerate(lengths) if length <= mask.shape[1]] or list(range(len(lengths)))
+    fewest = min(lengths[row] for row in counted)
+    first = draw.choice([row for row in counted if lengths[row] == fewest or not shortest])
+    others = [row for row in counted if row != first]
+    return [first, *draw.sample(others, min(number - 1, len(others)))]
 
 
 def padded_rows(batch: Mapping[str, Tensor]) -> dict[Padding, tuple[int, int]]:

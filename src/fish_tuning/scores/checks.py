@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -10,7 +11,6 @@ from torch import Tensor
 
 from fish_tuning.scores.mixed_precision import without_autocast
 from fish_tuning.scores.reading import placed, read
-from fish_tuning.scores.totals import squared
 
 Checksums = dict[str, Tensor]
 
@@ -70,9 +70,8 @@ class Checksumming:
         self._add(sums, name, squares, self.checksum(gradient()) if self.signed else None)
 
     def add_gradient(self, sums: Checksums, name: str, gradient: Tensor) -> None:
-        """The same of a gradient, plain or a sum by a rule, which is given up."""
-        of_signs = self.checksum(gradient) if self.signed else None  # before it is squared in its own memory
-        self._add(sums, name, squared(gradient), of_signs)
+        """The same of a gradient, plain or a sum by a rule."""
+        self.add(sums, name, gradient.square(), lambda: gradient)
 
     def _add(self, sums: Checksums, name: str, squares: Tensor, of_signs: Tensor | None) -> None:
         of_squares = self.checksum(squares)
@@ -158,6 +157,20 @@ def distance(one: Checksums, other: Checksums) -> float:
     apart = (_norms(these - those) / torch.maximum(_norms(these), _norms(those)).clamp(min=nothing)).sqrt()
     size = these[:, 0] + those[:, 0]
     return float((apart * size).sum() / size.sum().clamp(min=nothing))
+
+
+class Floor:
+    """The squared norm at and below which an example's gradient of a tensor may be nothing but rounding."""
+
+    def __init__(self) -> None:
+        self._scale = 0.0  # squared norm of an example's gradient over all tensors, the largest seen
+
+    def of(self, gradients: Checksums, examples: int = 1) -> float:
+        """Of these gradients of so many examples, which are on the CPU."""
+        total = sum(float(sums[0]) for sums in gradients.values()) / examples
+        if math.isfinite(total):
+            self._scale = max(self._scale, total)
+        return NEGLIGIBLE_GRADIENT**2 * self._scale
 
 
 def on_cpu(sums: Checksums) -> Checksums:

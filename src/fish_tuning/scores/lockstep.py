@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from fish_tuning.scores.batches import Batch, batch_size, one_by_one_is_as_fast
+from fish_tuning.scores.batches import Batch, batch_size, one_by_one_is_as_fast, padded_rows
 from fish_tuning.scores.loss_vectors import UNREAD, LossVectors
 from fish_tuning.scores.processes import Processes
 from fish_tuning.scores.scorer import Scorer
@@ -54,12 +54,13 @@ class Lockstep:
 
     def __init__(self, scorer: Scorer, losses: LossVectors, processes: Processes) -> None:
         self.scorer, self.losses, self.processes = scorer, losses, processes
+        scorer.later = None  # what one process adds anew, the others would have to wait for
 
     def add(self, shares: list[Share]) -> None:
         shares = [share._replace(batch=self.losses.trimmed(share.batch)) for share in shares]
         scorer = self.scorer
         alone = [one_by_one_is_as_fast(share.batch) for share in shares]
-        settled = all(scorer.is_settled_for(share.batch) for share in shares)
+        settled = all(_is_settled(scorer, share.batch) for share in shares)
         if scorer.scale.value > 1 or any(alone) != all(alone) or not (all(alone) or settled):
             for share in shares:
                 scorer.totals.ignores = share.owner != self.processes.rank
@@ -129,6 +130,12 @@ class Lockstep:
             self.processes.leave()  # others wait within the pass, and end as this process does
         else:
             self.processes.agree(error)
+
+
+def _is_settled(scorer: Scorer, batch: Batch) -> bool:
+    """Whether nothing is left to prove, nor anything to log."""
+    met = scorer.padding_met.issuperset(padded_rows(batch))
+    return scorer.told and met and scorer.proven.issuperset(scorer.probes.names)
 
 
 def _nothing(error: Exception | None) -> None:

@@ -189,9 +189,11 @@ class LossVectors:
         if mask is None or mask.dim() != 2 or "position_ids" in batch or not self.takes_positions:
             return {}
         known = on_cpu(batch, "attention_mask")
-        if known is not None and bool((known[:, 1:] >= known[:, :-1]).all()) and not bool(known.all()):
-            return {"position_ids": (mask.long().cumsum(-1) - 1).clamp(min=0)}
-        return {}
+        if known is None or not bool(((known[:, 0] == 0) & known.any(dim=1)).any()):
+            return {}
+        before = (mask.cumsum(-1) == 0).sum(-1, keepdim=True)
+        # Whatever other rows of the batch look like: what one row has proven holds for its kind in others.
+        return {"position_ids": (torch.arange(mask.shape[1], device=mask.device) - before).clamp(min=0)}
 
 
 def _without_labels(batch: Batch) -> Batch:

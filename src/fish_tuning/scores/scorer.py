@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
-from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -16,13 +14,13 @@ from torch import Tensor, nn
 
 from fish_tuning.errors import FisherError
 from fish_tuning.model_walks import every_parameter
-from fish_tuning.scores.batches import Batch, batch_size, most_padded_row, one_by_one_is_as_fast, padded_rows, rows
+from fish_tuning.scores.batches import Batch, batch_size, one_by_one_is_as_fast, padded_rows, rows, rows_to_look_at
 from fish_tuning.scores.checks import (
-    NEGLIGIBLE_GRADIENT,
     Check,
     Checksumming,
     Checksums,
     Comparison,
+    Floor,
     distance,
     on_cpu,
     random_weights,
@@ -30,6 +28,8 @@ from fish_tuning.scores.checks import (
     tolerance,
 )
 from fish_tuning.scores.expansion import with_expansion_if_possible
+from fish_tuning.scores.failures import DISAGREES, PADDING, log_choice, told_of
+from fish_tuning.scores.later_looks import LaterLooks
 from fish_tuning.scores.loss_scale import LossScale, Overflow
 from fish_tuning.scores.loss_vectors import AS_IT_IS, LossVectors
 from fish_tuning.scores.plain_gradients import PlainGradients, Take
@@ -43,12 +43,9 @@ from fish_tuning.scores.watched_layers import BY_DATA
 
 logger = logging.getLogger("fish_tuning.scores.fisher")
 
-PADDING = "an example has another gradient by itself, without its padding"
-DISAGREES = "its rule does not agree with the plain gradient"
-
 
 class _PaddingMatters(Exception):
-    """An example has another gradient by itself, without its padding."""
+    """An example has another gradient by itself, without its padding and without the others of its batch."""
 
 
 class Scorer:
@@ -77,9 +74,11 @@ class Scorer:
         self.scale = LossScale(fp16=torch.float16 in {*losses.autocast.dtypes.values(), *weights})
         self.probes.state.scale = self.plain.scale = self.scale
         self.padding_met: set[tuple[bool, ...]] = set()  # the ways of padding that rows had by which rules are proven
+        self.later = LaterLooks() if method == "auto" else None  # None: what is proven stays so
+        self.anew: set[str] = set()  # the tensors that earlier batches are to be added for once more
         self.begun = False  # whether the totals hold anything
         self.told = False  # whether the log says how tensors are scored
-        self.gradient_scale = 0.0  # squared norm of an example's gradient over all tensors, the largest seen
+        self.floor = Floor()
         self.after_forward: Callable[[Exception | None], None] = lambda error: None  # its error, if there was one
 
     @cached_property
@@ -107,38 +106,56 @@ class Scorer:
             self.loop(batch, first_example, list(self.trainable))
             self.begun = True
             return
+        self._add_anew()
+        again = self._to_prove_again()
         padded = {way: found for way, found in padded_rows(batch).items() if way not in self.padding_met}
         if padded:
             # Rules that rows without padding, or with some elsewhere, have proven do not hold where examples reach it.
             self.padding_met |= padded.keys()
             self.proven, self.looked_at = set(), set()
-        look = list(dict.fromkeys(row for found in padded.values() for row in found))
+        drawn = self._drawn(batch, first_example, shortest=False) if again else []
+        look = list(dict.fromkeys([*(row for found in padded.values() for row in found), *drawn]))
         unproven = [name for name in self.probes.names if name not in self.proven]
         failed: dict[str, str] = {}
         if unproven:
-            before = self.totals.copy(unproven) if self.begun else None
+            kept = again if self.later is not None and self.later.keeps_all else set()
+            before = self.totals.copy(set(unproven) - kept) if self.begun else None
             try:
                 with full_precision():
                     failed = self._add_checked(batch, first_example, unproven, look)
                 undone = failed.keys() & set(unproven)
+                wrong = {name for name in undone if failed[name] == DISAGREES}
             except _PaddingMatters:
                 self._give_up(PADDING)
-                undone = set(unproven)
-            for name in undone:
+                undone = wrong = set(unproven)
+            self.anew |= undone & (kept or wrong) & again
+            for name in undone - self.anew:
                 self.totals.set_back(name, before)
+            self._add_anew()
         elif self.probes.names:
             self.probes.backward(self._forward(batch, first_example), self.totals)
             self.scale.check()
             failed = dict(self.probes.broken)
         moved = self.without(failed)
         self.loop(batch, first_example, [name for name in self.trainable if name in self.looped or name in moved])
+        if self.later is not None and self.probes.names:
+            self.later.note(batch, first_example, looked=bool(again))
         self.begun = True
 
-    def is_settled_for(self, batch: Batch) -> bool:
-        """Whether nothing is left to prove, nor anything to log."""
-        return (
-            self.told and self.padding_met.issuperset(padded_rows(batch)) and self.proven.issuperset(self.probes.names)
-        )
+    def _to_prove_again(self) -> set[str]:
+        """The tensors whose rules are to be proven once more: none most of the time."""
+        if self.later is None or not self.later.are_due():
+            return set()
+        again, self.proven, self.looked_at = self.proven, set(), set()
+        return again
+
+    def _add_anew(self) -> None:
+        """Adds earlier batches by the loop for tensors whose rules do not hold any more."""
+        for name in self.anew:
+            self.totals.set_back(name, None)
+        for batch, first_example in self.later.earlier(min(self.anew)) if self.later is not None and self.anew else ():
+            self.loop(batch, first_example, list(self.anew))
+        self.anew = set()
 
     def without(self, failed: dict[str, str]) -> set[str]:
         """Watch these tensors no longer where they were; returns those that a module further out is done again for."""
@@ -153,7 +170,7 @@ class Scorer:
         self.failed |= {name: f"{failed[name]}, which was registered in code of yours" for name in users_own}
         looped |= given_up
         if failed or not self.told:
-            self._log_choice()
+            log_choice(self.probes, looped)
             self.told = True
         return moved
 
@@ -166,12 +183,7 @@ class Scorer:
     def new_failures(self) -> list[str]:
         """What to tell the user of rules that failed since the last call."""
         failed, self.failed = self.failed, {}
-        return [
-            f"Fisher information: the batched rule failed for {len(names)} of {len(self.trainable)} tensors, e.g. "
-            f"{names[0]!r}: {reason}. They are scored one example at a time, which is as exact, but slower."
-            for reason in dict.fromkeys(failed.values())
-            for names in [[name for name, why in failed.items() if why == reason]]
-        ]
+        return told_of(failed, len(self.trainable))
 
     def _add_checked(self, batch: Batch, first_example: int, names: list[str], look: list[int]) -> dict[str, str]:
         """Adds the batch by rule, also for those of `names` whose rule failed; returns them with the reason.
@@ -182,7 +194,7 @@ class Scorer:
         is done again with other weights.
         """
         size, padded = batch_size(batch), look
-        look = padded or [most_padded_row(batch)]  # what spills over shows there
+        look = padded or self._drawn(batch, first_example)
         new = [name for name in names if name not in self.looked_at]
         first = not self.looked_at
         self.looked_at |= set(new)
@@ -191,7 +203,7 @@ class Scorer:
         failed: dict[str, str] = {}
         if not self._low_precision():
             alone = self._of_examples(batch, first_example, look, new)
-            floor = len(look) * self._floor(alone, len(look))
+            floor = len(look) * self.floor.of(alone, len(look))
             waiting = [name for name in names if name not in alone or float(alone[name][0]) <= floor]
         else:
             for row in look if new else ():
@@ -217,7 +229,7 @@ class Scorer:
             in_row = self._compare(new, check.of_row, alone, floor, failed)
         for row in padded if in_row.disagree and not self._low_precision() else ():
             self._check_padding(rows(batch, row, row + 1), first_example + row, 0, names)
-        floor = size * self._floor(together, size)
+        floor = size * self.floor.of(together, size)
         in_sum = self._compare(waiting, check.of_sum, together, floor, failed)
         told = [name for name in waiting if name in in_sum.right - in_row.right]
         if not self._low_precision():  # then rounding that a rule repeats is no reason to look at every example
@@ -231,6 +243,10 @@ class Scorer:
         disagree = in_row.disagree | in_sum.disagree | in_batch.disagree
         failed |= {name: DISAGREES for name in names if name in disagree}
         return failed
+
+    def _drawn(self, batch: Batch, first_example: int, shortest: bool = True) -> list[int]:
+        number = 1 if self._low_precision() else max(1, batch_size(batch) // 16)  # in 16 bits each takes more
+        return rows_to_look_at(batch, number, first_example, shortest)
 
     def _check(self, alone: Iterable[str], together: Iterable[str], looked_at: list[int], weights: Tensor) -> Check:
         return Check(frozenset(alone), frozenset(together), looked_at, placed(weights, self._device()), self.checksums)
@@ -259,7 +275,7 @@ class Scorer:
         self.losses.check_finite()
         self.probes.backward(losses, replace(self.totals, ignores=True), check)
         self.scale.check()
-        return self._compare(names, check.of_row, alone, self._floor(alone), self.probes.broken)
+        return self._compare(names, check.of_row, alone, self.floor.of(alone), self.probes.broken)
 
     def _again(self, batch: Batch, first_example: int, names: list[str]) -> Checksums:
         """What the batch's squares must be where examples are kept apart."""
@@ -278,13 +294,6 @@ class Scorer:
                 self._forward(batch, first_example)
             self.probes.leave()
         return self.probes.by_data()
-
-    def _floor(self, gradients: Checksums, examples: int = 1) -> float:
-        """The squared norm at and below which an example's gradient of a tensor may be nothing but rounding."""
-        total = sum(float(sums[0]) for sums in gradients.values()) / examples
-        if math.isfinite(total):
-            self.gradient_scale = max(self.gradient_scale, total)
-        return NEGLIGIBLE_GRADIENT**2 * self.gradient_scale
 
     def _of_examples(self, batch: Batch, first_example: int, numbers: Iterable[int], names: list[str]) -> Checksums:
         """Of examples' plain gradients, each by itself and without its padding, added up; on the CPU."""
@@ -389,12 +398,3 @@ class Scorer:
 
     def _device(self) -> torch.device:
         return next(iter(self.trainable.values())).device
-
-    def _log_choice(self) -> None:
-        again = self.probes.done_again()
-        logger.info("Fisher information: %d tensors by rules of their layers.", len(self.probes.names) - len(again))
-        if again:
-            logger.info("Fisher information: %d tensors by modules done again, e.g. %s.", len(again), again[0])
-        for reason, number in Counter(self.looped.values()).items():
-            example = next(name for name, why in self.looped.items() if why == reason)
-            logger.info("Fisher information: %d tensors by the loop (%s), e.g. %s.", number, reason, example)

@@ -64,15 +64,19 @@ class Totals:
             self._add("gradients", name, gradients())
 
     def add_plain(self, name: str, gradient: Tensor) -> None:
-        """One example's, which is given up."""
+        """One example's. Nothing is written into it: autograd may have given others the same memory, or need it yet."""
         if self.ignores:
             return
         if self.gradients is not None:
             self._add("gradients", name, gradient)
-        self._add("squares", name, squared(gradient))
+        total = self.squares[name]
+        if not gradient.is_sparse and gradient.dtype == total.dtype and gradient.device == total.device:
+            total.addcmul_(gradient, gradient)
+        else:
+            self._add("squares", name, gradient.square())
 
     def add_together(self, gradients: Mapping[str, Tensor]) -> None:
-        """Plain gradients of several tensors, which are given up: the same as one by one, in fewer operations."""
+        """Plain gradients of several tensors: the same as one by one, in fewer operations."""
         if self.ignores:
             return
         alike = []
@@ -88,8 +92,7 @@ class Totals:
         parts = [gradients[name] for name in alike]
         if self.gradients is not None:
             torch._foreach_add_([self.gradients[name] for name in alike], parts)
-        torch._foreach_mul_(parts, parts)
-        torch._foreach_add_([self.squares[name] for name in alike], parts)
+        torch._foreach_addcmul_([self.squares[name] for name in alike], parts, parts)
 
     def _add(self, what: Literal["squares", "gradients"], name: str, part: Tensor) -> None:
         """To the total of that name, wherever and in whatever dtype it is kept."""
@@ -138,7 +141,7 @@ class Together:
         self._entries = 0
 
     def take(self, name: str, gradient: Tensor) -> None:
-        """One example's, which is given up."""
+        """One example's."""
         if name in self._waiting:  # another loss of the example
             self.flush()
         self._waiting[name] = gradient
@@ -150,10 +153,3 @@ class Together:
         """Add what waits."""
         waiting, self._waiting, self._entries = self._waiting, {}, 0
         self._totals.add_together(waiting)
-
-
-def squared(gradient: Tensor) -> Tensor:
-    """Its square, in its own memory where that can be written to as it is."""
-    if gradient.is_sparse:
-        return gradient.square()
-    return gradient.square_() if gradient.is_contiguous() else gradient.square()

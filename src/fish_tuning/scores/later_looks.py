@@ -1,0 +1,53 @@
+"""Rules that were proven are looked at again now and then, since later batches may hold what earlier ones did not.
+
+A proof is one example's: what spares it (rows that only some batches sort, branches that only some data take) passes.
+"""
+
+from __future__ import annotations
+
+from fish_tuning.errors import FisherError
+from fish_tuning.scores.batches import Batch, batch_size, changed
+
+_FIRST = 64  # examples; then after twice as many as at the last look: less than two examples more in a hundred
+_KEPT_BYTES = 2**26
+
+
+class LaterLooks:
+    """When to look next, and the batches that were added by rules until then: where one fails, they are added anew."""
+
+    def __init__(self) -> None:
+        self._next, self._seen = _FIRST, 0
+        self._kept: list[tuple[Batch, int]] | None = []
+        self._bytes = 0
+
+    def are_due(self) -> bool:
+        return self._seen >= self._next
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether all batches so far are kept."""
+        return self._kept is not None
+
+    def note(self, batch: Batch, first_example: int, looked: bool) -> None:
+        """A batch was added by rules. A copy is kept, since a loader may use its memory again."""
+        self._seen += batch_size(batch)
+        if looked:
+            self._next = 2 * self._seen
+        self._bytes += sum(value.nbytes for value in batch.values())
+        if self._kept is not None and self._bytes <= _KEPT_BYTES:
+            self._kept.append((changed(batch, lambda key, value: value.clone()), first_example))
+        else:
+            self._kept = None
+
+    def earlier(self, failed: str) -> list[tuple[Batch, int]]:
+        """What to add anew for tensors whose rule failed.
+
+        Raises FisherError where that is no longer there.
+        """
+        if self._kept is None:
+            raise FisherError(
+                f"Of {failed!r} what is computed in batches agreed with single examples at first, but does not after "
+                f"{self._seen} examples: what other examples hold or how long they are decides how the model computes "
+                "them. Score with method='loop', which takes one example at a time."
+            )
+        return self._kept
