@@ -280,3 +280,24 @@ def test_a_first_row_that_others_do_not_reach_proves_nothing() -> None:
     batch = {"x": torch.randn(16, 3, 4), "group": group, "labels": torch.arange(16) % 3}
     model = Groups()
     assert_scores_close(scored(model, [batch]), scored(model, [batch], method="loop"))
+
+
+class UsedTwice(Classifier):
+    """A weight that is used once more behind a layer scale that makes next to nothing of it, as such scales start."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.layer, self.scale = nn.Linear(4, 4), scale
+
+    def logits(self, x: Tensor) -> Tensor:
+        return super().logits(x + self.scale * (torch.tanh(self.layer(x)) @ self.layer.weight))
+
+
+@pytest.mark.parametrize("scale", [1, 1e-3, 1e-5])
+def test_a_small_gradient_is_no_rounding(scale: float) -> None:
+    generator = torch.Generator().manual_seed(1)
+    loader = [{"x": torch.randn(4, 3, 4, generator=generator), "labels": torch.arange(4) % 3} for _ in range(2)]
+    model = UsedTwice(scale)
+    scores, by_loop = scored(model, loader), scored(model, loader, method="loop")
+    for name, score in by_loop.items():
+        assert (scores[name] - score).norm() <= 1e-4 * score.norm()

@@ -26,7 +26,8 @@ _OF_OTHERS = 0.1  # floats of 8 bits
 # the former and the same for the latter.
 _ROOMS_ALONE = {torch.bfloat16: 0.2, torch.float16: 0.04}
 _ROOM_OF_OTHERS = 0.4
-NEGLIGIBLE_GRADIENT = 1e-4  # of the norm of an example's gradient over all tensors
+# Of the norm of an example's gradient over all tensors, what may be all rounding in 32 bits, and in fewer.
+NEGLIGIBLE_GRADIENT, NEGLIGIBLE_IN_16_BITS = 1e-6, 1e-4
 _NOTHING = 1e-30  # of a squared norm: where squares vanish in 32 bits
 _PROJECTIONS = 16
 _KEPT_LENGTH = 2**16  # of vectors: longer ones are few, and take memory
@@ -162,7 +163,8 @@ def distance(one: Checksums, other: Checksums) -> float:
 class Floor:
     """The squared norm at and below which an example's gradient of a tensor may be nothing but rounding."""
 
-    def __init__(self) -> None:
+    def __init__(self, short: bool) -> None:
+        self._share = NEGLIGIBLE_IN_16_BITS if short else NEGLIGIBLE_GRADIENT
         self._scale = 0.0  # squared norm of an example's gradient over all tensors, the largest seen
 
     def of(self, gradients: Checksums, examples: int = 1) -> float:
@@ -170,7 +172,7 @@ class Floor:
         total = sum(float(sums[0]) for sums in gradients.values()) / examples
         if math.isfinite(total):
             self._scale = max(self._scale, total)
-        return NEGLIGIBLE_GRADIENT**2 * self._scale
+        return self._share**2 * self._scale
 
 
 def on_cpu(sums: Checksums) -> Checksums:

@@ -78,7 +78,7 @@ class Scorer:
         self.anew: set[str] = set()  # the tensors that earlier batches are to be added for once more
         self.begun = False  # whether the totals hold anything
         self.told = False  # whether the log says how tensors are scored
-        self.floor = Floor()
+        self.floor = Floor(short=self._low_precision())
         self.after_forward: Callable[[Exception | None], None] = lambda error: None  # its error, if there was one
 
     @cached_property
