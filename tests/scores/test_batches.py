@@ -6,7 +6,15 @@ from tiny import text_batch
 from transformers import BatchEncoding
 
 from fish_tuning import FisherError
-from fish_tuning.scores.batches import batch_size, calibration_batches, one_by_one_is_as_fast, rows, trim_padding
+from fish_tuning.scores.batches import (
+    batch_size,
+    calibration_batches,
+    kept,
+    on_cpu,
+    one_by_one_is_as_fast,
+    rows,
+    trim_padding,
+)
 
 CPU = torch.device("cpu")
 
@@ -41,6 +49,17 @@ def test_batches_must_be_mappings() -> None:
         list(calibration_batches([[torch.arange(2)]], CPU, None))  # type: ignore[list-item]
     with pytest.raises(FisherError, match=r"gave a str; .* \*\*calibration_of"):
         list(calibration_batches({"calibration_dataloader": []}, CPU, None))  # type: ignore[arg-type]
+
+
+def test_what_is_kept_stays_when_its_tensors_are_filled_again() -> None:
+    labels = torch.arange(2)
+    (batch,) = calibration_batches([{"labels": labels}], CPU, None)
+    copy = kept(batch)
+    labels.fill_(7)
+    assert batch["labels"].tolist() == [7, 7]
+    for known in (copy["labels"], on_cpu(copy, "labels"), copy.on_cpu["labels"]):  # type: ignore[attr-defined]
+        assert known is not None
+        assert known.tolist() == [0, 1]
 
 
 def test_batch_size_is_that_of_the_labels() -> None:

@@ -52,12 +52,18 @@ def changed(batch: Mapping[str, Tensor], change: Callable[[str, Tensor], Tensor]
     return PlacedBatch(tensors, {key: change(key, value) for key, value in batch.on_cpu.items()})
 
 
+def kept(batch: Mapping[str, Tensor]) -> Batch:
+    """A batch to keep while the loader makes more, which it may do in the same tensors."""
+    return changed(batch, lambda key, value: value.clone())
+
+
 def calibration_batches(
     loader: Iterable[Mapping[str, Any]], device: torch.device, num_samples: int | None, rows_per_example: int = 1
 ) -> Iterator[Batch]:
     """Batches of tensors on `device`, at most `num_samples` examples in all; the last batch is cut to fit.
 
-    With several rows an example, tensors are (examples, rows an example, ...).
+    With several rows an example, tensors are (examples, rows an example, ...). Who asks for another batch while one is
+    still wanted keeps a copy of that (`kept`).
     """
     left = num_samples
     for number, raw in enumerate(loader if left != 0 else ()):
