@@ -89,13 +89,13 @@ class LossVectors:
             self.in_forward = True
             with in_place:
                 try:
-                    outputs = self.model(**inputs, **asked)
+                    outputs = self._outputs({**inputs, **asked})
                 except Exception as error:
                     if not asked or out_of_memory(error) or gathered_layer_by_layer(self.model):
                         raise
                     # Labels that do not fit are told by name, below, after a pass without them; what was not of the
                     # labels is raised as it came.
-                    outputs = self.model(**inputs)
+                    outputs = self._outputs(inputs)
                     if not self._fails_again({**inputs, **asked}, error):
                         raise
                     asked, failed = {}, error
@@ -140,7 +140,7 @@ class LossVectors:
     def _losses(self, outputs: Any, batch: Batch, first_example: int, given: Batch | None) -> list[Tensor]:
         """`given`: what the model could compute its own loss of."""
         if self.loss_fn is not None:
-            loss = self.loss_fn(outputs, batch)
+            loss = self.loss_fn(outputs, changed(batch, lambda key, value: value.clone()))
             shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
             examples = batch_size(batch) // self.rows_per_example
             if shape != (examples,):
@@ -176,9 +176,13 @@ class LossVectors:
         labels = whole_numbers(labels_of(given))
         return align_labels(self.model, logits, labels, on_cpu(batch, "attention_mask"), self.own.shifted)
 
+    def _outputs(self, inputs: Mapping[str, Tensor]) -> Any:
+        """Of copies, which the forward pass may change in place: the same batch is passed again, and as rows."""
+        return self.model(**{key: value.clone() for key, value in inputs.items()})
+
     def _fails_again(self, inputs: Mapping[str, Any], error: Exception) -> bool:
         try:
-            self.model(**inputs)
+            self._outputs(inputs)
         except Exception as again:
             return type(again) is type(error)
         return False
