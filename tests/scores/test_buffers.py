@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from fish_tuning import calculate_fisher_information
 from fish_tuning.scores import buffers
 from fish_tuning.scores.buffers import buffers_kept
-from fish_tuning.scores.scoring_state import scoring_state
 
 X = torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
 
@@ -58,11 +57,16 @@ def test_what_passes_write_is_put_back(method: Any) -> None:
     assert model.past._version == versions[0]
 
 
+def fail() -> None:
+    raise ValueError("of a pass")
+
+
 def test_after_an_error_too() -> None:
     model = Counts()
-    with pytest.raises(ValueError, match="of the pass"), scoring_state(model):
-        model(X)
-        raise ValueError("of the pass")
+    model.head.register_forward_pre_hook(lambda *_: fail())
+    batch = {"x": X, "labels": torch.arange(4) % 3}
+    with pytest.raises(ValueError, match="of a pass"):
+        calculate_fisher_information(model, [batch], progress=False)
     assert not model.seen
     assert not model.calls
 
