@@ -52,6 +52,9 @@ def scoring_state(model: nn.Module) -> Iterator[None]:
             for module in modes:
                 if attribute(module, "gradient_checkpointing") and hasattr(module, "_gradient_checkpointing_func"):
                     _keep_checkpointing(module, stack)
+                # No rule needs sparse gradients, and neither AdamW nor sums of plain gradients take them as they come.
+                if isinstance(module, nn.Embedding | nn.EmbeddingBag) and attribute(module, "sparse"):
+                    _set(module, "sparse", False, stack)
             config = getattr(model, "config", None)
             if getattr(config, "use_cache", None):
                 _set(config, "use_cache", False, stack)
