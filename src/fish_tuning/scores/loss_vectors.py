@@ -16,7 +16,14 @@ from fish_tuning.model_walks import attribute, every_module
 from fish_tuning.scores.batches import Batch, batch_size, changed, on_cpu, trim_padding
 from fish_tuning.scores.ctc import ctc_losses
 from fish_tuning.scores.finite import why_not_finite
-from fish_tuning.scores.labels import check_given_classes, check_labels, check_shapes, logits_of, whole_numbers
+from fish_tuning.scores.labels import (
+    by_example,
+    check_given_classes,
+    check_labels,
+    check_shapes,
+    logits_of,
+    whole_numbers,
+)
 from fish_tuning.scores.losses import (
     ANSWER,
     LABELS,
@@ -155,6 +162,7 @@ class LossVectors:
                 self.own.look(outputs, logits_of(outputs), given, drawn)
             return [ctc_losses(self.model, logits_of(outputs), batch, self.fisher_type, self.token_reduction)]
         logits, labels = logits_of(outputs), whole_numbers(labels_of(batch))
+        logits = by_example(self.model, logits, batch_size(batch))
         check_shapes(self.model, logits, labels)
         if given is not None:
             self.own.look(outputs, logits, given, drawn)
