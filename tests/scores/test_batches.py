@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tiny import text_batch
@@ -60,6 +62,21 @@ def test_what_is_kept_stays_when_its_tensors_are_filled_again() -> None:
     for known in (copy["labels"], on_cpu(copy, "labels"), copy.on_cpu["labels"]):  # type: ignore[attr-defined]
         assert known is not None
         assert known.tolist() == [0, 1]
+
+
+def test_pinned_memory_is_not_filled_again_before_it_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    event = SimpleNamespace(synchronize=lambda: told.append("waited"))
+    stream = SimpleNamespace(record_event=lambda: told.append("copying") or event)
+    monkeypatch.setattr("fish_tuning.scores.batches.placed", lambda tensor, device: tensor)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    loader = [{"labels": torch.arange(2)}] * 2
+    for pinned, expected in ((True, ["copying", "batch", "waited"] * 2), (False, ["batch"] * 2)):
+        monkeypatch.setattr(torch.Tensor, "is_pinned", lambda tensor, pinned=pinned: pinned)
+        for _ in calibration_batches(loader, torch.device("cuda"), None):
+            told.append("batch")
+        assert told == expected
+        told.clear()
 
 
 def test_batch_size_is_that_of_the_labels() -> None:

@@ -77,7 +77,10 @@ def calibration_batches(
             if size > left:
                 batch, size = rows(batch, 0, left), left
             left -= size
+        copied = _copies_under_way(raw, device)
         yield batch
+        if copied is not None:
+            copied.synchronize()  # which are done by now, behind the batch before: little is waited for
         if left == 0:  # and no more is taken: a loader may wait for its next batch, or compute long on it
             return
 
@@ -85,6 +88,14 @@ def calibration_batches(
 def _placed(batch: Batch, device: torch.device) -> Batch:
     looked_at = {key: value for key, value in batch.items() if key in LOOKED_AT and value.device.type == "cpu"}
     return PlacedBatch({key: placed(value, device) for key, value in batch.items()}, looked_at)
+
+
+def _copies_under_way(raw: Mapping[str, Any], device: torch.device) -> torch.cuda.Event | None:
+    """When CUDA has copied what lies in pinned memory, which it does not take aside; the loader may fill it again."""
+    if device.type != "cuda" or not any(isinstance(value, Tensor) and value.is_pinned() for value in raw.values()):
+        return None
+    copied: torch.cuda.Event = torch.cuda.current_stream(device).record_event()
+    return copied
 
 
 def _grouped(key: str, value: Tensor, rows_per_example: int) -> Tensor:

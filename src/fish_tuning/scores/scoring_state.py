@@ -21,6 +21,8 @@ from fish_tuning.scores.buffers import buffers_kept
 from fish_tuning.scores.mixed_precision import Autocast
 from fish_tuning.scores.quantized import allow_packing, keep_unpacked
 
+_TABLES = nn.Embedding, nn.EmbeddingBag
+
 
 @contextmanager
 def scoring_state(model: nn.Module) -> Iterator[None]:
@@ -53,7 +55,7 @@ def scoring_state(model: nn.Module) -> Iterator[None]:
                 if attribute(module, "gradient_checkpointing") and hasattr(module, "_gradient_checkpointing_func"):
                     _keep_checkpointing(module, stack)
                 # No rule needs sparse gradients, and neither AdamW nor sums of plain gradients take them as they come.
-                if isinstance(module, nn.Embedding | nn.EmbeddingBag) and attribute(module, "sparse"):
+                if isinstance(module, _TABLES) and attribute(module, "sparse"):
                     _set(module, "sparse", False, stack)
             config = getattr(model, "config", None)
             if getattr(config, "use_cache", None):
