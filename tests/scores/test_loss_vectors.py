@@ -66,6 +66,33 @@ def test_inputs_that_are_changed_in_place(options: dict[str, Any]) -> None:
     )
 
 
+class Energy(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner, self.outer = nn.Linear(3, 8), nn.Linear(8, 1)
+
+    def forward(self, places: Tensor) -> Tensor:
+        return self.outer(self.inner(places).tanh()).sum(1)  # type: ignore[no-any-return]
+
+
+def loss_of_forces(energy: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+    (forces,) = torch.autograd.grad(energy.sum(), batch["places"], create_graph=True)
+    return (forces - batch["labels"]).square().sum(1)
+
+
+@pytest.mark.filterwarnings("ignore::fish_tuning.FishTuningWarning")
+@pytest.mark.parametrize("method", ["auto", "loop"])
+def test_losses_of_gradients_of_inputs(method: Any) -> None:
+    model, places, labels = Energy(), torch.randn(4, 3, requires_grad=True), torch.randn(4, 3)
+    batch = {"places": places, "labels": labels}
+    found = calculate_fisher_information(model, [batch], method=method, loss_fn=loss_of_forces, progress=False)
+    expected = torch.zeros_like(model.inner.weight)
+    for loss in loss_of_forces(model(places), batch):
+        expected += torch.autograd.grad(loss, model.inner.weight, retain_graph=True)[0].square() / 4
+    torch.testing.assert_close(found["inner.weight"], expected)
+
+
 class Fails(Normalizes):
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> Any:
         outputs = super().forward(pixel_values)

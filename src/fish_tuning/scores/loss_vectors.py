@@ -147,7 +147,7 @@ class LossVectors:
     def _losses(self, outputs: Any, batch: Batch, first_example: int, given: Batch | None) -> list[Tensor]:
         """`given`: what the model could compute its own loss of."""
         if self.loss_fn is not None:
-            loss = self.loss_fn(outputs, changed(batch, lambda key, value: value.clone()))
+            loss = self.loss_fn(outputs, changed(batch, lambda key, value: _to_change(value)))
             shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
             examples = batch_size(batch) // self.rows_per_example
             if shape != (examples,):
@@ -186,7 +186,7 @@ class LossVectors:
 
     def _outputs(self, inputs: Mapping[str, Tensor]) -> Any:
         """Of copies, which the forward pass may change in place: the same batch is passed again, and as rows."""
-        return self.model(**{key: value.clone() for key, value in inputs.items()})
+        return self.model(**{key: _to_change(value) for key, value in inputs.items()})
 
     def _fails_again(self, inputs: Mapping[str, Any], error: Exception) -> bool:
         try:
@@ -204,6 +204,11 @@ class LossVectors:
         if known is not None and bool((known[:, 1:] >= known[:, :-1]).all()) and not bool(known.all()):
             return {"position_ids": (mask.long().cumsum(-1) - 1).clamp(min=0)}
         return {}
+
+
+def _to_change(tensor: Tensor) -> Tensor:
+    """A copy; not of what loss_fn may ask for the gradient of, which must be what the model was given."""
+    return tensor if tensor.requires_grad else tensor.clone()
 
 
 def _without_labels(batch: Batch) -> Batch:

@@ -67,15 +67,15 @@ class Probes:
             del vars(layer)["receive"]
 
     def _watch(self, layer: WatchedLayer) -> None:
-        """It fails where a gradient arrives during the forward pass.
+        """It fails where a gradient arrives before there is a loss.
 
-        A model that takes a gradient of its own there (a force) and trains on it hangs on the layer by that way too.
+        What takes a gradient on the way (a force) and trains on it hangs on the layer by that way too.
         """
         receive = layer.receive
 
         def received(call: Any, kept: tuple[Tensor, ...], g: Tensor) -> None:
             if self.state.into is None:
-                layer.fail("the forward pass takes a gradient through it")
+                layer.fail("a gradient is taken through it to get the loss")
             else:
                 receive(call, kept, g)
 
