@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tiny import text_batch
@@ -9,6 +11,8 @@ from fish_tuning import FisherError
 from fish_tuning.scores.batches import (
     batch_size,
     calibration_batches,
+    kept,
+    on_cpu,
     one_by_one_is_as_fast,
     rows,
     rows_to_look_at,
@@ -48,6 +52,32 @@ def test_batches_must_be_mappings() -> None:
         list(calibration_batches([[torch.arange(2)]], CPU, None))  # type: ignore[list-item]
     with pytest.raises(FisherError, match=r"gave a str; .* \*\*calibration_of"):
         list(calibration_batches({"calibration_dataloader": []}, CPU, None))  # type: ignore[arg-type]
+
+
+def test_what_is_kept_stays_when_its_tensors_are_filled_again() -> None:
+    labels = torch.arange(2)
+    (batch,) = calibration_batches([{"labels": labels}], CPU, None)
+    copy = kept(batch)
+    labels.fill_(7)
+    assert batch["labels"].tolist() == [7, 7]
+    for known in (copy["labels"], on_cpu(copy, "labels"), copy.on_cpu["labels"]):  # type: ignore[attr-defined]
+        assert known is not None
+        assert known.tolist() == [0, 1]
+
+
+def test_pinned_memory_is_not_filled_again_before_it_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    event = SimpleNamespace(synchronize=lambda: told.append("waited"))
+    stream = SimpleNamespace(record_event=lambda: told.append("copying") or event)
+    monkeypatch.setattr("fish_tuning.scores.batches.placed", lambda tensor, device: tensor)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    loader = [{"labels": torch.arange(2)}] * 2
+    for pinned, expected in ((True, ["copying", "batch", "waited"] * 2), (False, ["batch"] * 2)):
+        monkeypatch.setattr(torch.Tensor, "is_pinned", lambda tensor, pinned=pinned: pinned)
+        for _ in calibration_batches(loader, torch.device("cuda"), None):
+            told.append("batch")
+        assert told == expected
+        told.clear()
 
 
 def test_batch_size_is_that_of_the_labels() -> None:

@@ -18,13 +18,22 @@ class Scales(nn.Module):
         super().__init__()
         self.layer = nn.Linear(4, 3)
 
-    def forward(self, x: Tensor, scale: float = 1.0, mask: Any = None, use_cache: bool = True, **others: Any) -> Tensor:
+    def forward(self, x: Tensor, scale: float = 1.0, mask: Any = None, use_cache: bool = True) -> Tensor:
         return self.layer(x) * scale  # type: ignore[no-any-return]
 
 
-def scored(**fields: Any) -> dict[str, Tensor]:
+class TakesAll(Scales):
+    def forward(self, x: Tensor, **others: Any) -> Tensor:  # type: ignore[override]
+        return super().forward(-x if others.get("task") == "b" else x, others.get("scale", 1.0))
+
+
+class OfTransformers(TakesAll):
+    main_input_name = "x"
+
+
+def scored(kind: type[Scales] = Scales, **fields: Any) -> dict[str, Tensor]:
     torch.manual_seed(0)
-    model, batch = Scales(), {"x": torch.randn(4, 4), "labels": torch.arange(4) % 3} | fields
+    model, batch = kind(), {"x": torch.randn(4, 4), "labels": torch.arange(4) % 3} | fields
     return calculate_fisher_information(
         model,
         [batch, batch],
@@ -40,6 +49,16 @@ def test_what_the_model_takes_is_told_once() -> None:
     assert told[0].filename == __file__
     assert "hold 'scale' (float), 'mask' (list), which" in str(told[0].message)
     assert torch.equal(found["layer.weight"], scored()["layer.weight"])
+
+
+def test_what_goes_to_other_arguments_is_told() -> None:
+    with pytest.warns(
+        FishTuningWarning, match=r"hold 'task' \(str\), 'ids' \(list\), which .* leave out of the batches"
+    ):
+        scored(TakesAll, task="b", ids=[1, 2, 3, 4], mask=None, use_cache=False, scale=torch.tensor(2.0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FishTuningWarning)
+        scored(OfTransformers, task="b")  # not one of transformers' own options
 
 
 @pytest.mark.parametrize(

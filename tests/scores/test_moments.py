@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -96,6 +97,33 @@ def test_batches_make_no_difference(case: str, size: int) -> None:
     whole = measured(model, batch)
     split = measured(model, rebatch(batch, size))
     assert_gradients_close(split.mean_gradients, whole.mean_gradients)
+
+
+class Reads(nn.Module):
+    loss_type = "ForSequenceClassification"
+
+    def __init__(self, sparse: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.bag = nn.Embedding(12, 6, sparse=sparse), nn.EmbeddingBag(12, 6, sparse=sparse)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, ids: Tensor, labels: Tensor | None = None) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.head(self.table(ids).tanh().mean(1) + self.bag(ids)))
+
+
+@pytest.mark.parametrize("method", ["auto", "loop"])
+def test_tables_with_sparse_gradients(method: str) -> None:
+    ids = torch.randint(12, (4, 7), generator=torch.Generator().manual_seed(0))
+    batch = {"ids": ids, "labels": torch.arange(4) % 3}
+    sparse, dense = Reads(True), Reads(False)
+    for steps in (0, 2):
+        options = {"method": method, "warmup_steps": steps, "progress": False}
+        found, expected = (measure_moments(model, [batch], **options) for model in (sparse, dense))  # type: ignore[arg-type]
+        assert_scores_close(found.mean_squares, expected.mean_squares)
+        assert_gradients_close(found.mean_gradients, expected.mean_gradients)
+    assert sparse.table.sparse
+    assert sparse.bag.sparse
 
 
 def test_without_gradients_it_is_the_fisher_information() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from tiny import assert_scores_close, bert, classification_batch, llama, lora, rebatch
 from torch import Tensor, nn
 
-from fish_tuning import calculate_fisher_information
+from fish_tuning import FishTuningWarning, calculate_fisher_information
 from fish_tuning.scores.checks import Check, Checksumming
 from fish_tuning.scores.probes import Probes
 from fish_tuning.scores.totals import Totals
@@ -185,6 +186,32 @@ def test_calls_in_the_wrong_shape_are_reported() -> None:
         probes.start(4, torch.device("cpu"))
         probes.backward([model(torch.randn(5, 3)).sum(1)], Totals({"weight": torch.zeros(2, 3)}))
     assert "first dimension 5, not with the 4 examples" in probes.broken["weight"]
+
+
+class Force(nn.Module):
+    """Classifies by the gradient of an energy, which hangs on the weights by more than what layers gave."""
+
+    loss_type = "ForSequenceClassification"
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner, self.outer, self.head = nn.Linear(5, 8), nn.Linear(8, 1), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Any:
+        x = x.detach().requires_grad_()
+        energy = self.outer(self.inner(x).tanh()).sum()
+        return SimpleNamespace(logits=self.head(torch.autograd.grad(energy, x, create_graph=True)[0]))
+
+
+def test_layers_that_a_gradient_passes_in_the_forward_pass_go_through_the_loop() -> None:
+    model = Force()
+    batches = [{"x": torch.randn(size, 5), "labels": torch.arange(size) % 3} for size in (4, 3, 4)]
+    options: dict[str, Any] = {"warmup_steps": 2, "progress": False}
+    with pytest.warns(FishTuningWarning, match="4 of 6 tensors, .* a gradient is taken through it to get the loss"):
+        found = calculate_fisher_information(model, batches, **options)
+    assert_scores_close(found, calculate_fisher_information(model, batches, method="loop", **options))
+    assert found["inner.weight"].any()
 
 
 def test_backward_leaves_no_gradient() -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny import (
     Batch,
+    assert_scores_close,
     bert,
     causal_batch,
     classification_batch,
@@ -40,6 +41,30 @@ def scored(model: nn.Module, loader: Batch | list[Batch], **kwargs: Any) -> dict
     return calculate_fisher_information(model, batches, progress=False, **kwargs)
 
 
+# Models
+
+
+class Scripted(nn.Module):
+    loss_type = "ForSequenceClassification"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = torch.jit.script(nn.Sequential(nn.Linear(5, 8), nn.Tanh())), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Any:
+        return SimpleNamespace(logits=self.head(self.body(x)))
+
+
+def test_torchscript_is_refused_where_it_trains() -> None:
+    model, batch = Scripted(), {"x": torch.randn(4, 5), "labels": torch.arange(4) % 3}
+    for whole in (model, model.body):
+        with pytest.raises(FisherError, match=r"'(body\.)?0\.weight' is a tensor of a TorchScript module"):
+            scored(whole, batch)
+    for parameter in model.body.parameters():
+        parameter.requires_grad_(False)
+    assert scored(model, batch)["head.weight"].any()
+
+
 # Outputs
 
 
@@ -55,6 +80,36 @@ def test_question_answering_by_a_loss_of_ones_own() -> None:
 
     scores, known = scored(model, batch, loss_fn=loss_fn), scored(model, batch)
     torch.testing.assert_close(scores["qa_outputs.weight"], known["qa_outputs.weight"])
+
+
+class Squeezes(nn.Module):
+    loss_type = "ForSequenceClassification"
+
+    def __init__(self, outputs: int, dims: tuple[int, ...]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.head, self.dims = nn.Linear(5, outputs), dims
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Any:
+        logits = self.head(x)
+        wanted = None if labels is None else labels.view_as(logits) if logits.shape[1] == 1 else labels
+        loss = nn.functional.mse_loss(logits, wanted) if wanted is not None and wanted.is_floating_point() else None
+        return SimpleNamespace(logits=logits.squeeze(self.dims), loss=loss)
+
+
+@pytest.mark.parametrize("options", [{}, {"method": "loop"}, {"fisher_type": "expected"}, {"fisher_type": "sampled"}])
+def test_regressions_of_one_output_may_be_squeezed(options: dict[str, Any]) -> None:
+    batch = {"x": torch.randn(4, 5), "labels": torch.randn(4)}
+    expected = scored(Squeezes(1, ()), batch, **options)
+    for dims in ((-1,), (0, 1)):  # the latter takes a single example's row away too
+        for size in (4, 3, 1):
+            assert_scores_close(scored(Squeezes(1, dims), rebatch(batch, size), **options), expected)
+
+
+def test_classes_of_one_example_may_not() -> None:
+    batch = {"x": torch.randn(4, 5), "labels": torch.arange(4) % 3}
+    with pytest.raises(FisherError, match=r"The logits have shape \(3,\) for 1 example; they must be"):
+        scored(Squeezes(3, (0,)), rebatch(batch, 1))
 
 
 def test_contrastive_outputs_are_named() -> None:

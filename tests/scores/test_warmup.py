@@ -200,6 +200,18 @@ def test_a_loader_that_can_be_read_once() -> None:
         calculate_fisher_information(at_zero(), [], progress=False)
 
 
+def test_a_loader_that_fills_the_same_tensors_again() -> None:
+    def refilled() -> Iterator[Batch]:
+        batch = {key: value.clone() for key, value in BATCHES[0].items()}
+        for each in BATCHES:
+            for key, value in each.items():
+                batch[key].copy_(value)
+            yield batch
+
+    found = calculate_fisher_information(at_zero(), refilled(), progress=False)
+    assert_scores_close(found, scored(at_zero()), tolerance=1e-6)
+
+
 def test_a_long_loader_is_not_kept_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """Warm-up takes what its steps need; the rest is read as it is scored."""
     monkeypatch.setattr("fish_tuning.scores.moments.WARMUP_EXAMPLES", 2)

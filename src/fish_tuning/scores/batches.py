@@ -53,12 +53,18 @@ def changed(batch: Mapping[str, Tensor], change: Callable[[str, Tensor], Tensor]
     return PlacedBatch(tensors, {key: change(key, value) for key, value in batch.on_cpu.items()})
 
 
+def kept(batch: Mapping[str, Tensor]) -> Batch:
+    """A batch to keep while the loader makes more, which it may do in the same tensors."""
+    return changed(batch, lambda key, value: value.clone())
+
+
 def calibration_batches(
     loader: Iterable[Mapping[str, Any]], device: torch.device, num_samples: int | None, rows_per_example: int = 1
 ) -> Iterator[Batch]:
     """Batches of tensors on `device`, at most `num_samples` examples in all; the last batch is cut to fit.
 
-    With several rows an example, tensors are (examples, rows an example, ...).
+    With several rows an example, tensors are (examples, rows an example, ...). Who asks for another batch while one is
+    still wanted keeps a copy of that (`kept`).
     """
     left = num_samples
     for number, raw in enumerate(loader if left != 0 else ()):
@@ -72,7 +78,10 @@ def calibration_batches(
             if size > left:
                 batch, size = rows(batch, 0, left), left
             left -= size
+        copied = _copies_under_way(raw, device)
         yield batch
+        if copied is not None:
+            copied.synchronize()  # which are done by now, behind the batch before: little is waited for
         if left == 0:  # and no more is taken: a loader may wait for its next batch, or compute long on it
             return
 
@@ -80,6 +89,14 @@ def calibration_batches(
 def _placed(batch: Batch, device: torch.device) -> Batch:
     looked_at = {key: value for key, value in batch.items() if key in LOOKED_AT and value.device.type == "cpu"}
     return PlacedBatch({key: placed(value, device) for key, value in batch.items()}, looked_at)
+
+
+def _copies_under_way(raw: Mapping[str, Any], device: torch.device) -> torch.cuda.Event | None:
+    """When CUDA has copied what lies in pinned memory, which it does not take aside; the loader may fill it again."""
+    if device.type != "cuda" or not any(isinstance(value, Tensor) and value.is_pinned() for value in raw.values()):
+        return None
+    copied: torch.cuda.Event = torch.cuda.current_stream(device).record_event()
+    return copied
 
 
 def _grouped(key: str, value: Tensor, rows_per_example: int) -> Tensor:

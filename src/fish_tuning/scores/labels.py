@@ -35,6 +35,21 @@ def logits_of(outputs: Any) -> Tensor:
     )
 
 
+def by_example(model: Any, logits: Tensor, examples: int) -> Tensor:
+    """Logits of a classification or regression as (examples, outputs); FisherError where they are not such.
+
+    One output an example may come as (examples,), and that of one example as a scalar.
+    """
+    if loss_type_of(model) not in CLASSIFICATION or logits.dim() > 1:
+        return logits
+    if logits.numel() == examples:
+        return logits.reshape(examples, 1)
+    raise FisherError(
+        f"The logits have shape {tuple(logits.shape)} for {examples} example{'s' * (examples > 1)}; they must be one "
+        f"row an example, (examples, outputs), for one example too. Squeeze them no further, or {LOSS_FN}."
+    )
+
+
 def check_given_classes(model: Any, labels: Tensor | None, first_example: int) -> None:
     """For models that are given the labels in their forward pass, where a wrong one is an error of the device."""
     config, kind = getattr(model, "config", None), loss_type_of(model)

@@ -6,7 +6,7 @@ A proof is one example's: what spares it (rows that only some batches sort, bran
 from __future__ import annotations
 
 from fish_tuning.errors import FisherError
-from fish_tuning.scores.batches import Batch, batch_size, changed
+from fish_tuning.scores.batches import Batch, batch_size, kept
 
 _FIRST = 64  # examples; then after twice as many as at the last look: less than two examples more in a hundred
 _KEPT_BYTES = 2**26
@@ -29,13 +29,13 @@ class LaterLooks:
         return self._kept is not None
 
     def note(self, batch: Batch, first_example: int, looked: bool) -> None:
-        """A batch was added by rules. A copy is kept, since a loader may use its memory again."""
+        """A batch was added by rules; a copy of it is kept."""
         self._seen += batch_size(batch)
         if looked:
             self._next = 2 * self._seen
         self._bytes += sum(value.nbytes for value in batch.values())
         if self._kept is not None and self._bytes <= _KEPT_BYTES:
-            self._kept.append((changed(batch, lambda key, value: value.clone()), first_example))
+            self._kept.append((kept(batch), first_example))
         else:
             self._kept = None
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from fish_tuning.scores.batches import Batch, batch_size, one_by_one_is_as_fast, padded_rows
+from fish_tuning.scores.batches import Batch, batch_size, kept, one_by_one_is_as_fast, padded_rows
 from fish_tuning.scores.loss_vectors import UNREAD, LossVectors
 from fish_tuning.scores.processes import Processes
 from fish_tuning.scores.scorer import Scorer
@@ -34,7 +34,10 @@ def rounds(processes: Processes, batches: Iterator[Batch]) -> Iterator[list[Shar
         own: list[Batch] = []
         error = None
         try:
-            while len(own) < (1 if processes.has_own_part else number) and (batch := next(batches, None)) is not None:
+            while len(own) < (1 if processes.has_own_part else number):
+                own[-1:] = map(kept, own[-1:])
+                if (batch := next(batches, None)) is None:
+                    break
                 own.append(batch)
         except Exception as raised:
             error = raised

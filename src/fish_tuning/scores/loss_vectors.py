@@ -16,7 +16,14 @@ from fish_tuning.model_walks import attribute, every_module
 from fish_tuning.scores.batches import Batch, batch_size, changed, on_cpu, trim_padding
 from fish_tuning.scores.ctc import ctc_losses
 from fish_tuning.scores.finite import why_not_finite
-from fish_tuning.scores.labels import check_given_classes, check_labels, check_shapes, logits_of, whole_numbers
+from fish_tuning.scores.labels import (
+    by_example,
+    check_given_classes,
+    check_labels,
+    check_shapes,
+    logits_of,
+    whole_numbers,
+)
 from fish_tuning.scores.losses import (
     ANSWER,
     LABELS,
@@ -89,13 +96,13 @@ class LossVectors:
             self.in_forward = True
             with in_place:
                 try:
-                    outputs = self.model(**inputs, **asked)
+                    outputs = self._outputs({**inputs, **asked})
                 except Exception as error:
                     if not asked or out_of_memory(error) or gathered_layer_by_layer(self.model):
                         raise
                     # Labels that do not fit are told by name, below, after a pass without them; what was not of the
                     # labels is raised as it came.
-                    outputs = self.model(**inputs)
+                    outputs = self._outputs(inputs)
                     if not self._fails_again({**inputs, **asked}, error):
                         raise
                     asked, failed = {}, error
@@ -140,7 +147,7 @@ class LossVectors:
     def _losses(self, outputs: Any, batch: Batch, first_example: int, given: Batch | None) -> list[Tensor]:
         """`given`: what the model could compute its own loss of."""
         if self.loss_fn is not None:
-            loss = self.loss_fn(outputs, batch)
+            loss = self.loss_fn(outputs, changed(batch, lambda key, value: _to_change(value)))
             shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
             examples = batch_size(batch) // self.rows_per_example
             if shape != (examples,):
@@ -155,6 +162,7 @@ class LossVectors:
                 self.own.look(outputs, logits_of(outputs), given, drawn)
             return [ctc_losses(self.model, logits_of(outputs), batch, self.fisher_type, self.token_reduction)]
         logits, labels = logits_of(outputs), whole_numbers(labels_of(batch))
+        logits = by_example(self.model, logits, batch_size(batch))
         check_shapes(self.model, logits, labels)
         if given is not None:
             self.own.look(outputs, logits, given, drawn)
@@ -176,9 +184,13 @@ class LossVectors:
         labels = whole_numbers(labels_of(given))
         return align_labels(self.model, logits, labels, on_cpu(batch, "attention_mask"), self.own.shifted)
 
+    def _outputs(self, inputs: Mapping[str, Tensor]) -> Any:
+        """Of copies, which the forward pass may change in place: the same batch is passed again, and as rows."""
+        return self.model(**{key: _to_change(value) for key, value in inputs.items()})
+
     def _fails_again(self, inputs: Mapping[str, Any], error: Exception) -> bool:
         try:
-            self.model(**inputs)
+            self._outputs(inputs)
         except Exception as again:
             return type(again) is type(error)
         return False
@@ -194,6 +206,11 @@ class LossVectors:
         before = (mask.cumsum(-1) == 0).sum(-1, keepdim=True)
         # Whatever other rows of the batch look like: what one row has proven holds for its kind in others.
         return {"position_ids": (torch.arange(mask.shape[1], device=mask.device) - before).clamp(min=0)}
+
+
+def _to_change(tensor: Tensor) -> Tensor:
+    """A copy; not of what loss_fn may ask for the gradient of, which must be what the model was given."""
+    return tensor if tensor.requires_grad else tensor.clone()
 
 
 def _without_labels(batch: Batch) -> Batch:

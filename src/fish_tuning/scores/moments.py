@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from fish_tuning.errors import FisherError, FishTuningWarning
 from fish_tuning.model_walks import walked_once
-from fish_tuning.scores.batches import Batch, batch_size, calibration_batches
+from fish_tuning.scores.batches import Batch, batch_size, calibration_batches, kept
 from fish_tuning.scores.finite import check_finite
 from fish_tuning.scores.left_out import LeftOut
 from fish_tuning.scores.lockstep import Lockstep, Share, rounds
@@ -197,7 +197,10 @@ def _in_lockstep(work: _Work, batches: Iterator[Batch]) -> tuple[int, Scores]:
     first: list[list[Share]] = []
     with random_state_kept(losses.model):
         needed = WARMUP_EXAMPLES * work.steps
-        while needed > 0 and (shares := next(left, None)) is not None:
+        while needed > 0:
+            first[-1:] = [[share._replace(batch=kept(share.batch)) for share in shares] for shares in first[-1:]]
+            if (shares := next(left, None)) is None:
+                break
             first.append(shares)
             needed -= sum(batch_size(share.batch) for share in shares)
     lockstep = Lockstep(work.scorer, losses, work.processes)
@@ -239,7 +242,10 @@ def _at_least(batches: Iterator[Batch], examples: int) -> list[Batch]:
     """The first batches, until they hold so many examples."""
     taken: list[Batch] = []
     seen = 0
-    while seen < examples and (batch := next(batches, None)) is not None:
+    while seen < examples:
+        taken[-1:] = map(kept, taken[-1:])
+        if (batch := next(batches, None)) is None:
+            break
         taken.append(batch)
         seen += batch_size(batch)
     return taken

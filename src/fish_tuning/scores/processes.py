@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fish_tuning.errors import FisherError
-from fish_tuning.scores.batches import Batch, batch_size, changed
+from fish_tuning.scores.batches import Batch, batch_size, changed, kept
 from fish_tuning.scores.loader_parts import is_sharded, sends_out, shares_of, without_repeats
 from fish_tuning.scores.totals import Totals
 
@@ -141,11 +141,12 @@ class Processes:
 
 
 def _first(batches: Iterable[Any], rows: int) -> list[Any]:
-    """The first batches, until they have so many rows."""
+    """The first batches, until they have so many rows; copies, since a loader may fill the same tensors again."""
     taken: list[Any] = []
     for raw in batches:
-        taken.append(raw)
-        rows -= batch_size({key: value for key, value in raw.items() if isinstance(value, Tensor)})
+        tensors = {key: value for key, value in raw.items() if isinstance(value, Tensor)}
+        taken.append({**raw, **kept(tensors)})
+        rows -= batch_size(tensors)
         if rows <= 0:
             break
     return taken

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from fish_tuning.errors import FisherError
@@ -46,6 +47,8 @@ def check_unpacked(model: nn.Module) -> None:
 
 
 def _is_packed(module: nn.Module) -> bool:
+    if isinstance(module, torch.jit.ScriptModule):
+        return False
     weight: Any = module._parameters.get("weight")
     if type(weight) is nn.Parameter or weight is None:
         return False

@@ -17,13 +17,16 @@ from torch.utils.checkpoint import CheckpointFunction, checkpoint
 
 from fish_tuning.model_walks import attribute, every_module, every_parameter
 from fish_tuning.scores.bare_model import uncompiled, without_mixed_precision
+from fish_tuning.scores.buffers import buffers_kept
 from fish_tuning.scores.mixed_precision import Autocast
 from fish_tuning.scores.quantized import allow_packing, keep_unpacked
+
+_TABLES = nn.Embedding, nn.EmbeddingBag
 
 
 @contextmanager
 def scoring_state(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode (no dropout), no key-value cache, gradients on, the random state of every device kept.
+    """Evaluation mode (no dropout), no key-value cache, gradients on; buffers and every device's random state kept.
 
     What `torch.compile` and accelerate's mixed precision have put into the model is off. So is an autocast around the
     call; who computes losses puts it around each forward pass (`Autocast`, made before this is entered).
@@ -35,6 +38,7 @@ def scoring_state(model: nn.Module) -> Iterator[None]:
     """
     modes = {module: module.training for module in every_module(model)}
     with ExitStack() as stack:
+        stack.enter_context(buffers_kept(model))
         stack.enter_context(random_state_kept(model))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(Autocast(model).off())
@@ -50,6 +54,9 @@ def scoring_state(model: nn.Module) -> Iterator[None]:
             for module in modes:
                 if attribute(module, "gradient_checkpointing") and hasattr(module, "_gradient_checkpointing_func"):
                     _keep_checkpointing(module, stack)
+                # No rule needs sparse gradients, and neither AdamW nor sums of plain gradients take them as they come.
+                if isinstance(module, _TABLES) and attribute(module, "sparse"):
+                    _set(module, "sparse", False, stack)
             config = getattr(model, "config", None)
             if getattr(config, "use_cache", None):
                 _set(config, "use_cache", False, stack)

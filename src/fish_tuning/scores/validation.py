@@ -98,6 +98,14 @@ def check_model(model: nn.Module, trainable: Mapping[str, nn.Parameter]) -> None
                 "shards it, save_mask, and train with that mask; or shard it with FSDP2 (fully_shard) or DeepSpeed "
                 "ZeRO-3. Under torchrun or accelerate launch each process then scores its share of the examples."
             )
+    scripted = [each for each in modules if isinstance(each, torch.jit.ScriptModule)]
+    in_script = {id(parameter) for module in scripted for parameter in module.parameters(recurse=False)}
+    if own := [name for name, parameter in trainable.items() if id(parameter) in in_script]:
+        raise FisherError(
+            f"{own[0]!r} is a tensor of a TorchScript module, in which nothing can take its place to get an example's "
+            "gradient. Score the module that torch.jit.script or torch.jit.trace was given, or set "
+            "requires_grad_(False) on its parameters, one by one."
+        )
     if shared := in_one_memory(trainable):
         name, names = next(iter(shared.items()))
         raise FisherError(
