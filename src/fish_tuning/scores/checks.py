@@ -27,7 +27,7 @@ _OF_OTHERS = 0.1  # floats of 8 bits
 _ROOMS_ALONE = {torch.bfloat16: 0.2, torch.float16: 0.04}
 _ROOM_OF_OTHERS = 0.4
 # Of the norm of an example's gradient over all tensors, what may be all rounding in 32 bits, and in fewer.
-NEGLIGIBLE_GRADIENT, NEGLIGIBLE_IN_16_BITS = 1e-6, 1e-4
+NEGLIGIBLE_GRADIENT, NEGLIGIBLE_IN_16_BITS = 1e-5, 1e-4
 _NOTHING = 1e-30  # of a squared norm: where squares vanish in 32 bits
 _PROJECTIONS = 16
 _KEPT_LENGTH = 2**16  # of vectors: longer ones are few, and take memory
