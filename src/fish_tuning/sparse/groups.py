@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from fish_tuning.errors import MaskError
+from fish_tuning.errors import FishTuningWarning, MaskError
 from fish_tuning.sparse.optimizer_steps import held_by_others, look_again, watch_optimizers
 from fish_tuning.sparse.selected_gradients import starts_of, whole_tensors
 from fish_tuning.sparse.values import DATA, GroupReference, Values, Whole, watch_again
@@ -146,6 +147,15 @@ class Group:
         if not self._unwritten():
             self._take_each()
 
+    def take_last(self) -> None:
+        """The same, unless the values have changed since they were written."""
+        if self.one_count and self.flat is not None:
+            unchanged = self.flat._version == self.seen
+        else:
+            unchanged = all(member.values._version == member.seen for member in self.with_values)  # type: ignore[union-attr]
+        if unchanged:
+            self.take_written()
+
     def _take_each(self) -> None:
         if self.managed or self.scattered:
             return
@@ -170,9 +180,10 @@ class Group:
         self._counts = [member.written for member in self.with_values]
 
     def write(self) -> None:
-        """Write the values into the tensors, after a step whatever was written into those meanwhile.
+        """Write the values into the tensors, past autograd: it need not see a change of what it saved before a step.
 
-        Past autograd, which need not see a change of what it saved where an optimizer has stepped since.
+        After a step that is what counts where somebody has written into tensors first and the values were stepped then:
+        what the step would have made of that, nobody knows.
         """
         if self.managed or self.scattered:
             return
@@ -181,6 +192,7 @@ class Group:
                 if member.plain._version != member.written:
                     member.keep_memory()
             self._note_counts()
+            self._warn_of_lost()
         with torch.no_grad():
             if self.held:
                 self.find_flat()
@@ -202,6 +214,14 @@ class Group:
         else:
             for member, values in zip(self.with_values, self.all_values(), strict=True):
                 member.seen = values._version
+
+    @staticmethod
+    def _warn_of_lost() -> None:
+        warnings.warn(
+            "Within an optimizer's step somebody has written into a masked tensor (or taken its .data), and then its "
+            "selected entries were stepped from where they were before; what was written is lost at these. Write "
+            "before the step or after it.", FishTuningWarning, stacklevel=2,
+        )  # fmt: skip
 
     def find_flat(self) -> None:
         """See whether the values are slices of one memory, with one count of changes."""

@@ -110,6 +110,9 @@ class MaskedGroup(Protocol):
     def take_written(self) -> None:
         """Where somebody has written into a tensor itself, its entries are the values now."""
 
+    def take_last(self) -> None:
+        """The same, unless the values have changed since they were written."""
+
     def write(self) -> None:
         """Write the values into the tensors."""
 

@@ -46,7 +46,7 @@ class MaskedTensor:
         self.digest = entries_digest(entries)  # of the entries before training: tells a delta's base from others
         entries = entries if dense.dim() == 1 else entries[:, None]
         self.values: nn.Parameter | None = Values(entries) if len(index) else None
-        self.frozen: Tensor = dense.detach().contiguous()
+        self.frozen: Tensor = dense.data.contiguous()  # with a count of changes of its own
         self.split_up = False  # whether FSDP2 has `frozen`: a part of it, or for the moment all, with the values in it
         self.by_engine = False  # whether FSDP2 splits the values
         # By stored dtypes, those that FSDP1's mixed precision computes in now: a record of the whole model, since of a
