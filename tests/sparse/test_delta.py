@@ -67,6 +67,18 @@ def test_a_state_dict_may_stand_for_the_model(trained: nn.Module, path: Path, tm
     assert other.read_bytes() == path.read_bytes(), "what was there stays"
 
 
+@pytest.mark.parametrize("frozen", ["", "classifier"])
+def test_a_head_that_was_frozen_after_training_is_in_the_file(frozen: str, path: Path, tmp_path: Path) -> None:
+    """Of a model that is frozen for evaluation, or of which the head was trained first and frozen then."""
+    model = copy.deepcopy(trained_bert())
+    for name, parameter in model.named_parameters():
+        if name.startswith(frozen):
+            parameter.requires_grad_(False)
+    other = tmp_path / "frozen.safetensors"
+    save_delta(model, other)
+    assert other.read_bytes() == path.read_bytes()
+
+
 def linear_delta(rows: list[int], tmp_path: Path, base: nn.Linear, value: float = 1.0) -> Delta:
     """A delta that adds `value` to whole rows of the weight of `base`."""
     model = copy.deepcopy(base)

@@ -38,7 +38,7 @@ def save_delta(
     Of a masked tensor the file has the selected positions (int32 where they fit, else int64), the trained numbers in
     the tensor's dtype, and a digest of the numbers that stood there when the mask was applied, by which `add_delta`
     tells the base model from others. Tensors that train as a whole (a new head, biases in BitFit) are stored whole,
-    without positions and digest.
+    without positions and digest; under a mask those too that have been frozen since.
 
     Call it after `apply_mask` and before `remove_mask`. Without a mask, a part of the model must be frozen.
 
@@ -207,7 +207,7 @@ def _trained_tensors(model: nn.Module, state_dict: Mapping[str, Tensor] | None) 
             entries = masked.values if whole is None else masked.entries_of(given(tensor.name))
             values = entries.detach().flatten().to("cpu", tensor.frozen.dtype, copy=True)
             tensors[tensor.name] = DeltaTensor(values, masked.index.cpu(), masked.shape, masked.digest)
-    for name, parameter in dense_parameters(model).items():
+    for name, parameter in dense_parameters(model, though_frozen=True).items():
         stored = parameter if whole is None else given(name)
         values = stored.detach().to("cpu", copy=True).contiguous()
         tensors[name] = DeltaTensor(values, None, stored.shape, None)

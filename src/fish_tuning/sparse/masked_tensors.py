@@ -8,7 +8,7 @@ numbers are written into it once a step, not at every read. In the state dict th
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -106,15 +106,18 @@ def replaced_parameters(model: nn.Module) -> set[int]:
     return {id(tensor.masked.dense) for tensor in masked_tensors(model)}
 
 
-def dense_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+def dense_parameters(model: nn.Module, though_frozen: bool = False) -> dict[str, nn.Parameter]:
     """What trains as a whole: the trainable parameters that are no masked tensor's values.
 
-    Those that a mask left dense stay among them while their PEFT adapter is not the active one.
+    Those that a mask left dense stay among them while their PEFT adapter is not the active one, while nothing of the
+    model trains (it is frozen for evaluation, or an average of weights), and `though_frozen`.
     """
     masked = {tensor.name for tensor in masked_tensors(model)}  # by name, since FSDP2 puts others for the values
-    idle = idle_names(model, left_dense_shapes(model))
-    named = ((plain_name(name), parameter) for name, parameter in model.named_parameters())
-    return {n: p for n, p in named if (p.requires_grad or n in idle) and n not in masked}
+    named = {plain_name(name): parameter for name, parameter in model.named_parameters()}
+    kept: Collection[str] = left_dense_shapes(model)
+    if not though_frozen and any(parameter.requires_grad for parameter in named.values()):
+        kept = idle_names(model, kept)
+    return {n: p for n, p in named.items() if (p.requires_grad or n in kept) and n not in masked}
 
 
 def left_dense_shapes(model: nn.Module) -> dict[str, torch.Size]:
