@@ -18,7 +18,7 @@ from fish_tuning.sparse.frozen_parts import with_entries
 from fish_tuning.sparse.groups import Group
 from fish_tuning.sparse.selected_gradients import whole_tensor
 from fish_tuning.sparse.sharding import is_sharded, local_part, shard_like, whole
-from fish_tuning.sparse.values import DATA, Values, entries_digest
+from fish_tuning.sparse.values import DATA, Values, entries_digest, frozen_sum
 
 # Entries of what is kept in another dtype until the next read, to see whether it was written into: PEFT writes into
 # small ones alone.
@@ -34,6 +34,7 @@ class MaskedTensor:
     """
 
     in_group: weakref.ref[Group]  # modules hold the group, which holds its members
+    frozen_sum: tuple[torch.dtype, int] | None = None  # of the frozen entries before training
     replaced = False  # whether another mask stood here before, whose entries were trained too
 
     def __init__(self, dense: nn.Parameter, selected: Tensor) -> None:
@@ -44,6 +45,7 @@ class MaskedTensor:
         self.shape = dense.shape
         self.dense = dense  # the object that an unmasked model gets back
         self.digest = entries_digest(entries)  # of the entries before training: tells a delta's base from others
+        self.frozen_sum = frozen_sum(dense, index)
         entries = entries if dense.dim() == 1 else entries[:, None]
         self.values: nn.Parameter | None = Values(entries) if len(index) else None
         self.frozen: Tensor = dense.data.contiguous()  # with a count of changes of its own
