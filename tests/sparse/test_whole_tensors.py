@@ -381,6 +381,33 @@ def test_positions_are_kept_once_and_are_those_of_the_mask(change: Callable[[nn.
     assert sum(index.nbytes for index in groups.values()) == 4 * sum(each.num_selected for each in found)
 
 
+def loaded(model: nn.Module) -> nn.Module:
+    model.load_state_dict({"weight": torch.zeros(3, 4), "bias": torch.full((3,), 7.0)})
+    return model
+
+
+@pytest.mark.parametrize(
+    "change", [copy.deepcopy, nn.Module.double, lambda model: pickle.loads(pickle.dumps(model)), loaded]
+)
+@pytest.mark.parametrize("local", ["weight", "bias"])
+def test_other_memory_of_a_tensor_without_values_goes_with_the_model(
+    local: str, change: Callable[[nn.Module], nn.Module]
+) -> None:
+    """As PEFT's safe merge gives it."""
+    dense: Any = nn.Linear(4, 3)
+    model = copy.deepcopy(dense)
+    mask = {"weight": torch.eye(3, 4, dtype=torch.bool), "bias": torch.ones(3, dtype=torch.bool)}
+    apply_mask(model, mask | {local: torch.zeros_like(mask[local])})
+    for each in (dense, model):
+        getattr(each, local).data = getattr(each, local).data + 5
+    given = torch.ones(2, 4)
+    assert torch.equal(model(given), dense(given))
+    dense, model = change(dense), change(model)
+    given = given.to(dense.weight.dtype)
+    assert torch.equal(model(given), dense(given))
+    assert torch.equal(getattr(model, local), getattr(dense, local))
+
+
 def test_positions_of_those_that_stay_when_one_of_a_group_goes() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 5), nn.Linear(5, 2))

@@ -108,6 +108,7 @@ class Group:
         for member, tensor, plain in zip(self.members, self._tensors(), self._tensors(), strict=True):
             tensor.__class__ = Whole
             tensor.of = None if member.values is None else weakref.ref(member.values)
+            tensor.without_values = weakref.ref(member) if member.values is None else None
             member.tensor, member.plain, member.written = tensor, plain, tensor._version
         self._note_counts()
         self.find_flat()

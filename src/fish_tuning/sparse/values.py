@@ -75,12 +75,16 @@ class Watched(Tensor):
         increment_version(self)
         self._hand_out()
         DATA.__set__(self, value)
+        self._assigned()
 
     def _hand_out(self) -> None:
         """Somebody has its `.data`, and may keep it."""
 
     def _resized(self) -> None:
         """Its memory is given up, or comes back."""
+
+    def _assigned(self) -> None:
+        """It has other memory now."""
 
     @property
     def requires_grad(self) -> bool:
@@ -96,6 +100,7 @@ class Whole(Watched):
     """The whole tensor that reads give. Who asks it for gradients, or not, asks the values."""
 
     of: weakref.ref[Values] | None = None
+    without_values: weakref.ref[Any] | None = None  # the masked tensor that it is read of, if no entry of that trains
 
     def requires_grad_(self, requires_grad: bool = True) -> Whole:
         values = self.of() if self.of is not None else None
@@ -108,6 +113,11 @@ class Whole(Watched):
             f"A masked tensor of shape {tuple(self.shape)} would get another size (resize_token_embeddings does so), "
             "of which its mask tells nothing. remove_mask(model) first, or resize before you score."
         )
+
+    def _assigned(self) -> None:
+        masked = self.without_values() if self.without_values is not None else None
+        if masked is not None and masked.tensor is self:
+            masked.keep_memory()  # now, since nothing is looked at for values later
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """By itself it is copied as the parameter that it stands for; its values go with the module (nn.LSTM)."""
