@@ -32,7 +32,7 @@ from fish_tuning.sparse.dense_state_dicts import (
 )
 from fish_tuning.sparse.frozen_parts import FROZEN, is_split_up, keep_frozen_part, with_frozen_parts
 from fish_tuning.sparse.groups import Group, small_groups
-from fish_tuning.sparse.optimizer_steps import note_replaced
+from fish_tuning.sparse.optimizer_steps import masked_modules, note_replaced
 from fish_tuning.sparse.sharding import full_shape, is_sharded, plain_name
 from fish_tuning.sparse.taken_apart import (
     check_no_whole,
@@ -178,7 +178,7 @@ def _made_class(base: type[nn.Module], names: frozenset[str], methods: Methods) 
                 return  # it has what it is given
             if value is masked.values and value is not None and name not in self._parameters:
                 masked.group.managed = True  # taken out and put back, as FSDP1 does
-            if name in self._parameters and isinstance(value, nn.Parameter):
+            if name in self._parameters and (value is None or isinstance(value, nn.Parameter)):
                 # FSDP2's, for which torch would read the tensor to look whether it is there.
                 masked.by_engine |= is_sharded(value)
                 check_no_whole(self, name, value)
@@ -308,6 +308,8 @@ def _set_class(module: nn.Module, names: frozenset[str], methods: Methods) -> No
     base: type[nn.Module] = getattr(below, "_unmasked", below)
     new = _masked_class(base, names, methods) if names or methods else base
     module.__class__ = with_class_below(kind, below, new)
+    if names:
+        masked_modules[id(module)] = module
 
 
 class NamedMaskedTensor(NamedTuple):

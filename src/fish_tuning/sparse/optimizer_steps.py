@@ -9,7 +9,7 @@ from collections.abc import Callable, MutableMapping
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import (
     _global_optimizer_pre_hooks,
@@ -26,6 +26,9 @@ from fish_tuning.sparse.values import MaskedGroup, stop_watching, watch_again
 held_by_others: weakref.WeakSet[MaskedGroup] = weakref.WeakSet()
 # Parameters in whose places others train since masks came or went.
 _replaced: MutableMapping[Tensor, weakref.ref[Any]] = WeakTensorKeyDictionary()
+# Modules with masked tensors, by id, and their method that tells of whole parameters that an optimizer holds of them.
+masked_modules: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()
+CHECK_HELD = "_fish_tuning_check_held"
 _AFTER_OTHERS = "fish_tuning"  # the key of our hook among those that an optimizer has before its steps
 _OF_WHOLE_MATRICES = {"LoraFAOptimizer", "RiemannianPreconditionedOptimizer", "Muon"}
 
@@ -91,6 +94,9 @@ def _trained_by(optimizer: Optimizer) -> _Trained:
 
 def _check_holds_what_trains(optimizer: Optimizer, parameters: list[Any]) -> None:
     held = set(map(id, parameters))
+    for module in list(masked_modules.values()):
+        if (check := getattr(type(module), CHECK_HELD, None)) is not None:  # else the mask is off
+            check(module, held)
     for parameter in parameters:
         now: Any = _replaced[parameter]() if parameter in _replaced else None
         if now is None:
