@@ -214,6 +214,29 @@ def test_weights_that_are_clipped_within_a_step_are_those_of_the_unmasked_model(
     torch.testing.assert_close(*results, rtol=0, atol=1e-9 if kind == "lbfgs" else 0)  # which adds up in other orders
 
 
+@pytest.mark.parametrize("closed", [False, True])
+def test_an_optimizer_may_give_its_parameters_other_memory(closed: bool) -> None:
+    class Assigning(torch.optim.Optimizer):
+        def step(self, closure: Any = None) -> Any:
+            if closure is not None:
+                closure()
+            for parameter in self.param_groups[0]["params"]:
+                parameter.data = parameter.data - parameter.grad
+
+    model = masked()
+    mask = get_mask(model)
+    expected = {name: tensor - mask[name].float() for name, tensor in model.state_dict().items()}
+
+    def closure() -> None:
+        model(torch.ones(1, 3, device=DEVICE))
+
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    Assigning(model.parameters(), {}).step(closure if closed else None)
+    assert written(model)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+
+
 def test_a_write_that_a_step_cannot_take_is_told() -> None:
     """A class clips before it steps, of which nothing tells."""
 

@@ -51,6 +51,7 @@ class Group:
         self.held = False  # whether somebody has had the `.data` of any value since `flat` was looked for
         self.switched = False  # whether any value has been frozen or thawed since the tensors were made
         self.settled = False  # whether `flat` and the count tell all that a read must know of the values
+        self._places_of_values: list[int] = []  # where the values were in memory when `flat` was looked for
         self._plains: list[Tensor] = []  # the tensors of all members with values, and their counts of changes when
         self._counts: list[int] = []  # they were written last: to look at each member takes three times as long
         self._places: dict[MaskedTensor, tuple[int, int, int]] = {}  # of each member's in the joined entries and memory
@@ -80,6 +81,16 @@ class Group:
         """The values of its tensors, in the order of `flat`."""
         return [member.values for member in self.with_values]
 
+    def check_not_whole(self, values: Any, shape: torch.Size) -> None:
+        """MaskError where what takes the memory of values has the shape of the whole tensor."""
+        member = next((member for member in self.members if member.values is values), None)
+        if member is not None and shape == member.shape and shape.numel() != member.num_selected:
+            raise MaskError(
+                f"A whole tensor, of shape {tuple(shape)}, was given as the .data of a masked one's parameter, which "
+                f"is its {member.num_selected:,} selected entries. model.load_state_dict(weights, strict=False) takes "
+                "whole tensors by name; module.weight.data.copy_(weight) writes one."
+            )
+
     def is_together(self) -> bool:
         """Whether all members are on one device, in one dtype."""
         return len({(member.frozen.dtype, member.frozen.device) for member in self.members}) < 2
@@ -96,6 +107,8 @@ class Group:
         """Make the tensors that reads give; each lasts until its parameter moves, thaws or freezes."""
         watch_optimizers()
         self.with_values = [member for member in self.members if member.values is not None]
+        for each in self.all_values():
+            self.check_not_whole(each, each.shape)  # given to a copy that was not read yet
         self._take_each()
         self._join()
         for member in self.members:
@@ -134,6 +147,8 @@ class Group:
         ):
             self.bind()
         else:
+            if self.stale:
+                self.notice_moved()
             watch_again(member.values for member in self.with_values)
             self.switched = False
             self.follow()
@@ -224,6 +239,11 @@ class Group:
             "before the step or after it.", FishTuningWarning, stacklevel=2,
         )  # fmt: skip
 
+    def notice_moved(self) -> None:
+        """See whether values have got other memory while they were not watched, as some optimizers give it."""
+        if list(map(Tensor.data_ptr, self.all_values())) != self._places_of_values:
+            self.held = True
+
     def find_flat(self) -> None:
         """See whether the values are slices of one memory, with one count of changes."""
         parameters: list[Any] = [member.values for member in self.with_values]
@@ -232,7 +252,7 @@ class Group:
             held_by_others.add(self)
         for values in parameters:
             values.held = False
-        self.held = False
+        self.held, self._places_of_values = False, [values.data_ptr() for values in parameters]
         if not parameters:
             return
         first, counts = parameters[0], [values._version for values in parameters]
@@ -240,7 +260,7 @@ class Group:
         sizes = [values.numel() * values.element_size() for values in parameters]
         places = [first.data_ptr() + start for start in itertools.accumulate(sizes[:-1], initial=0)]
         memories = {values.untyped_storage().data_ptr() for values in parameters}
-        if len(memories) == 1 and places == [values.data_ptr() for values in parameters]:
+        if len(memories) == 1 and places == self._places_of_values:
             entries = sum(values.numel() for values in parameters)
             self.flat = first.detach().as_strided((entries, *first.shape[1:]), first.stride())
             self.one_count = [values._version for values in parameters] == [count + 1 for count in counts]

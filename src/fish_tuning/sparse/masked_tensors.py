@@ -38,6 +38,7 @@ from fish_tuning.sparse.taken_apart import (
     check_no_whole,
     class_below,
     keeping_parameters,
+    takes_loaded,
     with_class_below,
     without_swapping,
 )
@@ -179,6 +180,8 @@ def _made_class(base: type[nn.Module], names: frozenset[str], methods: Methods) 
             if value is masked.values and value is not None and name not in self._parameters:
                 masked.group.managed = True  # taken out and put back, as FSDP1 does
             if name in self._parameters and (value is None or isinstance(value, nn.Parameter)):
+                if takes_loaded(self, name, value, sys._getframe(1)):
+                    return
                 # FSDP2's, for which torch would read the tensor to look whether it is there.
                 masked.by_engine |= is_sharded(value)
                 check_no_whole(self, name, value)

@@ -30,7 +30,7 @@ _replaced: MutableMapping[Tensor, weakref.ref[Any]] = WeakTensorKeyDictionary()
 masked_modules: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()
 CHECK_HELD = "_fish_tuning_check_held"
 _AFTER_OTHERS = "fish_tuning"  # the key of our hook among those that an optimizer has before its steps
-_OF_WHOLE_MATRICES = {"LoraFAOptimizer", "RiemannianPreconditionedOptimizer", "Muon"}
+_OF_WHOLE_MATRICES = {"LoraFAOptimizer", "RiemannianPreconditionedOptimizer"}  # and Muon
 
 
 class _Trained(NamedTuple):
@@ -87,6 +87,8 @@ def _trained_by(optimizer: Optimizer) -> _Trained:
         values = [each for each in parameters if getattr(each, "masked_group", None) is not None]
         groups = list(dict.fromkeys(each.masked_group for each in values))
         living = [group for reference in groups if (group := reference()) is not None]
+        if living:
+            _check_takes_vectors(optimizer)
         joined = JoinedSteps(optimizer, living)
         known = _trained[optimizer] = _Trained(parameters, in_each, values, groups, joined)
     return known
@@ -113,6 +115,21 @@ def _check_holds_what_trains(optimizer: Optimizer, parameters: list[Any]) -> Non
         )
 
 
+def _check_takes_vectors(optimizer: Optimizer) -> None:
+    names = [kind.__name__ for kind in type(optimizer).__mro__]  # a subclass steps as the class does that it is of
+    if not any(name in _OF_WHOLE_MATRICES or name.startswith("Muon") for name in names):
+        return
+    for held in optimizer.param_groups:
+        # Classes with an Adam beside Muon say so of each group.
+        if held.get("use_muon", True) and any(
+            getattr(each, "masked_group", None) is not None for each in held["params"]
+        ):
+            raise MaskError(
+                f"{names[0]} computes its steps from whole matrices; of masked tensors it holds selected entries "
+                "alone. Use an optimizer that works entry by entry (AdamW, SGD, LoRA+), or remove_mask(model) first."
+            )
+
+
 def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Before every step of every optimizer of the process."""
     # A compiled step is one for all tensors anyway, and would be compiled again for each optimizer in its place.
@@ -127,13 +144,8 @@ def _prepare(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     operations. What is done through `.data` in a step need not be counted: the values are written after it. A read in
     the middle of it (a closure's) finds its group unsettled, and has them watched again.
     """
-    name, trained = type(optimizer).__name__, _trained_by(optimizer)
+    trained = _trained_by(optimizer)
     groups = trained.living_groups()
-    if name in _OF_WHOLE_MATRICES and groups:
-        raise MaskError(
-            f"{name} computes its steps from whole matrices; of masked tensors it holds selected entries alone. Use "
-            "an optimizer that works entry by entry (AdamW, SGD, LoRA+), or remove_mask(model) first."
-        )
     trained.let_go(groups)
     _in_step[optimizer] = trained
     if not joins or not groups:
@@ -181,7 +193,10 @@ def _after_step(optimizer: Optimizer, args: tuple[Any, ...], _: dict[str, Any]) 
     trained.joined.end(optimizer, args[0])
     watch_again(trained.values)
     groups = trained.living_groups()
+    in_place = type(optimizer).__module__.startswith("torch.optim.")
     for group in groups:
+        if not in_place:
+            group.notice_moved()
         if not group.stale:  # somebody has read them within the step, after which weights may have been clipped
             group.take_last()
         group.write()  # now, because compiled models do not look whether they are out of date

@@ -21,6 +21,7 @@ from fish_tuning.sparse.optimizer_steps import CHECK_HELD
 from fish_tuning.sparse.sharding import is_sharded
 
 _TOOLS = "torch.nn.utils."
+_LOADER = "transformers.core_model_loading"
 
 
 @contextmanager
@@ -91,6 +92,19 @@ def _check_not_taken_apart(module: nn.Module, names: frozenset[str], changed: st
                 "trains is its selected entries. remove_mask(model) first; a mask of the model as it is then names "
                 "the tensors that are there then."
             )
+
+
+def takes_loaded(module: nn.Module, local: str, parameter: nn.Parameter | None, frame: FrameType) -> bool:
+    """Whether transformers gives a masked tensor what it has loaded for it (`load_adapter(hotswap=True)`).
+
+    It is written into the tensor then, as PEFT's own hotswap does.
+    """
+    of_shape = parameter is not None and parameter.shape == vars(module)[STATE + local].shape
+    if not of_shape or is_sharded(parameter) or frame.f_globals.get("__name__") != _LOADER:
+        return False
+    with torch.no_grad():
+        getattr(module, local).copy_(parameter)
+    return True
 
 
 _NEW = (

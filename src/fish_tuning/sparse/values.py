@@ -71,7 +71,7 @@ class Watched(Tensor):
     @data.setter
     def data(self, value: Tensor) -> None:
         if value.numel() != self.numel():
-            self._resized()
+            self._resized(value.shape)
         increment_version(self)
         self._hand_out()
         DATA.__set__(self, value)
@@ -80,7 +80,7 @@ class Watched(Tensor):
     def _hand_out(self) -> None:
         """Somebody has its `.data`, and may keep it."""
 
-    def _resized(self) -> None:
+    def _resized(self, shape: torch.Size) -> None:
         """Its memory is given up, or comes back."""
 
     def _assigned(self) -> None:
@@ -108,7 +108,7 @@ class Whole(Watched):
             values.requires_grad_(requires_grad)
         return self
 
-    def _resized(self) -> None:
+    def _resized(self, shape: torch.Size) -> None:
         raise MaskError(
             f"A masked tensor of shape {tuple(self.shape)} would get another size (resize_token_embeddings does so), "
             "of which its mask tells nothing. remove_mask(model) first, or resize before you score."
@@ -143,6 +143,12 @@ class MaskedGroup(Protocol):
 
     def all_values(self) -> list[Any]:
         """The values of its tensors, in the order of `flat`."""
+
+    def check_not_whole(self, values: Any, shape: torch.Size) -> None:
+        """MaskError where what takes the memory of values has the shape of the whole tensor."""
+
+    def notice_moved(self) -> None:
+        """See whether values have other memory while they were not watched."""
 
     def find_flat(self) -> None:
         """See whether the values are slices of one memory, with one count of changes."""
@@ -194,9 +200,10 @@ class Values(Watched, nn.Parameter):
         if group is not None:
             group.held = True
 
-    def _resized(self) -> None:
+    def _resized(self, shape: torch.Size) -> None:
         group = self.masked_group() if self.masked_group is not None else None
         if group is not None:
+            group.check_not_whole(self, shape)
             group.scattered, group.settled = True, False
 
     def __reduce_ex__(self, protocol: Any) -> Any:

@@ -163,6 +163,8 @@ class MaskedTensor:
         """
         if self.by_engine or self.group.managed or self.group.scattered or values.numel() != self.num_selected:
             return self.read_with(values)
+        if self.frozen.is_meta and not values.is_meta:  # on the way to another device (to_empty), as nn.GRU looks
+            return torch.empty(self.shape, dtype=values.dtype, device=values.device)
         frozen, index = self.frozen.detach().to(values.device, values.dtype), self.index.to(values.device).long()
         return frozen.view(-1).index_copy(0, index, values.reshape(-1)).view(self.shape)
 
