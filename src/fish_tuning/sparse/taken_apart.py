@@ -108,13 +108,14 @@ def takes_loaded(module: nn.Module, local: str, parameter: nn.Parameter | None, 
 
 
 _NEW = (
-    "a new parameter in its place would train as a whole. Write into it (with torch.no_grad(): "
+    "has a mask, and a new parameter in its place would train as a whole. Write into it (with torch.no_grad(): "
     "module.{local}.copy_(...)), or remove_mask(model) first and apply the mask again."
 )
 _PUT_BY_OTHERS = (
-    "a whole parameter has been put in its place, past the module (accelerate's cpu_offload, disk_offload and "
-    "set_module_tensor_to_device do so): all of it would train. mask = get_mask(model), remove_mask(model), which "
-    "gives the tensor as it was before, and apply_mask(model, mask) again, then make the optimizer."
+    "has a mask, and a whole parameter has been put in its place, past the module (accelerate's cpu_offload, "
+    "disk_offload and set_module_tensor_to_device do so): all of it would train. mask = get_mask(model), "
+    "remove_mask(model), which gives the tensor as it was before, and apply_mask(model, mask) again, then make the "
+    "optimizer."
 )
 
 
@@ -133,7 +134,7 @@ def check_no_whole(module: nn.Module, local: str, parameter: nn.Parameter | None
     if is_sharded(parameter) or parameter.shape != masked.shape:
         return
     if masked.num_selected < parameter.numel():
-        raise MaskError(f"{local!r} of {type(module).__name__} has a mask, and {found.format(local=local)}")
+        raise MaskError(f"{local!r} of {type(module).__name__} {found.format(local=local)}")
 
 
 def _as_torch_script(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
