@@ -17,8 +17,10 @@ from torch import Tensor, nn
 
 from fish_tuning import FishTuningWarning, MaskError, apply_mask, remove_mask, synchronize_mask
 from fish_tuning.files.delta_file import Delta, load_delta
+from fish_tuning.sparse import values
 from fish_tuning.sparse.delta import add_delta, merge_delta, remove_delta, save_delta
 from fish_tuning.sparse.masked_tensors import masked_tensors
+from fish_tuning.sparse.values import frozen_sum
 
 BATCH = classification_batch()
 
@@ -65,6 +67,18 @@ def test_a_state_dict_may_stand_for_the_model(trained: nn.Module, path: Path, tm
             with pytest.raises(MaskError, match=text):
                 save_delta(trained, other, state_dict=cut)
     assert other.read_bytes() == path.read_bytes(), "what was there stays"
+
+
+@pytest.mark.parametrize("frozen", ["", "classifier"])
+def test_a_head_that_was_frozen_after_training_is_in_the_file(frozen: str, path: Path, tmp_path: Path) -> None:
+    """Of a model that is frozen for evaluation, or of which the head was trained first and frozen then."""
+    model = copy.deepcopy(trained_bert())
+    for name, parameter in model.named_parameters():
+        if name.startswith(frozen):
+            parameter.requires_grad_(False)
+    other = tmp_path / "frozen.safetensors"
+    save_delta(model, other)
+    assert other.read_bytes() == path.read_bytes()
 
 
 def linear_delta(rows: list[int], tmp_path: Path, base: nn.Linear, value: float = 1.0) -> Delta:
@@ -134,7 +148,7 @@ def test_what_was_written_into_the_whole_tensor_is_in_the_file(tmp_path: Path) -
     model: Any = nn.Sequential(nn.Linear(4, 3))
     apply_mask(model, {"0.weight": torch.eye(3, 4, dtype=torch.bool)})
     with torch.no_grad():
-        model[0].weight.mul_(2)
+        model[0].weight.diagonal().mul_(2)
     kept = load_delta(delta_of(model, tmp_path)).tensors["0.weight"].values
     assert torch.equal(kept, model[0].weight.diagonal())
 
@@ -354,7 +368,9 @@ def test_ranks_take_over_the_digest_of_rank_0(monkeypatch: pytest.MonkeyPatch) -
     first, second = nn.Linear(3, 4), nn.Linear(3, 4)
     for model in (first, second):
         apply_mask(model, {"weight": torch.eye(4, 3, dtype=torch.bool)})
-    digests = [[tensor.masked.digest for tensor in masked_tensors(model)] for model in (first, second)]
+    digests = [
+        [(each.masked.digest, each.masked.frozen_sum) for each in masked_tensors(model)] for model in (first, second)
+    ]
     assert digests[0] != digests[1]
 
     def gather(ranks: list[Any], own: Any) -> None:
@@ -369,7 +385,53 @@ def test_ranks_take_over_the_digest_of_rank_0(monkeypatch: pytest.MonkeyPatch) -
     for name, fake in (fakes | {"broadcast": lambda tensor, src: None}).items():
         monkeypatch.setattr(torch.distributed, name, fake)
     synchronize_mask(second)
-    assert [tensor.masked.digest for tensor in masked_tensors(second)] == digests[0]
+    assert [(each.masked.digest, each.masked.frozen_sum) for each in masked_tensors(second)] == digests[0]
+
+
+@pytest.mark.parametrize("selected", [[1], []])
+@pytest.mark.parametrize("change", ["clamp", "load", "one", "swap"])
+def test_frozen_entries_that_have_changed_are_refused(change: str, selected: list[int], tmp_path: Path) -> None:
+    """A delta would give another model."""
+    base = nn.Linear(3, 4)
+    mask = torch.zeros(4, 3, dtype=torch.bool)
+    mask[selected] = True
+    apply_mask(base, {"weight": mask, "bias": torch.arange(4) == 0})
+    delta_of(base, tmp_path)
+    weight = base.weight.detach().clone()
+    with torch.no_grad():
+        if change == "clamp":
+            base.weight.clamp_(-0.1, 0.1)
+        elif change == "load":
+            base.load_state_dict(nn.Linear(3, 4).state_dict())
+        elif change == "one":
+            base.weight[0, 2] = torch.nextafter(weight[0, 2], torch.tensor(9.0))
+        else:
+            base.weight[[0, 3]] = weight[[3, 0]]
+    with pytest.raises(MaskError, match=r"changed since apply_mask, in \d masked tensors, e.g. '(weight|bias)'"):
+        delta_of(base, tmp_path)
+    save_delta(base, tmp_path / "all the same", check_frozen=False)
+    if change != "load":
+        base.load_state_dict({"weight": weight, "bias": base.bias.detach()})
+        delta_of(base, tmp_path)
+
+
+def test_the_sum_of_frozen_entries_is_what_it_says() -> None:
+    whole, index = torch.randn(700, 100).bfloat16(), torch.arange(3, 70_000, 1000)
+    bits = whole.view(torch.int16).flatten().tolist()
+    frozen = set(range(70_000)) - set(index.tolist())
+    total = sum(bits[place] * (place * values._FACTOR + values._SHIFT) for place in frozen)
+    assert frozen_sum(whole, index) == (torch.bfloat16, (total + 2**63) % 2**64 - 2**63)
+
+
+def test_frozen_entries_in_another_dtype_are_the_same(tmp_path: Path) -> None:
+    model = nn.Linear(3, 4).bfloat16()
+    apply_mask(model, {"weight": torch.eye(4, 3, dtype=torch.bool)})
+    delta_of(model.float(), tmp_path)
+    with torch.no_grad():
+        model.weight[0, 2] += 1
+    with pytest.raises(MaskError, match="changed since apply_mask"):
+        delta_of(model, tmp_path)
+    delta_of(model.half(), tmp_path)  # in which nobody can tell
 
 
 def test_new_head_is_not_checked(path: Path, trained: nn.Module) -> None:

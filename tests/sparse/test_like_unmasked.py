@@ -10,11 +10,21 @@ import pytest
 import torch
 import torch.distributed as dist
 from device import DEVICE
-from peft import IA3Config, LNTuningConfig, get_peft_model
+from peft import IA3Config, LNTuningConfig, LoraConfig, get_peft_model
 from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer, create_riemannian_optimizer
 from peft.utils.hotswap import hotswap_adapter
 from processes import in_two_processes
-from tiny import assert_only_selected_moved, bert, classification_batch, llama, lora, on_cpu, random_mask, tensors
+from tiny import (
+    assert_only_selected_moved,
+    assert_same_tensors,
+    bert,
+    classification_batch,
+    llama,
+    lora,
+    on_cpu,
+    random_mask,
+    tensors,
+)
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
@@ -86,6 +96,29 @@ def test_optimizers_of_whole_matrices_are_refused_by_name(make: Any) -> None:
     optimizer = make(model)
     model(**BATCH).loss.backward()
     with pytest.raises(MaskError, match=r"whole matrices.*remove_mask"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("name", ["MuonClip", "Another"])
+def test_classes_that_derive_from_one_of_whole_matrices_are_refused(name: str) -> None:
+    model, _ = masked(lora(bert()))
+    optimizer = type(name, (torch.optim.Muon,), {})([p for n, p in trainable(model).items() if "lora" in n], lr=0.01)
+    model(**BATCH).loss.backward()
+    with pytest.raises(MaskError, match=f"{name} computes its steps from whole matrices"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("muon", [False, True])
+def test_masked_tensors_may_be_in_another_optimizers_part_of_muon(muon: bool) -> None:
+    class MuonWithAuxAdam(torch.optim.SGD): ...
+
+    model, _ = masked(lora(bert()))
+    optimizer = MuonWithAuxAdam([{"params": trainable(model).values(), "use_muon": muon}], lr=0.01)
+    model(**BATCH).loss.backward()
+    if muon:
+        with pytest.raises(MaskError, match="whole matrices"):
+            optimizer.step()
+    else:
         optimizer.step()
 
 
@@ -162,6 +195,25 @@ def test_another_adapter_is_swapped_in_whole(tmp_path: Path) -> None:
     torch.optim.SGD([stray], lr=1.0).step()  # a step of another optimizer changes nothing
     expected = {name: tensor for name, tensor in other.state_dict().items() if "lora_" in name}
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in expected.items())
+
+
+def test_transformers_own_hotswap_writes_into_masked_tensors(tmp_path: Path) -> None:
+    models: list[Any] = [llama(), llama()]
+    for seed, each in enumerate(models):
+        torch.manual_seed(seed)
+        each.add_adapter(LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    model, other = models
+    other.save_pretrained(tmp_path)
+    mask = random_mask(model, 0.5)
+    mask[next(iter(mask))][:] = False
+    apply_mask(model, mask)
+    values = dict(model.named_parameters())
+    model.load_adapter(str(tmp_path), hotswap=True, adapter_name="default")
+    assert all(each is values[name] for name, each in model.named_parameters())
+    assert_same_tensors(
+        {n: t for n, t in tensors(model).items() if "lora_" in n},
+        {n: t for n, t in tensors(other).items() if "lora_" in n},
+    )
 
 
 def test_an_adapter_in_parameter_dicts_can_be_deleted() -> None:

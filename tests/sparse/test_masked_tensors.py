@@ -256,6 +256,8 @@ def test_get_mask_gives_back_the_mask(dense: list[str]) -> None:
     apply_mask(model, mask)
     assert is_masked(model)
     assert_same_tensors(dict(sorted(get_mask(model).items())), dict(sorted(mask.items())))
+    model.requires_grad_(False)  # for evaluation
+    assert_same_tensors(dict(sorted(get_mask(model).items())), dict(sorted(mask.items())))
 
 
 # State dict, files, PEFT

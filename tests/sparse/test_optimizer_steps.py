@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from device import placed
+from device import DEVICE, placed
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from fish_tuning import MaskError, apply_mask, get_mask, remove_mask, replace_mask
+from fish_tuning import FishTuningWarning, MaskError, apply_mask, get_mask, remove_mask, replace_mask
 from fish_tuning.sparse import optimizer_steps
 from fish_tuning.sparse.masked_tensors import masked_tensors
 
@@ -128,7 +129,7 @@ def test_a_step_counts_after_the_whole_tensor_was_written_into() -> None:
     assert torch.equal(model[0].weight, before - selected.float())
 
 
-def test_what_a_closure_writes_into_the_whole_tensor_does_not_undo_the_step() -> None:
+def test_what_a_closure_writes_into_the_whole_tensor_is_stepped_from() -> None:
     model = masked()
     before, selected = model[0].weight.detach().clone(), get_mask(model)["0.weight"]
 
@@ -139,7 +140,117 @@ def test_what_a_closure_writes_into_the_whole_tensor_does_not_undo_the_step() ->
         return 0.0
 
     torch.optim.SGD([model[0]._parameters["weight"]], lr=3.0).step(closure)  # type: ignore[list-item]
-    assert torch.equal(model[0].weight, torch.where(selected, before - 3, before + 1))
+    assert torch.equal(model[0].weight, torch.where(selected, before + 1 - 3, before + 1))
+
+
+def clipping_classes() -> tuple[type[Any], type[Any]]:
+    """A class whose steps torch has not put hooks around yet, and one that clips a layer's weight after its steps."""
+
+    class Below(torch.optim.Optimizer):
+        def step(self, closure: Any = None) -> Any:
+            for parameter in self.param_groups[0]["params"]:
+                parameter.detach().sub_(parameter.grad)
+
+    class Clipping(Below):
+        clipped: Any = None
+
+        def step(self, closure: Any = None) -> Any:
+            super().step()
+            clip(self.clipped)
+
+    return Below, Clipping
+
+
+def clip(layer: Any) -> None:
+    with torch.no_grad():
+        layer.weight.clamp_(-0.2, 0.2)
+
+
+@pytest.mark.parametrize("kind", ["subclass", "nested", "after", "before", "all before", "closure", "lbfgs"])
+def test_weights_that_are_clipped_within_a_step_are_those_of_the_unmasked_model(kind: str) -> None:
+    torch.manual_seed(0)
+    dense = placed(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))).double()
+    x = torch.randn(5, 3, dtype=torch.double, device=DEVICE)
+    mask = every_second(dense)
+    below, clipping = clipping_classes()
+    if kind == "nested":
+        below(dense.parameters(), {})  # has torch call the hooks in the step of the class below, too
+    results = []
+    for masks in (False, True):
+        model: Any = copy.deepcopy(dense)
+        if masks:
+            apply_mask(model, mask)
+        made: Any = {"subclass": clipping, "nested": clipping, "lbfgs": torch.optim.LBFGS}.get(kind, torch.optim.SGD)
+        optimizer = made(model.parameters(), {"lr": 0.5} if made is clipping else 0.5)
+        optimizer.clipped = model[0]
+        hook = None
+        if kind == "after":
+            hook = optimizer.register_step_post_hook(lambda *_, layer=model[0]: clip(layer))
+        elif kind == "before":
+            hook = optimizer.register_step_pre_hook(lambda *_, layer=model[0]: clip(layer))
+        elif kind == "all before":
+            hook = register_optimizer_step_pre_hook(lambda *_, layer=model[0]: clip(layer))
+
+        def gradients(model: Any = model, optimizer: Any = optimizer, masks: bool = masks) -> Any:
+            optimizer.zero_grad()
+            loss = model(x).square().sum()
+            loss.backward()
+            if kind in ("closure", "lbfgs"):
+                clip(model[0])
+            for name, parameter in () if masks else model.named_parameters():
+                parameter.grad.mul_(mask[name])
+            return loss
+
+        for _ in range(3):
+            if kind in ("closure", "lbfgs"):
+                optimizer.step(gradients)
+            else:
+                gradients()
+                optimizer.step()
+        if hook is not None:
+            hook.remove()
+        assert not optimizer._optimizer_step_pre_hooks
+        results.append([model[0].weight.detach(), model[1].weight.detach()])
+    torch.testing.assert_close(*results, rtol=0, atol=1e-9 if kind == "lbfgs" else 0)  # which adds up in other orders
+
+
+@pytest.mark.parametrize("closed", [False, True])
+def test_an_optimizer_may_give_its_parameters_other_memory(closed: bool) -> None:
+    class Assigning(torch.optim.Optimizer):
+        def step(self, closure: Any = None) -> Any:
+            if closure is not None:
+                closure()
+            for parameter in self.param_groups[0]["params"]:
+                parameter.data = parameter.data - parameter.grad
+
+    model = masked()
+    mask = get_mask(model)
+    expected = {name: tensor - mask[name].float() for name, tensor in model.state_dict().items()}
+
+    def closure() -> None:
+        model(torch.ones(1, 3, device=DEVICE))
+
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    Assigning(model.parameters(), {}).step(closure if closed else None)
+    assert written(model)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_write_that_a_step_cannot_take_is_told() -> None:
+    """A class clips before it steps, of which nothing tells."""
+
+    class ClippingFirst(torch.optim.Optimizer):
+        def step(self, closure: Any = None) -> Any:
+            clip(model[0])
+            for parameter in self.param_groups[0]["params"]:
+                parameter.detach().sub_(parameter.grad)
+
+    model = masked()
+    optimizer = ClippingFirst(model.parameters(), {})
+    with pytest.warns(FishTuningWarning, match="Within an optimizer's step somebody has written into a masked tensor"):
+        step(model, optimizer)
+    assert written(model)
 
 
 def test_an_embedding_with_a_largest_norm_trains() -> None:

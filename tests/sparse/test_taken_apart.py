@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import accelerate
 import pytest
 import torch
+from accelerate.utils import set_module_tensor_to_device
 from tiny import assert_same_tensors, random_mask, tensors
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, weight_norm
@@ -46,6 +48,62 @@ def test_a_masked_tensor_is_not_taken_apart(tool: str) -> None:
     remove_mask(layer)
     TOOLS[tool](layer)
     layer(ROWS).sum().backward()
+
+
+def put_away(layer: Any) -> None:
+    layer.bias = None
+
+
+def put_away_and_back(layer: Any) -> None:
+    del layer.bias
+    layer.register_parameter("bias", None)
+
+
+@pytest.mark.parametrize("selected", [[False, False, False], [False, True, False]])
+@pytest.mark.parametrize(
+    "tool", [put_away, put_away_and_back, lambda layer: layer.register_parameter("bias", None)], ids=["=", "del", "()"]
+)
+def test_a_masked_tensor_is_not_put_away(tool: Callable[[nn.Module], Any], selected: list[bool]) -> None:
+    layer = nn.Linear(3, 3)
+    apply_mask(layer, {"bias": torch.tensor(selected)})
+    expected = layer(ROWS)
+    with pytest.raises(MaskError, match="'bias' of Linear has a mask, and None in its place"):
+        tool(layer)
+    assert torch.equal(layer(ROWS), expected)
+    assert set(get_mask(layer)) == {"bias", "weight"}
+    remove_mask(layer)
+    tool(layer)
+    assert layer.bias is None
+
+
+def offloaded(layer: nn.Module) -> None:
+    accelerate.cpu_offload(layer, torch.device("cpu"))
+    layer(ROWS)
+    accelerate.hooks.remove_hook_from_module(layer, recurse=True)
+
+
+def given_whole(layer: nn.Module) -> None:
+    for name in ("weight", "bias"):
+        set_module_tensor_to_device(layer, name, "cpu", value=torch.ones(3, 3) if name == "weight" else torch.ones(3))
+
+
+@pytest.mark.parametrize("tool", [offloaded, given_whole])
+def test_whole_parameters_that_others_have_put_there_are_not_trained(tool: Callable[[nn.Module], Any]) -> None:
+    layer = nn.Linear(3, 3)
+    mask = random_mask(layer, 0.5)
+    apply_mask(layer, mask)
+    before = tensors(layer)
+    tool(layer)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    layer(ROWS).sum().backward()
+    with pytest.raises(MaskError, match=r"'(weight|bias)' of Linear has a mask, and a whole parameter .* in its place"):
+        optimizer.step()
+    remove_mask(layer)
+    apply_mask(layer, mask)
+    assert_same_tensors(tensors(layer), before)
+    layer(ROWS).sum().backward()
+    torch.optim.SGD(layer.parameters(), lr=0.1).step()
+    assert all(torch.equal(now[~mask[n]], before[n][~mask[n]]) for n, now in tensors(layer).items())
 
 
 @pytest.mark.parametrize("first", ["mask", "parametrization"])

@@ -381,6 +381,61 @@ def test_positions_are_kept_once_and_are_those_of_the_mask(change: Callable[[nn.
     assert sum(index.nbytes for index in groups.values()) == 4 * sum(each.num_selected for each in found)
 
 
+def loaded(model: nn.Module) -> nn.Module:
+    model.load_state_dict({"weight": torch.zeros(3, 4), "bias": torch.full((3,), 7.0)})
+    return model
+
+
+@pytest.mark.parametrize(
+    "change", [copy.deepcopy, nn.Module.double, lambda model: pickle.loads(pickle.dumps(model)), loaded]
+)
+@pytest.mark.parametrize("local", ["weight", "bias"])
+def test_other_memory_of_a_tensor_without_values_goes_with_the_model(
+    local: str, change: Callable[[nn.Module], nn.Module]
+) -> None:
+    """As PEFT's safe merge gives it."""
+    dense: Any = nn.Linear(4, 3)
+    model = copy.deepcopy(dense)
+    mask = {"weight": torch.eye(3, 4, dtype=torch.bool), "bias": torch.ones(3, dtype=torch.bool)}
+    apply_mask(model, mask | {local: torch.zeros_like(mask[local])})
+    for each in (dense, model):
+        getattr(each, local).data = getattr(each, local).data + 5
+    given = torch.ones(2, 4)
+    assert torch.equal(model(given), dense(given))
+    dense, model = change(dense), change(model)
+    given = given.to(dense.weight.dtype)
+    assert torch.equal(model(given), dense(given))
+    assert torch.equal(getattr(model, local), getattr(dense, local))
+
+
+@pytest.mark.parametrize("copied", [False, True])
+@pytest.mark.parametrize("size", [4, 300])
+def test_a_whole_tensor_in_the_place_of_values_is_refused(size: int, copied: bool) -> None:
+    model = nn.Sequential(nn.Linear(size, size), nn.Linear(size, size))
+    apply_mask(model, {name: torch.rand(p.shape) < 0.5 for name, p in model.named_parameters()})
+    given = torch.ones(2, size)
+    expected = model(given)
+
+    def give(to: Any) -> None:
+        to[0]._parameters["weight"].data = torch.ones(size, size)
+        to(given)
+
+    with pytest.raises(MaskError, match=rf"of shape \({size}, {size}\), was given as the .data of a masked one's"):
+        give(copy.deepcopy(model) if copied else model)  # before anything of the copy is read
+    assert torch.equal(model(given), expected)
+
+
+def test_a_recurrent_layer_comes_from_the_meta_device() -> None:
+    """It reads its tensors in the middle of its move."""
+    model = nn.GRU(3, 4)
+    apply_mask(model, {name: torch.rand(p.shape) < 0.5 for name, p in model.named_parameters()})
+    given = torch.ones(2, 1, 3)
+    state, expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}, model(given)[0]
+    model.to("meta").to_empty(device="cpu")
+    model.load_state_dict(state)
+    assert torch.equal(model(given)[0], expected)
+
+
 def test_positions_of_those_that_stay_when_one_of_a_group_goes() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 5), nn.Linear(5, 2))

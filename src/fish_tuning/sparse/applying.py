@@ -146,11 +146,11 @@ def synchronize_mask(model: nn.Module) -> None:
     for tensor in tensors:
         mask.update(tensor.name.encode() + tensor.masked.index.cpu().numpy().tobytes())
     ranks: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(ranks, (mask.hexdigest(), [tensor.masked.digest for tensor in tensors]))
+    dist.all_gather_object(ranks, (mask.hexdigest(), [(t.masked.digest, t.masked.frozen_sum) for t in tensors]))
     if len({digest for digest, _ in ranks}) > 1:
         raise MaskError(_DIFFERENT)
-    for tensor, digest in zip(tensors, ranks[0][1], strict=True):
-        tensor.masked.digest = digest
+    for tensor, of_base in zip(tensors, ranks[0][1], strict=True):
+        tensor.masked.digest, tensor.masked.frozen_sum = of_base
         if tensor.masked.split_up:
             continue  # all have a part of the same
         # NCCL sends no memory of the host, where an engine that moves parameters leaves what is none.

@@ -19,7 +19,7 @@ from fish_tuning.files.delta_file import Delta, DeltaTensor, dtype_name, load_de
 from fish_tuning.sparse.masked_tensors import dense_parameters, is_masked, left_dense_shapes, masked_tensors
 from fish_tuning.sparse.overrides import with_whole_tensors
 from fish_tuning.sparse.sharding import is_sharded, splitting_engine_of, whole_state_dict_of
-from fish_tuning.sparse.values import entries_digest
+from fish_tuning.sparse.values import entries_digest, frozen_as_before
 
 
 class _Added(NamedTuple):
@@ -31,14 +31,18 @@ class _Added(NamedTuple):
 
 
 def save_delta(
-    model: nn.Module, path: str | os.PathLike[str], *, state_dict: Mapping[str, Tensor] | None = None
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    state_dict: Mapping[str, Tensor] | None = None,
+    check_frozen: bool = True,
 ) -> None:
     """Write what was trained to the safetensors file `path`: some 8 bytes a selected entry in fp32, 6 in 16 bits.
 
     Of a masked tensor the file has the selected positions (int32 where they fit, else int64), the trained numbers in
     the tensor's dtype, and a digest of the numbers that stood there when the mask was applied, by which `add_delta`
     tells the base model from others. Tensors that train as a whole (a new head, biases in BitFit) are stored whole,
-    without positions and digest.
+    without positions and digest; under a mask those too that have been frozen since.
 
     Call it after `apply_mask` and before `remove_mask`. Without a mask, a part of the model must be frozen.
 
@@ -46,10 +50,14 @@ def save_delta(
         model: masked, or with a frozen part.
         path: of the file.
         state_dict: the whole model's, where it is split (FSDP, DeepSpeed ZeRO-3) and no process has it otherwise.
+        check_frozen: whether the frozen entries of masked tensors must be those of `apply_mask`, to the bit. Averages
+            of whole state dicts round them anew; then False writes a delta that gives the model up to this rounding.
 
     Raises:
         MaskError: no mask is applied and all parameters train, or none does, so there is no part to store; or the mask
-            was replaced while it trained, or the model is split and `state_dict` is not there, or lacks what trains.
+            was replaced while it trained; or frozen entries have changed since `apply_mask` (weights loaded after it,
+            `layer.weight.clamp_()`, an embedding's `max_norm`, a merged adapter); or the model is split and
+            `state_dict` is not there, or lacks what trains.
 
     Warns:
         FishTuningWarning: the model keeps running statistics (batch normalisation), which training changes too; they
@@ -86,7 +94,7 @@ def save_delta(
             "The model keeps running statistics (batch normalisation). They are no parameters and not in the delta: "
             "outputs may differ unless those layers were in eval mode while training.", FishTuningWarning, stacklevel=2,
         )  # fmt: skip
-    write_delta(Delta(_trained_tensors(model, state_dict)), path)
+    write_delta(Delta(_trained_tensors(model, state_dict, check_frozen)), path)
 
 
 def add_delta(
@@ -183,7 +191,9 @@ def merge_delta(model: nn.Module, name: str = "default") -> None:
     _forget(model, name)
 
 
-def _trained_tensors(model: nn.Module, state_dict: Mapping[str, Tensor] | None) -> dict[str, DeltaTensor]:
+def _trained_tensors(
+    model: nn.Module, state_dict: Mapping[str, Tensor] | None, check_frozen: bool
+) -> dict[str, DeltaTensor]:
     whole = None if state_dict is None else with_whole_tensors(model, state_dict)
     shapes = left_dense_shapes(model)
 
@@ -199,15 +209,27 @@ def _trained_tensors(model: nn.Module, state_dict: Mapping[str, Tensor] | None) 
             )
         return stored
 
-    tensors = {}
+    tensors, changed = {}, []
     for tensor in masked_tensors(model):
         masked = tensor.masked
+        if check_frozen:
+            now = masked.read() if whole is None else whole.get(tensor.name)
+            if now is not None and not is_sharded(now) and not frozen_as_before(now, masked.index, masked.frozen_sum):
+                changed.append(tensor.name)
         if masked.values is not None:
             masked.group.take_written()
             entries = masked.values if whole is None else masked.entries_of(given(tensor.name))
             values = entries.detach().flatten().to("cpu", tensor.frozen.dtype, copy=True)
             tensors[tensor.name] = DeltaTensor(values, masked.index.cpu(), masked.shape, masked.digest)
-    for name, parameter in dense_parameters(model).items():
+    if changed:
+        raise MaskError(
+            f"Frozen entries have changed since apply_mask, in {len(changed)} masked tensors, e.g. {changed[0]!r}: "
+            "weights were loaded after it, or whole tensors written into (clamp_, an embedding's max_norm, a merged "
+            "adapter). A delta has the selected entries alone, and would give another model. Save the model as a whole "
+            "(save_pretrained, its state dict); weights are loaded before apply_mask. check_frozen=False writes it "
+            "all the same."
+        )
+    for name, parameter in dense_parameters(model, though_frozen=True).items():
         stored = parameter if whole is None else given(name)
         values = stored.detach().to("cpu", copy=True).contiguous()
         tensors[name] = DeltaTensor(values, None, stored.shape, None)

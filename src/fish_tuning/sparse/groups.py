@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from fish_tuning.errors import MaskError
+from fish_tuning.errors import FishTuningWarning, MaskError
 from fish_tuning.sparse.optimizer_steps import held_by_others, look_again, watch_optimizers
 from fish_tuning.sparse.selected_gradients import starts_of, whole_tensors
 from fish_tuning.sparse.values import DATA, GroupReference, Values, Whole, watch_again
@@ -50,6 +51,7 @@ class Group:
         self.held = False  # whether somebody has had the `.data` of any value since `flat` was looked for
         self.switched = False  # whether any value has been frozen or thawed since the tensors were made
         self.settled = False  # whether `flat` and the count tell all that a read must know of the values
+        self._places_of_values: list[int] = []  # where the values were in memory when `flat` was looked for
         self._plains: list[Tensor] = []  # the tensors of all members with values, and their counts of changes when
         self._counts: list[int] = []  # they were written last: to look at each member takes three times as long
         self._places: dict[MaskedTensor, tuple[int, int, int]] = {}  # of each member's in the joined entries and memory
@@ -79,6 +81,16 @@ class Group:
         """The values of its tensors, in the order of `flat`."""
         return [member.values for member in self.with_values]
 
+    def check_not_whole(self, values: Any, shape: torch.Size) -> None:
+        """MaskError where what takes the memory of values has the shape of the whole tensor."""
+        member = next((member for member in self.members if member.values is values), None)
+        if member is not None and shape == member.shape and shape.numel() != member.num_selected:
+            raise MaskError(
+                f"A whole tensor, of shape {tuple(shape)}, was given as the .data of a masked one's parameter, which "
+                f"is its {member.num_selected:,} selected entries. model.load_state_dict(weights, strict=False) takes "
+                "whole tensors by name; module.weight.data.copy_(weight) writes one."
+            )
+
     def is_together(self) -> bool:
         """Whether all members are on one device, in one dtype."""
         return len({(member.frozen.dtype, member.frozen.device) for member in self.members}) < 2
@@ -95,6 +107,8 @@ class Group:
         """Make the tensors that reads give; each lasts until its parameter moves, thaws or freezes."""
         watch_optimizers()
         self.with_values = [member for member in self.members if member.values is not None]
+        for each in self.all_values():
+            self.check_not_whole(each, each.shape)  # given to a copy that was not read yet
         self._take_each()
         self._join()
         for member in self.members:
@@ -107,6 +121,7 @@ class Group:
         for member, tensor, plain in zip(self.members, self._tensors(), self._tensors(), strict=True):
             tensor.__class__ = Whole
             tensor.of = None if member.values is None else weakref.ref(member.values)
+            tensor.without_values = weakref.ref(member) if member.values is None else None
             member.tensor, member.plain, member.written = tensor, plain, tensor._version
         self._note_counts()
         self.find_flat()
@@ -132,6 +147,8 @@ class Group:
         ):
             self.bind()
         else:
+            if self.stale:
+                self.notice_moved()
             watch_again(member.values for member in self.with_values)
             self.switched = False
             self.follow()
@@ -145,6 +162,15 @@ class Group:
         """Where somebody has written into a tensor itself, its entries are the values now."""
         if not self._unwritten():
             self._take_each()
+
+    def take_last(self) -> None:
+        """The same, unless the values have changed since they were written."""
+        if self.one_count and self.flat is not None:
+            unchanged = self.flat._version == self.seen
+        else:
+            unchanged = all(member.values._version == member.seen for member in self.with_values)  # type: ignore[union-attr]
+        if unchanged:
+            self.take_written()
 
     def _take_each(self) -> None:
         if self.managed or self.scattered:
@@ -170,9 +196,10 @@ class Group:
         self._counts = [member.written for member in self.with_values]
 
     def write(self) -> None:
-        """Write the values into the tensors, after a step whatever was written into those meanwhile.
+        """Write the values into the tensors, past autograd: it need not see a change of what it saved before a step.
 
-        Past autograd, which need not see a change of what it saved where an optimizer has stepped since.
+        After a step that is what counts where somebody has written into tensors first and the values were stepped then:
+        what the step would have made of that, nobody knows.
         """
         if self.managed or self.scattered:
             return
@@ -181,6 +208,7 @@ class Group:
                 if member.plain._version != member.written:
                     member.keep_memory()
             self._note_counts()
+            self._warn_of_lost()
         with torch.no_grad():
             if self.held:
                 self.find_flat()
@@ -203,6 +231,19 @@ class Group:
             for member, values in zip(self.with_values, self.all_values(), strict=True):
                 member.seen = values._version
 
+    @staticmethod
+    def _warn_of_lost() -> None:
+        warnings.warn(
+            "Within an optimizer's step somebody has written into a masked tensor (or taken its .data), and then its "
+            "selected entries were stepped from where they were before; what was written is lost at these. Write "
+            "before the step or after it.", FishTuningWarning, stacklevel=2,
+        )  # fmt: skip
+
+    def notice_moved(self) -> None:
+        """See whether values have got other memory while they were not watched, as some optimizers give it."""
+        if list(map(Tensor.data_ptr, self.all_values())) != self._places_of_values:
+            self.held = True
+
     def find_flat(self) -> None:
         """See whether the values are slices of one memory, with one count of changes."""
         parameters: list[Any] = [member.values for member in self.with_values]
@@ -211,7 +252,7 @@ class Group:
             held_by_others.add(self)
         for values in parameters:
             values.held = False
-        self.held = False
+        self.held, self._places_of_values = False, [values.data_ptr() for values in parameters]
         if not parameters:
             return
         first, counts = parameters[0], [values._version for values in parameters]
@@ -219,7 +260,7 @@ class Group:
         sizes = [values.numel() * values.element_size() for values in parameters]
         places = [first.data_ptr() + start for start in itertools.accumulate(sizes[:-1], initial=0)]
         memories = {values.untyped_storage().data_ptr() for values in parameters}
-        if len(memories) == 1 and places == [values.data_ptr() for values in parameters]:
+        if len(memories) == 1 and places == self._places_of_values:
             entries = sum(values.numel() for values in parameters)
             self.flat = first.detach().as_strided((entries, *first.shape[1:]), first.stride())
             self.one_count = [values._version for values in parameters] == [count + 1 for count in counts]

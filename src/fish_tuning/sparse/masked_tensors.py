@@ -8,7 +8,7 @@ numbers are written into it once a step, not at every read. In the state dict th
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -32,12 +32,13 @@ from fish_tuning.sparse.dense_state_dicts import (
 )
 from fish_tuning.sparse.frozen_parts import FROZEN, is_split_up, keep_frozen_part, with_frozen_parts
 from fish_tuning.sparse.groups import Group, small_groups
-from fish_tuning.sparse.optimizer_steps import note_replaced
+from fish_tuning.sparse.optimizer_steps import masked_modules, note_replaced
 from fish_tuning.sparse.sharding import full_shape, is_sharded, plain_name
 from fish_tuning.sparse.taken_apart import (
     check_no_whole,
     class_below,
     keeping_parameters,
+    takes_loaded,
     with_class_below,
     without_swapping,
 )
@@ -106,15 +107,18 @@ def replaced_parameters(model: nn.Module) -> set[int]:
     return {id(tensor.masked.dense) for tensor in masked_tensors(model)}
 
 
-def dense_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+def dense_parameters(model: nn.Module, though_frozen: bool = False) -> dict[str, nn.Parameter]:
     """What trains as a whole: the trainable parameters that are no masked tensor's values.
 
-    Those that a mask left dense stay among them while their PEFT adapter is not the active one.
+    Those that a mask left dense stay among them while their PEFT adapter is not the active one, while nothing of the
+    model trains (it is frozen for evaluation, or an average of weights), and `though_frozen`.
     """
     masked = {tensor.name for tensor in masked_tensors(model)}  # by name, since FSDP2 puts others for the values
-    idle = idle_names(model, left_dense_shapes(model))
-    named = ((plain_name(name), parameter) for name, parameter in model.named_parameters())
-    return {n: p for n, p in named if (p.requires_grad or n in idle) and n not in masked}
+    named = {plain_name(name): parameter for name, parameter in model.named_parameters()}
+    kept: Collection[str] = left_dense_shapes(model)
+    if not though_frozen and any(parameter.requires_grad for parameter in named.values()):
+        kept = idle_names(model, kept)
+    return {n: p for n, p in named.items() if (p.requires_grad or n in kept) and n not in masked}
 
 
 def left_dense_shapes(model: nn.Module) -> dict[str, torch.Size]:
@@ -175,7 +179,9 @@ def _made_class(base: type[nn.Module], names: frozenset[str], methods: Methods) 
                 return  # it has what it is given
             if value is masked.values and value is not None and name not in self._parameters:
                 masked.group.managed = True  # taken out and put back, as FSDP1 does
-            if name in self._parameters and isinstance(value, nn.Parameter):
+            if name in self._parameters and (value is None or isinstance(value, nn.Parameter)):
+                if takes_loaded(self, name, value, sys._getframe(1)):
+                    return
                 # FSDP2's, for which torch would read the tensor to look whether it is there.
                 masked.by_engine |= is_sharded(value)
                 check_no_whole(self, name, value)
@@ -305,6 +311,8 @@ def _set_class(module: nn.Module, names: frozenset[str], methods: Methods) -> No
     base: type[nn.Module] = getattr(below, "_unmasked", below)
     new = _masked_class(base, names, methods) if names or methods else base
     module.__class__ = with_class_below(kind, below, new)
+    if names:
+        masked_modules[id(module)] = module
 
 
 class NamedMaskedTensor(NamedTuple):

@@ -17,9 +17,11 @@ from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from fish_tuning.errors import MaskError
 from fish_tuning.sparse.dense_state_dicts import STATE
+from fish_tuning.sparse.optimizer_steps import CHECK_HELD
 from fish_tuning.sparse.sharding import is_sharded
 
 _TOOLS = "torch.nn.utils."
+_LOADER = "transformers.core_model_loading"
 
 
 @contextmanager
@@ -53,6 +55,16 @@ def keeping_parameters(base: Any, names: frozenset[str]) -> dict[str, Any]:
             check_no_whole(self, name, param)
         base.register_parameter(self, name, param)
 
+    def check_held(self: Any, held: set[int]) -> None:
+        for local in names:
+            masked, parameter = vars(self).get(STATE + local), self._parameters.get(local)
+            if (
+                masked is not None
+                and id(parameter) in held
+                and not (masked.by_engine or masked.group.managed or masked.group.scattered)
+            ):
+                check_no_whole(self, local, parameter, _PUT_BY_OTHERS)
+
     def parametrizations(self: Any) -> Any:
         # `register_parametrization` asks for them first. Before it deletes the tensor, `orthogonal` writes into it.
         asks = sys._getframe(1).f_back
@@ -61,6 +73,7 @@ def keeping_parameters(base: Any, names: frozenset[str]) -> dict[str, Any]:
         return base.__getattr__(self, "parametrizations")
 
     methods: dict[str, Any] = {each.__name__: each for each in (_load_from_state_dict, __delattr__, register_parameter)}
+    methods[CHECK_HELD] = check_held
     methods["parametrizations"] = property(parametrizations)
     methods |= {"_slow_forward": _as_torch_script, "__prepare_scriptable__": _as_torch_script}  # a trace, a script
     return methods | ({"is_tensor": property(_is_tensor)} if issubclass(base, ParametrizationList) else {})
@@ -81,17 +94,47 @@ def _check_not_taken_apart(module: nn.Module, names: frozenset[str], changed: st
             )
 
 
-def check_no_whole(module: nn.Module, local: str, parameter: nn.Parameter | None) -> None:
-    """MaskError for a whole tensor in the place of a masked one's values: all of it would train, with the mask told."""
+def takes_loaded(module: nn.Module, local: str, parameter: nn.Parameter | None, frame: FrameType) -> bool:
+    """Whether transformers gives a masked tensor what it has loaded for it (`load_adapter(hotswap=True)`).
+
+    It is written into the tensor then, as PEFT's own hotswap does.
+    """
+    of_shape = parameter is not None and parameter.shape == vars(module)[STATE + local].shape
+    if not of_shape or is_sharded(parameter) or frame.f_globals.get("__name__") != _LOADER:
+        return False
+    with torch.no_grad():
+        getattr(module, local).copy_(parameter)
+    return True
+
+
+_NEW = (
+    "has a mask, and a new parameter in its place would train as a whole. Write into it (with torch.no_grad(): "
+    "module.{local}.copy_(...)), or remove_mask(model) first and apply the mask again."
+)
+_PUT_BY_OTHERS = (
+    "has a mask, and a whole parameter has been put in its place, past the module (accelerate's cpu_offload, "
+    "disk_offload and set_module_tensor_to_device do so): all of it would train. mask = get_mask(model), "
+    "remove_mask(model), which gives the tensor as it was before, and apply_mask(model, mask) again, then make the "
+    "optimizer."
+)
+
+
+def check_no_whole(module: nn.Module, local: str, parameter: nn.Parameter | None, found: str = _NEW) -> None:
+    """MaskError for a whole tensor in the place of a masked one's values: all of it would train, with the mask told.
+
+    And for None, which takes the tensor away.
+    """
     masked = vars(module)[STATE + local]
-    if parameter is None or is_sharded(parameter) or parameter.shape != masked.shape:
+    if parameter is None:
+        module._parameters.setdefault(local, masked.values)  # it may be deleted first
+        raise MaskError(
+            f"{local!r} of {type(module).__name__} has a mask, and None in its place would take it away. "
+            "remove_mask(model) first; a mask of the model as it is then names the tensors that are there then."
+        )
+    if is_sharded(parameter) or parameter.shape != masked.shape:
         return
     if masked.num_selected < parameter.numel():
-        raise MaskError(
-            f"{local!r} of {type(module).__name__} has a mask, and a new parameter in its place would train as a "
-            f"whole. Write into it (with torch.no_grad(): module.{local}.copy_(...)), or remove_mask(model) first and "
-            "apply the mask again."
-        )
+        raise MaskError(f"{local!r} of {type(module).__name__} {found.format(local=local)}")
 
 
 def _as_torch_script(self: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -14,6 +14,9 @@ from torch.autograd.graph import increment_version
 from fish_tuning.errors import MaskError
 
 DATA: Any = torch.Tensor.data
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_AT_A_TIME, _ON_GPU = 2**16, 2**20  # entries whose bits are added at a time: in a processor's cache, and in few calls
+_FACTOR, _SHIFT = 0x2545F4914F6CDD1D, 0x5851F42D4C957F2D  # any odd numbers of 63 bits
 _REQUIRES_GRAD: Any = torch.Tensor.requires_grad
 
 
@@ -23,6 +26,33 @@ def entries_digest(entries: Tensor) -> str:
         return ""
     stored = entries.detach().cpu().reshape(-1).view(torch.uint8).numpy()
     return f"{str(entries.dtype).removeprefix('torch.')}:{hashlib.sha256(stored.data).hexdigest()}"
+
+
+def frozen_sum(whole: Tensor, index: Tensor) -> tuple[torch.dtype, int] | None:
+    """The dtype, and the sum of the bits of all entries but those at `index`, each with a weight that its place gives.
+
+    Some nanoseconds an entry, where the tensor lies; a digest would have it copied to the CPU. None for one without
+    data (on the meta device).
+    """
+    if whole.is_meta or whole.element_size() not in _BITS:
+        return None
+    bits = whole.detach().reshape(-1).view(_BITS[whole.element_size()])
+    size = _AT_A_TIME if bits.device.type == "cpu" else _ON_GPU
+    weights = torch.arange(min(len(bits), size), device=bits.device).mul_(_FACTOR).add_(_SHIFT)
+    total = torch.zeros((), dtype=torch.int64, device=bits.device)
+    for start in range(0, len(bits), size):
+        part = bits[start : start + size]
+        total += (part * weights[: len(part)]).sum() + part.sum() * start * _FACTOR  # all of it modulo 2**64
+    for places in index.to(bits.device).split(size):
+        total -= (places.long() * _FACTOR + _SHIFT).mul_(bits[places.long()]).sum()
+    return whole.dtype, int(total)
+
+
+def frozen_as_before(whole: Tensor, index: Tensor, before: tuple[torch.dtype, int] | None) -> bool:
+    """Whether the entries but those at `index` have that sum; in another dtype, where it can be told."""
+    if before is not None and whole.element_size() > before[0].itemsize:
+        whole = whole.to(before[0])
+    return before is None or whole.dtype != before[0] or frozen_sum(whole, index) in (before, None)
 
 
 class Watched(Tensor):
@@ -41,16 +71,20 @@ class Watched(Tensor):
     @data.setter
     def data(self, value: Tensor) -> None:
         if value.numel() != self.numel():
-            self._resized()
+            self._resized(value.shape)
         increment_version(self)
         self._hand_out()
         DATA.__set__(self, value)
+        self._assigned()
 
     def _hand_out(self) -> None:
         """Somebody has its `.data`, and may keep it."""
 
-    def _resized(self) -> None:
+    def _resized(self, shape: torch.Size) -> None:
         """Its memory is given up, or comes back."""
+
+    def _assigned(self) -> None:
+        """It has other memory now."""
 
     @property
     def requires_grad(self) -> bool:
@@ -66,6 +100,7 @@ class Whole(Watched):
     """The whole tensor that reads give. Who asks it for gradients, or not, asks the values."""
 
     of: weakref.ref[Values] | None = None
+    without_values: weakref.ref[Any] | None = None  # the masked tensor that it is read of, if no entry of that trains
 
     def requires_grad_(self, requires_grad: bool = True) -> Whole:
         values = self.of() if self.of is not None else None
@@ -73,11 +108,16 @@ class Whole(Watched):
             values.requires_grad_(requires_grad)
         return self
 
-    def _resized(self) -> None:
+    def _resized(self, shape: torch.Size) -> None:
         raise MaskError(
             f"A masked tensor of shape {tuple(self.shape)} would get another size (resize_token_embeddings does so), "
             "of which its mask tells nothing. remove_mask(model) first, or resize before you score."
         )
+
+    def _assigned(self) -> None:
+        masked = self.without_values() if self.without_values is not None else None
+        if masked is not None and masked.tensor is self:
+            masked.keep_memory()  # now, since nothing is looked at for values later
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """By itself it is copied as the parameter that it stands for; its values go with the module (nn.LSTM)."""
@@ -104,11 +144,20 @@ class MaskedGroup(Protocol):
     def all_values(self) -> list[Any]:
         """The values of its tensors, in the order of `flat`."""
 
+    def check_not_whole(self, values: Any, shape: torch.Size) -> None:
+        """MaskError where what takes the memory of values has the shape of the whole tensor."""
+
+    def notice_moved(self) -> None:
+        """See whether values have other memory while they were not watched."""
+
     def find_flat(self) -> None:
         """See whether the values are slices of one memory, with one count of changes."""
 
     def take_written(self) -> None:
         """Where somebody has written into a tensor itself, its entries are the values now."""
+
+    def take_last(self) -> None:
+        """The same, unless the values have changed since they were written."""
 
     def write(self) -> None:
         """Write the values into the tensors."""
@@ -151,9 +200,10 @@ class Values(Watched, nn.Parameter):
         if group is not None:
             group.held = True
 
-    def _resized(self) -> None:
+    def _resized(self, shape: torch.Size) -> None:
         group = self.masked_group() if self.masked_group is not None else None
         if group is not None:
+            group.check_not_whole(self, shape)
             group.scattered, group.settled = True, False
 
     def __reduce_ex__(self, protocol: Any) -> Any:

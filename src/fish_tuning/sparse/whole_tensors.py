@@ -18,7 +18,7 @@ from fish_tuning.sparse.frozen_parts import with_entries
 from fish_tuning.sparse.groups import Group
 from fish_tuning.sparse.selected_gradients import whole_tensor
 from fish_tuning.sparse.sharding import is_sharded, local_part, shard_like, whole
-from fish_tuning.sparse.values import DATA, Values, entries_digest
+from fish_tuning.sparse.values import DATA, Values, entries_digest, frozen_sum
 
 # Entries of what is kept in another dtype until the next read, to see whether it was written into: PEFT writes into
 # small ones alone.
@@ -34,6 +34,7 @@ class MaskedTensor:
     """
 
     in_group: weakref.ref[Group]  # modules hold the group, which holds its members
+    frozen_sum: tuple[torch.dtype, int] | None = None  # of the frozen entries before training
     replaced = False  # whether another mask stood here before, whose entries were trained too
 
     def __init__(self, dense: nn.Parameter, selected: Tensor) -> None:
@@ -44,9 +45,10 @@ class MaskedTensor:
         self.shape = dense.shape
         self.dense = dense  # the object that an unmasked model gets back
         self.digest = entries_digest(entries)  # of the entries before training: tells a delta's base from others
+        self.frozen_sum = frozen_sum(dense, index)
         entries = entries if dense.dim() == 1 else entries[:, None]
         self.values: nn.Parameter | None = Values(entries) if len(index) else None
-        self.frozen: Tensor = dense.detach().contiguous()
+        self.frozen: Tensor = dense.data.contiguous()  # with a count of changes of its own
         self.split_up = False  # whether FSDP2 has `frozen`: a part of it, or for the moment all, with the values in it
         self.by_engine = False  # whether FSDP2 splits the values
         # By stored dtypes, those that FSDP1's mixed precision computes in now: a record of the whole model, since of a
@@ -161,6 +163,8 @@ class MaskedTensor:
         """
         if self.by_engine or self.group.managed or self.group.scattered or values.numel() != self.num_selected:
             return self.read_with(values)
+        if self.frozen.is_meta and not values.is_meta:  # on the way to another device (to_empty), as nn.GRU looks
+            return torch.empty(self.shape, dtype=values.dtype, device=values.device)
         frozen, index = self.frozen.detach().to(values.device, values.dtype), self.index.to(values.device).long()
         return frozen.view(-1).index_copy(0, index, values.reshape(-1)).view(self.shape)
 
