@@ -83,8 +83,13 @@ class Group:
 
     def check_not_whole(self, values: Any, shape: torch.Size) -> None:
         """MaskError where what takes the memory of values has the shape of the whole tensor."""
-        member = next((member for member in self.members if member.values is values), None)
-        if member is not None and shape == member.shape and shape.numel() != member.num_selected:
+        for member in self.members:
+            if member.values is values:
+                self._check_not_whole(member, shape)
+
+    @staticmethod
+    def _check_not_whole(member: MaskedTensor, shape: torch.Size) -> None:
+        if shape == member.shape and shape.numel() != member.num_selected:
             raise MaskError(
                 f"A whole tensor, of shape {tuple(shape)}, was given as the .data of a masked one's parameter, which "
                 f"is its {member.num_selected:,} selected entries. model.load_state_dict(weights, strict=False) takes "
@@ -107,8 +112,8 @@ class Group:
         """Make the tensors that reads give; each lasts until its parameter moves, thaws or freezes."""
         watch_optimizers()
         self.with_values = [member for member in self.members if member.values is not None]
-        for each in self.all_values():
-            self.check_not_whole(each, each.shape)  # given to a copy that was not read yet
+        for member in self.with_values:
+            self._check_not_whole(member, member.values.shape)  # type: ignore[union-attr]  # given to a copy that was not read yet
         self._take_each()
         self._join()
         for member in self.members:
