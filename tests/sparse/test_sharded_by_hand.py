@@ -50,11 +50,14 @@ def mask_of(model: torch.nn.Module) -> dict[str, Tensor]:
     return random_mask(model, 0.2, dense=["classifier"])
 
 
-def save_adapter(engine: Any, folder: Path) -> None:
+def save_adapter(engine: Any, folder: Path, same_start: bool = True) -> None:
     state = engine.whole_state_dict()
     if dist.get_rank() > 0:
         return
-    save_delta(engine.inner, folder.with_suffix(".safetensors"), state_dict=state)
+    if not same_start:
+        changed = refusal(lambda: save_delta(engine.inner, folder.with_suffix(".safetensors"), state_dict=state))
+        assert "Frozen entries have changed since apply_mask" in changed
+    save_delta(engine.inner, folder.with_suffix(".safetensors"), state_dict=state, check_frozen=same_start)
     lacks = {name: tensor for name, tensor in state.items() if "lora_B" not in name}
     assert "state_dict has no" in refusal(lambda: save_delta(engine.inner, folder, state_dict=lacks))
     if type(engine) is Fsdp1:
@@ -94,7 +97,7 @@ def in_the_hands_of(engine: Any, rank: int, folder: Path) -> dict[str, Any]:
     for _ in range(STEPS - 2):
         if engine.resumes:
             resumed.step(rebatch(BATCH, 4)[rank])
-    save_adapter(resumed, folder / "resumed")
+    save_adapter(resumed, folder / "resumed", same_start=False)
     return {
         "late": apply_late,
         "entries of state": entries_of_state(trained.optimizer),

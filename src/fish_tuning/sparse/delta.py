@@ -224,10 +224,10 @@ def _trained_tensors(
     if changed:
         raise MaskError(
             f"Frozen entries have changed since apply_mask, in {len(changed)} masked tensors, e.g. {changed[0]!r}: "
-            "weights were loaded after it, or whole tensors written into (clamp_, an embedding's max_norm, a merged "
-            "adapter). A delta has the selected entries alone, and would give another model. Save the model as a whole "
-            "(save_pretrained, its state dict); weights are loaded before apply_mask. check_frozen=False writes it "
-            "all the same."
+            "weights of another base or start were loaded after it, or whole tensors written into (clamp_, an "
+            "embedding's max_norm, a merged adapter). A delta has the selected entries alone, and would give another "
+            "model. Save the model as a whole (save_pretrained, its state dict); weights are loaded before apply_mask. "
+            "check_frozen=False writes it all the same."
         )
     for name, parameter in dense_parameters(model, though_frozen=True).items():
         stored = parameter if whole is None else given(name)
