@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import fish_tuning.scores.peft_rules  # noqa: F401 (registers the rules of PEFT's layers)
 from fish_tuning.scores.candidates import Candidates
 from fish_tuning.scores.checks import Check
+from fish_tuning.scores.media import Tokens, beside_texts, media_tokens, rows_by_data
 from fish_tuning.scores.recomputed_layers import RecomputedLayer
 from fish_tuning.scores.row_order import is_tracked
 from fish_tuning.scores.totals import Totals
@@ -49,6 +50,14 @@ class Probes:
         for layer in layers if self._inside else ():
             layer.watch()
         return layers
+
+    @cached_property
+    def _media_tokens(self) -> Tokens:
+        return media_tokens(self._model)
+
+    @cached_property
+    def _beside_texts(self) -> set[nn.Module]:
+        return beside_texts(self._model)
 
     @cached_property
     def names(self) -> list[str]:
@@ -117,11 +126,17 @@ class Probes:
                 layer.by_data = self.state.tracked
         return [name for layer in self._layers if layer.by_data for name in layer.names.values()]
 
+    def rows_by_data(self, batch: Mapping[str, Tensor]) -> bool:
+        """As `media.rows_by_data`, for this model."""
+        return rows_by_data(batch, self._media_tokens)
+
     def start(self, batch_size: int, device: torch.device, batch: Mapping[str, Tensor] = MappingProxyType({})) -> None:
-        """Call before each forward pass."""
+        """Call before each forward pass; FisherError where the batch has as many images as rows, but not one a row."""
         self.state.batch_size = batch_size
         self.state.batch, self.state.shapes = batch, {key: value.shape for key, value in batch.items()}
         self.state.expanded, self.state.broken = [], {}
+        by_data = self.rows_by_data(batch)
+        self.state.by_data = self._beside_texts if by_data else set()
         self.state.tracked = is_tracked()
         self.state.order.in_order.clear()
         self.state.anchor = torch.zeros((), device=device, requires_grad=True)

@@ -47,6 +47,7 @@ class Pass:
     broken: dict[str, str] = field(default_factory=dict)
     expanded: list[WatchedLayer] = field(default_factory=list)  # whose one row became a row an example
     repeated: set[nn.Module] = field(default_factory=set)  # whose one row the model repeats itself: it stays one
+    by_data: set[nn.Module] = field(default_factory=set)  # that see images, of which data decide which rows have any
     order: Known = field(default_factory=Known)
     tracked: bool = False  # whether the pass is one that tells the order of rows
 
@@ -203,9 +204,10 @@ class WatchedLayer(ABC):
             if unproven:
                 self.fail("an example has several rows, which none had in its proof")
                 return False
-        if self.by_data:
+        by_data = self.by_data or (rows == size and self.module in self.state.by_data)
+        if by_data:
             self.fail(BY_DATA)
-        return not self.by_data
+        return not by_data
 
 
 class BatchedLayer(WatchedLayer):
