@@ -11,7 +11,7 @@ from tiny import assert_scores_close
 from torch import Tensor, nn
 
 from fish_tuning import calculate_fisher_information
-from fish_tuning.scores.row_order import ordered_by_data
+from fish_tuning.scores.row_order import READABLE, ordered_by_data
 from fish_tuning.scores.scorer import Scorer
 
 IN_ORDER: dict[str, Callable[[Tensor], Tensor]] = {
@@ -33,6 +33,7 @@ IN_ORDER: dict[str, Callable[[Tensor], Tensor]] = {
         (torch.tensor([0, 1, 1]), torch.tensor([1, 2, 3])), torch.ones(3, 6)
     ),
     "stacked": lambda x: torch.stack([x[0, 3], x[1, :2].mean(0), x[2, -1], x[3, 0]]),
+    "stacked from all tokens": lambda x: torch.stack([x.flatten(0, 1)[6 * row + row] for row in range(4)]),
     "joined": lambda x: torch.cat([row[:2] for row in x]),
 }
 BY_DATA: dict[str, Callable[[Tensor], Tensor]] = {
@@ -52,6 +53,7 @@ BY_DATA: dict[str, Callable[[Tensor], Tensor]] = {
     ),
     "an example twice": lambda x: nn.LayerNorm(6)(x[torch.tensor([0, 1, 1, 3])]).relu(),
     "stacked": lambda x: torch.stack([x[0, 3], x[1, :2].mean(0), x[1, 4], x[3, 0]]),
+    "stacked from all tokens": lambda x: torch.stack([x.flatten(0, 1)[6 * row + 2] for row in (0, 1, 1, 3)]),
     "windows stacked": lambda x: torch.stack([x[row, :3] for row in (0, 1, 1, 3)]),
     "joined": lambda x: torch.cat([x[0, :1], x[1, 2:4], x[3, :1]]),
     "packed": lambda x: nn.utils.rnn.pack_padded_sequence(x, torch.tensor([6, 4, 3, 1]), batch_first=True).data,
@@ -59,12 +61,24 @@ BY_DATA: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("way", IN_ORDER)
+# Torch before `SavedTensor.data`: what is picked of examples passes for picked by data, but for rows of them.
+UNREAD = (
+    "the last of each", "the last of each choice", "by a mask", "two of each", "columns of a pooled row",
+    "windows of an example", "an example twice",
+)  # fmt: skip
+
+
+def ways(functions: dict[str, Callable[[Tensor], Tensor]]) -> list[Any]:
+    unread = pytest.mark.skipif(not READABLE, reason="this torch does not say what was picked")
+    return [pytest.param(way, marks=unread if way in UNREAD else ()) for way in functions]
+
+
+@pytest.mark.parametrize("way", ways(IN_ORDER))
 def test_in_order(way: str) -> None:
     assert not ordered_by_data(IN_ORDER[way](torch.randn(4, 6, 6, requires_grad=True).clone()), 4)
 
 
-@pytest.mark.parametrize("way", BY_DATA)
+@pytest.mark.parametrize("way", ways(BY_DATA))
 def test_by_data(way: str) -> None:
     assert ordered_by_data(BY_DATA[way](torch.randn(4, 6, 6, requires_grad=True).clone()), 4)
     assert not ordered_by_data(BY_DATA[way](torch.randn(4, 6, 6)).detach(), 4), "without a gradient there is no graph"
@@ -185,6 +199,7 @@ class LastToken(Mentions):
         return type("Output", (), {"logits": self.head(self.mention(last).tanh())})()
 
 
+@pytest.mark.skipif(not READABLE, reason="this torch does not say what was picked")
 def test_a_token_of_each_text_goes_by_rule(caplog: pytest.LogCaptureFixture) -> None:
     batches = [marked(1, 1, 1, 1), marked(2, 0, 1)]
     with caplog.at_level("INFO", "fish_tuning"):

@@ -22,7 +22,8 @@ _TAKES = re.compile(r"Index(Select)?Backward|Gather|Take|Sort")
 _OF_A_PARAMETER = "torch::autograd::AccumulateGrad"
 _OUTPUTS = "_input_metadata"  # what a node's gradients come in for
 _MOST_NODES = 1000
-_READABLE = hasattr(torch._C._autograd.SavedTensor, "unpack_hook")  # what a node saved, without a call of hooks
+# Whether it can be read what a node saved without a call of the hooks it was given to: not in torch 2.6.
+READABLE = hasattr(torch._C._autograd.SavedTensor, "unpack_hook")
 _TRACKED: ContextVar[bool] = ContextVar("tracked", default=False)
 
 
@@ -113,9 +114,9 @@ def _with_gradients(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 
 def _with_gradient(value: Any) -> Any:
-    """A tensor of the batch, so that what is picked of it can be told."""
+    """A tensor of the batch, so that what is picked of it can be told; a copy, which a model may change in place."""
     floats = isinstance(value, Tensor) and value.is_floating_point() and not value.is_inference()
-    return value.detach().requires_grad_() if floats else value
+    return value.detach().requires_grad_().clone() if floats else value
 
 
 def _numbers_kept(tensor: Tensor | None) -> Any:
@@ -174,23 +175,24 @@ def _rows_of_parts(node: Any, batch_size: int) -> list[int]:
 
 
 def _example_of(part: Any, number: int, batch_size: int) -> int | None:
+    """Of a part of the batch's rows, or of those of all its tokens, such as `x[row]` and what was made of it."""
     for _ in range(_MOST_NODES):
         if part is None or not part.next_functions or _has_rows(part, {batch_size}):
             return None
         earlier, at = part.next_functions[0]
-        taken = part.name().startswith(("Select", "Slice", "Unbind")) and getattr(part, "_saved_dim", None) == 0
-        if taken and _has_rows(earlier, {batch_size}):
-            if part.name().startswith("Unbind"):
-                return int(number)
-            index = int(part._saved_index if part.name().startswith("Select") else part._saved_start)
-            return (index - 2**64 if index >= 2**63 else index) % batch_size
+        kind = part.name().partition("Backward")[0]
+        shape: Any = _shapes(earlier)[at] if earlier is not None and len(_shapes(earlier)) > at else ()
+        taken = kind in ("Select", "Slice", "Unbind") and getattr(part, "_saved_dim", None) == 0
+        if taken and len(shape) > 1 and not shape[0] % batch_size:
+            index = number if kind == "Unbind" else int(part._saved_index if kind == "Select" else part._saved_start)
+            return int((index - 2**64 if index >= 2**63 else index) % shape[0] // (shape[0] // batch_size))
         part, number = earlier, at
     return None
 
 
 def _kept(saved: Any) -> Tensor | None:
     """A tensor that autograd saved; None where it was given to hooks, as checkpointing's, which would compute it."""
-    if not _READABLE or saved is None or saved.unpack_hook not in (None, _numbers_kept):
+    if not READABLE or saved is None or saved.unpack_hook not in (None, _numbers_kept):
         return None
     value: Tensor | None = saved.data
     return value
@@ -209,7 +211,7 @@ def _has_rows(node: Any, numbers: set[int]) -> bool:
 def _along_rows(node: Any, unless_told: bool = True) -> bool:
     """Not where a column is picked of each row, as an expert's weight of each token's."""
     if indices := _indices(node):
-        return not (indices[0].data is None and indices[0].unpack_hook is None) if _READABLE else unless_told
+        return not (indices[0].data is None and indices[0].unpack_hook is None) if READABLE else unless_told
     dimension: int = getattr(node, "_saved_dim", 0)
     shapes = _shapes(node)
     if not shapes or not len(shapes[0]):
