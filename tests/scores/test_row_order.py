@@ -11,7 +11,7 @@ from tiny import assert_scores_close
 from torch import Tensor, nn
 
 from fish_tuning import calculate_fisher_information
-from fish_tuning.scores.row_order import READABLE, ordered_by_data
+from fish_tuning.scores.row_order import READABLE, Known, ordered_by_data
 from fish_tuning.scores.scorer import Scorer
 
 IN_ORDER: dict[str, Callable[[Tensor], Tensor]] = {
@@ -82,6 +82,20 @@ def test_in_order(way: str) -> None:
 def test_by_data(way: str) -> None:
     assert ordered_by_data(BY_DATA[way](torch.randn(4, 6, 6, requires_grad=True).clone()), 4)
     assert not ordered_by_data(BY_DATA[way](torch.randn(4, 6, 6)).detach(), 4), "without a gradient there is no graph"
+
+
+def test_what_one_layer_has_told_holds_for_the_next() -> None:
+    x, rows, known = torch.randn(4, 6, 6, requires_grad=True).clone(), torch.tensor([0, 1, 1, 3]), Known()
+    before = nn.LayerNorm(6)(x).relu()
+    assert not ordered_by_data(before, 4, known)
+    assert not known.picked
+    picked = nn.LayerNorm(6)(before[rows[:, None], torch.randint(6, (4, 3))])
+    for _ in range(3):
+        assert ordered_by_data(picked, 4, known)
+        picked = nn.Linear(6, 6)(picked).tanh()
+    assert not ordered_by_data(before.tanh(), 4, known)
+    known.forget_nodes()
+    assert known == Known()
 
 
 class Routed(nn.Module):

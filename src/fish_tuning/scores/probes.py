@@ -138,7 +138,7 @@ class Probes:
         by_data = self.rows_by_data(batch)
         self.state.by_data = self._beside_texts if by_data else set()
         self.state.tracked = is_tracked()
-        self.state.order.in_order.clear()
+        self.state.order.forget_nodes()
         self.state.anchor = torch.zeros((), device=device, requires_grad=True)
         for layer in self._layers:
             layer.start()
@@ -146,7 +146,7 @@ class Probes:
     def leave(self) -> None:
         """No backward pass follows the last forward pass."""
         self.state.anchor, self.state.batch = None, {}
-        self.state.order.in_order.clear()
+        self.state.order.forget_nodes()
 
     def backward(
         self, losses: list[Tensor], into: Totals, check: Check | None = None, stand_ins: Iterable[Tensor] = ()
@@ -156,7 +156,7 @@ class Probes:
         if state.anchor is None:
             raise RuntimeError("start() comes before backward()")
         state.into, state.check = into, check
-        state.order.in_order.clear()  # which hold the graph
+        state.order.forget_nodes()
         for number, loss in enumerate(losses, start=1):
             weights = torch.ones_like(loss) if check is None else check.weights.to(loss)
             weights = weights * state.scale.value

@@ -19,9 +19,10 @@ from fish_tuning.model_walks import every_parameter
 # Autograd's nodes of what picks rows by numbers; of these, what takes rows and does not put some among others.
 _BY_DATA = re.compile(r"Index|Gather|Scatter|Take|Sort|MaskedSelect|_?PackPadded")
 _TAKES = re.compile(r"Index(Select)?Backward|Gather|Take|Sort")
+_FOLDS = re.compile(r"(Unsafe)?View|ReshapeAlias|Addmm|Mm")  # what a linear layer does with (n, P, d): rows, and back
 _OF_A_PARAMETER = "torch::autograd::AccumulateGrad"
 _OUTPUTS = "_input_metadata"  # what a node's gradients come in for
-_MOST_NODES = 1000
+_MOST_NODES, _MOST_STEPS = 20_000, 1000
 # Whether it can be read what a node saved without a call of the hooks it was given to: not in torch 2.6.
 READABLE = hasattr(torch._C._autograd.SavedTensor, "unpack_hook")
 _TRACKED: ContextVar[bool] = ContextVar("tracked", default=False)
@@ -31,8 +32,14 @@ _TRACKED: ContextVar[bool] = ContextVar("tracked", default=False)
 class Known:
     """What looks at the order of a forward pass's layers share."""
 
-    in_order: set[Any] = field(default_factory=set)  # nodes that were looked at from, back to the first
+    in_order: set[Any] = field(default_factory=set)  # nodes before which nothing was picked by data
+    by_data: set[Any] = field(default_factory=set)  # nodes before which something was
     picked: bool = False  # whether rows were picked, though so that they are in order: the next batch's may not be
+
+    def forget_nodes(self) -> None:
+        """Which hold the graph of a pass."""
+        self.in_order.clear()
+        self.by_data.clear()
 
 
 def ordered_by_data(x: Tensor, batch_size: int, known: Known | None = None) -> bool:
@@ -46,28 +53,38 @@ def ordered_by_data(x: Tensor, batch_size: int, known: Known | None = None) -> b
     if not hasattr(x.grad_fn, _OUTPUTS):  # nor has a version of torch that tells no shapes
         return False
     known = Known() if known is None else known
-    left: list[Any] = [x.grad_fn]
+    left: list[tuple[Any, bool]] = [(x.grad_fn, False)]
     seen: set[Any] = set()
     of_examples = {batch_size, x.shape[0]}
     while left and len(seen) < _MOST_NODES:
-        node = left.pop()
+        node, unfolded = left.pop()
         if node is None or node in seen or node in known.in_order:
             continue
         seen.add(node)
         earlier = [each for each, _ in node.next_functions if each is not None and each.name() != _OF_A_PARAMETER]
         folded = not _has_rows(node, {batch_size})
-        if earlier and (_BY_DATA if folded else _TAKES).match(node.name()) and _along_rows(node, folded):
-            if not all(_has_rows(each, of_examples) for each in earlier) or not _in_order(node, earlier, batch_size):
-                return True
-            known.picked = True
-        if of_parts := _rows_of_parts(node, batch_size):
-            if not _as_many_of_each(torch.tensor(of_parts), batch_size):
-                return True
-            known.picked = True
-        if not folded:  # before it, too, they were the examples', unless it was made of something else
-            known.in_order.add(node)
-            earlier = [each for each in earlier if _has_rows(each, {batch_size})]
-        left += earlier
+        if node in known.by_data or _picked_by_data(node, earlier, folded, of_examples, batch_size, known):
+            known.by_data |= {node, x.grad_fn}
+            return True
+        if unfolded := unfolded or not folded:
+            # Before the examples' rows there were these too, unless they were made of something else.
+            earlier = [each for each in earlier if _has_rows(each, {batch_size}) or _FOLDS.match(each.name())]
+        left += [(each, unfolded) for each in earlier]
+    known.in_order |= {node for node in seen if _has_rows(node, {batch_size})}
+    return False
+
+
+def _picked_by_data(
+    node: Any, earlier: list[Any], folded: bool, of_examples: set[int], batch_size: int, known: Known
+) -> bool:
+    if earlier and (_BY_DATA if folded else _TAKES).match(node.name()) and _along_rows(node, folded):
+        if not all(_has_rows(each, of_examples) for each in earlier) or not _in_order(node, earlier, batch_size):
+            return True
+        known.picked = True
+    if of_parts := _rows_of_parts(node, batch_size):
+        if not _as_many_of_each(torch.tensor(of_parts), batch_size):
+            return True
+        known.picked = True
     return False
 
 
@@ -176,7 +193,7 @@ def _rows_of_parts(node: Any, batch_size: int) -> list[int]:
 
 def _example_of(part: Any, number: int, batch_size: int) -> int | None:
     """Of a part of the batch's rows, or of those of all its tokens, such as `x[row]` and what was made of it."""
-    for _ in range(_MOST_NODES):
+    for _ in range(_MOST_STEPS):
         if part is None or not part.next_functions or _has_rows(part, {batch_size}):
             return None
         earlier, at = part.next_functions[0]
