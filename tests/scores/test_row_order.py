@@ -35,6 +35,7 @@ IN_ORDER: dict[str, Callable[[Tensor], Tensor]] = {
     "stacked": lambda x: torch.stack([x[0, 3], x[1, :2].mean(0), x[2, -1], x[3, 0]]),
     "stacked from all tokens": lambda x: torch.stack([x.flatten(0, 1)[6 * row + row] for row in range(4)]),
     "joined": lambda x: torch.cat([row[:2] for row in x]),
+    "in two pieces": lambda x: torch.cat([x.flatten(0, 1)[:1], x.flatten(0, 1)[1:]]).relu(),
 }
 BY_DATA: dict[str, Callable[[Tensor], Tensor]] = {
     "picked": lambda x: x.flatten(0, 1)[torch.randperm(24)],

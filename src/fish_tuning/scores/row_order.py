@@ -183,28 +183,33 @@ def _rows_of_parts(node: Any, batch_size: int) -> list[int]:
         return []
     found: list[int] = []
     for part, number in node.next_functions:
-        example = _example_of(part, number, batch_size)
         shapes = _shapes(part)
-        if example is None or len(shapes) <= number or (joined and not len(shapes[number])):
+        if len(shapes) <= number or (joined and not len(shapes[number])):
             return []
-        found += [example] * (1 if stacked else shapes[number][0])
+        examples = _examples_of(part, number, batch_size, 1 if stacked else shapes[number][0])
+        if not examples:
+            return []
+        found += examples
     return found
 
 
-def _example_of(part: Any, number: int, batch_size: int) -> int | None:
+def _examples_of(part: Any, number: int, batch_size: int, rows: int) -> list[int]:
     """Of a part of the batch's rows, or of those of all its tokens, such as `x[row]` and what was made of it."""
+    whole = part
     for _ in range(_MOST_STEPS):
         if part is None or not part.next_functions or _has_rows(part, {batch_size}):
-            return None
+            return []
         earlier, at = part.next_functions[0]
         kind = part.name().partition("Backward")[0]
         shape: Any = _shapes(earlier)[at] if earlier is not None and len(_shapes(earlier)) > at else ()
         taken = kind in ("Select", "Slice", "Unbind") and getattr(part, "_saved_dim", None) == 0
         if taken and len(shape) > 1 and not shape[0] % batch_size:
             index = number if kind == "Unbind" else int(part._saved_index if kind == "Select" else part._saved_start)
-            return int((index - 2**64 if index >= 2**63 else index) % shape[0] // (shape[0] // batch_size))
+            first, each = (index - 2**64 if index >= 2**63 else index) % shape[0], shape[0] // batch_size
+            step = int(part is whole and kind == "Slice")
+            return [(first + step * row) // each for row in range(rows)]
         part, number = earlier, at
-    return None
+    return []
 
 
 def _kept(saved: Any) -> Tensor | None:
