@@ -179,12 +179,12 @@ def test_in_16_bits_the_batch_is_done_again_with_other_weights() -> None:
 
 
 class Shuffled(Gated):
-    """The layer has the batch's rows in another order where any is awake."""
+    """The layer has the batch's rows in another order, which autograd's graph does not tell, where any is awake."""
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> object:
         awake = (x[:, :1] > 0).to(x.dtype)
-        order = torch.arange(len(x)).roll(int(awake.any()))
-        logits = self.head(x + awake * self.layer(x[order])[order.argsort()].tanh())
+        steps = int(awake.any())
+        logits = self.head(x + awake * self.layer(x.roll(steps, 0)).roll(-steps, 0).tanh())
         loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
         return type("Output", (), {"logits": logits, "loss": loss})()
 
@@ -203,9 +203,15 @@ def test_other_weights_tell_rows_that_are_not_in_order(dtype: torch.dtype, caplo
 
 
 def exchanged(words: Tensor) -> Tensor:
-    """(n, P, ...) or (n * P, ...) as the latter, with the first tokens of two examples in each other's place."""
+    """(n, P, ...) or (n * P, ...) as the latter, with the first tokens of two examples in each other's place.
+
+    By a product, since autograd's graph would tell it of an index.
+    """
     rows = words.reshape(-1, words.shape[-1])
-    return rows if len(rows) < 18 else torch.cat([rows[9:10], rows[1:9], rows[:1], rows[10:]])
+    order = torch.arange(len(rows))
+    if len(rows) >= 18:
+        order[[0, 9]] = order[[9, 0]]
+    return nn.functional.one_hot(order).to(rows.dtype) @ rows
 
 
 class Exchanging(OfWords):

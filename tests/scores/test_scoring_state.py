@@ -330,5 +330,6 @@ def test_modules_that_checkpoint_reentrantly_by_themselves(method: Any) -> None:
     expected = calculate_fisher_information(plain, [batch], loss_fn=class_losses, method=method, progress=False)
     scores = calculate_fisher_information(model, [batch], loss_fn=class_losses, method=method, progress=False)
     assert_scores_close(scores, expected)
-    assert model.passes == 2 * plain.passes
+    telling = method == "auto"  # the pass that tells the order of rows where hidden states are detached
+    assert model.passes == 2 * (plain.passes - telling)
     assert not scores["first.weight"].any()

@@ -21,7 +21,7 @@ SEQUENCE_KEYS = (
     "input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds", "special_tokens_mask",
 )  # fmt: skip
 # What decides how a batch is scored, and so is looked at on the host.
-LOOKED_AT = ("attention_mask", *LABELS)
+LOOKED_AT = ("attention_mask", "input_ids", *LABELS)
 FEW, LONG = 4, 512  # rows and tokens
 
 

@@ -62,6 +62,8 @@ class Lockstep:
     def add(self, shares: list[Share]) -> None:
         shares = [share._replace(batch=self.losses.trimmed(share.batch)) for share in shares]
         scorer = self.scorer
+        for share in shares:
+            scorer.probes.rows_by_data(share.batch)  # what is refused is so by all, not by one that others wait for
         alone = [one_by_one_is_as_fast(share.batch) for share in shares]
         settled = all(_is_settled(scorer, share.batch) for share in shares)
         if scorer.scale.value > 1 or any(alone) != all(alone) or not (all(alone) or settled):

@@ -20,7 +20,9 @@ from torch import Tensor, nn
 import fish_tuning.scores.peft_rules  # noqa: F401 (registers the rules of PEFT's layers)
 from fish_tuning.scores.candidates import Candidates
 from fish_tuning.scores.checks import Check
+from fish_tuning.scores.media import Tokens, beside_texts, media_tokens, rows_by_data
 from fish_tuning.scores.recomputed_layers import RecomputedLayer
+from fish_tuning.scores.row_order import is_tracked
 from fish_tuning.scores.totals import Totals
 from fish_tuning.scores.watched_layers import Pass, WatchedLayer
 
@@ -49,6 +51,14 @@ class Probes:
         for layer in layers if self._inside else ():
             self._watch(layer)
         return layers
+
+    @cached_property
+    def _media_tokens(self) -> Tokens:
+        return media_tokens(self._model)
+
+    @cached_property
+    def _beside_texts(self) -> set[nn.Module]:
+        return beside_texts(self._model)
 
     @cached_property
     def names(self) -> list[str]:
@@ -120,34 +130,41 @@ class Probes:
         return self._candidates.shapes_seen(self.state)
 
     def untold(self) -> bool:
-        """Whether a layer among others of its like (the layers, the experts) had tokens of unknown order.
-
-        Past those there is a pooled row an example, for which no more need be done.
-        """
-        return any(
-            layer.untold and layer.by_data is None and any(map(str.isdigit, ".".join(layer.names.values()).split(".")))
-            for layer in self._layers
-        )
+        """Whether a layer had rows of unknown order."""
+        return any(layer.untold and layer.by_data is None for layer in self._layers)
 
     def by_data(self) -> list[str]:
-        """The tensors of layers whose rows data have put in their order, all others being settled from now on."""
-        found = [name for layer in self._layers if layer.by_data for name in layer.names.values()]
+        """The tensors of layers whose rows data have put in their order, or may have for all that is known.
+
+        All others that were untold are settled from now on. Where the last pass should have told and did not get as
+        far, nothing is known of them.
+        """
         for layer in self._layers:
-            layer.by_data = bool(layer.by_data)
-        return found
+            if layer.untold and layer.by_data is None:
+                layer.by_data = self.state.tracked
+        return [name for layer in self._layers if layer.by_data for name in layer.names.values()]
+
+    def rows_by_data(self, batch: Mapping[str, Tensor]) -> bool:
+        """As `media.rows_by_data`, for this model."""
+        return rows_by_data(batch, self._media_tokens)
 
     def start(self, batch_size: int, device: torch.device, batch: Mapping[str, Tensor] = MappingProxyType({})) -> None:
-        """Call before each forward pass."""
+        """Call before each forward pass; FisherError where the batch has as many images as rows, but not one a row."""
         self.state.batch_size = batch_size
-        self.state.shapes = {key: value.shape for key, value in batch.items()}
+        self.state.batch, self.state.shapes = batch, {key: value.shape for key, value in batch.items()}
         self.state.expanded, self.state.broken = [], {}
+        by_data = self.rows_by_data(batch)
+        self.state.by_data = self._beside_texts if by_data else set()
+        self.state.tracked = is_tracked()
+        self.state.order.forget_nodes()
         self.state.anchor = torch.zeros((), device=device, requires_grad=True)
         for layer in self._layers:
             layer.start()
 
     def leave(self) -> None:
         """No backward pass follows the last forward pass."""
-        self.state.anchor = None
+        self.state.anchor, self.state.batch = None, {}
+        self.state.order.forget_nodes()
 
     def backward(
         self, losses: list[Tensor], into: Totals, check: Check | None = None, stand_ins: Iterable[Tensor] = ()
@@ -157,6 +174,7 @@ class Probes:
         if state.anchor is None:
             raise RuntimeError("start() comes before backward()")
         state.into, state.check = into, check
+        state.order.forget_nodes()
         for number, loss in enumerate(losses, start=1):
             weights = torch.ones_like(loss) if check is None else check.weights.to(loss)
             weights = weights * state.scale.value
@@ -164,3 +182,4 @@ class Probes:
             for layer in self._layers:
                 layer.add_up()  # calls that got no gradient never arrive
         state.into = state.check = state.anchor = None
+        state.batch = {}

@@ -5,15 +5,16 @@ That takes the layer's own time and no more, where the loop takes the whole mode
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 from fish_tuning.errors import out_of_memory
 from fish_tuning.scores.watched_layers import Pass, WatchedLayer
@@ -53,6 +54,11 @@ class RecomputedLayer(WatchedLayer):
             return None
         arguments, tree = tree_flatten((args, kwargs))
         outputs, output_tree = tree_flatten(output)
+        rows = {value.shape[0] for value in outputs if isinstance(value, Tensor) and value.dim()}
+        rows = {self.state.batch_size, *rows} - {1}
+        if any(_may_be_by_row(value, rows) for value in (*args, *kwargs.values())):
+            self.fail("a list among its arguments may have an entry for each example")
+            return None
         probed = False
         tensors = tuple(argument for argument in arguments if isinstance(argument, Tensor))
         self.look_at_order(*tensors)
@@ -163,6 +169,38 @@ class RecomputedLayer(WatchedLayer):
             yield
         finally:
             self.state.anchor = anchor
+
+
+def _may_be_by_row(value: Any, numbers: set[int]) -> bool:
+    """Whether an argument that is no tensor may hold something for each example: lengths, spans, names.
+
+    Entries that are all alike are taken for none: these are the same for each example.
+    """
+    if isinstance(value, np.ndarray):
+        return value.ndim > 0 and len(value) in numbers and any(_unlike(each, value[0]) for each in value)
+    if isinstance(value, Mapping):
+        numbered = len(value) in numbers and set(value) == set(range(len(value)))
+        return numbered or any(_may_be_by_row(each, numbers) for each in value.values())
+    if not isinstance(value, (list, tuple, range)) or isinstance(value, torch.Size):
+        return False
+    if len(value) in numbers:
+        tensors = [each for each in value if isinstance(each, Tensor)]
+        if len(tensors) == len(value):
+            # Not the cosines and sines of positions, in a tuple, nor what layers gave of all examples.
+            rows = numbers if isinstance(value, list) else numbers | {1}
+            return not all(each.dim() and each.shape[0] in rows for each in tensors)
+        if not any(isinstance(each, Tensor) for each in tree_leaves(list(value))):
+            return any(_unlike(each, value[0]) for each in value)
+    return any(_may_be_by_row(each, numbers) for each in value)
+
+
+def _unlike(one: Any, other: Any) -> bool:
+    if isinstance(one, np.ndarray):
+        return not np.array_equal(one, other)
+    try:
+        return bool(one != other)
+    except (ValueError, TypeError):  # of what holds arrays, whose entries are compared
+        return True
 
 
 def _freed(g: Tensor, weights: Tensor) -> Tensor:

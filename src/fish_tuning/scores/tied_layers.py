@@ -32,7 +32,10 @@ class TiedLayers(BatchedLayer):
     def after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if not self.names or self.state.anchor is None:
             return None
-        return self.probe(output, module, (next(iter((*args, *kwargs.values()))),))
+        x = next(iter((*args, *kwargs.values())))
+        if isinstance(module, nn.Linear):
+            self.look_at_order(x)
+        return self.probe(output, module, (x,))
 
     def calls_by_example(self, arrived: list[Arrived]) -> list[Call]:
         calls = []

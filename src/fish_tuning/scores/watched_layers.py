@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from fish_tuning.scores.example_gradients import Each, ExampleGradients, OuterPr
 from fish_tuning.scores.layer_rules import LayerRule
 from fish_tuning.scores.loss_scale import LossScale
 from fish_tuning.scores.mixed_precision import without_autocast
-from fish_tuning.scores.row_order import ordered_by_data
+from fish_tuning.scores.row_order import Known, ordered_by_data
 from fish_tuning.scores.totals import Totals
 
 Relation = tuple[str, int]
@@ -39,6 +39,7 @@ class Pass:
 
     batch_size: int = 0
     shapes: dict[str, torch.Size] = field(default_factory=dict)  # of the batch's tensors
+    batch: Mapping[str, Tensor] = field(default_factory=dict)
     anchor: Tensor | None = None  # None between passes
     scale: LossScale = field(default_factory=lambda: LossScale(fp16=False))  # of the losses whose gradients come
     into: Totals | None = None  # set during the backward pass
@@ -46,6 +47,17 @@ class Pass:
     broken: dict[str, str] = field(default_factory=dict)
     expanded: list[WatchedLayer] = field(default_factory=list)  # whose one row became a row an example
     repeated: set[nn.Module] = field(default_factory=set)  # whose one row the model repeats itself: it stays one
+    by_data: set[nn.Module] = field(default_factory=set)  # that see images, of which data decide which rows have any
+    order: Known = field(default_factory=Known)
+    tracked: bool = False  # whether the pass is one that tells the order of rows
+
+    def is_of_batch(self, x: Tensor) -> bool:
+        """Whether it is a tensor of the batch, or that in another shape: then its rows are the examples'."""
+        return x.is_contiguous() and any(
+            value.data_ptr() == x.data_ptr() and value.numel() == x.numel() and value.is_contiguous()
+            for value in self.batch.values()
+            if value.dtype == x.dtype and value.device == x.device
+        )
 
     def relations(self, shape: torch.Size) -> set[Relation]:
         """Why a layer's tensor may have several rows an example.
@@ -80,6 +92,7 @@ class WatchedLayer(ABC):
         self.a_row_an_example = False  # whether it had as many rows as there were examples
         self.by_data: bool | None = None  # whether data decide where these are; None where it was not looked at
         self.untold = False  # whether a graph would have to tell it that was not there
+        self.settled = False  # whether an earlier pass told it
 
     @property
     def of_users(self) -> bool:
@@ -94,7 +107,7 @@ class WatchedLayer(ABC):
             handle.remove()
 
     def start(self) -> None:
-        self.calls, self.arrived = 0, []
+        self.calls, self.arrived, self.settled = 0, [], self.by_data is not None
 
     @abstractmethod
     def after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -115,18 +128,34 @@ class WatchedLayer(ABC):
         return probed
 
     def look_at_order(self, *inputs: Tensor) -> None:
-        """Once, of inputs whose rows are as many as the examples, or as all their tokens."""
-        doubtful = [x for x in inputs if self.by_data is None and self._is_doubtful(x.shape)]
-        if any(ordered_by_data(x, self.state.batch_size) for x in doubtful):
+        """Of inputs whose rows are as many as the examples, or as all their tokens.
+
+        In one pass; where rows are picked one by one, in each, whose numbers alone tell that they are in order.
+        """
+        size, known = self.state.batch_size, self.state.order
+        if self.by_data or (self.settled and not known.picked) or self.state.into is not None:
+            return
+        if any(map(is_functorch_wrapped_tensor, inputs)):
+            return
+        doubtful = [x for x in inputs if self._is_doubtful(x.shape)]
+        without = [x for x in doubtful if self._is_untold(x)]
+        if any(ordered_by_data(x, size, known) for x in doubtful):
             self.by_data = True
-        elif any(x.grad_fn is None and x.dim() == 2 for x in doubtful):  # tokens in one row of rows
-            self.untold = True
-        elif doubtful:
+        elif doubtful and self.state.tracked:
+            # A graph that has to be made does not come with each batch, and there may be none.
+            self.by_data = self.untold and (known.picked or len(without) == len(doubtful))
+        elif without and not self.settled:  # tokens in one row of rows
+            self.untold, self.by_data = True, None
+        elif doubtful and not self.untold:
             self.by_data = False
 
     def _is_doubtful(self, shape: torch.Size) -> bool:
         rows, size = shape[:1].numel(), self.state.batch_size
-        return len(shape) == 2 if rows == size else rows != 1 and bool(self.state.relations(shape))
+        return len(shape) >= 2 if rows == size else rows != 1 and bool(self.state.relations(shape))
+
+    def _is_untold(self, x: Tensor) -> bool:
+        tokens = x.dim() == 2 and x.is_floating_point()
+        return tokens and not x.requires_grad and not self.state.is_of_batch(x)
 
     def is_proving(self) -> bool:
         """Whether this backward pass proves the layer."""
@@ -175,9 +204,10 @@ class WatchedLayer(ABC):
             if unproven:
                 self.fail("an example has several rows, which none had in its proof")
                 return False
-        if self.by_data:
+        by_data = self.by_data or (rows == size and self.module in self.state.by_data)
+        if by_data:
             self.fail(BY_DATA)
-        return not self.by_data
+        return not by_data
 
 
 class BatchedLayer(WatchedLayer):
