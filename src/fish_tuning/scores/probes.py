@@ -12,7 +12,6 @@ from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from functools import cached_property
 from types import MappingProxyType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +48,7 @@ class Probes:
     def _layers(self) -> list[WatchedLayer]:
         layers = self._candidates.first(self._asked, self.state) if self._asked else []
         for layer in layers if self._inside else ():
-            self._watch(layer)
+            layer.watch()
         return layers
 
     @cached_property
@@ -67,30 +66,13 @@ class Probes:
     def __enter__(self) -> Probes:
         self._inside = True
         for layer in vars(self).get("_layers", ()):
-            self._watch(layer)
+            layer.watch()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._inside = False
         for layer in vars(self).get("_layers", ()):
             layer.unwatch()
-            del vars(layer)["receive"]
-
-    def _watch(self, layer: WatchedLayer) -> None:
-        """It fails where a gradient arrives before there is a loss.
-
-        What takes a gradient on the way (a force) and trains on it hangs on the layer by that way too.
-        """
-        receive = layer.receive
-
-        def received(call: Any, kept: tuple[Tensor, ...], g: Tensor) -> None:
-            if self.state.into is None:
-                layer.fail("a gradient is taken through it to get the loss")
-            else:
-                receive(call, kept, g)
-
-        vars(layer)["receive"] = received
-        layer.watch()
 
     @property
     def broken(self) -> dict[str, str]:
@@ -119,7 +101,7 @@ class Probes:
         again = self._candidates.further_out(gone, self.state) if further_out and gone else []
         for layer in again:
             if self._inside:
-                self._watch(layer)
+                layer.watch()
         self._layers += again
         moved = {name for layer in again for name in layer.names.values()}
         self.names = [name for name in self.names if name not in gone - moved]

@@ -63,8 +63,8 @@ class Pass:
         """Why a layer's tensor may have several rows an example.
 
         That is the tensors of the batch, and how many of their dimensions after the first, that multiply to as many
-        rows. For a layer of three dimensions and more `_WINDOWS` is enough: with one image or text an example, no
-        data decide how many parts of it there are. With several, blank ones may be left out.
+        rows. For a layer of three dimensions and more `_WINDOWS` is enough: with one image an example, no data decide
+        how many parts of it there are. Of several, or of a text's parts, blank ones may be left out.
         """
         rows, rest = divmod(shape[0] if shape else 1, self.batch_size)
         if rest:
@@ -72,7 +72,7 @@ class Pass:
         found: set[Relation] = set()
         for key, own in self.shapes.items():
             found |= {(key, end) for end in range(2, len(own) + 1) if own[1:end].numel() == rows}
-        if len(shape) > 2 and all(len(own) < 5 for own in self.shapes.values()):
+        if len(shape) > 2 and 2 < max(map(len, self.shapes.values()), default=0) < 5:
             found.add(_WINDOWS)
         return found
 
@@ -163,6 +163,9 @@ class WatchedLayer(ABC):
         return check is not None and not (check.alone.isdisjoint(own) and check.together.isdisjoint(own))
 
     def receive(self, call: Any, kept: tuple[Tensor, ...], g: Tensor) -> None:
+        if self.state.into is None:  # a force, say, on which the model trains: it hangs on the layer by that way too
+            self.fail("a gradient is taken through it to get the loss")
+            return
         self.arrived.append((call, kept, g))
         if len(self.arrived) == self.calls:
             self.add_up()
