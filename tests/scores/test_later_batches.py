@@ -301,3 +301,38 @@ def test_a_small_gradient_is_no_rounding(scale: float) -> None:
     scores, by_loop = scored(model, loader), scored(model, loader, method="loop")
     for name, score in by_loop.items():
         assert (scores[name] - score).norm() <= 1e-4 * score.norm()
+
+
+class OfChunks(nn.Module):
+    """Reads texts in chunks of two tokens, and no blank ones: as many as the batch has examples, or twice as many."""
+
+    loss_type = "ForSequenceClassification"
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.layer, self.head = nn.Embedding(16, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> object:
+        chunks = input_ids.view(-1, 2)
+        kept = chunks.any(1)
+        text = torch.arange(len(input_ids)).repeat_interleave(len(chunks) // len(input_ids))[kept]
+        states = torch.tanh(self.layer(self.words(chunks[kept]))).mean(1)
+        return type(
+            "Output", (), {"logits": self.head(states.new_zeros(len(input_ids), 4).index_add(0, text, states))}
+        )()
+
+
+@pytest.mark.parametrize("later", [(1, 3), (3, 1)])
+def test_texts_need_not_have_equally_many_parts(later: tuple[int, int]) -> None:
+    loader = [
+        {
+            "input_ids": torch.tensor(
+                [[word + 1] * 2 * each + [0] * (6 - 2 * each) for word, each in enumerate(parts)]
+            ),
+            "labels": torch.arange(2),
+        }
+        for parts in ((2, 2), later)
+    ]
+    model = OfChunks()
+    assert_scores_close(scored(model, loader), scored(model, loader, method="loop"))

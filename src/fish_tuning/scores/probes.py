@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from functools import cached_property
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -65,14 +66,21 @@ class Probes:
 
     def __enter__(self) -> Probes:
         self._inside = True
+        self._handle = self._model.register_forward_pre_hook(self._note_inputs, with_kwargs=True)
         for layer in vars(self).get("_layers", ()):
             layer.watch()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._inside = False
+        self._handle.remove()
         for layer in vars(self).get("_layers", ()):
             layer.unwatch()
+
+    def _note_inputs(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The model is given copies of the batch's tensors."""
+        if self.state.anchor is not None and self.state.into is None:
+            self.state.given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
 
     @property
     def broken(self) -> dict[str, str]:
@@ -133,7 +141,7 @@ class Probes:
     def start(self, batch_size: int, device: torch.device, batch: Mapping[str, Tensor] = MappingProxyType({})) -> None:
         """Call before each forward pass; FisherError where the batch has as many images as rows, but not one a row."""
         self.state.batch_size = batch_size
-        self.state.batch, self.state.shapes = batch, {key: value.shape for key, value in batch.items()}
+        self.state.given, self.state.shapes = [], {key: value.shape for key, value in batch.items()}
         self.state.expanded, self.state.broken = [], {}
         by_data = self.rows_by_data(batch)
         self.state.by_data = self._beside_texts if by_data else set()
@@ -145,7 +153,7 @@ class Probes:
 
     def leave(self) -> None:
         """No backward pass follows the last forward pass."""
-        self.state.anchor, self.state.batch = None, {}
+        self.state.anchor, self.state.given = None, []
         self.state.order.forget_nodes()
 
     def backward(
@@ -164,4 +172,4 @@ class Probes:
             for layer in self._layers:
                 layer.add_up()  # calls that got no gradient never arrive
         state.into = state.check = state.anchor = None
-        state.batch = {}
+        state.given = []

@@ -100,9 +100,9 @@ class Scorer:
                 self.scale.lower()
 
     def _add(self, batch: Batch, first_example: int) -> None:
+        self.probes.rows_by_data(batch)  # which refuses what nothing splits into examples
         if one_by_one_is_as_fast(batch):
             # What needs no rule needs no proof of one, which would cost as much as another example.
-            logger.debug("Fisher information: %d examples one at a time, which is as fast.", batch_size(batch))
             self.loop(batch, first_example, list(self.trainable))
             self.begun = True
             return

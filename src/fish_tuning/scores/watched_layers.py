@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -39,7 +39,7 @@ class Pass:
 
     batch_size: int = 0
     shapes: dict[str, torch.Size] = field(default_factory=dict)  # of the batch's tensors
-    batch: Mapping[str, Tensor] = field(default_factory=dict)
+    given: list[Tensor] = field(default_factory=list)  # to the model, of the batch's
     anchor: Tensor | None = None  # None between passes
     scale: LossScale = field(default_factory=lambda: LossScale(fp16=False))  # of the losses whose gradients come
     into: Totals | None = None  # set during the backward pass
@@ -55,7 +55,7 @@ class Pass:
         """Whether it is a tensor of the batch, or that in another shape: then its rows are the examples'."""
         return x.is_contiguous() and any(
             value.data_ptr() == x.data_ptr() and value.numel() == x.numel() and value.is_contiguous()
-            for value in self.batch.values()
+            for value in self.given
             if value.dtype == x.dtype and value.device == x.device
         )
 
