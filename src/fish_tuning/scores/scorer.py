@@ -245,7 +245,7 @@ class Scorer:
         return failed
 
     def _drawn(self, batch: Batch, first_example: int, shortest: bool = True) -> list[int]:
-        number = 1 if self._low_precision() else max(1, batch_size(batch) // 16)  # in 16 bits each takes more
+        number = 1 if self._low_precision() else max(1, batch_size(batch) // 32)  # in 16 bits each takes more
         return rows_to_look_at(batch, number, first_example, shortest)
 
     def _check(self, alone: Iterable[str], together: Iterable[str], looked_at: list[int], weights: Tensor) -> Check:
