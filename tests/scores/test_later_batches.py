@@ -243,6 +243,13 @@ def test_a_loader_may_use_its_memory_again() -> None:
     assert_scores_close(scores, scored(model, loader, method="loop"))
 
 
+def test_single_examples_among_batches_are_added_anew_too() -> None:
+    loader = late_outliers()
+    loader.insert(1, {key: value[:1] for key, value in loader[2].items()})
+    model = Changes("twice")
+    assert_scores_close(scored(model, loader), scored(model, loader, method="loop"))
+
+
 def test_where_earlier_batches_are_too_many_to_be_kept_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(later_looks, "_KEPT_BYTES", 1000)
     with pytest.raises(FisherError, match=r"after 64 examples.* method='loop'"):

@@ -13,24 +13,27 @@ _KEPT_BYTES = 2**26
 
 
 class LaterLooks:
-    """When to look next, and the batches that were added by rules until then: where one fails, they are added anew."""
+    """When to look next, and the batches that were added until then: where a rule fails, they are added anew."""
 
-    def __init__(self) -> None:
+    def __init__(self, on: bool = True) -> None:
+        self.on = on  # else what is proven stays so
         self._next, self._seen = _FIRST, 0
         self._kept: list[tuple[Batch, int]] | None = []
         self._bytes = 0
 
     def are_due(self) -> bool:
-        return self._seen >= self._next
+        return self.on and self._seen >= self._next
 
     @property
     def keeps_all(self) -> bool:
         """Whether all batches so far are kept."""
         return self._kept is not None
 
-    def note(self, batch: Batch, first_example: int, looked: bool) -> None:
-        """A batch was added by rules; a copy of it is kept."""
-        self._seen += batch_size(batch)
+    def note(self, batch: Batch, first_example: int, by_rule: bool = True, looked: bool = False) -> None:
+        """A batch was added; a copy of it is kept."""
+        if not self.on:
+            return
+        self._seen += batch_size(batch) if by_rule else 0
         if looked:
             self._next = 2 * self._seen
         self._bytes += sum(value.nbytes for value in batch.values())

@@ -57,7 +57,7 @@ class Lockstep:
 
     def __init__(self, scorer: Scorer, losses: LossVectors, processes: Processes) -> None:
         self.scorer, self.losses, self.processes = scorer, losses, processes
-        scorer.later = None  # what one process adds anew, the others would have to wait for
+        scorer.later.on = False  # what one process adds anew, the others would have to wait for
 
     def add(self, shares: list[Share]) -> None:
         shares = [share._replace(batch=self.losses.trimmed(share.batch)) for share in shares]

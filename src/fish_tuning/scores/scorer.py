@@ -74,7 +74,7 @@ class Scorer:
         self.scale = LossScale(fp16=torch.float16 in {*losses.autocast.dtypes.values(), *weights})
         self.probes.state.scale = self.plain.scale = self.scale
         self.padding_met: set[tuple[bool, ...]] = set()  # the ways of padding that rows had by which rules are proven
-        self.later = LaterLooks() if method == "auto" else None  # None: what is proven stays so
+        self.later = LaterLooks(on=method == "auto")
         self.anew: set[str] = set()  # the tensors that earlier batches are to be added for once more
         self.begun = False  # whether the totals hold anything
         self.told = False  # whether the log says how tensors are scored
@@ -104,6 +104,7 @@ class Scorer:
         if one_by_one_is_as_fast(batch):
             # What needs no rule needs no proof of one, which would cost as much as another example.
             self.loop(batch, first_example, list(self.trainable))
+            self.later.note(batch, first_example, by_rule=False)
             self.begun = True
             return
         self._add_anew()
@@ -118,7 +119,7 @@ class Scorer:
         unproven = [name for name in self.probes.names if name not in self.proven]
         failed: dict[str, str] = {}
         if unproven:
-            kept = again if self.later is not None and self.later.keeps_all else set()
+            kept = again if self.later.keeps_all else set()
             before = self.totals.copy(set(unproven) - kept) if self.begun else None
             try:
                 with full_precision():
@@ -138,13 +139,12 @@ class Scorer:
             failed = dict(self.probes.broken)
         moved = self.without(failed)
         self.loop(batch, first_example, [name for name in self.trainable if name in self.looped or name in moved])
-        if self.later is not None and self.probes.names:
-            self.later.note(batch, first_example, looked=bool(again))
+        self.later.note(batch, first_example, looked=bool(again))
         self.begun = True
 
     def _to_prove_again(self) -> set[str]:
         """The tensors whose rules are to be proven once more: none most of the time."""
-        if self.later is None or not self.later.are_due():
+        if not self.later.are_due():
             return set()
         again, self.proven, self.looked_at = self.proven, set(), set()
         return again
@@ -153,7 +153,7 @@ class Scorer:
         """Adds earlier batches by the loop for tensors whose rules do not hold any more."""
         for name in self.anew:
             self.totals.set_back(name, None)
-        for batch, first_example in self.later.earlier(min(self.anew)) if self.later is not None and self.anew else ():
+        for batch, first_example in self.later.earlier(min(self.anew)) if self.anew else ():
             self.loop(batch, first_example, list(self.anew))
         self.anew = set()
 

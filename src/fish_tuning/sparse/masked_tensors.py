@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Collection, Iterator
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -174,20 +175,8 @@ def _made_class(base: type[nn.Module], names: frozenset[str], methods: Methods) 
             vars(self)[STATE + local].take_gathered(value, self._parameters.get(local))
             return
         masked = vars(self).get(STATE + name) if name in names else None
-        if masked is not None:
-            if value is masked.tensor and value is not None:
-                return  # it has what it is given
-            if value is masked.values and value is not None and name not in self._parameters:
-                masked.group.managed = True  # taken out and put back, as FSDP1 does
-            if name in self._parameters and (value is None or isinstance(value, nn.Parameter)):
-                if takes_loaded(self, name, value, sys._getframe(1)):
-                    return
-                # FSDP2's, for which torch would read the tensor to look whether it is there.
-                masked.by_engine |= is_sharded(value)
-                check_no_whole(self, name, value)
-                self._parameters[name] = value
-                return
-        base.__setattr__(self, name, value)
+        if masked is None or not _set_in_place(self, name, value, masked, sys._getframe(1)):
+            base.__setattr__(self, name, value)
 
     def named_parameters(self: Any, *args: Any, **kwargs: Any) -> Any:
         named, caller = base.named_parameters(self, *args, **kwargs), sys._getframe(1)
@@ -208,6 +197,22 @@ def _made_class(base: type[nn.Module], names: frozenset[str], methods: Methods) 
     if issubclass(base, torch.fx.GraphModule):
         own["recompile"] = by_its_own_class(base, "recompile")
     return type(base.__name__, (base,), own)
+
+
+def _set_in_place(module: nn.Module, name: str, value: Any, masked: MaskedTensor, caller: FrameType) -> bool:
+    """What setting a masked tensor's name does; False where that is what any module does."""
+    if value is masked.tensor and value is not None:
+        return True  # it has what it is given
+    if value is masked.values and value is not None and name not in module._parameters:
+        masked.group.managed = True  # taken out and put back, as FSDP1 does
+    if name not in module._parameters or not (value is None or isinstance(value, nn.Parameter)):
+        return False
+    if not takes_loaded(module, name, value, caller):
+        # FSDP2's, for which torch would read the tensor to look whether it is there.
+        masked.by_engine |= is_sharded(value)
+        check_no_whole(module, name, value)
+        module._parameters[name] = value
+    return True
 
 
 def _access(local: str) -> tuple[Any, Any, Any]:
