@@ -213,7 +213,10 @@ def random_mask(model: nn.Module, share: float = 0.4, seed: int = 0, dense: Sequ
     """A random share of every trainable tensor; those whose name contains one of `dense` are kept whole."""
     generator = torch.Generator().manual_seed(seed)
     return {
-        name: (torch.rand(parameter.shape, generator=generator).to(DEVICE) < share)
+        name: (
+            torch.rand(parameter.shape, generator=generator).to(DEVICE if parameter.is_meta else parameter.device)
+            < share
+        )
         | any(part in name for part in dense)
         for name, parameter in model.named_parameters()
         if parameter.requires_grad

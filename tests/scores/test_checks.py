@@ -67,6 +67,26 @@ def test_rounding_is_let_pass() -> None:
     assert Comparison.of(["a"], rule, plain, 1e-3, floor=0.0).disagree == {"a"}
 
 
+@pytest.mark.parametrize("signed", [False, True])
+def test_gradients_that_are_all_rounding_agree_in_nothing_and_pass(signed: bool) -> None:
+    """A key's bias changes no softmax. What is larger and differs as much is told, and signs of what is no noise."""
+    generator = torch.Generator().manual_seed(0)
+    one, other = torch.randn(2, 300, 40, generator=generator)
+    other *= one.norm() / other.norm()
+    made, floor = Checksumming(signed), 1e-10
+
+    def of(gradient: torch.Tensor) -> dict[str, torch.Tensor]:
+        sums: dict[str, torch.Tensor] = {}
+        made.add_gradient(sums, "a", gradient)
+        return {name: found.double() for name, found in sums.items()}
+
+    for size, agrees in ((4e-7, True), (2e-5, False)):  # of all gradients, 1
+        rule, plain = (of(each * (size / one.norm())) for each in (one, other))
+        assert bool(Comparison.of(["a"], rule, plain, 1e-3, floor).agree) is agrees
+    opposite, plain = (of(one * (size / one.norm())) for size in (-2e-6, 2e-6))
+    assert bool(Comparison.of(["a"], opposite, plain, 1e-3, floor).agree) is not signed
+
+
 def test_checksums_are_linear_and_those_of_sparse_tensors_too() -> None:
     one, other = torch.randn(5, 3), torch.zeros(5, 3)
     other[[1, 4]] = torch.randn(2, 3)

@@ -180,6 +180,26 @@ def test_a_loss_that_is_taken_in_sixteen_bits_is_no_other_one(scale: float, dtyp
         assert not own.open
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_autocast_gives_a_loss_in_fp32_of_log_probabilities_in_sixteen_bits(dtype: torch.dtype) -> None:
+    """As CUDA's does; without one such a loss is another than the one scored."""
+    generator, refused = torch.Generator().manual_seed(0), 0
+    for size in (2, 8, 32) * 20:
+        logits = torch.randn(size, 3, generator=generator).to(DEVICE, dtype)
+        labels = logits.argmax(1)
+        loss = F.nll_loss(F.log_softmax(logits, 1, dtype=dtype).float(), labels)
+        own = OwnLoss(bert())
+        with torch.autocast(DEVICE.type, dtype):
+            own.look({"loss": loss, "logits": logits}, logits, {"labels": labels}, drawn=False)
+        assert not own.open
+        own = OwnLoss(bert())
+        try:
+            own.look({"loss": loss, "logits": logits}, logits, {"labels": labels}, drawn=False)
+        except FisherError:
+            refused += 1
+    assert refused > 30
+
+
 def test_losses_that_are_the_same_tell_nothing() -> None:
     model = bart()
     nn.init.zeros_(model.lm_head.weight)  # each token is as likely as any

@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from device import DEVICE
 from tiny import (
     Batch,
     assert_scores_close,
@@ -247,6 +248,7 @@ def test_a_rule_that_fails_after_a_batch_of_one_example_takes_nothing_back() -> 
         assert_scores_close(scored(model, batches), reference_fisher(model, batch))
 
 
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="a GPU is the faster the more it is given at once")
 def test_few_long_rows_are_scored_one_at_a_time() -> None:
     torch.manual_seed(0)
     model = bert(max_position_embeddings=600)

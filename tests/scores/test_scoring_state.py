@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from device import DEVICE, placed
 from tiny import assert_scores_close, bert, causal_batch, classification_batch, image_batch, llama, lora, rebatch, vit
 from torch import Tensor, nn
 from torch.utils import checkpoint as checkpointing
@@ -115,6 +116,39 @@ def test_scores_under_no_grad() -> None:
     with torch.no_grad():
         scores = calculate_fisher_information(model, [batch], progress=False)
     assert all(score.any() and not score.requires_grad for score in scores.values())
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers, self.head = nn.LSTM(8, 8, num_layers=2, dropout=0.5, batch_first=True), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layers(x)[0][:, -1])  # type: ignore[no-any-return]
+
+
+def test_recurrent_layers_drop_nothing_and_are_as_they_were() -> None:
+    """They are in training mode meanwhile, the only one in which cuDNN's have a backward pass."""
+    model = placed(Recurrent()).eval()
+    batch = {"x": torch.randn(3, 5, 8, device=DEVICE), "labels": torch.tensor([0, 1, 1], device=DEVICE)}
+    with scoring_state(model):
+        assert model.layers.training
+        assert not model.head.training
+    assert (model.training, model.layers.training, model.layers.dropout) == (False, False, 0.5)
+
+    def losses(outputs: Tensor, given: dict[str, Tensor]) -> Tensor:
+        return nn.functional.cross_entropy(outputs, given["labels"], reduction="none")
+
+    found = calculate_fisher_information(model, [batch], loss_fn=losses, progress=False, method="loop")
+    model.layers.dropout = 0.0
+    model.train()
+    expected = {name: torch.zeros_like(parameter) for name, parameter in model.named_parameters()}
+    for row in range(3):
+        loss = losses(model(batch["x"][row : row + 1]), {"labels": batch["labels"][row : row + 1]}).sum()
+        for total, gradient in zip(expected.values(), torch.autograd.grad(loss, list(model.parameters())), strict=True):
+            total += gradient.square() / 3
+    assert_scores_close(found, expected)
 
 
 def test_dropout_is_off_in_training_mode() -> None:

@@ -208,6 +208,8 @@ def test_transformers_own_hotswap_writes_into_masked_tensors(tmp_path: Path) -> 
     mask[next(iter(mask))][:] = False
     apply_mask(model, mask)
     values = dict(model.named_parameters())
+    for name in (next(iter(mask)), "lm_head.weight"):  # it asks so before it loads onto a GPU
+        assert model.get_parameter_or_buffer(name) is model.get_submodule(name.rpartition(".")[0]).weight
     model.load_adapter(str(tmp_path), hotswap=True, adapter_name="default")
     assert all(each is values[name] for name, each in model.named_parameters())
     assert_same_tensors(

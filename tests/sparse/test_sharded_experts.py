@@ -18,6 +18,7 @@ from tiny import (
     causal_batch,
     llama_config,
     lora,
+    on_cpu,
     random_mask,
     rebatch,
     tensors,
@@ -153,7 +154,7 @@ def test_what_is_trained_is_that_of_one_process(name: str, results: tuple[Path, 
     model = masked(name)
     optimizer = adamw(model)
     for _ in range(STEPS):
-        for half in rebatch(BATCH, 4):
+        for half in rebatch(on_cpu(BATCH), 4):
             (model(**half).loss / 2).backward()
         optimizer.step()
         optimizer.zero_grad()

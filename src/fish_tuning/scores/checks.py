@@ -28,6 +28,7 @@ _ROOMS_ALONE = {torch.bfloat16: 0.2, torch.float16: 0.04}
 _ROOM_OF_OTHERS = 0.4
 # Of the norm of an example's gradient over all tensors, what may be all rounding in 32 bits, and in fewer.
 NEGLIGIBLE_GRADIENT, NEGLIGIBLE_IN_16_BITS = 1e-5, 1e-4
+_NOISE = 0.01  # of the square of that, by which gradients that are all rounding may differ, in squares or in signs
 _NOTHING = 1e-30  # of a squared norm: where squares vanish in 32 bits
 _PROJECTIONS = 16
 _KEPT_LENGTH = 2**16  # of vectors: longer ones are few, and take memory
@@ -206,10 +207,11 @@ class Comparison:
         telling = norm > floor
         # A square is off by twice what its gradient is off by; the same room is left to the gradient itself.
         room = 2 * tolerance
-        agreeing = squares[:, 0].abs() <= room * norm.clamp(min=floor)
+        noise = max(room, _NOISE) * floor
+        agreeing = squares[:, 0].abs() <= (room * norm).clamp(min=noise)
         in_place = _norms(squares) <= room**2 * _norms(by_plain[:, : 1 + _PROJECTIONS])
         agreeing &= in_place | (squares.isfinite().all(dim=1) & ~telling)
-        agreeing &= _norms(signs) <= room**2 * norm.clamp(min=floor)
+        agreeing &= _norms(signs) <= (room**2 * norm).clamp(min=noise)
         agreeing &= (by_rule[:, 0] != 0) | (norm < _NOTHING)  # a rule that sees nothing of a tensor is no rounding
         telling |= (norm > 0) & in_place & (squares[:, 0].abs() <= room * norm) & (_norms(signs) <= room**2 * norm)
         agree = {name for name, yes in zip(names, agreeing.tolist(), strict=True) if yes}

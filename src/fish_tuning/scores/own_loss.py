@@ -96,6 +96,7 @@ class OwnLoss:
         if not math.isfinite(wanted):
             return  # no label counts, or the example is told when losses are looked at
         found: dict[bool, float] = {}
+        dtypes = _rounded_to(own, logits)
         for shifted in (self.shifted, not self.shifted) if self.kind in SHIFTED else (self.shifted,):
             value = self._of_batch(logits.detach(), given, shifted)
             if value is None:
@@ -103,12 +104,11 @@ class OwnLoss:
             found[shifted] = value
             if self.encoder_decoder and _same(value, wanted, own.dtype):
                 break  # which shift nothing, where rounding would not tell
-        same = [shifted for shifted, value in found.items() if _same(value, wanted, own.dtype)]
+        same = next(filter(None, (_all_same(found, wanted, dtype) for dtype in dtypes)), [])
         if not same:
-            room = _AT_MOST * torch.finfo(own.dtype).eps * (float(logits.detach().abs().max()) + abs(wanted))
+            size = float(logits.detach().abs().max()) + abs(wanted)
+            room = _AT_MOST * torch.finfo(dtypes[-1]).eps * size
             same = [shifted for shifted, value in found.items() if abs(value - wanted) <= room]
-        if len(same) > 1:
-            same = [shifted for shifted in same if _same(found[shifted], wanted, own.dtype, _MOST_OFTEN)] or same
         if len(same) != 1:
             raise self._refusal(wanted, found, several=bool(same))
         self._looks += 1
@@ -183,6 +183,23 @@ class OwnLoss:
             f"{name} itself gives the first batch a loss of {wanted:.5g}{by}, {reason}. "
             f"To score a loss, {LOSS_FN}.{router}"
         )
+
+
+def _rounded_to(own: Tensor, logits: Tensor) -> list[torch.dtype]:
+    """What a loss may have been rounded to, the strictest first.
+
+    CUDA's autocast gives a cross entropy of 16-bit logits in fp32, but its log probabilities are rounded as they are.
+    """
+    rounds = logits.dtype in (torch.bfloat16, torch.float16) and torch.is_autocast_enabled(logits.device.type)
+    return [own.dtype, logits.dtype] if rounds else [own.dtype]
+
+
+def _all_same(found: dict[bool, float], wanted: float, dtype: torch.dtype) -> list[bool]:
+    """Which of the losses are `wanted` but for rounding; the one that hardly needs any, if there is one."""
+    same = [shifted for shifted, value in found.items() if _same(value, wanted, dtype)]
+    if len(same) > 1:
+        same = [shifted for shifted in same if _same(found[shifted], wanted, dtype, _MOST_OFTEN)] or same
+    return same
 
 
 def _same(one: float, other: float, dtype: torch.dtype, roundings: float = _ROUNDINGS) -> bool:

@@ -57,6 +57,9 @@ def scoring_state(model: nn.Module) -> Iterator[None]:
                 # No rule needs sparse gradients, and neither AdamW nor sums of plain gradients take them as they come.
                 if isinstance(module, _TABLES) and attribute(module, "sparse"):
                     _set(module, "sparse", False, stack)
+                if isinstance(module, nn.RNNBase):  # cuDNN's have a backward pass in training mode alone
+                    _set(module, "dropout", 0.0, stack)
+                    _set_training(module, True)
             config = getattr(model, "config", None)
             if getattr(config, "use_cache", None):
                 _set(config, "use_cache", False, stack)

@@ -275,14 +275,14 @@ def _linear_forward(self: Any, input: Tensor) -> Tensor:
     return nn.Linear.forward(self, input)
 
 
-def _masked_names(module: nn.Module) -> frozenset[str]:
+def masked_names(module: nn.Module) -> frozenset[str]:
     names: frozenset[str] = getattr(type(module), "_masked", frozenset())
     return names
 
 
 def _own_masked_tensors(module: nn.Module) -> list[tuple[str, MaskedTensor]]:
     """A module's own masked tensors and their names in it."""
-    names = _masked_names(module)
+    names = masked_names(module)
     return [(local, vars(module)[STATE + local]) for local in module._parameters if local in names] if names else []
 
 
@@ -308,7 +308,7 @@ def masked_methods(module: nn.Module) -> Methods:
 
 
 def set_methods(module: nn.Module, methods: Methods) -> None:
-    _set_class(module, _masked_names(module), methods)
+    _set_class(module, masked_names(module), methods)
 
 
 def _set_class(module: nn.Module, names: frozenset[str], methods: Methods) -> None:
@@ -341,7 +341,7 @@ def mask_tensor(module: nn.Module, local: str, selected: Tensor) -> None:
     note_replaced(dense, masked)
     vars(module)[STATE + local], vars(module)[GROUP + local] = masked, Group([masked])
     module._parameters[local] = masked.values
-    _set_class(module, _masked_names(module) | {local}, masked_methods(module))
+    _set_class(module, masked_names(module) | {local}, masked_methods(module))
     put_hooks(module, local)
 
 
@@ -381,7 +381,7 @@ def unmask_tensor(tensor: NamedMaskedTensor, trains: bool) -> None:
     group.take_apart()
     group.members.remove(masked)
     group.bind()
-    _set_class(module, _masked_names(module) - {local}, masked_methods(module))
+    _set_class(module, masked_names(module) - {local}, masked_methods(module))
     if masked.values is not None:
         note_replaced(masked.values, masked.dense)
     masked.dense.data = trained

@@ -28,6 +28,7 @@ from fish_tuning.sparse.masked_tensors import (
     get_mask,
     is_masked,
     masked_methods,
+    masked_names,
     masked_tensors,
     set_methods,
     trained_names,
@@ -51,6 +52,8 @@ def override_methods(model: nn.Module) -> None:
         for name in ("merge_and_unload", "unload"):
             if hasattr(type(module), name) and is_masked(module):
                 _override(module, name, _merge_and_unload if name == "merge_and_unload" else _unload)
+        if hasattr(type(module), "get_parameter_or_buffer") and is_masked(module):
+            _override(module, "get_parameter_or_buffer", _get_parameter_or_buffer)
         if hasattr(type(module), "set_adapter") and _parameter_dicts(module):
             _override(module, "set_adapter", _set_adapter)
             _override(module, "set_requires_grad", _set_requires_grad)
@@ -87,6 +90,15 @@ def _merge_and_unload(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 def _unload(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return _without_mask(_original(self, "unload")(*args, **kwargs))
+
+
+def _get_parameter_or_buffer(self: nn.Module, target: str) -> Any:
+    """A masked tensor is asked for too, by transformers, which counts a GPU's bytes before it loads an adapter."""
+    path, _, local = target.rpartition(".")
+    module = self.get_submodule(path)
+    if local in masked_names(module):
+        return getattr(module, local)
+    return _original(self, "get_parameter_or_buffer")(target)
 
 
 def _without_mask(model: nn.Module) -> nn.Module:
