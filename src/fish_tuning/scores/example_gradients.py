@@ -55,9 +55,9 @@ class OuterProducts:
     dtype: torch.dtype = torch.float32
 
     @property
-    def entries(self) -> int:
-        """Of all the G_n."""
-        return self.g.shape[0] * self.g.shape[2] * self.x.shape[2]
+    def are_large(self) -> bool:
+        """Whether one example after another is multiplied, since few of the G_n would be held."""
+        return self.g.shape[2] * self.x.shape[2] > (_LARGE if self.g.device.type == "cpu" else _LARGE_ON_GPU)
 
     def sum(self) -> Tensor:
         return self.g.flatten(0, 1).T @ self.x.flatten(0, 1)
@@ -65,17 +65,19 @@ class OuterProducts:
     def squares(self) -> Tensor:
         """In parts of bounded size."""
         g, x = self.g, self.x
+        examples, positions, height = g.shape
+        entries = height * x.shape[2]
+        if positions == 1:  # the square of an outer product is the outer product of the squares
+            return g[:, 0].square().T @ x[:, 0].square()
         if self.dtype != torch.float32:
             g, x = g.to(self.dtype), x.to(self.dtype)
-        if g.shape[1] == 1:  # one position: the square of an outer product is the outer product of the squares
-            return self.g[:, 0].square().T @ self.x[:, 0].square()
-        if g.shape[2] * x.shape[2] > (_LARGE if g.device.type == "cpu" else _LARGE_ON_GPU):
+        if self.are_large:
             return self._one_by_one(g, x)
-        if self.entries <= CHUNK_ENTRIES:
+        if examples * entries <= CHUNK_ENTRIES:
             return torch.bmm(g.transpose(1, 2), x).float().square_().sum(0)
         parts = [
             torch.bmm(g_part.transpose(1, 2), x_part).float().square_().sum(0)
-            for g_part, x_part in _chunks(g, x, entries=g.shape[2] * x.shape[2])
+            for g_part, x_part in _chunks(g, x, entries=entries)
         ]
         return functools.reduce(Tensor.add_, parts)
 

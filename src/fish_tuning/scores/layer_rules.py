@@ -33,7 +33,13 @@ def _input(module: nn.Module, x: Tensor, output: Tensor) -> Tensor:
 
 def _by_position(module: nn.Module, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     """(n, any number of positions, features) as (n, P, features)."""
-    return x.flatten(1, -2) if x.dim() > 2 else x[:, None], g.flatten(1, -2) if g.dim() > 2 else g[:, None]
+    return _with_positions(x), _with_positions(g)
+
+
+def _with_positions(tensor: Tensor) -> Tensor:
+    if tensor.dim() == 3:
+        return tensor
+    return tensor.flatten(1, -2) if tensor.dim() > 2 else tensor[:, None]
 
 
 def _own_parameters(module: nn.Module) -> list[str]:

@@ -23,6 +23,7 @@ from fish_tuning.scores.checks import Check
 from fish_tuning.scores.media import Tokens, beside_texts, media_tokens, rows_by_data
 from fish_tuning.scores.recomputed_layers import RecomputedLayer
 from fish_tuning.scores.row_order import is_tracked
+from fish_tuning.scores.small_products import SmallProducts
 from fish_tuning.scores.totals import Totals
 from fish_tuning.scores.watched_layers import Pass, WatchedLayer
 
@@ -142,7 +143,7 @@ class Probes:
         """Call before each forward pass; FisherError where the batch has as many images as rows, but not one a row."""
         self.state.batch_size = batch_size
         self.state.given, self.state.shapes = [], {key: value.shape for key, value in batch.items()}
-        self.state.expanded, self.state.broken = [], {}
+        self.state.expanded, self.state.broken, self.state.small = [], {}, SmallProducts()
         by_data = self.rows_by_data(batch)
         self.state.by_data = self._beside_texts if by_data else set()
         self.state.tracked = is_tracked()
@@ -169,7 +170,10 @@ class Probes:
             weights = torch.ones_like(loss) if check is None else check.weights.to(loss)
             weights = weights * state.scale.value
             torch.autograd.backward(loss, weights, inputs=[state.anchor, *stand_ins], retain_graph=number < len(losses))
-            for layer in self._layers:
-                layer.add_up()  # calls that got no gradient never arrive
+            with torch.no_grad():  # as it is within the backward pass
+                for layer in self._layers:
+                    layer.add_up()  # calls that got no gradient never arrive
+                state.small.flush(into)
+        state.broken |= dict.fromkeys(state.small.changed, "its output's gradient is changed in place")
         state.into = state.check = state.anchor = None
         state.given = []

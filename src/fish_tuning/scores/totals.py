@@ -63,6 +63,21 @@ class Totals:
         if self.gradients is not None:
             self._add("gradients", name, gradients())
 
+    def add_all(self, names: list[str], squares: list[Tensor], gradients: list[Tensor]) -> None:
+        """The same of several tensors, dense and of one dtype and device; `gradients` where they are kept."""
+        if self.ignores:
+            return
+        kept: list[tuple[Literal["squares", "gradients"], list[Tensor]]] = [("squares", squares)]
+        if self.gradients is not None:
+            kept.append(("gradients", gradients))
+        for what, parts in kept:
+            totals = [getattr(self, what)[name] for name in names]
+            if all(total.dtype == torch.float32 and total.device == parts[0].device for total in totals):
+                torch._foreach_add_(totals, parts)
+                continue
+            for name, part in zip(names, parts, strict=True):
+                self._add(what, name, part)
+
     def add_plain(self, name: str, gradient: Tensor) -> None:
         """One example's. Nothing is written into it: autograd may have given others the same memory, or need it yet."""
         if self.ignores:
@@ -97,6 +112,9 @@ class Totals:
     def _add(self, what: Literal["squares", "gradients"], name: str, part: Tensor) -> None:
         """To the total of that name, wherever and in whatever dtype it is kept."""
         total: Tensor = getattr(self, what)[name]
+        if part.dtype == total.dtype == torch.float32 and part.device == total.device and not part.is_sparse:
+            total.add_(part)
+            return
         short = total.dtype == torch.bfloat16
         add = partial(self.rounding.add, f"{what} {name}") if short else Tensor.add_
         exactly = short and part.device == total.device  # else it is sent in 16 bits

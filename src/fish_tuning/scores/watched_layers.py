@@ -20,6 +20,7 @@ from fish_tuning.scores.layer_rules import LayerRule
 from fish_tuning.scores.loss_scale import LossScale
 from fish_tuning.scores.mixed_precision import without_autocast
 from fish_tuning.scores.row_order import Known, ordered_by_data
+from fish_tuning.scores.small_products import SmallProducts
 from fish_tuning.scores.totals import Totals
 
 Relation = tuple[str, int]
@@ -42,6 +43,7 @@ class Pass:
     given: list[Tensor] = field(default_factory=list)  # to the model, of the batch's
     anchor: Tensor | None = None  # None between passes
     scale: LossScale = field(default_factory=lambda: LossScale(fp16=False))  # of the losses whose gradients come
+    small: SmallProducts = field(default_factory=SmallProducts)
     into: Totals | None = None  # set during the backward pass
     check: Check | None = None
     broken: dict[str, str] = field(default_factory=dict)
@@ -228,13 +230,9 @@ class BatchedLayer(WatchedLayer):
         """Each tensor's name in the model and its gradients."""
 
     def add_up(self) -> None:
-        if self.arrived:
-            self._add_up()
-
-    @torch.no_grad()
-    def _add_up(self) -> None:
+        """Of small layers, which hundreds may be, what Python does here takes longer than the products."""
         arrived, self.arrived = self.arrived, []
-        if self.failed:
+        if not arrived or self.failed:
             return
         calls = self.calls_by_example(arrived)
         if not calls:
@@ -244,6 +242,9 @@ class BatchedLayer(WatchedLayer):
             if check is not None:
                 calls = self._add_checksums(check, calls)
             for name, gradients in self.gradients(calls):
+                outer = check is None and isinstance(gradients, OuterProducts)
+                if outer and self.state.small.take(into, name, gradients):  # type: ignore[arg-type]
+                    continue
                 squares = gradients.squares()
                 if squares.shape != into.squares[name].shape:  # type: ignore[union-attr]
                     # A layer derived from one that has a rule may use its weight in another way.
@@ -286,7 +287,9 @@ class RuleLayer(BatchedLayer):
         state = self.state
         if not self.names or state.anchor is None:
             return None
-        x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+        x = args[0] if args else None
+        if not isinstance(x, Tensor):
+            x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
         if x is None or not isinstance(output, Tensor):
             self.fail("its input or output is no tensor")
             return None
@@ -308,7 +311,7 @@ class RuleLayer(BatchedLayer):
             dtypes |= {x.dtype, gradient.dtype}
             pair = self.rule.positions(self.module, exactly(x), self.state.scale.unscaled(exactly(gradient)))
             calls.append([_by_example(side, self.state.batch_size) for side in pair])
-        x, g = (_joined(list(side)) for side in zip(*calls, strict=True))
+        x, g = calls[0] if len(calls) == 1 else (torch.cat(side, dim=1) for side in zip(*calls, strict=True))
         self._in_bf16 = dtypes == {torch.bfloat16} and multiplies_bf16(g.device)
         return [(self.module, x, g)]
 
@@ -325,9 +328,9 @@ class RuleLayer(BatchedLayer):
                         f"{local!r}; it must give each example's gradient, here {shape} (no squares, no sum)."
                     )
                 gradients = Each(gradients)
-            weighted = self.state.check is not None and bool(self.state.check.together)  # freed of it: other numbers
-            if isinstance(gradients, OuterProducts) and self._in_bf16 and not weighted:
-                gradients = replace(gradients, dtype=torch.bfloat16)
+            if self._in_bf16 and isinstance(gradients, OuterProducts):
+                weighted = self.state.check is not None and self.state.check.together  # freed of it: other numbers
+                gradients = gradients if weighted else replace(gradients, dtype=torch.bfloat16)
             yield self.names[local], gradients
 
 
@@ -364,16 +367,14 @@ def _by_example(tensor: Tensor, examples: int) -> Tensor:
     return tensor if tensor.shape[0] == examples else tensor.reshape(examples, -1, *tensor.shape[2:])
 
 
-def _joined(calls: list[Tensor]) -> Tensor:
-    return calls[0] if len(calls) == 1 else torch.cat(calls, dim=1)
-
-
 def as_multiplied(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """An input as a layer with outputs of `dtype` multiplied it: an autocast has rounded it to as few bits first."""
+    if tensor.dtype == dtype:
+        return tensor
     floats = tensor.is_floating_point() and dtype.is_floating_point
     return tensor.to(dtype) if floats and torch.finfo(dtype).bits < torch.finfo(tensor.dtype).bits else tensor
 
 
 def exactly(tensor: Tensor) -> Tensor:
     """Floats in fp32, for exact sums of squares."""
-    return tensor.float() if tensor.is_floating_point() else tensor
+    return tensor.float() if tensor.dtype != torch.float32 and tensor.is_floating_point() else tensor
