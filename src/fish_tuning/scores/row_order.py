@@ -34,12 +34,16 @@ class Known:
 
     in_order: set[Any] = field(default_factory=set)  # nodes before which nothing was picked by data
     by_data: set[Any] = field(default_factory=set)  # nodes before which something was
+    of_batch: dict[Any, bool] = field(
+        default_factory=dict
+    )  # whether nodes have the batch's rows, in several dimensions
     picked: bool = False  # whether rows were picked, though so that they are in order: the next batch's may not be
 
     def forget_nodes(self) -> None:
         """Which hold the graph of a pass."""
         self.in_order.clear()
         self.by_data.clear()
+        self.of_batch.clear()
 
 
 def ordered_by_data(x: Tensor, batch_size: int, known: Known | None = None) -> bool:
@@ -56,21 +60,27 @@ def ordered_by_data(x: Tensor, batch_size: int, known: Known | None = None) -> b
     left: list[tuple[Any, bool]] = [(x.grad_fn, False)]
     seen: set[Any] = set()
     of_examples = {batch_size, x.shape[0]}
+
+    def of_batch(node: Any) -> bool:
+        if node not in known.of_batch:
+            known.of_batch[node] = _has_rows(node, {batch_size})
+        return known.of_batch[node]
+
     while left and len(seen) < _MOST_NODES:
         node, unfolded = left.pop()
         if node is None or node in seen or node in known.in_order:
             continue
         seen.add(node)
         earlier = [each for each, _ in node.next_functions if each is not None and each.name() != _OF_A_PARAMETER]
-        folded = not _has_rows(node, {batch_size})
+        folded = not of_batch(node)
         if node in known.by_data or _picked_by_data(node, earlier, folded, of_examples, batch_size, known):
             known.by_data |= {node, x.grad_fn}
             return True
         if unfolded := unfolded or not folded:
             # Before the examples' rows there were these too, unless they were made of something else.
-            earlier = [each for each in earlier if _has_rows(each, {batch_size}) or _FOLDS.match(each.name())]
+            earlier = [each for each in earlier if of_batch(each) or _FOLDS.match(each.name())]
         left += [(each, unfolded) for each in earlier]
-    known.in_order |= {node for node in seen if _has_rows(node, {batch_size})}
+    known.in_order |= {node for node in seen if known.of_batch[node]}
     return False
 
 
