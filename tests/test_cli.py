@@ -433,6 +433,12 @@ class Raises:
         (KeyboardInterrupt(), None, 130, "stopped\n"),
         (KeyboardInterrupt(), Launch(1, 2, 1), 130, ""),
         (OSError(errno.ENOSPC, "full"), None, 1, "error: the disk is full ([Errno 28] full). Make room.\n"),
+        (
+            OSError(errno.EFBIG, "File too large"),
+            None,
+            1,
+            "error: a file could not be written or read ([Errno 27] File too large). Make room.\n",
+        ),
     ],
 )
 def test_errors_and_their_exit_codes(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sys
@@ -122,6 +123,10 @@ def quiet_libraries() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
+# What a disk, or a limit on files (`ulimit -f`), may answer with beside being full.
+_OF_DISKS = {errno.EFBIG, errno.EIO, errno.ESTALE}
+
+
 @contextmanager
 def errors_told(
     full_disk: str,
@@ -161,6 +166,9 @@ def errors_told(
         if full is None and isinstance(error, OSError) and error.filename is not None:
             tell(f"error: {str(error.filename)!r}: {error.strerror}", err=True)  # a file or folder that is not ours
             raise typer.Exit(WRONG_USE) from None
+        if full is None and isinstance(error, OSError) and error.errno in _OF_DISKS:
+            tell(f"error: a file could not be written or read ({error}). {full_disk}", err=True)
+            raise typer.Exit(FAILED) from None
         if full is None:
             raise
         tell(f"error: the disk is full ({full}). {full_disk}", err=True)

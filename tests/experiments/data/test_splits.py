@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import logging
 from pathlib import Path
 from unittest.mock import patch
@@ -66,6 +67,33 @@ def test_single_files_are_splits(tmp_path: Path, ending: str) -> None:
             (rows.to_json if ending == "jsonl" else rows.to_parquet)(files[split])
     task = load_task(DatasetConfig(data_files=files))
     assert (task.name, task.columns, len(task.train), task.num_labels) == (tmp_path.name, ("text",), 6, 2)
+
+
+@pytest.mark.parametrize("of_folder", [False, True])
+@pytest.mark.parametrize("ending", ["csv", "tsv"])
+def test_what_reads_like_nothing_is_a_text_and_a_class(tmp_path: Path, ending: str, of_folder: bool) -> None:
+    sep = "," if ending == "csv" else "\t"
+    rows = [("text", "label"), ("NA", "None"), ("null", "good"), ("fine", "good")]
+    for split in ("train", "validation"):
+        (tmp_path / f"{split}.{ending}").write_text("".join(f"{sep.join(row)}\n" for row in rows))
+    files = {split: str(tmp_path / f"{split}.{ending}") for split in ("train", "validation")}
+    task = load_task(DatasetConfig(load_args=[str(tmp_path)]) if of_folder else DatasetConfig(data_files=files))
+    assert task.train["text"][:2] == ["NA", "null"]
+    assert task.num_labels == 2
+    (tmp_path / f"train.{ending}").write_text(f"text{sep}label\n{sep}good\nfine{sep}bad\n")
+    with pytest.raises(ConfigurationError, match="is empty"):
+        load_task(DatasetConfig(data_files=files))
+
+
+def test_a_cache_that_cannot_be_made_is_told_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "train.csv").write_text("text,label\na,1\nb,0\n")
+
+    def load(*_: object, **__: object) -> None:
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", "/nowhere/cache")
+
+    monkeypatch.setattr("fish_tuning.experiments.data.splits.load_dataset", load)
+    with pytest.raises(ConfigurationError, match=r"cannot be loaded: '/nowhere/cache': No such file or directory\.$"):
+        load_task(DatasetConfig(load_args=[str(tmp_path)]))
 
 
 @pytest.mark.parametrize(

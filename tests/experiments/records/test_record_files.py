@@ -130,7 +130,7 @@ def test_a_found_run_bears_the_names_of_who_asks() -> None:
     keys = RunKeys("run", "setting", "common", "own")
     record = relabelled(ok("lora", 1, 0.5, experiment="old"), "new", "task", "model", keys)
     assert (record.experiment, record.task, record.model, record.value) == ("new", "task", "model", 0.5)
-    assert (record.common, record.method_own, record.config_hash) == ("common", "own", "")
+    assert (record.setting, record.common, record.method_own, record.config_hash) == ("setting", "common", "own", "")
 
 
 def test_digests_are_of_contents(folder: Path) -> None:

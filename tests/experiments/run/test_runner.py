@@ -13,6 +13,7 @@ import pytest
 from folders import write_sentences
 from safetensors import SafetensorError
 
+from fish_tuning.experiments.compare.conclusions import differences
 from fish_tuning.experiments.config.experiment import ExperimentConfig
 from fish_tuning.experiments.records.record_files import adapter_digests, write_record
 from fish_tuning.experiments.records.run_record import RunRecord
@@ -52,6 +53,25 @@ def test_a_run_writes_everything_and_is_repeatable(experiment: MakeExperiment, t
     assert sorted(told) == ["data_fingerprint", "weights_fingerprint"]
     assert told.items() <= result["facts"].items()
     assert [record.metrics for record in again] == [record.metrics for record in records]
+
+
+def test_what_a_dense_arm_has_as_its_head_is_what_is_asked_for_now(experiment: MakeExperiment) -> None:
+    given = ("fish_tuning.methods_to_run=[lora]", "seeds=[1]")
+    first, _ = run(experiment(*given))
+    again, seen = run(experiment(*given, "lora.names_to_exclude=[]"))
+    assert all(known for *_, known in seen)
+    assert first[0].head_parameters
+    assert (again[0].head_parameters, again[0].kept_parameters) == (0, first[0].trainable_parameters)
+
+
+def test_a_longer_list_of_learning_rates_leaves_finished_runs_seeds_of_new_ones(experiment: MakeExperiment) -> None:
+    given = ("fish_tuning.methods_to_run=[lora, lora-fish-rand]", "training.args_override.num_train_epochs=1")
+    run(experiment(*given, "training.learning_rates=[0.02, 0.001]", "seeds=[1, 2]"))
+    records, seen = run(experiment(*given, "training.learning_rates=[0.02, 0.001, 1e-9]", "seeds=[1, 2, 3]"))
+    assert {known for *_, known in seen} == {False, True}
+    for arm in ("lora", "lora-fish-rand"):
+        assert len({record.setting for record in records if record.arm == arm}) == 1
+    assert not any((each.reason or "").startswith("Runs") for each in differences(records))
 
 
 def test_what_is_finished_is_not_repeated(experiment: MakeExperiment) -> None:

@@ -243,10 +243,16 @@ def _decided(one: Comparison, found: Estimate, decision: Decision, alpha: float)
     )
 
 
+def _on(tasks: Sequence[str]) -> str:
+    """Of an experiment alone, whose one task needs no name, nothing."""
+    named = ", ".join(filter(None, tasks))
+    return f" on {named}" if named else ""
+
+
 def _reasons(one: Comparison, verdict: Verdict, pairs: Pairs) -> Iterator[str]:
     if pairs.conflicts:
         yield (
-            f"Runs on {', '.join(pairs.conflicts)} differ in more than their seeds and arms (model, data or settings), "
+            f"Runs{_on(pairs.conflicts)} differ in more than their seeds and arms (model, data or settings), "
             "so they are no pairs or no further seeds of each other, and no verdict is given."
         )
     elif verdict == "no pairs":

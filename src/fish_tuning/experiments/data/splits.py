@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from datasets import DatasetDict, load_dataset
 from datasets.exceptions import DatasetNotFoundError, DatasetsError
@@ -21,9 +21,11 @@ TRAIN_SPLITS = ("train",)
 HELD_OUT_SPLIT = "held out of training"
 VALIDATION_SPLITS = ("validation", "validation_matched", "dev", "val", "test")
 # datasets' builder and its options for each kind of file.
-FILE_FORMATS: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
-    ".csv": ("csv", ()),
-    ".tsv": ("csv", (("sep", "\t"),)),
+# In tables an empty cell alone is empty: "NA" and "None" are texts, and names of classes.
+_CELLS: tuple[tuple[str, Any], ...] = (("keep_default_na", False), ("na_values", ("",)))
+FILE_FORMATS: dict[str, tuple[str, tuple[tuple[str, Any], ...]]] = {
+    ".csv": ("csv", _CELLS),
+    ".tsv": ("csv", (("sep", "\t"), *_CELLS)),
     ".json": ("json", ()),
     ".jsonl": ("json", ()),
     ".parquet": ("parquet", ()),
@@ -106,8 +108,13 @@ def load_all(config: DatasetConfig) -> DatasetDict:
         raise ConfigurationError(f"dataset.load_args: {load_args[0]!r} is a file; {needed}")
     try:
         with _datasets_quiet():
-            splits = load_dataset(*args, **({"revision": config.revision} if config.revision else {}))
+            more = {"revision": config.revision} if config.revision else {}
+            splits = load_dataset(*args, **more, **_options_of(Path(args[0])))
     except (DatasetNotFoundError, ConnectionError, FileNotFoundError) as error:
+        if isinstance(error, FileNotFoundError) and error.filename is not None:  # such as datasets' cache
+            raise ConfigurationError(
+                f"dataset.load_args: {named!r} cannot be loaded: {str(error.filename)!r}: {error.strerror}."
+            ) from error
         if Path(args[0]).is_dir():
             raise ConfigurationError(
                 f"dataset.load_args: no data was found in the folder {named!r}; {needed}"
@@ -120,6 +127,12 @@ def load_all(config: DatasetConfig) -> DatasetDict:
     if not isinstance(splits, DatasetDict):
         raise ConfigurationError(f"dataset.load_args: {named!r} names one split; name the data set, splits are found.")
     return splits
+
+
+def _options_of(folder: Path) -> dict[str, Any]:
+    """Of a folder of tables and of nothing else that is data, how their cells are read."""
+    found = {FILE_FORMATS[end][0] for path in folder.rglob("*") if (end := path.suffix.lower()) in FILE_FORMATS}
+    return dict(_CELLS) if found == {"csv"} else {}
 
 
 def _load_files(files: Mapping[str, str]) -> DatasetDict:

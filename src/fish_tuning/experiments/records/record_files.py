@@ -99,10 +99,17 @@ def find_record(folder: Path, arm: str, seed: int, key: str, failed_since: float
 def relabelled(record: RunRecord, experiment: str, task: str, model: str, keys: RunKeys) -> RunRecord:
     """A finished run under the names of the experiment that asks for it: a key holds contents, not names.
 
-    What it shares with other arms is the asking experiment's too: records of earlier versions do not say it.
+    What it shares with other arms and seeds is the asking experiment's too: its list of learning rates may be longer
+    now, and records of earlier versions do not say it.
     """
     return replace(
-        record, experiment=experiment, task=task, model=model, common=keys.common, method_own=keys.method_own
+        record,
+        experiment=experiment,
+        task=task,
+        model=model,
+        setting=keys.setting,
+        common=keys.common,
+        method_own=keys.method_own,
     )
 
 

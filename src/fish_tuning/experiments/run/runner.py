@@ -8,6 +8,7 @@ import math
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from fish_tuning.errors import FishTuningError, ProcessesLost
@@ -148,7 +149,7 @@ class _Session:
         keys = self._keys(arm, seed)
         found = find_record(self.folder, arm.arm, seed, keys.run, math.inf)
         if found.record is not None:
-            self.records[arm.arm, seed] = self._named(found.record, keys)
+            self.records[arm.arm, seed] = self._named(found.record, arm, keys)
 
     def _take(self, arm: ArmPlan, seed: int) -> bool:
         """Do a run, or read it; False when another process is at it."""
@@ -190,7 +191,7 @@ class _Session:
         found = find_record(self.folder, arm.arm, seed, keys.run, self.since)
         if found.damage:
             logger.warning("%s, seed %d is run again: %s.", arm.arm, seed, found.damage)
-        return None if found.record is None else self._named(found.record, keys)
+        return None if found.record is None else self._named(found.record, arm, keys)
 
     def _keys(self, arm: ArmPlan, seed: int) -> RunKeys:
         rate = self.rates.known(arm)
@@ -227,9 +228,14 @@ class _Session:
             model=context.config.model.name,
         )
 
-    def _named(self, record: RunRecord, keys: RunKeys) -> RunRecord:
+    def _named(self, record: RunRecord, arm: ArmPlan, keys: RunKeys) -> RunRecord:
         config = self.context.config
-        return relabelled(record, config.name, self.context.plan.task.name, config.model.name, keys)
+        named = relabelled(record, config.name, self.context.plan.task.name, config.model.name, keys)
+        trained = record.trainable_parameters
+        if arm.selection is not None or record.status != "ok" or trained is None:
+            return named
+        # What of a dense arm counts as its head is the asking experiment's to say: it trains the same either way.
+        return replace(named, kept_parameters=trained - arm.dense, head_parameters=arm.dense)
 
     def _lock(self, arm: ArmPlan, seed: int) -> Path:
         return self.folder / "locks" / f"{run_name(arm.arm, seed)}.lock"
