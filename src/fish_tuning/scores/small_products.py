@@ -11,9 +11,10 @@ from fish_tuning.scores.example_gradients import CHUNK_ENTRIES, OuterProducts
 from fish_tuning.scores.totals import Totals
 
 # Entries of what a layer saw and of its output's gradient, up to which a copy of them costs less than operations of
-# their own, and of all that waits.
-_SMALL, _SMALL_ON_GPU = 2**15, 2**22
-_WAITING, _WAITING_ON_GPU = 2**19, 2**24
+# their own; and of all that waits, which is held longer and copied (fp32: 2 and 16 MiB): the peak is to stay that of a
+# plain pass.
+_SMALL, _SMALL_ON_GPU = 2**15, 2**20
+_WAITING, _WAITING_ON_GPU = 2**19, 2**22
 
 _Kind = tuple[torch.Size, torch.Size, torch.dtype, torch.device]
 
