@@ -21,6 +21,7 @@ import fish_tuning.scores.peft_rules  # noqa: F401 (registers the rules of PEFT'
 from fish_tuning.scores.candidates import Candidates
 from fish_tuning.scores.checks import Check
 from fish_tuning.scores.media import Tokens, beside_texts, media_tokens, rows_by_data
+from fish_tuning.scores.mixed_precision import without_autocast
 from fish_tuning.scores.recomputed_layers import RecomputedLayer
 from fish_tuning.scores.row_order import is_tracked
 from fish_tuning.scores.small_products import SmallProducts
@@ -170,7 +171,7 @@ class Probes:
             weights = torch.ones_like(loss) if check is None else check.weights.to(loss)
             weights = weights * state.scale.value
             torch.autograd.backward(loss, weights, inputs=[state.anchor, *stand_ins], retain_graph=number < len(losses))
-            with torch.no_grad():  # as it is within the backward pass
+            with torch.no_grad(), without_autocast(state.anchor.device):  # as it is within the backward pass
                 for layer in self._layers:
                     layer.add_up()  # calls that got no gradient never arrive
                 state.small.flush(into)

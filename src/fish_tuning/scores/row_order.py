@@ -34,9 +34,7 @@ class Known:
 
     in_order: set[Any] = field(default_factory=set)  # nodes before which nothing was picked by data
     by_data: set[Any] = field(default_factory=set)  # nodes before which something was
-    of_batch: dict[Any, bool] = field(
-        default_factory=dict
-    )  # whether nodes have the batch's rows, in several dimensions
+    of_batch: dict[Any, bool] = field(default_factory=dict)  # nodes, and whether they have the batch's rows
     picked: bool = False  # whether rows were picked, though so that they are in order: the next batch's may not be
 
     def forget_nodes(self) -> None:

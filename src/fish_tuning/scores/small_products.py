@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from threading import RLock
 from typing import NamedTuple
 
 import torch
@@ -35,6 +36,8 @@ class SmallProducts:
     def __init__(self) -> None:
         self._waiting: dict[_Kind, list[_Waiting]] = {}
         self._entries = self._made = 0
+        # Autograd has a thread for each device, and a model's layers may be on several.
+        self._lock = RLock()
         self.changed: list[str] = []  # the tensors that nothing was added for, since a gradient was written into
 
     def take(self, into: Totals, name: str, products: OuterProducts) -> bool:
@@ -46,25 +49,26 @@ class SmallProducts:
             return False
         if made > CHUNK_ENTRIES or into.squares[name].shape != (height, width):
             return False
-        if self._entries + entries > (_WAITING_ON_GPU if gpu else _WAITING) or self._made + made > CHUNK_ENTRIES:
-            self.flush(into)
-        self._entries += entries
-        self._made += made
-        self._waiting.setdefault((g.shape, x.shape, products.dtype, g.device), []).append(
-            _Waiting(name, products, g._version)
-        )
+        with self._lock:
+            if self._entries + entries > (_WAITING_ON_GPU if gpu else _WAITING) or self._made + made > CHUNK_ENTRIES:
+                self.flush(into)
+            self._entries += entries
+            self._made += made
+            alike = self._waiting.setdefault((g.shape, x.shape, products.dtype, g.device), [])
+            alike.append(_Waiting(name, products, g._version))
         return True
 
     def flush(self, into: Totals) -> None:
         """Add what waits."""
-        waiting, self._waiting = self._waiting, {}
-        self._entries = self._made = 0
-        for alike in waiting.values():
-            self.changed += [each.name for each in alike if not each.is_there]
-            left = [each for each in alike if each.is_there]
-            if left:
-                squares, sums = _of_all([each.products for each in left], signed=into.gradients is not None)
-                into.add_all([each.name for each in left], squares, sums)
+        with self._lock:
+            waiting, self._waiting = self._waiting, {}
+            self._entries = self._made = 0
+            for alike in waiting.values():
+                self.changed += [each.name for each in alike if not each.is_there]
+                left = [each for each in alike if each.is_there]
+                if left:
+                    squares, sums = _of_all([each.products for each in left], signed=into.gradients is not None)
+                    into.add_all([each.name for each in left], squares, sums)
 
 
 def _of_all(alike: list[OuterProducts], signed: bool) -> tuple[list[Tensor], list[Tensor]]:
