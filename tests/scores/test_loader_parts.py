@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from itertools import chain
+from itertools import chain, zip_longest
 from typing import Any
 
 import pytest
+import torch
 from accelerate.data_loader import BatchSamplerShard, IterableDatasetShard  # type: ignore[import-untyped]
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 from torch.utils.data.distributed import DistributedSampler
 
-from fish_tuning.scores.loader_parts import is_sharded, shares_of, without_repeats
+from fish_tuning.scores.first_examples import places
+from fish_tuning.scores.loader_parts import is_sharded, order_of_parts, shares_of, without_repeats
+from fish_tuning.scores.lockstep import Share
 
 
 class Stream(IterableDataset[int]):
@@ -69,6 +72,23 @@ def test_every_example_comes_once(how: str, number: int) -> None:
             assert filled[: len(part)] == part
         again = [[number for batch in loader for number in batch.tolist()] for loader in loaders]
         assert again == filled_up, "the loader is as it was"
+
+
+@pytest.mark.parametrize("how", LOADERS)
+def test_parts_make_up_the_whole_in_its_order(how: str) -> None:
+    loaders = [LOADERS[how](11, 3, rank) for rank in range(3)]
+    if how.startswith("sampler"):
+        for loader in loaders:
+            loader.batch_sampler.sampler.shuffle = False  # type: ignore[union-attr]
+    parts = [[batch.tolist() for batch in without_repeats(loader)] for loader in loaders]
+    shares = [
+        Share({"labels": torch.tensor(batch)}, 0, owner)
+        for batches in zip_longest(*parts)
+        for owner, batch in enumerate(batches)
+        if batch
+    ]
+    found = places(shares, order_of_parts(loaders[0]))
+    assert found == [share.batch["labels"].tolist() for share in shares]
 
 
 def test_what_a_sampler_drops_is_not_scored() -> None:

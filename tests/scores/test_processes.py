@@ -60,6 +60,10 @@ def loader(**options: Any) -> DataLoader[Any]:
     return DataLoader(ROWS, batch_size=2, **options)  # type: ignore[arg-type]
 
 
+def broken_collator(rows: Any) -> Any:
+    raise FisherError("this row cannot be read")
+
+
 def message_of(rank: int, batches: Any, **options: Any) -> str:
     try:
         calculate_fisher_information(lora(bert()), batches, progress=False, **options)
@@ -115,6 +119,18 @@ def worker(rank: int, folder: Path) -> dict[str, Any]:
             warmup_steps=3,
             **options,  # type: ignore[arg-type]
         ).weights,
+        "warm parts": {
+            how: calculate_fisher_information(lora(bert(), init_lora_weights=True), part, **options)
+            for how, part in uneven_parts(rank).items()
+        },
+        "some warm parts": calculate_fisher_information(
+            lora(bert()), uneven_parts(rank)["sampler"], warmup_steps=3, num_samples=5, **options
+        ),
+        "a part that is broken while it warms up": message_of(
+            rank,
+            loader(sampler=DistributedSampler(ROWS, shuffle=False), collate_fn=broken_collator if rank else None),  # type: ignore[arg-type]
+            warmup_steps=2,
+        ),
         "mask": create_mask_from_fisher(calculate_scores(lora(bert()), odd, "gain", **options), keep_ratio=0.1),
         "alone": calculate_fisher_information(lora(bert()), odd, split_between_processes=False, **options)
         if rank == 0
@@ -171,6 +187,16 @@ def test_no_example_is_counted_twice(results: list[dict[str, Any]]) -> None:
             assert found == number, how
 
 
+def test_all_warm_up_on_what_one_process_would(results: list[dict[str, Any]]) -> None:
+    rows = [{key: value[:number] for key, value in BATCH.items()} for number in (7, 5)]
+    reference = calculate_fisher_information(lora(bert(), init_lora_weights=True), rows[:1], progress=False)
+    some = calculate_fisher_information(lora(bert()), rows[1:], warmup_steps=3, progress=False)
+    for result in results:
+        for scores in result["warm parts"].values():
+            assert_scores_close(scores, reference, tolerance=1e-5)
+        assert_scores_close(result["some warm parts"], some, tolerance=1e-5)
+
+
 def test_seeds_of_drawn_labels_fit_however_many_processes_there_are() -> None:
     for number in (1, 2, 17, 5000):
         processes = Processes([], split=False, device=torch.device("cpu"))
@@ -196,6 +222,8 @@ def test_no_process_waits_for_one_that_failed(results: list[dict[str, Any]]) -> 
     assert "label" in results[1]["broken"]
     assert "Process 1 of 2 failed while scoring: FisherError" in results[0]["broken while it warms up"]
     assert "label" in results[1]["broken while it warms up"]
+    assert "Process 1 of 2 failed" in results[0]["a part that is broken while it warms up"]
+    assert results[1]["a part that is broken while it warms up"] == "this row cannot be read"
     assert [result["one without examples"] for result in results] == ["no error"] * 2
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate.data_loader import (  # type: ignore[import-untyped]
@@ -20,6 +20,9 @@ from accelerate.utils import find_batch_size, slice_tensors  # type: ignore[impo
 from torch.utils.data import BatchSampler
 from torch.utils.data.distributed import DistributedSampler
 
+# How the parts of several processes make up the whole: row by row in turn, batch by batch, or one behind another.
+Order = Literal["rows", "batches", "parts"]
+
 
 def is_sharded(loader: Any) -> bool:
     """Whether it gives this process a part of its own."""
@@ -30,6 +33,11 @@ def is_sharded(loader: Any) -> bool:
 def sends_out(loader: Any) -> bool:
     """Whether one process reads all and sends the others their parts, so that all must take as many batches."""
     return isinstance(loader, DataLoaderDispatcher)
+
+
+def order_of_parts(loader: Any) -> Order:
+    """How its parts make up the whole that one process would have."""
+    return "rows" if any(_takes_turns(part) for part in _inside(loader)) else "batches"
 
 
 def without_repeats(loader: Any) -> Iterator[Any]:
@@ -72,9 +80,12 @@ def _inside(loader: Any) -> list[Any]:
     return list({id(part): part for part in found if part is not None}.values())
 
 
+def _takes_turns(part: Any) -> bool:
+    return isinstance(part, DistributedSampler) and type(part).__iter__ is DistributedSampler.__iter__
+
+
 def _fills_up(part: Any) -> bool:
-    plain = isinstance(part, DistributedSampler) and type(part).__iter__ is DistributedSampler.__iter__
-    return plain and part.total_size > len(part.dataset)
+    return _takes_turns(part) and part.total_size > len(part.dataset)
 
 
 def _sizes(loader: Any, wanted: int, number: int) -> Sequence[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, Literal
@@ -17,8 +17,9 @@ from tqdm.auto import tqdm
 
 from fish_tuning.errors import FisherError, FishTuningWarning
 from fish_tuning.model_walks import walked_once
-from fish_tuning.scores.batches import Batch, batch_size, calibration_batches, kept
+from fish_tuning.scores.batches import Batch, batch_size, calibration_batches
 from fish_tuning.scores.finite import check_finite
+from fish_tuning.scores.first_examples import first_batches, first_rounds, places
 from fish_tuning.scores.left_out import LeftOut
 from fish_tuning.scores.lockstep import Lockstep, Share, rounds
 from fish_tuning.scores.loss_vectors import UNREAD, LossFunction, LossVectors
@@ -174,11 +175,16 @@ def _must_go_together(model: nn.Module, processes: Processes) -> bool:
 def _by_itself(work: _Work, batches: Iterator[Batch]) -> tuple[int, Scores]:
     """This process's share, in its own time; gives how many examples its loader gave, and weights as `_ready`."""
     scorer, processes, target = work.scorer, work.processes, work.target
-    losses, seen = scorer.losses, 0
+    losses, seen, needed = scorer.losses, 0, WARMUP_EXAMPLES * work.steps
     # Kept, since a loader may give others, or none, when it is asked again.
     with random_state_kept(losses.model):  # a loader that shuffles draws from it
-        first = _at_least(batches, WARMUP_EXAMPLES * work.steps) if work.steps else []
-    with _ready(work, first) as weights, work.bar() as bar:
+        if processes.has_own_part:  # and all warm up on the same: those that one process would have
+            every = list(chain.from_iterable(first_rounds(rounds(processes, batches), needed)))
+            first = [share.batch for share in every if share.owner == processes.rank]
+        else:
+            first = first_batches(batches, needed)
+            every = [Share(batch, 0, 0) for batch in first]
+    with _ready(work, every) as weights, work.bar() as bar:
         for number, batch in enumerate(chain(first, batches)):
             if processes.takes(number):
                 with device_errors_explained(losses.model, target):
@@ -194,18 +200,10 @@ def _by_itself(work: _Work, batches: Iterator[Batch]) -> tuple[int, Scores]:
 def _in_lockstep(work: _Work, batches: Iterator[Batch]) -> tuple[int, Scores]:
     """The same with the other processes, pass by pass; gives how many examples there were in all."""
     losses, left, seen = work.scorer.losses, rounds(work.processes, batches), 0
-    first: list[list[Share]] = []
     with random_state_kept(losses.model):
-        needed = WARMUP_EXAMPLES * work.steps
-        while needed > 0:
-            first[-1:] = [[share._replace(batch=kept(share.batch)) for share in shares] for shares in first[-1:]]
-            if (shares := next(left, None)) is None:
-                break
-            first.append(shares)
-            needed -= sum(batch_size(share.batch) for share in shares)
+        first = first_rounds(left, WARMUP_EXAMPLES * work.steps)
     lockstep = Lockstep(work.scorer, losses, work.processes)
-    every = [share.batch for shares in first for share in shares]
-    with _ready(work, every) as weights, work.bar() as bar:
+    with _ready(work, list(chain.from_iterable(first))) as weights, work.bar() as bar:
         for shares in chain(first, left):
             lockstep.add(shares)
             work.warn()
@@ -217,7 +215,7 @@ def _in_lockstep(work: _Work, batches: Iterator[Batch]) -> tuple[int, Scores]:
 
 
 @contextmanager
-def _ready(work: _Work, first: list[Batch]) -> Iterator[Scores]:
+def _ready(work: _Work, first: list[Share]) -> Iterator[Scores]:
     """The model as it is scored: quiet, warmed up, watched. Gives its weights where warm-up has moved them."""
     model, trainable = work.trained_on.model, work.scorer.trainable
     weights: Scores = {}
@@ -227,25 +225,17 @@ def _ready(work: _Work, first: list[Batch]) -> Iterator[Scores]:
                 stack.enter_context(state)
         if work.steps:
             with device_errors_explained(model, work.target):
-                stack.enter_context(
-                    warmed_up(
-                        model, trainable, work.trained_on, first, work.steps, seed=work.seed, progress=work.progress
-                    )
-                )
+                stack.enter_context(_warmed_up(work, first))
             work.processes.same_start(trainable.values())
             weights = {name: parameter.detach().clone() for name, parameter in trainable.items()}
         stack.enter_context(work.scorer.probes)
         yield weights
 
 
-def _at_least(batches: Iterator[Batch], examples: int) -> list[Batch]:
-    """The first batches, until they hold so many examples."""
-    taken: list[Batch] = []
-    seen = 0
-    while seen < examples:
-        taken[-1:] = map(kept, taken[-1:])
-        if (batch := next(batches, None)) is None:
-            break
-        taken.append(batch)
-        seen += batch_size(batch)
-    return taken
+def _warmed_up(work: _Work, first: list[Share]) -> AbstractContextManager[None]:
+    in_order = places(first, work.processes.order)
+    batches = [share.batch for share in first]
+    return warmed_up(
+        work.trained_on.model, work.scorer.trainable, work.trained_on, batches, work.steps,
+        places=in_order, seed=work.seed, progress=work.progress,
+    )  # fmt: skip

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fish_tuning.errors import FisherError
 from fish_tuning.scores.batches import Batch, batch_size, changed, kept
-from fish_tuning.scores.loader_parts import is_sharded, sends_out, shares_of, without_repeats
+from fish_tuning.scores.loader_parts import Order, is_sharded, order_of_parts, sends_out, shares_of, without_repeats
 from fish_tuning.scores.totals import Totals
 
 
@@ -30,6 +30,8 @@ class Processes:
         self.device = device if self.number > 1 and dist.get_backend() == "nccl" else torch.device("cpu")
         self.loader = loader
         self.has_own_part = self.number > 1 and is_sharded(loader)
+        # In which the processes' parts make up what one would have; a loader that all have whole comes batch by batch.
+        self.order: Order = order_of_parts(loader) if self.has_own_part else "batches"
         self._over = False  # whether all know that one has failed
         self._digest = hashlib.sha1(usedforsecurity=False)
 
