@@ -75,7 +75,8 @@ def calculate_fisher_information(
         split_between_processes: where torch.distributed is initialised (torchrun, accelerate launch), each process of
             the default group scores its share of the examples and all get the same scores, those of one process. All
             must call this, with the same loader, or each with its part (accelerate's, or a DistributedSampler; what
-            these give twice, so that all parts are as long, counts once).
+            these give twice, so that all parts are as long, counts once). Where they drew an adapter or a head apart,
+            the first one's is scored, which DDP trains; each has its own back afterwards.
             False: this process scores all by itself, and the others need not call; not where the model is sharded.
         progress: show a progress bar.
 
@@ -90,8 +91,8 @@ def calculate_fisher_information(
 
     Warns:
         FishTuningWarning: a rule failed on this model, and the scores are exact all the same, but slower to get; the
-            model adds its routers' balance to its loss, which is left out; or batches hold an argument of the forward
-            pass that is no tensor.
+            model adds its routers' balance to its loss, which is left out; batches hold an argument of the forward
+            pass that is no tensor; or frozen weights differ between processes.
 
     Example:
         >>> import torch

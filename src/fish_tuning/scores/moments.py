@@ -24,6 +24,7 @@ from fish_tuning.scores.left_out import LeftOut
 from fish_tuning.scores.lockstep import Lockstep, Share, rounds
 from fish_tuning.scores.loss_vectors import UNREAD, LossFunction, LossVectors
 from fish_tuning.scores.losses import FisherType, TokenReduction
+from fish_tuning.scores.one_start import different_frozen, one_start
 from fish_tuning.scores.prepared import prepared
 from fish_tuning.scores.processes import Processes
 from fish_tuning.scores.prompts import a_prompt_each
@@ -46,7 +47,8 @@ class Moments:
         mean_gradients: g_i = (1/N) sum_n d loss_n / d theta_i; empty where they were not asked for.
         mean_squares: F_i = (1/N) sum_n (d loss_n / d theta_i)^2, the diagonal Fisher information.
         num_samples: N.
-        weights: the values at which they were measured, where warm-up had moved them; else empty.
+        weights: the values at which they were measured, where these are not the model's own: after warm-up, and of
+            tensors that the first of several processes has otherwise; else empty.
     """
 
     mean_gradients: dict[str, Tensor]
@@ -149,6 +151,7 @@ class _Work:
     wanted: int | None
     progress: bool
     stacklevel: int
+    notes: list[str] = field(default_factory=list)
 
     def bar(self) -> Any:
         """Of the examples that are scored; warm-up has one of its own before."""
@@ -156,8 +159,9 @@ class _Work:
 
     def warn(self) -> None:
         told = (*self.left_out.new(), *self.scorer.new_failures(), *self.scorer.losses.own.new_notes())
-        for message in told:
+        for message in (*self.notes, *told):
             warnings.warn(message, FishTuningWarning, stacklevel=self.stacklevel + 2)
+        self.notes.clear()
 
 
 def _must_go_together(model: nn.Module, processes: Processes) -> bool:
@@ -216,9 +220,8 @@ def _in_lockstep(work: _Work, batches: Iterator[Batch]) -> tuple[int, Scores]:
 
 @contextmanager
 def _ready(work: _Work, first: list[Share]) -> Iterator[Scores]:
-    """The model as it is scored: quiet, warmed up, watched. Gives its weights where warm-up has moved them."""
+    """The model as it is scored: quiet, warmed up, watched. Gives its weights where they are not this process's own."""
     model, trainable = work.trained_on.model, work.scorer.trainable
-    weights: Scores = {}
     with ExitStack() as stack:
         with walked_once(model):
             for state in (tables_kept(model), scoring_state(model), a_prompt_each(model)):
@@ -226,8 +229,13 @@ def _ready(work: _Work, first: list[Share]) -> Iterator[Scores]:
         if work.steps:
             with device_errors_explained(model, work.target):
                 stack.enter_context(_warmed_up(work, first))
-            work.processes.same_start(trainable.values())
-            weights = {name: parameter.detach().clone() for name, parameter in trainable.items()}
+        others = stack.enter_context(one_start(work.processes, trainable))
+        weights = {name: trainable[name].detach().clone() for name in (trainable if work.steps else others)}
+        if (name := different_frozen(work.processes, model)) is not None:
+            work.notes.append(
+                f"Fisher information: {name!r}, which is frozen, is not the same in all processes, so that each scores "
+                "its examples on another model. Load the same weights in all of them, or draw them from one seed."
+            )
         stack.enter_context(work.scorer.probes)
         yield weights
 

@@ -73,14 +73,6 @@ class Processes:
                         self._digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
             yield raw
 
-    def same_start(self, tensors: Iterable[Tensor]) -> None:
-        """Give all processes the first one's values, once it is known that all are there."""
-        self.agree(None)
-        for tensor in tensors if self.number > 1 else ():
-            values = tensor.detach().to(self.device)
-            dist.broadcast(values, 0)
-            tensor.detach().copy_(values)
-
     def agree(self, error: Exception | None) -> None:
         """Raise the error, on every process: who waits for the others' sums would wait for ever."""
         if self.number > 1 and not self._over:
