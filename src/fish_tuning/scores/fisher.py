@@ -28,7 +28,7 @@ def calculate_fisher_information(
     scores_dtype: torch.dtype = torch.float32,
     scores_device: torch.device | str | None = None,
     warmup_steps: int | None = None,
-    split_between_processes: bool = True,
+    split_between_processes: bool | Literal["already"] = True,
     progress: bool = True,
 ) -> dict[str, Tensor]:
     """Diagonal Fisher information of every trainable tensor of `model`, exact per example at any batch size.
@@ -77,6 +77,8 @@ def calculate_fisher_information(
             must call this, with the same loader, or each with its part (accelerate's, or a DistributedSampler; what
             these give twice, so that all parts are as long, counts once). Where they drew an adapter or a head apart,
             the first one's is scored, which DDP trains; each has its own back afterwards.
+            "already": each loader gives its process a part, though nothing in it tells (a data set that picks its rows
+            by rank, a `datasets.Dataset` from split_dataset_by_node). What several of them give counts as often.
             False: this process scores all by itself, and the others need not call; not where the model is sharded.
         progress: show a progress bar.
 

@@ -6,14 +6,17 @@ scores would count these twice.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 import torch
+from accelerate import PartialState  # type: ignore[import-untyped]
 from accelerate.data_loader import (  # type: ignore[import-untyped]
     BatchSamplerShard,
     DataLoaderDispatcher,
+    DataLoaderShard,
     IterableDatasetShard,
 )
 from accelerate.utils import find_batch_size, slice_tensors  # type: ignore[import-untyped]
@@ -27,7 +30,7 @@ Order = Literal["rows", "batches", "parts"]
 def is_sharded(loader: Any) -> bool:
     """Whether it gives this process a part of its own."""
     kinds = (DistributedSampler, BatchSamplerShard, IterableDatasetShard)
-    return sends_out(loader) or any(isinstance(part, kinds) for part in _inside(loader))
+    return sends_out(loader) or _splits_a_stream(loader) or any(isinstance(part, kinds) for part in _inside(loader))
 
 
 def sends_out(loader: Any) -> bool:
@@ -37,7 +40,12 @@ def sends_out(loader: Any) -> bool:
 
 def order_of_parts(loader: Any) -> Order:
     """How its parts make up the whole that one process would have."""
-    return "rows" if any(_takes_turns(part) for part in _inside(loader)) else "batches"
+    parts = _inside(loader)
+    if any(map(_takes_turns, parts)):
+        return "rows"
+    # What is not known to take turns (shards of a stream, a loader's own way) is a piece of the whole.
+    known = sends_out(loader) or any(isinstance(part, BatchSamplerShard | IterableDatasetShard) for part in parts)
+    return "batches" if known else "parts"
 
 
 def without_repeats(loader: Any) -> Iterator[Any]:
@@ -80,12 +88,41 @@ def _inside(loader: Any) -> list[Any]:
     return list({id(part): part for part in found if part is not None}.values())
 
 
+def _splits_a_stream(loader: Any) -> bool:
+    """Whether a stream of `datasets` gives a part: by `split_dataset_by_node`, or as accelerate had it shard itself.
+
+    Of the latter nothing is left in the data set; what accelerate prepares for several processes is always a part.
+    """
+    stream = getattr(loader, "dataset", None)
+    if not isinstance(stream, _streams()):
+        return False
+    split = getattr(stream, "_distributed", None)
+    if split is not None and split.world_size > 1:
+        return True
+    return isinstance(loader, DataLoaderShard) and PartialState().num_processes > 1
+
+
+def _streams() -> tuple[type, ...]:
+    """The class of streams of `datasets`, if that has been imported."""
+    found = getattr(sys.modules.get("datasets"), "IterableDataset", None)
+    return () if found is None else (found,)
+
+
 def _takes_turns(part: Any) -> bool:
+    """Whether every so many-th row of the whole is this process's."""
+    split = getattr(part, "_distributed", None) if isinstance(part, _streams()) else None
+    if split is not None:  # as `datasets` decides it: by shards where these go round
+        strategy = getattr(split, "strategy", "auto")
+        return strategy == "examples" or (strategy == "auto" and part._ex_iterable.num_shards % split.world_size > 0)
+    return _is_plain_sampler(part)
+
+
+def _is_plain_sampler(part: Any) -> bool:
     return isinstance(part, DistributedSampler) and type(part).__iter__ is DistributedSampler.__iter__
 
 
 def _fills_up(part: Any) -> bool:
-    return _takes_turns(part) and part.total_size > len(part.dataset)
+    return _is_plain_sampler(part) and part.total_size > len(part.dataset)
 
 
 def _sizes(loader: Any, wanted: int, number: int) -> Sequence[int]:

@@ -33,7 +33,13 @@ from fish_tuning.scores.scorer import Scorer
 from fish_tuning.scores.scoring_state import random_state_kept, scoring_state
 from fish_tuning.scores.sharded_models import gathered_layer_by_layer, whole_trained_tensors
 from fish_tuning.scores.totals import Scores, Totals
-from fish_tuning.scores.validation import check_arguments, check_rows_per_example, check_warmup, device_errors_explained
+from fish_tuning.scores.validation import (
+    check_arguments,
+    check_rows_per_example,
+    check_split,
+    check_warmup,
+    device_errors_explained,
+)
 from fish_tuning.scores.warmup import WARMUP_EXAMPLES, warmed_up, warmup_steps_needed
 
 logger = logging.getLogger("fish_tuning.scores.fisher")
@@ -73,7 +79,7 @@ def measure_moments(
     scores_dtype: torch.dtype = torch.float32,
     scores_device: torch.device | str | None = None,
     warmup_steps: int | None = None,
-    split_between_processes: bool = True,
+    split_between_processes: bool | Literal["already"] = True,
     progress: bool = True,
     stacklevel: int = 1,
 ) -> Moments:
@@ -103,6 +109,7 @@ def measure_moments(
     """
     check_arguments(model, fisher_type, token_reduction, method, loss_fn, num_samples, seed, scores_dtype)
     check_warmup(warmup_steps)
+    check_split(split_between_processes)
     check_rows_per_example(rows_per_example, loss_fn)
     if gradients and fisher_type != "empirical":
         raise FisherError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -20,16 +20,17 @@ class Processes:
     """This process and the others of the default group; alone where there is none, or where it is not to be used.
 
     A loader that every process has whole is shared out batch by batch; one that gives each process a part of its own
-    (accelerate's, or one with a DistributedSampler) is taken as it is.
+    (accelerate's, or one with a DistributedSampler) is taken as it is. Where nothing in a loader tells that it does,
+    `split` says so: "already".
     """
 
-    def __init__(self, loader: Any, split: bool, device: torch.device) -> None:
-        together = split and dist.is_available() and dist.is_initialized()
+    def __init__(self, loader: Any, split: bool | Literal["already"], device: torch.device) -> None:
+        together = bool(split) and dist.is_available() and dist.is_initialized()
         self.rank, self.number = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
         self.computes_on = device
         self.device = device if self.number > 1 and dist.get_backend() == "nccl" else torch.device("cpu")
         self.loader = loader
-        self.has_own_part = self.number > 1 and is_sharded(loader)
+        self.has_own_part = self.number > 1 and (split == "already" or is_sharded(loader))
         # In which the processes' parts make up what one would have; a loader that all have whole comes batch by batch.
         self.order: Order = order_of_parts(loader) if self.has_own_part else "batches"
         self._over = False  # whether all know that one has failed
@@ -88,8 +89,8 @@ class Processes:
                 raise FisherError(
                     f"The calibration dataloaders of the {self.number} processes give different batches, so they "
                     "cannot be shared out. Seed their shuffling alike, give each process a part of its own "
-                    "(accelerate's prepare, a DistributedSampler), or let each score alone: "
-                    "split_between_processes=False."
+                    "(accelerate's prepare, a DistributedSampler; split_between_processes='already' where nothing in "
+                    "the loader tells that it gives a part), or let each score alone: split_between_processes=False."
                 )
         if error is not None:
             raise error
