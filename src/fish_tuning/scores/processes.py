@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fish_tuning.errors import FisherError
+from fish_tuning.errors import FisherError, OthersOutOfMemory, ran_out_of_memory
 from fish_tuning.scores.batches import Batch, batch_size, changed, kept
 from fish_tuning.scores.loader_parts import Order, is_sharded, order_of_parts, sends_out, shares_of, without_repeats
 from fish_tuning.scores.totals import Totals
@@ -79,12 +79,15 @@ class Processes:
         if self.number > 1 and not self._over:
             told: list[Any] = [None] * self.number
             own = f"{type(error).__name__}: {error}" if error is not None else None
-            dist.all_gather_object(told, (own, self._digest.hexdigest()))
-            self._over = any(text is not None for text, _ in told)
-            failed = [(rank, text) for rank, (text, _) in enumerate(told) if text is not None]
+            ran_out = error is not None and ran_out_of_memory(error)
+            dist.all_gather_object(told, (own, ran_out, self._digest.hexdigest()))
+            failed = [(rank, text, of_memory) for rank, (text, of_memory, _) in enumerate(told) if text is not None]
+            self._over = bool(failed)
             if error is None and failed:
-                raise FisherError(f"Process {failed[0][0]} of {self.number} failed while scoring: {failed[0][1]}")
-            if not failed and len({digest for _, digest in told}) > 1:
+                rank, text, of_memory = failed[0]
+                kind = OthersOutOfMemory if of_memory else FisherError
+                raise kind(f"Process {rank} of {self.number} failed while scoring: {text}")
+            if not failed and len({digest for *_, digest in told}) > 1:
                 self._over = True
                 raise FisherError(
                     f"The calibration dataloaders of the {self.number} processes give different batches, so they "
