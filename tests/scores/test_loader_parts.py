@@ -113,7 +113,10 @@ def test_a_sampler_with_an_order_of_its_own_is_left_alone() -> None:
         (by_shard(5, 2, 0), 5, 2, [3, 2]),  # parts of three and two
         (by_shard(3, 2, 0), 3, 2, [2, 1]),
         (by_shard(9, 3, 0), 9, 3, [4, 3, 2]),  # of four, three and two: 4 + 2, 2 + 1, 2
-        (by_stream(5, 2, 0), 5, 2, [3, 2]),  # nobody knows how many there are
+        (by_stream(5, 2, 0), 5, 2, [3, 2]),  # nobody knows how many there are: of the first five
+        (by_stream(3, 2, 0), 2, 2, [2, 0]),
+        (by_stream(3, 2, 0), 9, 2, [5, 4]),
+        (by_stream(3, 3, 0, split=True), 7, 3, [3, 2, 2]),
         (by_sampler(5, 2, 0), 9, 2, [5, 4]),  # more than are read: a collator may make more of them
     ],
 )

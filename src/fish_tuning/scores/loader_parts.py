@@ -67,7 +67,10 @@ def without_repeats(loader: Any) -> Iterator[Any]:
 
 
 def shares_of(wanted: int, loader: Any, number: int, rows_per_example: int = 1) -> list[int]:
-    """How many of the `wanted` examples each process takes: as many, but for those whose parts have fewer."""
+    """How many of the `wanted` examples each process takes: as many, but for those whose parts have fewer.
+
+    Of a stream that accelerate splits, those of the first `wanted` that are its own.
+    """
     sizes = _sizes(loader, wanted * rows_per_example, number)
     room = [size // rows_per_example for size in sizes] if sizes else [wanted] * number
     if sum(room) < wanted:  # a collator may make more rows of what is read than that, so it may be there all the same
@@ -130,6 +133,11 @@ def _sizes(loader: Any, wanted: int, number: int) -> Sequence[int]:
     for part in _inside(loader):
         if _fills_up(part) and part.num_replicas == number:
             return [len(range(rank, len(part.dataset), number)) for rank in range(number)]
+        if type(part) is IterableDatasetShard and part.num_processes == number:
+            # Of the first so many, as nobody knows how many there are: if not all are there, these are.
+            each = part.batch_size // number if part.split_batches else part.batch_size
+            blocks, rest = divmod(wanted, each * number)
+            return [blocks * each + min(max(rest - rank * each, 0), each) for rank in range(number)]
         inner = getattr(part, "batch_sampler", None)
         if isinstance(part, BatchSamplerShard) and type(inner) is BatchSampler and part.num_processes == number:
             try:
