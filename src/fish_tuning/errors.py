@@ -58,3 +58,14 @@ class ProcessesLost(FishTuningError):
 def out_of_memory(error: Exception) -> bool:
     """torch.OutOfMemoryError of a GPU, or the plain RuntimeError of the CPU's allocator and of other devices."""
     return "memory" in f"{type(error).__name__} {error}".lower()
+
+
+class OthersOutOfMemory(FisherError):
+    """Another process has run out of memory while this one scored its share."""
+
+
+def ran_out_of_memory(error: Exception) -> bool:
+    """Whether an error of scoring is one of memory, in this process or in another."""
+    if isinstance(error, FishTuningError):  # some of which speak of memory
+        return isinstance(error, OthersOutOfMemory)
+    return out_of_memory(error)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from itertools import chain
+from itertools import chain, zip_longest
 from typing import Any
 
 import pytest
+import torch
 from accelerate.data_loader import BatchSamplerShard, IterableDatasetShard  # type: ignore[import-untyped]
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 from torch.utils.data.distributed import DistributedSampler
 
-from fish_tuning.scores.loader_parts import is_sharded, shares_of, without_repeats
+from fish_tuning.scores.first_examples import places
+from fish_tuning.scores.loader_parts import is_sharded, order_of_parts, shares_of, without_repeats
+from fish_tuning.scores.lockstep import Share
 
 
 class Stream(IterableDataset[int]):
@@ -71,6 +74,23 @@ def test_every_example_comes_once(how: str, number: int) -> None:
         assert again == filled_up, "the loader is as it was"
 
 
+@pytest.mark.parametrize("how", LOADERS)
+def test_parts_make_up_the_whole_in_its_order(how: str) -> None:
+    loaders = [LOADERS[how](11, 3, rank) for rank in range(3)]
+    if how.startswith("sampler"):
+        for loader in loaders:
+            loader.batch_sampler.sampler.shuffle = False  # type: ignore[union-attr]
+    parts = [[batch.tolist() for batch in without_repeats(loader)] for loader in loaders]
+    shares = [
+        Share({"labels": torch.tensor(batch)}, 0, owner)
+        for batches in zip_longest(*parts)
+        for owner, batch in enumerate(batches)
+        if batch
+    ]
+    found = places(shares, order_of_parts(loaders[0]))
+    assert found == [share.batch["labels"].tolist() for share in shares]
+
+
 def test_what_a_sampler_drops_is_not_scored() -> None:
     assert [len(given(by_sampler(7, 3, rank, drop_last=True))) for rank in range(3)] == [2, 2, 2]
 
@@ -93,7 +113,10 @@ def test_a_sampler_with_an_order_of_its_own_is_left_alone() -> None:
         (by_shard(5, 2, 0), 5, 2, [3, 2]),  # parts of three and two
         (by_shard(3, 2, 0), 3, 2, [2, 1]),
         (by_shard(9, 3, 0), 9, 3, [4, 3, 2]),  # of four, three and two: 4 + 2, 2 + 1, 2
-        (by_stream(5, 2, 0), 5, 2, [3, 2]),  # nobody knows how many there are
+        (by_stream(5, 2, 0), 5, 2, [3, 2]),  # nobody knows how many there are: of the first five
+        (by_stream(3, 2, 0), 2, 2, [2, 0]),
+        (by_stream(3, 2, 0), 9, 2, [5, 4]),
+        (by_stream(3, 3, 0, split=True), 7, 3, [3, 2, 2]),
         (by_sampler(5, 2, 0), 9, 2, [5, 4]),  # more than are read: a collator may make more of them
     ],
 )

@@ -6,10 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from accelerate import PartialState  # type: ignore[import-untyped]
 from accelerate.data_loader import prepare_data_loader  # type: ignore[import-untyped]
+from datasets.distributed import split_dataset_by_node
 from device import DEVICE
 from processes import in_two_processes
 from tiny import assert_scores_close, bert, classification_batch, lora, rebatch
@@ -40,6 +42,31 @@ class Stream(IterableDataset[Any]):
         return iter(UNEVEN)
 
 
+class PicksByRank(Stream):
+    def __init__(self, rank: int) -> None:
+        self.rows = [UNEVEN[:4], UNEVEN[4:]][rank]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.rows)
+
+
+def streamed() -> Any:
+    rows = [{key: value.tolist() for key, value in row.items()} for row in UNEVEN]
+    return datasets.Dataset.from_list(rows).with_format("torch")
+
+
+def split_streams(rank: int) -> dict[str, Any]:
+    """Of `datasets`, which leave no class of a sampler; of two shards, of one, and by accelerate."""
+    prepared = {"num_processes": 2, "process_index": rank}
+    two, one = streamed().to_iterable_dataset(num_shards=2), streamed().to_iterable_dataset()
+    return {
+        "shards": DataLoader(split_dataset_by_node(two, rank, 2), batch_size=2),
+        "examples": DataLoader(split_dataset_by_node(one, rank, 2), batch_size=2),
+        "accelerate's shards": prepare_data_loader(DataLoader(two, batch_size=2), **prepared),
+        "accelerate's examples": prepare_data_loader(DataLoader(one, batch_size=2), **prepared),
+    }
+
+
 def uneven_parts(rank: int) -> dict[str, Any]:
     prepared = {"num_processes": 2, "process_index": rank}
     return {
@@ -58,6 +85,10 @@ def uneven_parts(rank: int) -> dict[str, Any]:
 
 def loader(**options: Any) -> DataLoader[Any]:
     return DataLoader(ROWS, batch_size=2, **options)  # type: ignore[arg-type]
+
+
+def broken_collator(rows: Any) -> Any:
+    raise FisherError("this row cannot be read")
 
 
 def message_of(rank: int, batches: Any, **options: Any) -> str:
@@ -99,9 +130,9 @@ def worker(rank: int, folder: Path) -> dict[str, Any]:
             (how, number): measure_moments(
                 lora(bert()), part, num_samples=number, warmup_steps=0, **options
             ).num_samples
-            for number in (1, 3)
+            for number in (1, 3, 6)
             for how, part in uneven_parts(rank).items()
-            if how in ("shard", "dispatched")
+            if how != "sampler"
         },
         "part of a sharded loader": measure_moments(
             lora(bert()),
@@ -115,6 +146,33 @@ def worker(rank: int, folder: Path) -> dict[str, Any]:
             warmup_steps=3,
             **options,  # type: ignore[arg-type]
         ).weights,
+        "warm parts": {
+            how: calculate_fisher_information(lora(bert(), init_lora_weights=True), part, **options)
+            for how, part in uneven_parts(rank).items()
+        },
+        "split streams": {
+            how: calculate_fisher_information(lora(bert(), init_lora_weights=True), part, **options)
+            for how, part in split_streams(rank).items()
+        },
+        "already": {
+            how: calculate_fisher_information(
+                lora(bert(), init_lora_weights=True), part, split_between_processes="already", **options
+            )
+            for how, part in {
+                "picks by rank": DataLoader(PicksByRank(rank), batch_size=2),
+                "a list": rebatch({key: value[:7] for key, value in BATCH.items()}, 2)[2 * rank : 2 * rank + 2],
+                "by node": DataLoader(split_dataset_by_node(streamed(), rank, 2), batch_size=2),
+            }.items()
+        },
+        "not told of": message_of(rank, DataLoader(PicksByRank(rank), batch_size=2)),
+        "some warm parts": calculate_fisher_information(
+            lora(bert()), uneven_parts(rank)["sampler"], warmup_steps=3, num_samples=5, **options
+        ),
+        "a part that is broken while it warms up": message_of(
+            rank,
+            loader(sampler=DistributedSampler(ROWS, shuffle=False), collate_fn=broken_collator if rank else None),  # type: ignore[arg-type]
+            warmup_steps=2,
+        ),
         "mask": create_mask_from_fisher(calculate_scores(lora(bert()), odd, "gain", **options), keep_ratio=0.1),
         "alone": calculate_fisher_information(lora(bert()), odd, split_between_processes=False, **options)
         if rank == 0
@@ -171,6 +229,17 @@ def test_no_example_is_counted_twice(results: list[dict[str, Any]]) -> None:
             assert found == number, how
 
 
+def test_all_warm_up_on_what_one_process_would(results: list[dict[str, Any]]) -> None:
+    rows = [{key: value[:number] for key, value in BATCH.items()} for number in (7, 5)]
+    reference = calculate_fisher_information(lora(bert(), init_lora_weights=True), rows[:1], progress=False)
+    some = calculate_fisher_information(lora(bert()), rows[1:], warmup_steps=3, progress=False)
+    for result in results:
+        for how in ("warm parts", "split streams", "already"):
+            for scores in result[how].values():
+                assert_scores_close(scores, reference, tolerance=1e-5)
+        assert_scores_close(result["some warm parts"], some, tolerance=1e-5)
+
+
 def test_seeds_of_drawn_labels_fit_however_many_processes_there_are() -> None:
     for number in (1, 2, 17, 5000):
         processes = Processes([], split=False, device=torch.device("cpu"))
@@ -196,9 +265,14 @@ def test_no_process_waits_for_one_that_failed(results: list[dict[str, Any]]) -> 
     assert "label" in results[1]["broken"]
     assert "Process 1 of 2 failed while scoring: FisherError" in results[0]["broken while it warms up"]
     assert "label" in results[1]["broken while it warms up"]
+    assert "Process 1 of 2 failed" in results[0]["a part that is broken while it warms up"]
+    assert results[1]["a part that is broken while it warms up"] == "this row cannot be read"
     assert [result["one without examples"] for result in results] == ["no error"] * 2
 
 
 def test_what_cannot_be_shared_out_is_refused(results: list[dict[str, Any]]) -> None:
     for result in results:
         assert "different batches" in result["different"]
+        assert "split_between_processes='already' where" in result["not told of"]
+    with pytest.raises(FisherError, match="'parts' must be True, False or 'already'"):
+        alone(split_between_processes="parts")

@@ -114,6 +114,23 @@ def test_every_example_is_in_one_step(sizes: tuple[int, ...], steps: int) -> Non
         assert all(part.first_example == part.rows["labels"][0] for part in parts)
 
 
+@pytest.mark.parametrize("size", [10, 32, 50])
+def test_a_last_batch_is_cut_to_the_examples_of_the_steps(size: int) -> None:
+    numbers = torch.arange(100).split(size)
+    found = warmup.step_parts([{"labels": part} for part in numbers], 2, seed=0)
+    assert [sorted(number for part in parts for number in part.rows["labels"].tolist()) for parts in found] in (
+        [[*range(32)], [*range(32, 64)]],
+        [[*range(32, 64)], [*range(32)]],
+    )
+
+
+def test_rows_of_several_batches_take_turns() -> None:
+    batches = [{"labels": torch.tensor(rows)} for rows in ([0, 2, 4, 6], [1, 3, 5])]
+    found = warmup.step_parts(batches, 2, seed=0, places=[[0, 2, 4, 6], [1, 3, 5]])
+    runs = sorted([part.rows["labels"].tolist() for part in parts] for parts in found)
+    assert runs == [[[0, 2], [1]], [[4, 6], [3, 5]]]
+
+
 def test_the_seed_orders_the_steps() -> None:
     orders = [[parts[0].first_example for parts in warmup.step_parts(BATCHES, 8, seed)] for seed in (0, 0, 1)]
     assert orders[0] == orders[1] != orders[2]

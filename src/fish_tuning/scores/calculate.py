@@ -37,7 +37,7 @@ def calculate_scores(
     scores_dtype: torch.dtype = torch.float32,
     scores_device: torch.device | str | None = None,
     warmup_steps: int | None = None,
-    split_between_processes: bool = True,
+    split_between_processes: bool | Literal["already"] = True,
     progress: bool = True,
 ) -> dict[str, Tensor]:
     """Scores of every trainable entry by a named score, from one pass over the calibration examples.

@@ -28,7 +28,7 @@ def calculate_fisher_information(
     scores_dtype: torch.dtype = torch.float32,
     scores_device: torch.device | str | None = None,
     warmup_steps: int | None = None,
-    split_between_processes: bool = True,
+    split_between_processes: bool | Literal["already"] = True,
     progress: bool = True,
 ) -> dict[str, Tensor]:
     """Diagonal Fisher information of every trainable tensor of `model`, exact per example at any batch size.
@@ -75,7 +75,10 @@ def calculate_fisher_information(
         split_between_processes: where torch.distributed is initialised (torchrun, accelerate launch), each process of
             the default group scores its share of the examples and all get the same scores, those of one process. All
             must call this, with the same loader, or each with its part (accelerate's, or a DistributedSampler; what
-            these give twice, so that all parts are as long, counts once).
+            these give twice, so that all parts are as long, counts once). Where they drew an adapter or a head apart,
+            the first one's is scored, which DDP trains; each has its own back afterwards.
+            "already": each loader gives its process a part, though nothing in it tells (a data set that picks its rows
+            by rank, a `datasets.Dataset` from split_dataset_by_node). What several of them give counts as often.
             False: this process scores all by itself, and the others need not call; not where the model is sharded.
         progress: show a progress bar.
 
@@ -90,8 +93,8 @@ def calculate_fisher_information(
 
     Warns:
         FishTuningWarning: a rule failed on this model, and the scores are exact all the same, but slower to get; the
-            model adds its routers' balance to its loss, which is left out; or batches hold an argument of the forward
-            pass that is no tensor.
+            model adds its routers' balance to its loss, which is left out; batches hold an argument of the forward
+            pass that is no tensor; or frozen weights differ between processes.
 
     Example:
         >>> import torch

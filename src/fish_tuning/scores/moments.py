@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, Literal
@@ -17,12 +17,14 @@ from tqdm.auto import tqdm
 
 from fish_tuning.errors import FisherError, FishTuningWarning
 from fish_tuning.model_walks import walked_once
-from fish_tuning.scores.batches import Batch, batch_size, calibration_batches, kept
+from fish_tuning.scores.batches import Batch, batch_size, calibration_batches
 from fish_tuning.scores.finite import check_finite
+from fish_tuning.scores.first_examples import first_batches, first_rounds, places
 from fish_tuning.scores.left_out import LeftOut
 from fish_tuning.scores.lockstep import Lockstep, Share, rounds
 from fish_tuning.scores.loss_vectors import UNREAD, LossFunction, LossVectors
 from fish_tuning.scores.losses import FisherType, TokenReduction
+from fish_tuning.scores.one_start import different_frozen, one_start
 from fish_tuning.scores.prepared import prepared
 from fish_tuning.scores.processes import Processes
 from fish_tuning.scores.prompts import a_prompt_each
@@ -31,7 +33,13 @@ from fish_tuning.scores.scorer import Scorer
 from fish_tuning.scores.scoring_state import random_state_kept, scoring_state
 from fish_tuning.scores.sharded_models import gathered_layer_by_layer, whole_trained_tensors
 from fish_tuning.scores.totals import Scores, Totals
-from fish_tuning.scores.validation import check_arguments, check_rows_per_example, check_warmup, device_errors_explained
+from fish_tuning.scores.validation import (
+    check_arguments,
+    check_rows_per_example,
+    check_split,
+    check_warmup,
+    device_errors_explained,
+)
 from fish_tuning.scores.warmup import WARMUP_EXAMPLES, warmed_up, warmup_steps_needed
 
 logger = logging.getLogger("fish_tuning.scores.fisher")
@@ -45,7 +53,8 @@ class Moments:
         mean_gradients: g_i = (1/N) sum_n d loss_n / d theta_i; empty where they were not asked for.
         mean_squares: F_i = (1/N) sum_n (d loss_n / d theta_i)^2, the diagonal Fisher information.
         num_samples: N.
-        weights: the values at which they were measured, where warm-up had moved them; else empty.
+        weights: the values at which they were measured, where these are not the model's own: after warm-up, and of
+            tensors that the first of several processes has otherwise; else empty.
     """
 
     mean_gradients: dict[str, Tensor]
@@ -70,7 +79,7 @@ def measure_moments(
     scores_dtype: torch.dtype = torch.float32,
     scores_device: torch.device | str | None = None,
     warmup_steps: int | None = None,
-    split_between_processes: bool = True,
+    split_between_processes: bool | Literal["already"] = True,
     progress: bool = True,
     stacklevel: int = 1,
 ) -> Moments:
@@ -100,6 +109,7 @@ def measure_moments(
     """
     check_arguments(model, fisher_type, token_reduction, method, loss_fn, num_samples, seed, scores_dtype)
     check_warmup(warmup_steps)
+    check_split(split_between_processes)
     check_rows_per_example(rows_per_example, loss_fn)
     if gradients and fisher_type != "empirical":
         raise FisherError(
@@ -148,6 +158,7 @@ class _Work:
     wanted: int | None
     progress: bool
     stacklevel: int
+    notes: list[str] = field(default_factory=list)
 
     def bar(self) -> Any:
         """Of the examples that are scored; warm-up has one of its own before."""
@@ -155,8 +166,9 @@ class _Work:
 
     def warn(self) -> None:
         told = (*self.left_out.new(), *self.scorer.new_failures(), *self.scorer.losses.own.new_notes())
-        for message in told:
+        for message in (*self.notes, *told):
             warnings.warn(message, FishTuningWarning, stacklevel=self.stacklevel + 2)
+        self.notes.clear()
 
 
 def _must_go_together(model: nn.Module, processes: Processes) -> bool:
@@ -174,11 +186,16 @@ def _must_go_together(model: nn.Module, processes: Processes) -> bool:
 def _by_itself(work: _Work, batches: Iterator[Batch]) -> tuple[int, Scores]:
     """This process's share, in its own time; gives how many examples its loader gave, and weights as `_ready`."""
     scorer, processes, target = work.scorer, work.processes, work.target
-    losses, seen = scorer.losses, 0
+    losses, seen, needed = scorer.losses, 0, WARMUP_EXAMPLES * work.steps
     # Kept, since a loader may give others, or none, when it is asked again.
     with random_state_kept(losses.model):  # a loader that shuffles draws from it
-        first = _at_least(batches, WARMUP_EXAMPLES * work.steps) if work.steps else []
-    with _ready(work, first) as weights, work.bar() as bar:
+        if processes.has_own_part:  # and all warm up on the same: those that one process would have
+            every = list(chain.from_iterable(first_rounds(rounds(processes, batches), needed)))
+            first = [share.batch for share in every if share.owner == processes.rank]
+        else:
+            first = first_batches(batches, needed)
+            every = [Share(batch, 0, 0) for batch in first]
+    with _ready(work, every) as weights, work.bar() as bar:
         for number, batch in enumerate(chain(first, batches)):
             if processes.takes(number):
                 with device_errors_explained(losses.model, target):
@@ -194,18 +211,10 @@ def _by_itself(work: _Work, batches: Iterator[Batch]) -> tuple[int, Scores]:
 def _in_lockstep(work: _Work, batches: Iterator[Batch]) -> tuple[int, Scores]:
     """The same with the other processes, pass by pass; gives how many examples there were in all."""
     losses, left, seen = work.scorer.losses, rounds(work.processes, batches), 0
-    first: list[list[Share]] = []
     with random_state_kept(losses.model):
-        needed = WARMUP_EXAMPLES * work.steps
-        while needed > 0:
-            first[-1:] = [[share._replace(batch=kept(share.batch)) for share in shares] for shares in first[-1:]]
-            if (shares := next(left, None)) is None:
-                break
-            first.append(shares)
-            needed -= sum(batch_size(share.batch) for share in shares)
+        first = first_rounds(left, WARMUP_EXAMPLES * work.steps)
     lockstep = Lockstep(work.scorer, losses, work.processes)
-    every = [share.batch for shares in first for share in shares]
-    with _ready(work, every) as weights, work.bar() as bar:
+    with _ready(work, list(chain.from_iterable(first))) as weights, work.bar() as bar:
         for shares in chain(first, left):
             lockstep.add(shares)
             work.warn()
@@ -217,35 +226,31 @@ def _in_lockstep(work: _Work, batches: Iterator[Batch]) -> tuple[int, Scores]:
 
 
 @contextmanager
-def _ready(work: _Work, first: list[Batch]) -> Iterator[Scores]:
-    """The model as it is scored: quiet, warmed up, watched. Gives its weights where warm-up has moved them."""
+def _ready(work: _Work, first: list[Share]) -> Iterator[Scores]:
+    """The model as it is scored: quiet, warmed up, watched. Gives its weights where they are not this process's own."""
     model, trainable = work.trained_on.model, work.scorer.trainable
-    weights: Scores = {}
     with ExitStack() as stack:
         with walked_once(model):
             for state in (tables_kept(model), scoring_state(model), a_prompt_each(model)):
                 stack.enter_context(state)
         if work.steps:
             with device_errors_explained(model, work.target):
-                stack.enter_context(
-                    warmed_up(
-                        model, trainable, work.trained_on, first, work.steps, seed=work.seed, progress=work.progress
-                    )
-                )
-            work.processes.same_start(trainable.values())
-            weights = {name: parameter.detach().clone() for name, parameter in trainable.items()}
+                stack.enter_context(_warmed_up(work, first))
+        others = stack.enter_context(one_start(work.processes, trainable))
+        weights = {name: trainable[name].detach().clone() for name in (trainable if work.steps else others)}
+        if (name := different_frozen(work.processes, model)) is not None:
+            work.notes.append(
+                f"Fisher information: {name!r}, which is frozen, is not the same in all processes, so that each scores "
+                "its examples on another model. Load the same weights in all of them, or draw them from one seed."
+            )
         stack.enter_context(work.scorer.probes)
         yield weights
 
 
-def _at_least(batches: Iterator[Batch], examples: int) -> list[Batch]:
-    """The first batches, until they hold so many examples."""
-    taken: list[Batch] = []
-    seen = 0
-    while seen < examples:
-        taken[-1:] = map(kept, taken[-1:])
-        if (batch := next(batches, None)) is None:
-            break
-        taken.append(batch)
-        seen += batch_size(batch)
-    return taken
+def _warmed_up(work: _Work, first: list[Share]) -> AbstractContextManager[None]:
+    in_order = places(first, work.processes.order)
+    batches = [share.batch for share in first]
+    return warmed_up(
+        work.trained_on.model, work.scorer.trainable, work.trained_on, batches, work.steps,
+        places=in_order, seed=work.seed, progress=work.progress,
+    )  # fmt: skip

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fish_tuning.errors import FisherError
+from fish_tuning.errors import FisherError, OthersOutOfMemory, ran_out_of_memory
 from fish_tuning.scores.batches import Batch, batch_size, changed, kept
-from fish_tuning.scores.loader_parts import is_sharded, sends_out, shares_of, without_repeats
+from fish_tuning.scores.loader_parts import Order, is_sharded, order_of_parts, sends_out, shares_of, without_repeats
 from fish_tuning.scores.totals import Totals
 
 
@@ -20,16 +20,19 @@ class Processes:
     """This process and the others of the default group; alone where there is none, or where it is not to be used.
 
     A loader that every process has whole is shared out batch by batch; one that gives each process a part of its own
-    (accelerate's, or one with a DistributedSampler) is taken as it is.
+    (accelerate's, or one with a DistributedSampler) is taken as it is. Where nothing in a loader tells that it does,
+    `split` says so: "already".
     """
 
-    def __init__(self, loader: Any, split: bool, device: torch.device) -> None:
-        together = split and dist.is_available() and dist.is_initialized()
+    def __init__(self, loader: Any, split: bool | Literal["already"], device: torch.device) -> None:
+        together = bool(split) and dist.is_available() and dist.is_initialized()
         self.rank, self.number = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
         self.computes_on = device
         self.device = device if self.number > 1 and dist.get_backend() == "nccl" else torch.device("cpu")
         self.loader = loader
-        self.has_own_part = self.number > 1 and is_sharded(loader)
+        self.has_own_part = self.number > 1 and (split == "already" or is_sharded(loader))
+        # In which the processes' parts make up what one would have; a loader that all have whole comes batch by batch.
+        self.order: Order = order_of_parts(loader) if self.has_own_part else "batches"
         self._over = False  # whether all know that one has failed
         self._digest = hashlib.sha1(usedforsecurity=False)
 
@@ -71,31 +74,26 @@ class Processes:
                         self._digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
             yield raw
 
-    def same_start(self, tensors: Iterable[Tensor]) -> None:
-        """Give all processes the first one's values, once it is known that all are there."""
-        self.agree(None)
-        for tensor in tensors if self.number > 1 else ():
-            values = tensor.detach().to(self.device)
-            dist.broadcast(values, 0)
-            tensor.detach().copy_(values)
-
     def agree(self, error: Exception | None) -> None:
         """Raise the error, on every process: who waits for the others' sums would wait for ever."""
         if self.number > 1 and not self._over:
             told: list[Any] = [None] * self.number
             own = f"{type(error).__name__}: {error}" if error is not None else None
-            dist.all_gather_object(told, (own, self._digest.hexdigest()))
-            self._over = any(text is not None for text, _ in told)
-            failed = [(rank, text) for rank, (text, _) in enumerate(told) if text is not None]
+            ran_out = error is not None and ran_out_of_memory(error)
+            dist.all_gather_object(told, (own, ran_out, self._digest.hexdigest()))
+            failed = [(rank, text, of_memory) for rank, (text, of_memory, _) in enumerate(told) if text is not None]
+            self._over = bool(failed)
             if error is None and failed:
-                raise FisherError(f"Process {failed[0][0]} of {self.number} failed while scoring: {failed[0][1]}")
-            if not failed and len({digest for _, digest in told}) > 1:
+                rank, text, of_memory = failed[0]
+                kind = OthersOutOfMemory if of_memory else FisherError
+                raise kind(f"Process {rank} of {self.number} failed while scoring: {text}")
+            if not failed and len({digest for *_, digest in told}) > 1:
                 self._over = True
                 raise FisherError(
                     f"The calibration dataloaders of the {self.number} processes give different batches, so they "
                     "cannot be shared out. Seed their shuffling alike, give each process a part of its own "
-                    "(accelerate's prepare, a DistributedSampler), or let each score alone: "
-                    "split_between_processes=False."
+                    "(accelerate's prepare, a DistributedSampler; split_between_processes='already' where nothing in "
+                    "the loader tells that it gives a part), or let each score alone: split_between_processes=False."
                 )
         if error is not None:
             raise error

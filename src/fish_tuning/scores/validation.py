@@ -67,6 +67,12 @@ def check_warmup(steps: object) -> None:
         )
 
 
+def check_split(split: object) -> None:
+    """FisherError for a way to share out the examples that is none."""
+    if split not in (True, False, "already"):
+        raise FisherError(f"split_between_processes={split!r} must be True, False or 'already'.")
+
+
 def check_rows_per_example(rows: object, loss_fn: LossFunction | None) -> None:
     """FisherError for groups of rows that are none, or that no loss is known of."""
     if not isinstance(rows, int) or rows < 1:

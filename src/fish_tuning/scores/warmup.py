@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import accumulate, pairwise
@@ -57,6 +58,7 @@ def warmed_up(
     batches: Sequence[Batch],
     steps: int,
     *,
+    places: Sequence[Sequence[int]] | None = None,
     learning_rate: float = WARMUP_LEARNING_RATE,
     seed: int = 0,
     progress: bool = False,
@@ -75,6 +77,7 @@ def warmed_up(
         losses: of each example alone, for the given labels; their mean is trained on.
         batches: of the examples. Each step takes a run of them, `seed` says in which order.
         steps: as many, or one an example where there are fewer examples.
+        places: as `step_parts` takes them.
         progress: show a progress bar, since this takes as long as training does.
     """
     if not steps:
@@ -83,7 +86,7 @@ def warmed_up(
     before = {name: parameter.detach().clone() for name, parameter in trainable.items()}
     try:
         if batches:
-            parts = step_parts(batches, steps, seed)
+            parts = step_parts(batches, steps, seed, places)
             logger.info("Fisher information: scored after %d warm-up steps, which are undone.", len(parts))
             with tqdm(parts, desc="Warm-up before scoring", unit="step", disable=not progress, leave=False) as bar:
                 _train(model, trainable, losses, bar, learning_rate)
@@ -106,19 +109,28 @@ class Part(NamedTuple):
     weight: float  # share of the step's examples
 
 
-def step_parts(batches: Sequence[Batch], steps: int, seed: int) -> list[list[Part]]:
-    """The examples in as many runs of equal length, each as rows of the batches that it lies in, in random order."""
+def step_parts(
+    batches: Sequence[Batch], steps: int, seed: int, places: Sequence[Sequence[int]] | None = None
+) -> list[list[Part]]:
+    """The examples in as many runs of equal length, each as rows of the batches that it lies in, in random order.
+
+    What a last batch holds beyond the examples of so many steps is left out, so that no size of batches matters.
+
+    Args:
+        places: of each batch's rows among all examples, ascending; default: one batch behind another.
+    """
     starts = list(accumulate((batch_size(batch) for batch in batches), initial=0))
-    examples = starts[-1]
+    examples = min(starts[-1], WARMUP_EXAMPLES * steps)
     steps = min(steps, examples)
     bounds = [examples * step // steps for step in range(steps + 1)]
+    in_order = [range(start, end) for start, end in pairwise(starts)] if places is None else places
     runs = []
     for low, high in pairwise(bounds):
         parts = []
-        for batch, start, end in zip(batches, starts, starts[1:], strict=False):
-            first, last = max(low, start), min(high, end)
+        for batch, own in zip(batches, in_order, strict=True):
+            first, last = bisect_left(own, low), bisect_left(own, high)
             if first < last:
-                parts.append(Part(rows(batch, first - start, last - start), first, (last - first) / (high - low)))
+                parts.append(Part(rows(batch, first, last), own[first], (last - first) / (high - low)))
         runs.append(parts)
     order = torch.randperm(steps, device="cpu", generator=torch.Generator().manual_seed(seed % 2**63))
     return [runs[number] for number in order.tolist()]

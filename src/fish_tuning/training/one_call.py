@@ -26,6 +26,7 @@ from fish_tuning.training.calibration import calibration_of
 from fish_tuning.training.checkpoints import find_fault, last_checkpoint
 from fish_tuning.training.head_rate import check_head_learning_rate, set_head_learning_rate
 from fish_tuning.training.reporting import HEAD, report_figures
+from fish_tuning.training.smaller_batches import in_batches_that_fit
 from fish_tuning.training.trainer import FishMaskCallback
 
 AnyTrainer = TypeVar("AnyTrainer", bound=Trainer)
@@ -76,7 +77,8 @@ def fish_tune(
     It is `calculate_scores(trainer.model, **calibration_of(trainer))`, `create_mask_from_fisher`, `add_mask` and
     `trainer.train()`, with the defaults that measured best or at least no worse (docs/selection.md,
     docs/initialisation.md): Fisher information of 128 training examples, after 20 warm-up steps that are undone where
-    half of the pool would score zero; the head trains as a whole.
+    half of the pool would score zero; the head trains as a whole. With `auto_find_batch_size=True`, scoring that runs
+    out of memory begins again in batches of half the size.
 
     Args:
         trainer: a Trainer that is ready to train: transformers' own, or trl's SFTTrainer, DPOTrainer, RewardTrainer or
@@ -120,16 +122,7 @@ def fish_tune(
     if checkpoint is not None:
         mask = _mask_of(checkpoint)
     else:
-        args = trainer.args
-        calibration = calibration_of(trainer, num_samples)
-        with as_trained(model, args):
-            scores = calculate_scores(
-                model,
-                **calibration,
-                score=score,
-                batch_size=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
-                progress=progress,
-            )
+        scores = _scores(trainer, calibration_of(trainer, num_samples), score, progress)
         mask = create_mask_from_fisher(scores, keep_ratio, excluded, num_trainable=num_trainable)
     add_mask(trainer, mask)
     if checkpoint is None:
@@ -139,6 +132,17 @@ def fish_tune(
         set_head_learning_rate(trainer, head_learning_rate)
     trainer.train(resume_from_checkpoint=checkpoint)
     return trainer
+
+
+def _scores(trainer: Trainer, calibration: dict[str, Any], score: str, progress: bool) -> dict[str, Tensor]:
+    args, model = trainer.args, cast(nn.Module, trainer.model)
+    step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+
+    def scored(calibration: dict[str, Any]) -> dict[str, Tensor]:
+        with as_trained(model, args):
+            return calculate_scores(model, **calibration, score=score, batch_size=step, progress=progress)
+
+    return in_batches_that_fit(trainer, calibration, scored)
 
 
 def head_names(model: nn.Module) -> list[str]:
