@@ -84,12 +84,12 @@ class Output:
 
 
 def write_document(content: Any, out: Any) -> None:
-    """One JSON document to what `stdout_kept` gives, without values that came from the environment."""
+    """One JSON document to what `stdout_kept` gives, its texts without values that came from the environment."""
     import json
 
-    from fish_tuning.experiments.config.secrets import scrubbed
+    from fish_tuning.experiments.config.secrets import redacted
 
-    out.write(f"{scrubbed(json.dumps(content, indent=2, allow_nan=False))}\n")
+    out.write(f"{json.dumps(redacted(content), indent=2, allow_nan=False)}\n")
     out.flush()
 
 

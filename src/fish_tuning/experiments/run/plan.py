@@ -14,6 +14,7 @@ from fish_tuning.experiments.config.arm_names import HEAD_ALONE, ArmName
 from fish_tuning.experiments.config.choices import ChoiceConfig
 from fish_tuning.experiments.config.experiment import ExperimentConfig
 from fish_tuning.experiments.config.methods import HEAD_PATTERN
+from fish_tuning.experiments.config.secrets import keep_names
 from fish_tuning.experiments.data.tasks import Task, TokenClassification, encode, load_task
 from fish_tuning.experiments.models.base_weights import own_head
 from fish_tuning.experiments.models.building import load_config, load_processing_class, read_config
@@ -83,6 +84,7 @@ def plan_experiment(config: ExperimentConfig) -> Plan:
     quantization = quantization_of(config.model, stored)
     check_quantized(config, quantization)
     task = load_task(config.dataset)
+    keep_names([task.kind, *task.metrics])
     if not config.training.early_stopping_patience:  # which has its own
         for arguments in of_methods:
             check_best(arguments, task.metrics)
