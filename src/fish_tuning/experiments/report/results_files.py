@@ -71,6 +71,9 @@ def report_notes(config: ExperimentConfig, facts: Mapping[str, Any], summary: Se
             "choice of examples or of the data set."
         )
     notes += _rate_notes(config, facts.get("learning_rates") or {})
+    if ties := facts.get("learning_rate_ties"):
+        told = "; ".join(f"{arm} {', '.join(f'{rate:g}' for rate in rates)}" for arm, rates in ties.items())
+        notes.append(f"Learning rates that were equally good, so that the loss, then the smaller rate decided: {told}.")
     if config.training.early_stopping_patience:
         notes.append(
             "Early stopping: each run went back to its best epoch on the validation set, the one that is reported."
@@ -211,7 +214,7 @@ def _settings(config: ExperimentConfig, facts: Mapping[str, Any]) -> dict[str, A
     }
     chosen = ("learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "weight_decay")
     settings |= {key: str(training[key]) for key in chosen if key in training}
-    told = (*settings, "notes", "arms", "learning_rates")
+    told = (*settings, "notes", "arms", "learning_rates", "learning_rate_ties")
     return settings | {key.replace("_", " "): value for key, value in facts.items() if key not in told}
 
 
