@@ -19,6 +19,7 @@ from typing import Any
 from huggingface_hub import try_to_load_from_cache
 
 from fish_tuning.errors import ConfigurationError, FishTuningWarning, MaskError
+from fish_tuning.files.adapter_folders import MODEL_CONFIG
 from fish_tuning.files.atomic import write_atomically
 from fish_tuning.files.delta_file import DELTA_FILE_NAME
 from fish_tuning.files.mask_file import MASK_FILE_NAME, load_mask
@@ -30,7 +31,6 @@ from fish_tuning.sparse.masked_tensors import count_trainable_parameters
 
 ADAPTER_CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # PEFT's names; importing it takes seconds
-MODEL_CONFIG = "model_config"  # a folder that AutoConfig.from_pretrained(..., subfolder="model_config") reads
 # Of tokenizers and image processors, as transformers names them.
 PROCESSING_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
