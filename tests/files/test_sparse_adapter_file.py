@@ -51,6 +51,8 @@ LIES: dict[str, tuple[Callable[[Any, Any], Any], str]] = {
     "another dtype": (set_entry(0, 2, "bfloat16"), "values:bfloat16"),
     "no dtype": (set_entry(0, 2, "Tensor"), "impossible start"),
     "a seedless start": (set_key("seed", None), "impossible start"),
+    "a configuration that is none": (set_key("model_config", "[]"), "model_config is no object"),
+    "an impossible length": (set_key("max_length", 0), "texts of 0 tokens"),
     "a large seed": (set_key("seed", 2**16), "the seed 65536 is impossible"),
     "a start of nothing": (set_entry(1, 4, [False, "x", "float32"]), "could not convert"),
     "a start through nothing": (set_entry(1, 4, [False, 0.0, "frombuffer"]), "impossible start"),

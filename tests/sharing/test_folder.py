@@ -303,3 +303,28 @@ def test_what_a_trainer_saves_tells_of_its_training(kind: type[Trainer], classif
 def test_a_folder_without_an_adapter_is_refused(classifier: Any, tmp_path: Path) -> None:
     with pytest.raises(MaskError, match=r"neither adapter_config\.json nor delta\.safetensors"):
         complete_adapter(classifier, tmp_path)
+
+
+def test_sets_are_written_in_order(classifier: Any, tmp_path: Path) -> None:
+    """PEFT writes `target_modules` in the order that Python's hashes give them, another one in each process."""
+    classifier.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    content = settings(tmp_path)
+    assert isinstance(classifier.peft_config["default"].target_modules, set)
+    backwards = sorted(content["target_modules"], reverse=True)
+    file.write_text(json.dumps({**content, "target_modules": backwards}))
+    complete_adapter(classifier, tmp_path)
+    assert len(backwards) > 1
+    assert settings(tmp_path)["target_modules"] == sorted(backwards)
+
+
+def test_a_tokenizer_is_saved_without_what_it_did_last(classifier: Any, adapter: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(adapter)
+    classifier.save_pretrained(tmp_path)
+    for _ in range(2):
+        complete_adapter(classifier, tmp_path, processing_class=tokenizer)
+        saved = json.loads((tmp_path / "tokenizer.json").read_text())
+        assert (saved["truncation"], saved["padding"]) == (None, None)
+        before = tokenizer(["good film"], truncation=True, max_length=3, padding="max_length")
+    assert tokenizer.backend_tokenizer.truncation["max_length"] == 3  # and it is left as it was
+    assert len(before["input_ids"][0]) == 3

@@ -34,6 +34,7 @@ from fish_tuning import (
     apply_mask,
     complete_adapter,
     load_adapter,
+    merge_adapter,
     save_sparse_adapter,
 )
 from fish_tuning.adapters import SerialAdapterConfig
@@ -409,6 +410,32 @@ def test_a_sparse_adapters_file_is_as_good_as_its_folder(anothers_adapter: Path,
     assert merged.exit_code == 0, merged.output
     with pytest.raises(ConfigurationError, match=r"is a file, and no folder of an adapter.*write_adapter_folder"):
         load_adapter(tmp_path / "task.safetensors")
+
+
+@pytest.mark.parametrize("made_of", ["the folder", "a model of it"])
+def test_a_sparse_adapters_file_knows_labels_and_length(adapter: Path, tmp_path: Path, made_of: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(adapter)
+    tokenizer.model_max_length = 3
+    tokenizer.save_pretrained(adapter)
+    file, text = tmp_path / "task.safetensors", [{"text": "good film bad film good film"}]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FishTuningWarning)
+        save_sparse_adapter(adapter if made_of == "the folder" else load_adapter(adapter, is_trainable=True), file)
+    (expected,) = predict(adapter, text)
+    assert {"probability_bad", "probability_fair", "probability_good"} < expected.keys()
+    assert predict(file, text) == [expected] != predict(file, text, max_length=8)
+    merge_adapter(file, tmp_path / "merged")
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged").model_max_length == 3
+
+
+def test_a_sparse_adapters_file_knows_the_overrides(base_folder: Path, tmp_path: Path) -> None:
+    base = AutoModelForSequenceClassification.from_pretrained(base_folder, num_labels=3, num_hidden_layers=1)
+    model = lora(base)
+    apply_mask(model, random_mask(model, dense=["classifier"]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FishTuningWarning)
+        save_sparse_adapter(model, tmp_path / "task.safetensors")
+    assert predict(tmp_path / "task.safetensors", [{"text": "good"}])
 
 
 def test_images_are_named_from_where_their_file_lies(tmp_path: Path) -> None:

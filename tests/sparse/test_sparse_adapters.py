@@ -346,7 +346,7 @@ def test_a_folder_takes_the_place_of_an_earlier_one(tmp_path: Path) -> None:
     for name in ("adapter_config.json", "README.md"):
         (tmp_path / "back" / name).touch()
     write_adapter_folder(adapter, tmp_path / "back")
-    assert sorted(path.name for path in (tmp_path / "back").iterdir()) == FILES
+    assert sorted(path.name for path in (tmp_path / "back").iterdir()) == [*FILES, "model_config"]
 
 
 # Wrong use

@@ -84,12 +84,12 @@ class Output:
 
 
 def write_document(content: Any, out: Any) -> None:
-    """One JSON document to what `stdout_kept` gives, without values that came from the environment."""
+    """One JSON document to what `stdout_kept` gives, its texts without values that came from the environment."""
     import json
 
-    from fish_tuning.experiments.config.secrets import scrubbed
+    from fish_tuning.experiments.config.secrets import redacted
 
-    out.write(f"{scrubbed(json.dumps(content, indent=2, allow_nan=False))}\n")
+    out.write(f"{json.dumps(redacted(content), indent=2, allow_nan=False)}\n")
     out.flush()
 
 
@@ -173,7 +173,7 @@ def _results_data(
     from fish_tuning.experiments.report.results_files import results_data
     from fish_tuning.experiments.run.facts import report_facts
 
-    facts = report_facts(plan, _chosen_rates(config, runs), **fingerprints)
+    facts = report_facts(plan, _chosen_rates(config, runs), **fingerprints, **_ties(output_dir))
     return {**results_data(config, facts, runs), "files": [str(path) for path in _written(output_dir)]}
 
 
@@ -184,6 +184,15 @@ def _chosen_rates(config: ExperimentConfig, runs: list[RunRecord]) -> dict[str, 
         for run in runs
         if run.learning_rate is not None and len(config.learning_rates_of(config.method_of(run.arm))) > 1
     }
+
+
+def _ties(output_dir: Path) -> dict[str, Any]:
+    """Learning rates that were equally good, as the results that were just written tell of them."""
+    import json
+
+    key = "learning_rate_ties"
+    facts = json.loads((output_dir / "results.json").read_bytes())["facts"]
+    return {key: facts[key]} if key in facts else {}
 
 
 def _written(output_dir: Path) -> list[Path]:
@@ -228,7 +237,7 @@ def _show_results(
         for table in console_tables(with_references(summary, runs), console.width, title=title):
             console.print(table)
             console.print()
-    facts = report_facts(plan, _chosen_rates(config, runs))
+    facts = report_facts(plan, _chosen_rates(config, runs), **_ties(output_dir))
     for note in [*learning_notes(str(facts.get("task") or "the task"), runs), *report_notes(config, facts, summary)]:
         console.print(f"note: {note}")
     console.print(f"written: {', '.join(map(str, _written(output_dir)))}", soft_wrap=True)

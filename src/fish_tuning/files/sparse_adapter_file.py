@@ -94,7 +94,8 @@ class SparseAdapter:
     `config` is the text of the ordinary adapter's `adapter_config.json`; `tensors` are in the order of its file, whose
     metadata are `metadata`. `adapter_name` is the adapter's in the names of the mask. `base` tells the base model's
     adapted layers, (name, shape, checksums of some entries), and is None where the base was not at hand. `digest` is
-    that of the ordinary adapter's tensors.
+    that of the ordinary adapter's tensors. `model_config` is the text of the base model's configuration with the
+    adapter's labels, `max_length` the tokens that texts are cut to, where they are known.
     """
 
     adapter_name: str
@@ -104,6 +105,8 @@ class SparseAdapter:
     tensors: tuple[SparseTensor, ...]
     base: tuple[tuple[str, tuple[int, ...], tuple[int | None, ...]], ...] | None
     digest: str
+    model_config: str | None = None
+    max_length: int | None = None
 
     @property
     def num_parameters(self) -> int:
@@ -199,6 +202,8 @@ def write_sparse_adapter(adapter: SparseAdapter, path: str | os.PathLike[str]) -
         "digest": adapter.digest,
         "tensors": described,
     }
+    beside = {"model_config": adapter.model_config, "max_length": adapter.max_length}
+    description |= {name: value for name, value in beside.items() if value is not None}
     text = json.dumps(description, separators=(",", ":"), ensure_ascii=False).encode()
     stored[_DESCRIPTION] = torch.frombuffer(bytearray(zlib.compress(text, 9)), dtype=torch.uint8)
     stored[_PLACES] = torch.from_numpy(np.concatenate([np.zeros(0, np.uint8), *places]))
@@ -244,6 +249,11 @@ def _parsed(path: str, stored: Mapping[str, Tensor]) -> SparseAdapter:
         raise ValueError("its description has something else where texts belong")
     if seed is not None and (type(seed) is not int or not 0 <= seed < SEEDS):
         raise ValueError(f"the seed {seed!r} is impossible")
+    model_config, max_length = description.get("model_config"), description.get("max_length")  # newer than the others
+    if model_config is not None and not isinstance(json.loads(model_config), dict):
+        raise ValueError("its model_config is no object")
+    if max_length is not None and (type(max_length) is not int or max_length < 1):
+        raise ValueError(f"texts of {max_length!r} tokens are impossible")
     tensors = tuple(_tensor(entry, name, seed, reader) for entry in description["tensors"])
     reader.check_end()
     whole = [_WHOLE + tensor.key for tensor in tensors if tensor.start is None]
@@ -260,6 +270,8 @@ def _parsed(path: str, stored: Mapping[str, Tensor]) -> SparseAdapter:
         if base is None
         else tuple((layer, tuple(shape), tuple(checksums)) for layer, shape, checksums in base),
         digest=digest,
+        model_config=model_config,
+        max_length=max_length,
     )
 
 

@@ -23,10 +23,10 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from fish_tuning.errors import ConfigurationError, FishTuningWarning
+from fish_tuning.files.adapter_folders import MODEL_CONFIG
 from fish_tuning.files.atomic import whole_folder
 from fish_tuning.sharing.card import CARD, CardFacts, public_name, read_card
 from fish_tuning.sharing.folder import (
-    MODEL_CONFIG,
     PROCESSING_FILES,
     WEIGHTS,
     check_new,
@@ -105,7 +105,7 @@ def export_adapter(
     rank, output = _checked(rank), Path(output)
     check_new(output)
     hub: dict[str, Any] = {name: loading.pop(name) for name in ("revision", "token") if name in loading}
-    with _as_folder(folder, hub) as (path, weights):
+    with _as_folder(folder, hub, loading.get("base_model")) as (path, weights):
         settings = read_adapter_config(path)
         loading |= {"token": hub["token"]} if hub.get("token") is not None else {}
         with as_ordinary_lora(path, settings, loading) as ordinary:
@@ -174,10 +174,12 @@ def _checked(rank: Any) -> float:
 
 
 @contextmanager
-def _as_folder(source: str | os.PathLike[str], hub: Mapping[str, Any]) -> Iterator[tuple[Path, Path]]:
+def _as_folder(
+    source: str | os.PathLike[str], hub: Mapping[str, Any], base_model: Any = None
+) -> Iterator[tuple[Path, Path]]:
     """The adapter's folder and the file of its weights, as they came; of a sparse adapter the folder is rebuilt."""
     if Path(source).is_file():
-        with adapter_folder(source) as made:
+        with adapter_folder(source, base_model) as made:
             yield Path(made), Path(source)
         return
     path = fetched(source, **hub)

@@ -19,6 +19,7 @@ from typing import Any
 from huggingface_hub import try_to_load_from_cache
 
 from fish_tuning.errors import ConfigurationError, FishTuningWarning, MaskError
+from fish_tuning.files.adapter_folders import MODEL_CONFIG
 from fish_tuning.files.atomic import write_atomically
 from fish_tuning.files.delta_file import DELTA_FILE_NAME
 from fish_tuning.files.mask_file import MASK_FILE_NAME, load_mask
@@ -30,7 +31,6 @@ from fish_tuning.sparse.masked_tensors import count_trainable_parameters
 
 ADAPTER_CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # PEFT's names; importing it takes seconds
-MODEL_CONFIG = "model_config"  # a folder that AutoConfig.from_pretrained(..., subfolder="model_config") reads
 # Of tokenizers and image processors, as transformers names them.
 PROCESSING_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
@@ -119,10 +119,11 @@ def complete_adapter(
     if config is not None:
         _tell_of_lost_names(model, adapter_name)
         facts = replace(facts, revision=facts.revision or config.revision)
-        _complete_config(folder / ADAPTER_CONFIG, task_type(base, config), facts.revision)
+        _complete_config(folder / ADAPTER_CONFIG, config, task_type(base, config), facts.revision)
     _write_model_config(base, folder / MODEL_CONFIG)
     if processing_class is not None:
-        processing_class.save_pretrained(str(folder))
+        with _cutting_nothing(processing_class):
+            processing_class.save_pretrained(str(folder))
     elif name is not None and not any((folder / each).is_file() for each in _ONE_OF):
         copy_processing(getattr(base, "name_or_path", name), facts.revision, folder)
     facts = replace(facts, base_model=name)
@@ -156,6 +157,28 @@ def completed(model: Any, folder: Path, adapters: Mapping[str, str]) -> Iterator
             complete_adapter(model, folder / subfolder, adapter)
 
 
+@contextmanager
+def _cutting_nothing(processing_class: Any) -> Iterator[None]:
+    """A fast tokenizer without the truncation and padding of what it did last, which its file would hold.
+
+    Whether it did anything depends on what `datasets` has in its cache. transformers sets both at each call.
+    """
+    fast = getattr(getattr(processing_class, "tokenizer", processing_class), "backend_tokenizer", None)
+    if fast is None:
+        yield
+        return
+    truncation, padding = fast.truncation, fast.padding
+    fast.no_truncation()
+    fast.no_padding()
+    try:
+        yield
+    finally:
+        if truncation is not None:
+            fast.enable_truncation(**truncation)
+        if padding is not None:
+            fast.enable_padding(**padding)
+
+
 def check_new(folder: Path) -> None:
     """Refuse a folder with something in it: what is written there is a whole of its own."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -167,9 +190,13 @@ def base_of(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _complete_config(file: Path, kind: str | None, revision: str | None) -> None:
+def _complete_config(file: Path, config: Any, kind: str | None, revision: str | None) -> None:
     before = json.loads(file.read_bytes())
-    after = dict(before)
+    # PEFT writes sets as they come, in another order in each process: the same adapter would have other bytes.
+    after = {
+        key: sorted(value, key=str) if isinstance(getattr(config, key, None), set | frozenset) else value
+        for key, value in before.items()
+    }
     if kind is not None and before.get("task_type") is None:
         after |= {"task_type": kind, "auto_mapping": None}
     if revision is not None and before.get("revision") is None:

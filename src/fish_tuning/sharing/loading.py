@@ -23,9 +23,10 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
 from fish_tuning.errors import ConfigurationError, FishTuningWarning, MaskError, did_you_mean
+from fish_tuning.files.adapter_folders import LENGTH, MODEL_CONFIG, length_beside
 from fish_tuning.files.mask_file import MASK_FILE_NAME, load_mask
 from fish_tuning.sharing.card import is_local
-from fish_tuning.sharing.folder import ADAPTER_CONFIG, MODEL_CONFIG, check_weights, read_adapter_config
+from fish_tuning.sharing.folder import ADAPTER_CONFIG, check_weights, read_adapter_config
 from fish_tuning.sharing.hub import fetched
 from fish_tuning.sharing.label_numbers import labels_of_head
 from fish_tuning.sharing.reaching import hub_arguments
@@ -130,6 +131,8 @@ def _loaded(
             f"The adapter in {str(path)!r} does not fit {type(base).__name__}: {reason}"
         ) from error
     _check_complete(model, path, settings, told)
+    if (length := length_beside(path)) is not None:
+        setattr(model, LENGTH, length)  # for a sparse adapter that is made of the model
     if is_trainable and (path / MASK_FILE_NAME).is_file():
         check_saved_names(model, [adapter_name])
         _apply(model, load_mask(path), _weights(path), adapter_name)

@@ -38,7 +38,7 @@ def merge_adapter(folder: str | os.PathLike[str], output: str | os.PathLike[str]
     """
     output = Path(output)
     check_new(output)
-    with adapter_folder(folder) as source:
+    with adapter_folder(folder, loading.get("base_model")) as source:
         _merge(source, output, loading)
     return output
 

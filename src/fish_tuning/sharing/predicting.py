@@ -73,7 +73,7 @@ def predict(
     taken = {name for row in rows for name in row if name == PREDICTION or name.startswith(PROBABILITY)}
     if taken:
         raise ConfigurationError(f"The rows have a column {sorted(taken)[0]!r} already. Rename it, or take it out.")
-    with adapter_folder(folder) as path:
+    with adapter_folder(folder, loading.get("base_model")) as path:
         model = load_whole_adapter(path, **loading)
         names = (IMAGE,) if images else _text_columns(rows, columns, model.config)
         kind = _kind(model.get_base_model(), images, names)

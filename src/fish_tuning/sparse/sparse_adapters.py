@@ -7,6 +7,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from fish_tuning.errors import FishTuningWarning, MaskError
-from fish_tuning.files.adapter_folders import check_replaceable
+from fish_tuning.files.adapter_folders import LENGTH, MODEL_CONFIG, beside_adapter, check_replaceable
 from fish_tuning.files.atomic import whole_folder
 from fish_tuning.files.mask_file import MASK_FILE_NAME, load_mask, save_mask
 from fish_tuning.files.seeded import find_seed
@@ -104,8 +105,9 @@ def write_adapter_folder(path_or_adapter: str | os.PathLike[str] | SparseAdapter
     """Write the ordinary adapter folder of a sparse adapter, which takes the place of an earlier one as a whole.
 
     `adapter_config.json`, `adapter_model.safetensors` and `fish_mask.safetensors` are those that `save_pretrained`
-    wrote of the masked model, byte by byte; stock PEFT loads the folder, and `save_sparse_adapter` takes it. The README
-    that PEFT writes beside them is not part of it.
+    wrote of the masked model, byte by byte; stock PEFT loads the folder, and `save_sparse_adapter` takes it. So is
+    `model_config/config.json`, but for files of earlier versions. The README that PEFT writes beside them is not part
+    of it.
 
     Raises MaskError when the file is missing, something else, or damaged, the adapter cannot be rebuilt, or the folder
     holds something else than an adapter.
@@ -131,6 +133,9 @@ def write_adapter_folder(path_or_adapter: str | os.PathLike[str] | SparseAdapter
     with whole_folder(save_directory) as folder:
         write_unmasked(adapter, state, folder)
         save_mask(adapter.mask(), folder / MASK_FILE_NAME)
+        if adapter.model_config is not None:
+            (folder / MODEL_CONFIG).mkdir()
+            (folder / MODEL_CONFIG / "config.json").write_bytes(adapter.model_config.encode())
 
 
 def write_unmasked(adapter: SparseAdapter, state: Mapping[str, Tensor], folder: Path) -> None:
@@ -166,7 +171,8 @@ def read_adapter_folder(
         check_head_name(name, adapter_name)
     names = _names_of_keys(mask, state, adapter_name, keys or {})
     seed, tensors = _sparse_tensors(state, mask, names, json.loads(config))
-    return SparseAdapter(adapter_name, config, metadata, seed, tensors, base, state_digest(state))
+    digest, (model_config, length) = state_digest(state), beside_adapter(Path(folder))
+    return SparseAdapter(adapter_name, config, metadata, seed, tensors, base, digest, model_config, length)
 
 
 def _config_text(path: Path) -> str:
@@ -200,7 +206,8 @@ def _of_model(model: Any, adapter_name: str) -> SparseAdapter:
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder, selected_adapters=[adapter_name])
         subfolder = Path(folder) if adapter_name == "default" else Path(folder, adapter_name)
-        return read_adapter_folder(subfolder, base_layers(model, adapter_name), _keys(model, adapter_name))
+        adapter = read_adapter_folder(subfolder, base_layers(model, adapter_name), _keys(model, adapter_name))
+    return replace(adapter, max_length=getattr(model, LENGTH, adapter.max_length))
 
 
 def _keys(model: Any, adapter_name: str) -> dict[str, str]:

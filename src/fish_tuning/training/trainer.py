@@ -14,10 +14,11 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerContr
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from fish_tuning.errors import MaskError
+from fish_tuning.files.adapter_folders import MODEL_CONFIG
 from fish_tuning.files.atomic import sync_folder, write_atomically
 from fish_tuning.files.mask_file import MASK_FILE_NAME, load_mask, save_mask
 from fish_tuning.sharing.card import CardFacts
-from fish_tuning.sharing.folder import ADAPTER_CONFIG, MODEL_CONFIG, TOLD, complete_adapter
+from fish_tuning.sharing.folder import ADAPTER_CONFIG, TOLD, complete_adapter
 from fish_tuning.sparse.adapter_names import idle_names
 from fish_tuning.sparse.applying import apply_mask, synchronize_mask, take_off_trained
 from fish_tuning.sparse.ddp import together

@@ -14,7 +14,7 @@ from fish_tuning.errors import ConfigurationError
 from fish_tuning.experiments.config import secrets
 from fish_tuning.experiments.config.experiment import ExperimentConfig
 from fish_tuning.experiments.config.loading import load_experiment
-from fish_tuning.experiments.config.secrets import redacted, remember, scrubbed
+from fish_tuning.experiments.config.secrets import keep_names, redacted, remember, scrubbed
 from fish_tuning.experiments.report.page import write_page
 from fish_tuning.experiments.run.plan import plan_experiment
 from fish_tuning.experiments.run.runner import run_experiment
@@ -119,3 +119,67 @@ def test_a_value_that_is_another_variables_name_is_replaced_once() -> None:
     remember("A", "HF_TOKEN")
     remember("HF_TOKEN", SECRET)
     assert scrubbed(f"{SECRET} HF_TOKEN") == "${HF_TOKEN} ${A}"
+
+
+@pytest.mark.parametrize(
+    ("value", "text", "told"),
+    [
+        ("output", "output_dir, output.", "output_dir, ${PART}."),
+        ("333333", "0.333333333 333333 1.333333", "0.333333333 333333 1.333333"),
+        ("333333", "jobs/333333/runs, '333333'", "jobs/${PART}/runs, '${PART}'"),
+        ("lora-fish", "lora-fish, lora-fish-rand", "lora-fish, lora-fish-rand"),
+        ("fish-rand", "lora-fish-rand and fish-rand", "lora-fish-rand and ${PART}"),
+    ],
+)
+def test_keys_numbers_and_arms_stay_in_texts(value: str, text: str, told: str) -> None:
+    remember("PART", value)
+    keep_names(["lora-fish", "lora-fish-rand"])
+    assert scrubbed(text) == told
+
+
+def test_secrets_are_found_within_words_too() -> None:
+    remember("MY_TOKEN", "333333")
+    assert scrubbed("x333333y") == "x${MY_TOKEN}y"
+
+
+def test_data_keep_keys_and_numbers() -> None:
+    remember("OUT", "output")
+    remember("JOB", "333333")
+    data = {"output_dir": "output", "value": 0.333333, "id": "333333"}
+    assert redacted(data) == {"output_dir": "${OUT}", "value": 0.333333, "id": "${JOB}"}
+
+
+def test_a_text_is_known_by_more_than_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JOB", "333333")
+    config = load_experiment("digits", ["training.output_dir=jobs/a_${JOB}"])
+    assert redacted(config.model_dump())["training"]["output_dir"] == "jobs/a_${JOB}"
+
+
+def test_no_method_is_called_by_a_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_TOKEN", "hidden1")
+    with pytest.raises(ConfigurationError, match="named like a secret") as error:
+        load_experiment("digits", ["peft=[{name: '${MY_TOKEN}', method: lora}]"])
+    assert "hidden1" not in str(error.value)
+
+
+def test_files_stay_whole_whatever_the_environment_holds(
+    experiment: Callable[..., ExperimentConfig], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("OUT", str(tmp_path / "output"))
+    monkeypatch.setenv("EXP_NAME", "lora-fish")
+    monkeypatch.setenv("RATE", "accuracy")  # a metric's name
+    monkeypatch.setenv("PART", "output")  # of a key
+    config = experiment(
+        "training.output_dir=${OUT}/${PART}/${RATE}",
+        "name=${EXP_NAME}",
+        "fish_tuning.methods_to_run=[lora, lora-fish]",
+        "seeds=[1]",
+    )
+    run_experiment(config, plan_experiment(config))
+    folder = tmp_path / "output" / "output" / "accuracy"
+    results = json.loads((folder / "results.json").read_text())
+    assert [run["arm"] for run in results["runs"]] == ["lora", "lora-fish"] == results["facts"]["arms"]
+    assert results["config"]["training"]["output_dir"] == "${OUT}/${PART}/${RATE}"
+    assert results["facts"]["metric"] == "accuracy"
+    assert "| lora-fish |" in (folder / "results.md").read_text()
+    assert str(tmp_path) not in "".join(path.read_text() for path in folder.glob("results.*"))

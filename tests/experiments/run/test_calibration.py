@@ -57,6 +57,12 @@ def test_first_steps_leave_the_next_start_alone(experiment: MakeExperiment) -> N
     assert_same_tensors(tensors(context.starts("lora-fish", 1)), before)
 
 
+def test_first_steps_need_no_more_examples_than_there_are(experiment: MakeExperiment) -> None:
+    config = experiment("fish_tuning.num_samples=128", "fish_tuning.methods_to_run=[lora]")
+    context = make_context(config, plan_experiment(config), TrainerCallback())
+    use_once(context, context.plan.arms[0], 1)
+
+
 def test_a_learning_rate_that_is_too_large_is_no_fault_of_the_examples(experiment: MakeExperiment) -> None:
     config = experiment("training.args_override.learning_rate=1e30")
     context = make_context(config, plan_experiment(config), TrainerCallback())

@@ -109,6 +109,32 @@ def test_rates_are_tried_with_several_seeds(
         experiment("seeds=[1, 2]", "training.trial_seeds=3")
 
 
+@pytest.mark.parametrize(
+    ("losses", "chosen"), [({0.01: 0.5, 0.001: 0.4, 0.1: 0.6}, 0.001), ({0.01: 0.5, 0.001: 0.7, 0.1: 0.5}, 0.01)]
+)
+def test_of_equal_rates_the_loss_decides_then_the_smaller_one(
+    experiment: MakeExperiment,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    losses: dict[float, float],
+    chosen: float,
+) -> None:
+    run = trainings.run_arm
+
+    def watched(context: Context, arm: ArmPlan, seed: int, known: Any, rate: Any) -> Any:
+        record, calibration = run(context, arm, seed, known, rate)
+        if context.is_trial:
+            record = replace(record, value=0.5, metrics={**record.metrics, "loss": losses[rate]})
+        return record, calibration
+
+    monkeypatch.setattr(trainings, "run_arm", watched)
+    config = experiment("fish_tuning.methods_to_run=[lora]", "training.learning_rates=[0.1, 0.01, 0.001]")
+    (record,) = run_experiment(config, plan_experiment(config))
+    assert record.learning_rate == chosen
+    text = (tmp_path / "results" / "results.md").read_text()
+    assert "the loss, then the smaller rate decided: lora 0.001, 0.01, 0.1." in text
+
+
 def test_a_rate_that_fails_is_not_chosen_and_an_arm_without_one_fails(experiment: MakeExperiment) -> None:
     config = experiment("fish_tuning.methods_to_run=[lora]", "training.learning_rates=[1.0e+30, 0.01]")
     (record,) = run_experiment(config, plan_experiment(config))

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from datasets import Dataset
 from folders import write_bert, write_llama, write_llama_config, write_sums
-from transformers import BertConfig, BloomConfig, RobertaConfig
+from transformers import BertConfig, BloomConfig, RobertaConfig, Trainer, TrainerCallback
 
 from fish_tuning.errors import ConfigurationError, FishTuningError
 from fish_tuning.experiments.config.experiment import ExperimentConfig
 from fish_tuning.experiments.config.loading import load_experiment
+from fish_tuning.experiments.run.context import make_context
 from fish_tuning.experiments.run.launch import ALONE, Launch, check_launch
 from fish_tuning.experiments.run.plan import plan_experiment
 from fish_tuning.sharing.lengths import positions_of
@@ -106,6 +109,16 @@ def test_a_start_that_leaves_half_unscored_is_noted(experiment: MakeExperiment) 
         ("training.max_seq_length=2", r"max_seq_length=2 leaves no room for a text beside the 2 .* 3 or more"),
         ("model.config_overrides.num_hidden_layers=100000000", "10000 layers are the most"),
         ("training.args_override.auto_find_batch_size=true", "smaller batches than the others"),
+        (
+            "training.args_override={dataloader_drop_last: true, per_device_train_batch_size: 49}",
+            "leaves nothing of 48 training examples in batches of 49",
+        ),
+        ("training.args_override.lr_scheduler_type=cosine_with_min_lr", "lr_scheduler_kwargs={}: One of min_lr"),
+        (
+            "training.args_override={lr_scheduler_type: linear, lr_scheduler_kwargs: {min_lr: 1}}",
+            "lr_scheduler_type=linear with .* 'min_lr'",
+        ),
+        ("model.config_overrides.vocab_size=10", "vocab_size=10 is less than the .* tokens of the tokenizer"),
     ],
 )
 def test_what_cannot_work_is_told_before_anything_is_trained(
@@ -198,3 +211,62 @@ def test_the_head_is_left_out_where_a_task_brings_none(experiment: MakeExperimen
     assert "The arm head is left out: causal_lm brings no new head to train." in plan.notes
     with pytest.raises(ConfigurationError, match="causal_lm brings none; name another arm, such as lora"):
         plan_experiment(experiment(*texts, "fish_tuning.methods_to_run=[head]"))
+
+
+def test_only_what_looks_at_examples_asks_for_them(experiment: MakeExperiment) -> None:
+    many = "fish_tuning.num_samples=128"
+    plan_experiment(experiment(many, "fish_tuning.methods_to_run=[lora, lora-fish-rand]"))
+    plan_experiment(experiment(many, "peft=[{method: lora, fish_tuning: {num_samples: 16}}]"))
+    with pytest.raises(ConfigurationError, match="128 is more than the 48 training examples"):
+        plan_experiment(
+            experiment(many, "fish_tuning.methods_to_run=[lora]", "lora.init_lora_weights=eva")  # looks at data
+        )
+
+
+def test_batches_of_trials_are_smaller(experiment: MakeExperiment) -> None:
+    drop = "training.args_override={dataloader_drop_last: true, per_device_train_batch_size: 40, use_cpu: true}"
+    plan_experiment(experiment(drop))
+    with pytest.raises(ConfigurationError, match="leaves nothing of 38 training examples"):
+        plan_experiment(experiment(drop, "training.learning_rates=[0.1, 0.01]"))
+
+
+def test_smoothed_labels_are_noted_where_something_is_scored(experiment: MakeExperiment) -> None:
+    smoothed = "training.args_override.label_smoothing_factor=0.2"
+    assert "label_smoothing_factor=0.2: the Trainer trains on" in "".join(plan_experiment(experiment(smoothed)).notes)
+    unscored = experiment(smoothed, "fish_tuning.methods_to_run=[lora, lora-fish-rand]")
+    assert not plan_experiment(unscored).notes
+
+
+def test_an_optimizer_that_is_not_installed_is_noted_and_not_run(
+    experiment: MakeExperiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(_: Any) -> None:
+        raise ImportError("You need to install `lomo_optim`.")
+
+    monkeypatch.setattr(Trainer, "get_optimizer_cls_and_kwargs", missing)
+    config = experiment("training.args_override.optim=lomo")
+    plan = plan_experiment(config)
+    assert "optim=lomo cannot run here: You need to install" in plan.notes[-1]
+    with pytest.raises(ConfigurationError, match="Or take another optim"):
+        make_context(config, plan, TrainerCallback())
+
+
+def test_samples_are_of_the_rows_that_are_used(experiment: MakeExperiment, tmp_path: Path) -> None:
+    """Of ten rows, five have a prompt that fills the length; where rates are tried, four are left."""
+    (tmp_path / "rows").mkdir()
+    rows = {"prompt": ["good " * 40, "bad"] * 5, "completion": ["it"] * 10}
+    Dataset.from_dict(rows).to_parquet(tmp_path / "rows" / "train.parquet")
+    Dataset.from_dict({"prompt": ["bad"], "completion": ["it"]}).to_parquet(tmp_path / "rows" / "validation.parquet")
+    settings = [
+        f"model.name={write_llama(tmp_path / 'llama')}",
+        "dataset.load_args=[" + str(tmp_path / "rows") + "]",
+        "fish_tuning.methods_to_run=[lora, lora-fish]",
+        "training.max_seq_length=32",
+    ]
+    plan_experiment(experiment(*settings, "fish_tuning.num_samples=5"))
+    with pytest.raises(
+        ConfigurationError, match=r"num_samples=6 is more than the 5 .* fills training\.max_seq_length=32"
+    ):
+        plan_experiment(experiment(*settings, "fish_tuning.num_samples=6"))
+    with pytest.raises(ConfigurationError, match=r"num_samples=5 is more than the 4 training examples .*held out"):
+        plan_experiment(experiment(*settings, "fish_tuning.num_samples=5", "training.learning_rates=[0.1, 0.01]"))

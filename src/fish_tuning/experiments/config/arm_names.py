@@ -85,6 +85,12 @@ class ArmName:
         return str(ArmName(self.method, budget=self.budget if self.top_layers else ""))
 
 
+def needs_scores(arm: str) -> bool:
+    """Whether an arm's entries are chosen by scores."""
+    selection = ArmName.parse(arm).selection
+    return selection is not None and REGISTERED.find(selection.name).needs_scores
+
+
 def count_budget(entries: int) -> str:
     return f"n{entries}"
 

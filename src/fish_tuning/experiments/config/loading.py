@@ -14,7 +14,16 @@ from fish_tuning.errors import ConfigurationError, did_you_mean
 from fish_tuning.experiments.config.config_errors import readable
 from fish_tuning.experiments.config.experiment import ExperimentConfig
 from fish_tuning.experiments.config.neighbours import nearest_file
-from fish_tuning.experiments.config.secrets import redacted, remember, remember_literal, scrubbed
+from fish_tuning.experiments.config.secrets import (
+    is_secret_name,
+    keep_names,
+    names_of_ours,
+    redacted,
+    remember,
+    remember_literal,
+    remember_whole,
+    scrubbed,
+)
 from fish_tuning.experiments.config.texts import text_problems, visible
 from fish_tuning.experiments.config.yaml_files import MOST_DEPTH, parse, read_mapping
 
@@ -69,10 +78,12 @@ def _validated(data: dict[str, Any], source: str) -> ExperimentConfig:
     if problems := list(text_problems(data)):
         raise ConfigurationError("\n".join([f"{source}:", *problems]))
     try:
-        return ExperimentConfig.model_validate(data)
+        experiment = ExperimentConfig.model_validate(data)
     except ValidationError as error:
         # Without its cause, which quotes the values.
         raise ConfigurationError(scrubbed(f"{source}:\n{readable(error, redacted(data))}")) from None
+    keep_names([*names_of_ours(data), *experiment.arms, *(section.name for section in experiment.peft)])
+    return experiment
 
 
 def _in_its_folder(experiment: ExperimentConfig) -> ExperimentConfig:
@@ -149,12 +160,14 @@ def expand_variables(value: Any, key: str = "") -> Any:
     if not isinstance(value, str):
         return value
     remember_literal(key, _VARIABLE.sub("", value))
+    hidden: list[bool] = []
 
     def replace(match: re.Match[str]) -> str:
         name, default = match.groups()
         from_environment = os.environ.get(name)
         if from_environment:
-            remember(name, from_environment, key)
+            hidden.append(remember(name, from_environment, key))
+            _check_is_no_secret(name, key)
         found = from_environment or default
         if found is None:
             raise ConfigurationError(
@@ -163,9 +176,26 @@ def expand_variables(value: Any, key: str = "") -> Any:
         return found
 
     expanded = _VARIABLE.sub(replace, value)
+    if any(hidden) and not _VARIABLE.fullmatch(value):
+        remember_whole(expanded, _VARIABLE.sub(_told, value))
     if key == "training.output_dir" and not _VARIABLE.fullmatch(value):
         _check_stays_below(value, expanded)
     return expanded
+
+
+def _told(match: re.Match[str]) -> str:
+    """What is written for a variable: itself, or its default where that is what was taken."""
+    name, default = match.groups()
+    return f"${{{name}}}" if os.environ.get(name) else str(default)
+
+
+def _check_is_no_secret(variable: str, key: str) -> None:
+    """Refuse a secret as a method's name: its arms are called by it, in files and in their names."""
+    if key == "peft.name" and is_secret_name(variable):
+        raise ConfigurationError(
+            f"{key}: the variable {variable} is named like a secret, and arms and files would be called by it. Write a "
+            "name, or take it from another variable."
+        )
 
 
 def _check_stays_below(written: str, expanded: str) -> None:

@@ -41,6 +41,8 @@ def write_report(
     Pictures are drawn once all runs are there (drawing takes longer than writing). Returns the paths written.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
+    # What came from the environment goes out of the texts here: in a whole file it would go out of keys and numbers.
+    plan_facts, runs = redacted(dict(plan_facts)), [scrubbed_record(run) for run in runs]
     pictures: dict[Path, str] = {}
     if len(runs) >= _planned(config, plan_facts):
         from fish_tuning.experiments.report.pictures.folder import draw_pictures
@@ -48,11 +50,11 @@ def write_report(
         pictures = draw_pictures(plan_facts.get("arms") or config.arms, runs, output_dir)
     texts = {
         "results.json": json.dumps(results_data(config, plan_facts, runs), indent=2) + "\n",
-        "results.csv": _csv(config.name, runs),
+        "results.csv": _csv(scrubbed(config.name), runs),
         "results.md": _markdown(config, plan_facts, runs, pictures),
     }
     for name, text in texts.items():
-        write_atomically(output_dir / name, scrubbed(text).encode())
+        write_atomically(output_dir / name, text.encode())
     return [*(output_dir / name for name in texts), *pictures]
 
 
@@ -69,6 +71,9 @@ def report_notes(config: ExperimentConfig, facts: Mapping[str, Any], summary: Se
             "choice of examples or of the data set."
         )
     notes += _rate_notes(config, facts.get("learning_rates") or {})
+    if ties := facts.get("learning_rate_ties"):
+        told = "; ".join(f"{arm} {', '.join(f'{rate:g}' for rate in rates)}" for arm, rates in ties.items())
+        notes.append(f"Learning rates that were equally good, so that the loss, then the smaller rate decided: {told}.")
     if config.training.early_stopping_patience:
         notes.append(
             "Early stopping: each run went back to its best epoch on the validation set, the one that is reported."
@@ -111,11 +116,12 @@ def _rate_notes(config: ExperimentConfig, chosen: Mapping[str, float]) -> list[s
 
 def results_data(config: ExperimentConfig, facts: Mapping[str, Any], runs: Sequence[RunRecord]) -> dict[str, Any]:
     """What results.json holds; see docs/configuration.md."""
+    runs = [scrubbed_record(run) for run in runs]
     data = {
-        "experiment": config.name,
+        "experiment": scrubbed(config.name),
         "config": redacted(config.model_dump(mode="json")),
         "facts": redacted(dict(facts)),
-        "runs": [scrubbed_record(run).to_dict() for run in runs],
+        "runs": [run.to_dict() for run in runs],
         "summary": [asdict(arm) for arm in summarize(runs)],
         "comparisons": [asdict(each) for each in compared(runs)],
     }
@@ -147,8 +153,8 @@ def _markdown(
     summary = summarize(runs)
     headers, rows = table_rows(with_references(summary, runs))
     parts = [
-        f"# {config.name}",
-        _list(f"{key}: {fact_text(value)}" for key, value in _settings(config, facts).items()),
+        f"# {scrubbed(config.name)}",
+        _list(f"{key}: {fact_text(redacted(value))}" for key, value in _settings(config, facts).items()),
         markdown_table(headers, rows),
     ]
     if found := differences(runs):
@@ -156,7 +162,7 @@ def _markdown(
     parts.append(conclusion(runs))
     learned = learning_notes(str(facts.get("task") or "the task"), runs)
     if notes := [*learned, *report_notes(config, facts, summary)]:
-        parts += ["## Notes", _list(notes)]
+        parts += ["## Notes", _list(map(scrubbed, notes))]
     parts += [f"![{caption}]({path.name})" for path, caption in pictures.items()]
     return "\n\n".join(parts) + "\n"
 
@@ -208,7 +214,7 @@ def _settings(config: ExperimentConfig, facts: Mapping[str, Any]) -> dict[str, A
     }
     chosen = ("learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "weight_decay")
     settings |= {key: str(training[key]) for key in chosen if key in training}
-    told = (*settings, "notes", "arms", "learning_rates")
+    told = (*settings, "notes", "arms", "learning_rates", "learning_rate_ties")
     return settings | {key.replace("_", " "): value for key, value in facts.items() if key not in told}
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from fish_tuning.experiments.compare.comparisons import SIGNIFICANT, Comparison
 from fish_tuning.experiments.compare.numbers import bound, number, signed
 from fish_tuning.experiments.compare.summaries import ArmSummary
+from fish_tuning.experiments.config.texts import visible
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -101,7 +102,8 @@ def plain_table(
 
     from fish_tuning.experiments.report.terminal import plain
 
-    headers, rows = [plain(header) for header in headers], [[plain(cell) for cell in row] for row in rows]
+    # Cells are names of ours and numbers, which hold nothing of the environment.
+    headers, rows = [visible(header) for header in headers], [[visible(cell) for cell in row] for row in rows]
     rule = Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
     table = Table(
         title=Text(plain(title), style="bold") if title else None,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations.integration_utils import (
     INTEGRATION_TO_CALLBACK,
     get_available_reporting_integrations,
@@ -40,6 +40,7 @@ def training_arguments(
     _check_workers(arguments)
     _check_measuring(arguments)
     _check_reports(arguments)
+    _check_schedule(arguments)
     return arguments
 
 
@@ -137,6 +138,40 @@ def _check_measuring(arguments: TrainingArguments) -> None:
             f"training.args_override.label_names={arguments.label_names}: batches have their labels under the name "
             "labels, whatever the column is called. Leave it out, and name the column in dataset.label_column."
         )
+
+
+def _check_schedule(arguments: TrainingArguments) -> None:
+    """What transformers refuses of a schedule of learning rates once every arm has been prepared."""
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=arguments.learning_rate)
+    options: Any = arguments.lr_scheduler_kwargs or {}
+    try:
+        get_scheduler(arguments.lr_scheduler_type, optimizer, 1, 10, options)
+    except Exception as error:  # whatever a wrong option leads to
+        raise ConfigurationError(
+            f"training.args_override.lr_scheduler_type={_word(arguments.lr_scheduler_type)} with "
+            f"lr_scheduler_kwargs={options}: {error}. Set lr_scheduler_kwargs, or take another schedule."
+        ) from error
+
+
+def optimizer_missing(arguments: TrainingArguments) -> str | None:
+    """What is to be installed for the optimizer, if anything; a plan can do without it."""
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(arguments)
+    except (ImportError, ValueError) as error:  # also of those that want a model, which is no fault
+        if "install" in str(error).lower():
+            return f"training.args_override.optim={_word(arguments.optim)} cannot run here: {error}"
+    return None
+
+
+def _word(choice: Any) -> str:
+    """One of transformers' enumerations, as a file has it."""
+    return str(getattr(choice, "value", choice))
+
+
+def check_optimizer(arguments: TrainingArguments) -> None:
+    """Refuse an optimizer whose package is not installed: every arm would fail on it."""
+    if missing := optimizer_missing(arguments):
+        raise ConfigurationError(f"{missing}. Or take another optim.")
 
 
 def _check_reports(arguments: TrainingArguments) -> None:

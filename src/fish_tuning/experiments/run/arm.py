@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments, set_seed
 
 from fish_tuning.errors import FishTuningError
+from fish_tuning.experiments.config import arm_names
 from fish_tuning.experiments.config.arm_names import ArmName
 from fish_tuning.experiments.masks.mask_files import ADAPTER_FILE
 from fish_tuning.experiments.models.building import state_digest
@@ -34,7 +35,6 @@ from fish_tuning.files.delta_file import DELTA_FILE_NAME
 from fish_tuning.files.mask_file import MASK_FILE_NAME, save_mask
 from fish_tuning.masks.budgets import matching_names
 from fish_tuning.masks.create import create_mask_from_fisher
-from fish_tuning.masks.selections import SELECTIONS
 from fish_tuning.peft_methods import ADALORA
 from fish_tuning.sharing.card import CardFacts
 from fish_tuning.sharing.folder import complete_adapter
@@ -83,8 +83,7 @@ def run_arm(
 
 
 def needs_scores(arm: ArmPlan) -> bool:
-    selection = ArmName.parse(arm.arm).selection
-    return selection is not None and SELECTIONS.find(selection.name).needs_scores
+    return arm_names.needs_scores(arm.arm)
 
 
 def choose_mask(context: Context, arm: ArmPlan, seed: int, model: Any, calibration: Calibration | None) -> Mask | None:

@@ -22,7 +22,12 @@ from fish_tuning.experiments.models.weights import weights_digest
 from fish_tuning.experiments.records.record_files import run_name
 from fish_tuning.experiments.records.run_keys import RunKeys, plain_settings, run_keys
 from fish_tuning.experiments.records.run_record import ArmPlan
-from fish_tuning.experiments.run.arguments import as_one_model, early_stopping_arguments, training_arguments
+from fish_tuning.experiments.run.arguments import (
+    as_one_model,
+    check_optimizer,
+    early_stopping_arguments,
+    training_arguments,
+)
 from fish_tuning.experiments.run.calibration_examples import calibration_loader
 from fish_tuning.experiments.run.deepspeed import check_deepspeed
 from fish_tuning.experiments.run.fsdp import check_fsdp, is_on, load_whole_weights
@@ -169,7 +174,10 @@ def make_context(config: ExperimentConfig, plan: Plan, progress: TrainerCallback
         **_loaded_otherwise(config.model, plan),
     }
     folder = Path(config.training.output_dir)
-    return Context(config, plan, data, folder, shared, Starts(config, plan, data), progress)
+    context = Context(config, plan, data, folder, shared, Starts(config, plan, data), progress)
+    for arm in plan.arms:
+        check_optimizer(context.arguments(arm, config.seeds[0]))
+    return context
 
 
 def _loaded_otherwise(model: ModelConfig, plan: Plan) -> dict[str, Any]:

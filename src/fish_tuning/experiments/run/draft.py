@@ -36,7 +36,8 @@ from fish_tuning.experiments.models.building import load_config, load_processing
 from fish_tuning.experiments.models.poolers import POOLER, untrained_poolers
 from fish_tuning.experiments.models.targets import head_names, linear_names, target_modules
 from fish_tuning.experiments.run.draft_text import draft_text, listed
-from fish_tuning.experiments.run.plan import HELD_OUT, plan_experiment
+from fish_tuning.experiments.run.plan import plan_experiment
+from fish_tuning.experiments.run.plan_samples import HELD_OUT
 
 SOURCE = "fish-tuning init"
 TOKENS_IN_STEPS_OF = 16

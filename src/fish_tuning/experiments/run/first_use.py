@@ -7,6 +7,7 @@ from itertools import islice
 
 from fish_tuning.errors import FishTuningWarning
 from fish_tuning.experiments.records.run_record import ArmPlan
+from fish_tuning.experiments.run.calibration_examples import calibration_loader
 from fish_tuning.experiments.run.context import Context
 from fish_tuning.experiments.run.loggers import NO_REPORTS
 from fish_tuning.experiments.run.trainers import make_trainer
@@ -19,7 +20,11 @@ def use_once(context: Context, arm: ArmPlan, seed: int) -> None:
     """One scored batch and one training step of a model that is thrown away, so that no arm's seconds hold the cost."""
     args = context.arguments(arm, seed, extra=ONE_STEP)
     model = context.starts(arm.arm, seed, args.device)
-    batches = list(islice(context.calibration_loader(arm, seed, args.per_device_train_batch_size), 1))
+    number = min(
+        context.choice(arm).num_samples, len(context.data.train)
+    )  # a dense arm may ask for more than there are
+    loader = calibration_loader(context.plan, context.data, number, seed, args.per_device_train_batch_size)
+    batches = list(islice(loader, 1))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FishTuningWarning)  # of a model that nobody asked for
         # Before the step: after it, a learning rate that is too large would be told as a fault of the examples.

@@ -17,7 +17,7 @@ from fish_tuning.experiments.data.tasks import Encoded
 from fish_tuning.experiments.records.run_record import ArmPlan
 from fish_tuning.experiments.run.context import Context
 from fish_tuning.experiments.run.locks import attempt, wait_for
-from fish_tuning.experiments.run.plan import HELD_OUT
+from fish_tuning.experiments.run.plan_samples import HELD_OUT
 from fish_tuning.experiments.run.progress import RunProgress
 from fish_tuning.experiments.run.trainers import Diverged
 from fish_tuning.experiments.run.trainings import Order, Train
@@ -30,8 +30,9 @@ class LearningRates:
     """`rates(arm)` is the arm's learning rate: the one asked for, or the best of several, found once and kept.
 
     Each of `training.learning_rates` is tried with the first `training.trial_seeds` seeds on four fifths of the
-    training set and judged on the rest, by the mean; one that diverges with a seed is out. The validation set has no
-    part in it. The trials are written into `selection/` of the output folder.
+    training set and judged on the rest, by the mean; one that diverges with a seed is out. Of equal ones the loss
+    decides, then the smaller rate. The validation set has no part in it. The trials are written into `selection/` of
+    the output folder.
 
     Args:
         trials: what they share, from `trials_of(context)`.
@@ -47,6 +48,7 @@ class LearningRates:
         self.folder = trials.folder / "selection"
         self.progress = progress
         self.chosen: dict[str, float] = {}
+        self.ties: dict[str, list[float]] = {}  # the rates that were equally good, where there were several
         if chooses_rates(config):
             self.folder.mkdir(parents=True, exist_ok=True)
 
@@ -82,17 +84,28 @@ class LearningRates:
             trials = self._trials(arm)
             if any(self._is_open(trials, rate, seed) for rate in rates for seed in self.seeds):
                 return None
-            worths: dict[float, list[float]] = {rate: [] for rate in rates}
-            for (rate, _), trial in trials.items():
-                worths[rate].append(-math.inf if trial["value"] is None else self._worth(trial))
-            means = {rate: fmean(found) for rate, found in worths.items()}
-            best = max(means, key=means.__getitem__)
-            if means[best] == -math.inf:
-                return None
-            self.chosen[arm.arm] = best
-        return self.chosen[arm.arm]
+            self._choose(arm, trials)
+        return self.chosen.get(arm.arm)
 
-    def _worth(self, trial: dict[str, Any]) -> float:
+    def _choose(self, arm: ArmPlan, trials: Mapping[tuple[float, int], Mapping[str, Any]]) -> None:
+        """Take the best rate; of equally good ones that of the lowest loss, then the smallest, however they are listed.
+
+        A few held-out examples often give the same metric.
+        """
+        of_rate: dict[float, list[Mapping[str, Any]]] = {rate: [] for rate in self.rates(arm)}
+        for (rate, _), trial in trials.items():
+            of_rate[rate].append(trial)
+        worked = {rate: found for rate, found in of_rate.items() if all(each["value"] is not None for each in found)}
+        worths = {rate: fmean(map(self._worth, found)) for rate, found in worked.items()}
+        if not worths:
+            return
+        tied = [rate for rate, worth in worths.items() if worth == max(worths.values())]
+        losses = {rate: fmean(each["loss"] for each in worked[rate]) for rate in tied}
+        self.chosen[arm.arm] = min(tied, key=lambda rate: (losses[rate], rate))
+        if len(tied) > 1:
+            self.ties[arm.arm] = sorted(tied)
+
+    def _worth(self, trial: Mapping[str, Any]) -> float:
         """Larger is better; the loss tells arms apart where so few examples leave the metric to chance."""
         return -float(trial["loss"]) if self.context.config.training.choose_by == "loss" else float(trial["value"])
 

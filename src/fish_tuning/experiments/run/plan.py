@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from fish_tuning.experiments.config.arm_names import HEAD_ALONE, ArmName
 from fish_tuning.experiments.config.choices import ChoiceConfig
 from fish_tuning.experiments.config.experiment import ExperimentConfig
 from fish_tuning.experiments.config.methods import HEAD_PATTERN
+from fish_tuning.experiments.config.secrets import keep_names
 from fish_tuning.experiments.data.tasks import Task, TokenClassification, encode, load_task
 from fish_tuning.experiments.models.base_weights import own_head
 from fish_tuning.experiments.models.building import load_config, load_processing_class, read_config
@@ -28,14 +28,13 @@ from fish_tuning.experiments.models.quantized import (
 )
 from fish_tuning.experiments.records.run_record import ArmPlan
 from fish_tuning.experiments.run.adalora import entries_planned
-from fish_tuning.experiments.run.arguments import check_best, training_arguments
-from fish_tuning.experiments.run.plan_facts import plan_facts, plan_notes
+from fish_tuning.experiments.run.arguments import check_best, optimizer_missing, training_arguments
+from fish_tuning.experiments.run.plan_facts import loss_notes, plan_facts, plan_notes
+from fish_tuning.experiments.run.plan_samples import check_batches, check_most_samples, check_samples, usable_examples
 from fish_tuning.masks.budgets import matching_names, resolve_budget
 from fish_tuning.masks.create import check_choice
 from fish_tuning.peft_methods import ADALORA, peft_method
 from fish_tuning.sharing.lengths import check_room, positions_of
-
-HELD_OUT = 0.2  # of the training set, where learning rates are chosen
 
 
 @dataclass(frozen=True)
@@ -73,16 +72,12 @@ def plan_experiment(config: ExperimentConfig) -> Plan:
         arguments = training_arguments(config, config.seeds[0], Path(config.training.output_dir), section.training_args)
         of_methods.append(arguments)
         check_device_map(config.model, arguments.device, arguments.world_size)
-    most = config.dataset.max_train_samples
-    key, asked = _most_samples(config)
-    if most is not None and asked > most:
-        raise ConfigurationError(
-            f"{key}={asked} is more than dataset.max_train_samples={most}; lower the first or raise the second."
-        )
+    check_most_samples(config)
     stored = read_config(config.model)
     quantization = quantization_of(config.model, stored)
     check_quantized(config, quantization)
     task = load_task(config.dataset)
+    keep_names([task.kind, *task.metrics])
     if not config.training.early_stopping_patience:  # which has its own
         for arguments in of_methods:
             check_best(arguments, task.metrics)
@@ -90,12 +85,20 @@ def plan_experiment(config: ExperimentConfig) -> Plan:
     model_config = load_config(config.model, task, getattr(processing_class, "pad_token_id", None), stored)
     notes = task.check(processing_class, model_config, config.training.max_seq_length)
     if task.processor == "tokenizer" and processing_class is not None:
+        _check_vocabulary(config, processing_class, model_config)
         _check_length(config, task, processing_class, model_config)
     models = MetaModels(config, model_config, task)
     arms = tuple(_plan_arm(config, arm, models) for arm in _arms(config, task))
-    _check_samples(config, len(task.train))
+    examples = usable_examples(config, task, processing_class)
+    check_samples(config, task, examples)
+    check_batches(config, of_methods, examples)
     facts = MappingProxyType(plan_facts(config, task, models, quantization))
-    notes = [*notes, *plan_notes(config, task, arms)]
+    notes = [
+        *notes,
+        *plan_notes(config, task, arms),
+        *loss_notes(of_methods, arms),
+        *filter(None, dict.fromkeys(map(optimizer_missing, of_methods))),
+    ]
     if not is_installed(quantization):
         notes.append("bitsandbytes is not installed; a run needs it: pip install 'fish-tuning[quantized]'.")
     return Plan(arms, facts, tuple(notes), task, processing_class, model_config, quantization)
@@ -112,24 +115,14 @@ def _arms(config: ExperimentConfig, task: Task) -> list[str]:
     return arms
 
 
-def _check_samples(config: ExperimentConfig, examples: int) -> None:
-    key, asked = _most_samples(config)
-    several = any(len(config.learning_rates_of(section)) > 1 for section in config.peft)
-    left = examples - math.ceil(HELD_OUT * examples) if several else examples
-    if asked > left:
-        where = f" that are left when {HELD_OUT:.0%} are held out to choose learning rates" if several else ""
-        raise ConfigurationError(f"{key}={asked} is more than the {left} training examples{where}.")
-
-
-def _most_samples(config: ExperimentConfig) -> tuple[str, int]:
-    """The key that asks for the most calibration examples, and how many."""
-    own = {
-        f"peft.{section.name}.fish_tuning.num_samples": section.fish_tuning.num_samples
-        for section in config.peft
-        if "num_samples" in section.fish_tuning.model_fields_set
-    }
-    asked = {"fish_tuning.num_samples": config.fish_tuning.num_samples, **own}
-    return max(asked.items(), key=lambda item: item[1])
+def _check_vocabulary(config: ExperimentConfig, tokenizer: Any, model_config: Any) -> None:
+    """Refuse an override that leaves the tokenizer's tokens without an embedding."""
+    asked = config.model.config_overrides.get("vocab_size")
+    if asked is not None and model_config.vocab_size < len(tokenizer):
+        raise ConfigurationError(
+            f"model.config_overrides.vocab_size={asked} is less than the {len(tokenizer):,} tokens of the tokenizer of "
+            f"{config.model.name!r}. Leave it out."
+        )
 
 
 def _check_length(config: ExperimentConfig, task: Task, tokenizer: Any, model_config: Any) -> None:

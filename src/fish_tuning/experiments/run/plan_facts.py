@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
 import torch
+from transformers import TrainingArguments
 
 from fish_tuning.experiments.compare.comparisons import near
-from fish_tuning.experiments.config.arm_names import HEAD_ALONE, ArmName
+from fish_tuning.experiments.config.arm_names import HEAD_ALONE, ArmName, needs_scores
 from fish_tuning.experiments.config.experiment import ExperimentConfig
 from fish_tuning.experiments.config.methods import STARTS_AT_ZERO
 from fish_tuning.experiments.data.tasks import Task
@@ -106,6 +107,18 @@ def _device() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     return f"cpu ({torch.get_num_threads()} threads)"
+
+
+def loss_notes(of_methods: Iterable[TrainingArguments], arms: Sequence[ArmPlan]) -> list[str]:
+    """Where arms train on another loss than the one that their entries are scored by, as `fish_tune` tells it."""
+    smoothed = dict.fromkeys(args.label_smoothing_factor for args in of_methods if args.label_smoothing_factor)
+    if not any(map(needs_scores, (arm.arm for arm in arms))):
+        return []
+    return [
+        f"label_smoothing_factor={factor:g}: the Trainer trains on a loss of its own, and entries are scored by the "
+        "model's. Leave it out of training.args_override for scores of the loss that is trained."
+        for factor in smoothed
+    ]
 
 
 def plan_notes(config: ExperimentConfig, task: Task, arms: Sequence[ArmPlan]) -> list[str]:

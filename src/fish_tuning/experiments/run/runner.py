@@ -241,7 +241,8 @@ class _Session:
         return self.folder / "locks" / f"{run_name(arm.arm, seed)}.lock"
 
     def _report(self) -> None:
-        facts = report_facts(self.context.plan, self.rates.chosen, **self.context.fingerprints)
+        ties = {"learning_rate_ties": dict(self.rates.ties)} if self.rates.ties else {}
+        facts = report_facts(self.context.plan, self.rates.chosen, **self.context.fingerprints, **ties)
         write_report(self.context.config, facts, self._in_order(), self.folder)
         tell_all_seeds(self.context.config, self._in_order(), self.folder)
 
