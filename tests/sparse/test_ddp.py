@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from fish_tuning import apply_mask, remove_mask, replace_mask
+from fish_tuning.sparse.masked_tensors import masked_tensors
 
 STEPS = 4
 ROWS = 4  # a process, in each step
@@ -119,7 +120,11 @@ def train(rank: int | None, kinds: str, event: str = "", inside: str = "", **set
         seen.append(sum(p.grad.to_dense().double().sum().item() for p in held.parameters() if p.grad is not None))
         optimizer.step()
         optimizer.zero_grad()
-    return {"weights": {name: tensor.clone() for name, tensor in model.state_dict().items()}, "gradients": seen}
+    return {
+        "weights": {name: tensor.clone() for name, tensor in model.state_dict().items()},
+        "gradients": seen,
+        "apart": any(tensor.masked.group.apart for tensor in masked_tensors(model)),
+    }
 
 
 CASES: dict[str, Callable[[int | None], dict[str, Any]]] = {
@@ -195,6 +200,15 @@ def test_two_processes_train_as_one(name: str, results: list[dict[str, Any]]) ->
     assert first["gradients"] == second["gradients"]
     torch.testing.assert_close(first["weights"], second["weights"], rtol=0, atol=0)
     torch.testing.assert_close(first["weights"], CASES[name](None)["weights"], rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_groups_share_a_node_where_their_gradients_come_together(results: list[dict[str, Any]]) -> None:
+    for result in results:
+        apart = {
+            name for name in ("plain", "checkpointed", "reentrant", "unused", "two losses") if result[name]["apart"]
+        }
+        assert apart == {"reentrant", "unused", "two losses"}
 
 
 @pytest.mark.slow

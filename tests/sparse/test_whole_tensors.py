@@ -525,7 +525,7 @@ class Segment(nn.Module):
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_recomputed_segments_run_the_hooks_of_their_own_values_alone(reentrant: bool) -> None:
-    """As without a mask: each backward pass of a reentrant checkpoint reaches one segment, however many have a group."""
+    """As without a mask: each backward pass of a reentrant checkpoint reaches one segment, of a group of many."""
     torch.manual_seed(0)
     masked: Any = nn.Sequential(Segment(), Segment(), Segment())
     whole = copy.deepcopy(masked)
