@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vmap
+from torch.utils.checkpoint import checkpoint
 
 from fish_tuning import MaskError, apply_mask, get_mask
 from fish_tuning.sparse.groups import Group
@@ -508,3 +509,79 @@ def test_what_an_earlier_version_pickled_is_refused(monkeypatch: pytest.MonkeyPa
     stored = pickle.dumps(model)
     with pytest.raises(MaskError, match="pickled by an earlier version of fish-tuning"):
         pickle.loads(stored)
+
+
+class Segment(nn.Module):
+    """Reads a layer twice, and a table with sparse gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.table = nn.Linear(4, 4), nn.Embedding(3, 4, sparse=True)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        result: Tensor = self.linear(self.linear(hidden).tanh() * self.linear.weight[0]) + self.table(torch.tensor([2]))
+        return result
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_recomputed_segments_run_the_hooks_of_their_own_values_alone(reentrant: bool) -> None:
+    """As without a mask: each backward pass of a reentrant checkpoint reaches one segment, of a group of many."""
+    torch.manual_seed(0)
+    masked: Any = nn.Sequential(Segment(), Segment(), Segment())
+    whole = copy.deepcopy(masked)
+    mask = {name: torch.rand(p.shape) < 0.6 for name, p in whole.named_parameters()}
+    apply_mask(masked, mask)
+    seen: dict[nn.Module, list[str]] = {masked: [], whole: []}
+    inputs = torch.randn(2, 4, requires_grad=True)
+    held = []
+    for model, called in seen.items():
+        for name, parameter in model.named_parameters():
+            node = parameter.expand_as(parameter).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
+            node.register_hook(lambda *_, name=name, called=called: called.append(name))
+            held.append(node)
+            parameter.register_post_accumulate_grad_hook(
+                lambda *_, name=name, called=called: called.append(f"after {name}")
+            )
+        hidden: Any = inputs
+        for segment in model:
+            hidden = checkpoint(segment, hidden, use_reentrant=reentrant)  # type: ignore[no-untyped-call]
+        hidden.square().sum().backward()
+    assert sorted(seen[masked]) == sorted(seen[whole])
+    gradients = {name: parameter.grad for name, parameter in whole.named_parameters()}
+    for name, values in masked.named_parameters():
+        torch.testing.assert_close(values.grad.flatten(), gradients[name].to_dense()[mask[name]])
+
+
+class Rewriting(nn.Module):
+    """Writes into its weight in each forward pass, as constrained OFT does."""
+
+    def __init__(self, write: Callable[[Any], None]) -> None:
+        super().__init__()
+        self.weight, self.bias, self.write = nn.Parameter(torch.ones(3, 3)), nn.Parameter(torch.ones(3, 3)), write
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        self.write(self)
+        return hidden @ self.weight + self.bias.sum()
+
+
+def doubles(module: Any) -> None:
+    with torch.no_grad():
+        module.weight.mul_(2)
+
+
+def doubles_data(module: Any) -> None:
+    module.weight.data = module.weight.data * 2
+
+
+def sets_what_it_has(module: Any) -> None:
+    module.weight = module.weight
+
+
+@pytest.mark.parametrize("write", [doubles, doubles_data, sets_what_it_has])
+def test_what_recomputed_segments_write_counts(write: Callable[[Any], None]) -> None:
+    module = Rewriting(write)
+    apply_mask(module, {name: torch.eye(3, dtype=torch.bool) for name in ("weight", "bias")})
+    checkpoint(module, torch.ones(3, requires_grad=True), use_reentrant=True).sum().backward()  # type: ignore[no-untyped-call]
+    written = 1.0 if write is sets_what_it_has else 4.0
+    assert torch.equal(module.weight.detach(), torch.full((3, 3), written))
+    assert torch.equal(dict(module.named_parameters())["weight"].detach(), torch.full((3, 1), written))

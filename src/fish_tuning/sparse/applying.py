@@ -15,6 +15,7 @@ from fish_tuning.errors import MaskError, did_you_mean
 from fish_tuning.model_walks import every_parameter, in_one_memory
 from fish_tuning.peft_methods import refusal
 from fish_tuning.sparse.adapter_names import adapters_of, check_adapter, check_saved_names, idle_names
+from fish_tuning.sparse.ddp import renew_ddp
 from fish_tuning.sparse.engines import Engines, check_names_kept, given_back
 from fish_tuning.sparse.fsdp2 import reshard
 from fish_tuning.sparse.masked_tensors import (
@@ -49,9 +50,9 @@ def apply_mask(model: nn.Module, mask: Mapping[str, Tensor]) -> None:
     then `set_adapter` the next.
 
     Args:
-        model: the model, changed in place, before DDP wraps it. With several processes do it on every rank, and call
-            `synchronize_mask` after it. FSDP may have the model already (FSDP1 with `use_orig_params=True`); of
-            DeepSpeed's, an engine that is destroyed (`engine.destroy()`), to be followed by another.
+        model: the model, changed in place. With several processes do it on every rank, and call `synchronize_mask`
+            after it. DDP may have the model already, and FSDP (FSDP1 with `use_orig_params=True`); of DeepSpeed's, an
+            engine that is destroyed (`engine.destroy()`), to be followed by another.
         mask: {name as in `model.named_parameters()`: bool tensor of the tensor's shape}, true where it trains.
 
     Raises:
@@ -82,13 +83,14 @@ def apply_mask(model: nn.Module, mask: Mapping[str, Tensor]) -> None:
                 vars(module).setdefault(LEFT_DENSE, {})[local] = engines.shape_of(parameter)
         group_small(model)
         override_methods(model)
+    renew_ddp(model)
 
 
 def remove_mask(model: nn.Module, adapter_name: str | None = None) -> None:
     """Make every masked tensor of `model` an ordinary, whole parameter again, with its trained values.
 
     What trained before trains now, as a whole; what PEFT had switched off meanwhile (an adapter that is not active)
-    stays off. With `adapter_name`, that PEFT adapter's tensors alone.
+    stays off. With `adapter_name`, that PEFT adapter's tensors alone. Under DDP do it on every rank.
 
     Raises MaskError when the model has no such adapter.
     """
@@ -99,6 +101,8 @@ def remove_mask(model: nn.Module, adapter_name: str | None = None) -> None:
         tensors = [tensor for tensor in tensors if adapters[tensor.name] == adapter_name]
         forgotten = {name for name in forgotten if adapters[name] == adapter_name}
     _take_off(model, tensors, forgotten)
+    if tensors:
+        renew_ddp(model)
 
 
 def take_off_trained(model: nn.Module) -> dict[str, Tensor]:

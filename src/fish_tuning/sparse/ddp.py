@@ -14,17 +14,32 @@ from fish_tuning.errors import MaskError
 
 
 def renew_ddp(model: nn.Module) -> None:
-    """Have every DDP wrapper of `model` reduce what trains now; all processes must do so at the same time."""
+    """Have every DDP wrapper that has modules of `model` reduce what trains now.
+
+    It waits for no other process; but each that trains the model must do so between the same two steps.
+    """
     if not (dist.is_available() and dist.is_initialized()):
         return
     for wrapper in _wrappers_of(model):
         hooks = list(wrapper._comm_hooks)
         wrapper._comm_hooks.clear()
         wrapper._module_parameters = [
-            parameter for name, parameter in model.named_parameters() if name not in wrapper.parameters_to_ignore
+            parameter
+            for name, parameter in wrapper.module.named_parameters()
+            if name not in wrapper.parameters_to_ignore
         ]
-        # What unpickling does: a new reducer for the parameters that are there.
-        wrapper.__setstate__(wrapper.__getstate__())
+        # What unpickling does, but in the wrapper's own process group: a new reducer for the parameters that are there.
+        if not any(parameter.requires_grad for parameter in wrapper._module_parameters):
+            continue  # a mask without an entry: there is nothing to reduce, and DDP takes nothing
+        parameters, sparse = wrapper._build_params_for_reducer()
+        names = wrapper._build_debug_param_to_name_mapping(parameters)
+        wrapper._ddp_init_helper(parameters, sparse, names, wrapper.static_graph)
+        if wrapper.static_graph:
+            wrapper.reducer._set_static_graph()
+            wrapper.logger._set_static_graph()  # type: ignore[union-attr]  # made with the reducer
+            # The first step shows the new reducer the graph, and has its gradients reduced at the end.
+            wrapper._static_graph_delay_allreduce_enqueued = False
+        wrapper._has_rebuilt_buckets = False
         for hook, state in hooks:
             wrapper.register_comm_hook(state, hook)
 
@@ -48,7 +63,10 @@ def together() -> Iterator[None]:
 
 
 def _wrappers_of(model: nn.Module) -> Iterator[DistributedDataParallel]:
-    # A model does not know of its wrapper, nor do a Trainer's callbacks.
+    # A model does not know of its wrapper, nor do a Trainer's callbacks. What is wrapped may hold the model, or be a
+    # part of it.
+    own = {id(module) for module in model.modules() if module._parameters}
     for held in gc.get_objects():
-        if issubclass(type(held), DistributedDataParallel) and getattr(held, "module", None) is model:
+        wrapped = getattr(held, "module", None) if issubclass(type(held), DistributedDataParallel) else None
+        if wrapped is not None and any(id(module) in own for module in wrapped.modules()):
             yield held

@@ -51,6 +51,10 @@ class Group:
         self.held = False  # whether somebody has had the `.data` of any value since `flat` was looked for
         self.switched = False  # whether any value has been frozen or thawed since the tensors were made
         self.settled = False  # whether `flat` and the count tell all that a read must know of the values
+        # Whether reads in a pass of DDP have a node of their own each. One node has the hooks run of all its values,
+        # from which DDP takes it that their gradients are there; so it serves all once a step has shown that they come
+        # in one backward pass. They do not where reentrant checkpointing, or a second loss, makes several.
+        self.apart, self.apart_for_good = True, False
         self._places_of_values: list[int] = []  # where the values were in memory when `flat` was looked for
         self._plains: list[Tensor] = []  # the tensors of all members with values, and their counts of changes when
         self._counts: list[int] = []  # they were written last: to look at each member takes three times as long
@@ -132,6 +136,7 @@ class Group:
         self.find_flat()
         self.switched = False
         self.write()
+        self.apart = sum(member.trains for member in self.members) > 1
 
     def _tensors(self) -> list[Any]:
         """The members' whole tensors, in their memory; the gradient of those that train goes to the values."""
@@ -144,6 +149,21 @@ class Group:
             for (place, _), tensor in zip(training, made, strict=True):
                 tensors[place] = tensor
         return tensors
+
+    def keep_apart(self) -> None:
+        """Their gradients come in several backward passes."""
+        self.apart = self.apart_for_good = sum(member.trains for member in self.members) > 1
+
+    def end_step(self) -> None:
+        """An optimizer has stepped: whether the gradients of all came in one backward pass is known now."""
+        if not self.apart:
+            return
+        passes = [member.passes for member in self.with_values if member.trains]
+        if any(passes) and not self.apart_for_good:
+            self.apart = any(others != passes[0] for others in passes)
+            self.apart_for_good = self.apart
+        for each in passes:
+            each.clear()
 
     def settle(self) -> None:
         """Look at every member, and write what has changed."""

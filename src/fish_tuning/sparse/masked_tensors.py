@@ -34,6 +34,7 @@ from fish_tuning.sparse.dense_state_dicts import (
 from fish_tuning.sparse.frozen_parts import FROZEN, is_split_up, keep_frozen_part, with_frozen_parts
 from fish_tuning.sparse.groups import Group, small_groups
 from fish_tuning.sparse.optimizer_steps import masked_modules, note_replaced
+from fish_tuning.sparse.selected_gradients import backward_pass
 from fish_tuning.sparse.sharding import full_shape, is_sharded, plain_name
 from fish_tuning.sparse.taken_apart import (
     check_no_whole,
@@ -201,7 +202,7 @@ def _made_class(base: type[nn.Module], names: frozenset[str], methods: Methods) 
 
 def _set_in_place(module: nn.Module, name: str, value: Any, masked: MaskedTensor, caller: FrameType) -> bool:
     """What setting a masked tensor's name does; False where that is what any module does."""
-    if value is masked.tensor and value is not None:
+    if value is not None and masked.gives(value):
         return True  # it has what it is given
     if value is masked.values and value is not None and name not in module._parameters:
         masked.group.managed = True  # taken out and put back, as FSDP1 does
@@ -234,9 +235,9 @@ def _access(local: str) -> tuple[Any, Any, Any]:
                     raise MaskError("A masked model under DeepSpeed ZeRO-1 or ZeRO-2 cannot be compiled.")
                 return read_compiled(masked)
             # This is done at every read, and what it looks at is mostly the group's, which the last read has just used.
-            if group.settled and group.flat._version == group.seen and masked.plain._version == masked.written:
-                return tensor
-            return masked.read()
+            if not (group.settled and group.flat._version == group.seen and masked.plain._version == masked.written):
+                tensor = masked.read()
+            return masked.read_apart(tensor) if group.apart or backward_pass() != -1 else tensor
         if local in own:  # a copy that DataParallel made, or what FSDP1 has put there for a pass
             if not is_dynamo_compiling() and sys._getframe(1).f_globals.get("__name__") == _FSDP1:
                 return own[local]  # it looks whether that is still its own
@@ -267,8 +268,8 @@ def _linear_forward(self: Any, input: Tensor) -> Tensor:
         and parameters.get("weight", _GONE) is masked.values
         and group.flat._version == group.seen
         and masked.plain._version == masked.written
-        and not group.managed
-        and not group.scattered
+        and not (group.managed or group.scattered or group.apart)
+        and backward_pass() == -1
     ):
         direct = "bias" in parameters and STATE + "bias" not in own
         return F.linear(input, masked.plain, parameters["bias"] if direct else self.bias)

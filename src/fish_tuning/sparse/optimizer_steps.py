@@ -200,6 +200,7 @@ def _after_step(optimizer: Optimizer, args: tuple[Any, ...], _: dict[str, Any]) 
         if not group.stale:  # somebody has read them within the step, after which weights may have been clipped
             group.take_last()
         group.write()  # now, because compiled models do not look whether they are out of date
+        group.end_step()
     for group in held_by_others:
         if group not in groups:
             group.stale, group.settled = True, False

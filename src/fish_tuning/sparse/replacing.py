@@ -11,7 +11,6 @@ from torch.optim import Optimizer
 
 from fish_tuning.errors import MaskError
 from fish_tuning.sparse.applying import apply_mask, take_off_trained
-from fish_tuning.sparse.ddp import renew_ddp
 from fish_tuning.sparse.masked_tensors import (
     Mask,
     dense_parameters,
@@ -70,13 +69,12 @@ def replace_mask(model: nn.Module, mask: Mapping[str, Tensor] | Choice, optimize
     earlier = take_off_trained(model)
     try:
         chosen = dict(mask(model) if callable(mask) else mask)
-        apply_mask(model, chosen)
+        apply_mask(model, chosen)  # of which DDP is told
     except BaseException:
         apply_mask(model, earlier)
         raise
     finally:
         _move(before, _trained(model), model, optimizer)
-        renew_ddp(model)
     mark_replaced(model)
     return chosen
 

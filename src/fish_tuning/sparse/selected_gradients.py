@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +12,8 @@ from torch._C._functorch import is_legacy_batchedtensor
 
 # Autograd runs what was made last first. This is to run as soon as it can, and let dense gradients go.
 _AT_ONCE = 2**62
+# The number of the backward pass that runs in this thread, or -1: private, so that a torch may come without it.
+backward_pass: Callable[[], int] = getattr(torch._C, "_current_graph_task_id", lambda: -1)
 _IS_SPARSE: Any = Tensor.is_sparse.__get__  # type: ignore[attr-defined]
 
 
@@ -58,11 +60,15 @@ def whole_tensors(indices: list[Tensor] | Tensor, frozen: list[Tensor], values: 
     return made
 
 
-def whole_tensor(index: Tensor, frozen: Tensor, values: Any) -> Tensor:
-    """One of them alone, for one forward pass: without gradients where the pass asks for none."""
+def whole_tensor(index: Tensor, frozen: Tensor, values: Any, passes: set[int] | None = None) -> Tensor:
+    """One of them alone, for one forward pass: without gradients where the pass asks for none.
+
+    The number of each backward pass that reaches it is added to `passes`.
+    """
     made: Any = _Selected.apply([index], [frozen], values)[0]  # type: ignore[no-untyped-call]
     if made.grad_fn is not None:
         made.grad_fn._set_sequence_nr(_AT_ONCE)
+        made.grad_fn.passes = passes
     return made  # type: ignore[no-any-return]
 
 
@@ -75,7 +81,7 @@ class _Selected(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, indices: list[Tensor] | Tensor, frozen: list[Tensor], *values: Tensor) -> tuple[Tensor, ...]:
         ctx.indices, ctx.shapes = indices, [tensor.shape for tensor in values]
-        ctx.sizes = [len(tensor) for tensor in values]
+        ctx.sizes, ctx.passes = [len(tensor) for tensor in values], None
         if isinstance(indices, Tensor):
             ctx.whole_shapes = [tensor.shape for tensor in frozen]
             ctx.runs, ctx.entries = runs_of(ctx.whole_shapes), sum(shape.numel() for shape in ctx.whole_shapes)
@@ -85,6 +91,8 @@ class _Selected(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         indices: Any = ctx.indices
+        if ctx.passes is not None:
+            ctx.passes.add(backward_pass())
         if isinstance(indices, Tensor):
             # With is_grads_batched=True all are of another kind.
             plain = set(map(type, grads)) == {Tensor} and not any(map(_IS_SPARSE, grads))

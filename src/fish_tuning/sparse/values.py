@@ -101,6 +101,7 @@ class Whole(Watched):
 
     of: weakref.ref[Values] | None = None
     without_values: weakref.ref[Any] | None = None  # the masked tensor that it is read of, if no entry of that trains
+    instead_of: weakref.ref[Whole] | None = None  # what other reads give, where this one has a node of its own
 
     def requires_grad_(self, requires_grad: bool = True) -> Whole:
         values = self.of() if self.of is not None else None
@@ -118,6 +119,9 @@ class Whole(Watched):
         masked = self.without_values() if self.without_values is not None else None
         if masked is not None and masked.tensor is self:
             masked.keep_memory()  # now, since nothing is looked at for values later
+        usual = self.instead_of() if self.instead_of is not None else None
+        if usual is not None:
+            usual.data = DATA.__get__(self)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """By itself it is copied as the parameter that it stands for; its values go with the module (nn.LSTM)."""
@@ -140,6 +144,9 @@ class MaskedGroup(Protocol):
     switched: bool
     one_count: bool
     flat: Tensor | None
+
+    def end_step(self) -> None:
+        """An optimizer has stepped: whether the gradients of all came in one backward pass is known now."""
 
     def all_values(self) -> list[Any]:
         """The values of its tensors, in the order of `flat`."""

@@ -7,22 +7,30 @@ go; `masked_tensors.py` has where it sits.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.compiler import is_compiling, is_dynamo_compiling
+from torch.nn.parallel import DistributedDataParallel
 
 from fish_tuning.errors import MaskError
 from fish_tuning.sparse.frozen_parts import with_entries
 from fish_tuning.sparse.groups import Group
-from fish_tuning.sparse.selected_gradients import whole_tensor
+from fish_tuning.sparse.selected_gradients import backward_pass, whole_tensor
 from fish_tuning.sparse.sharding import is_sharded, local_part, shard_like, whole
-from fish_tuning.sparse.values import DATA, Values, entries_digest, frozen_sum
+from fish_tuning.sparse.values import DATA, Values, Whole, entries_digest, frozen_sum
 
 # Entries of what is kept in another dtype until the next read, to see whether it was written into: PEFT writes into
 # small ones alone.
 _KEPT_FOR_A_LOOK = 2**16
+# Private of torch, so that a version may come without them; more nodes than are needed are made then.
+_hooks_on_saved: Callable[[bool], Any] = getattr(
+    torch._C._autograd, "_top_saved_tensors_default_hooks", lambda ignored: None
+)
+_transforms: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
 
 
 class MaskedTensor:
@@ -60,6 +68,7 @@ class MaskedTensor:
         self.written = self.seen = -1  # the counts of changes of `tensor` and of `values` when they were equal
         # What was read last while an engine has the values, and its count of changes then; None where it is not kept.
         self.given: tuple[Tensor, int] | None = None
+        self.passes: set[int] = set()  # the backward passes of this step that reached a read with a node of its own
 
     @property
     def group(self) -> Group:
@@ -94,6 +103,30 @@ class MaskedTensor:
             group.follow()
         tensor: Tensor = self.tensor
         return tensor
+
+    def read_apart(self, usual: Any) -> Any:
+        """What a read gives in a backward pass, or while its group is apart: `usual`, or one with a node of its own."""
+        again, group = backward_pass() != -1, self.group
+        if group.apart and not (dist.is_available() and dist.is_initialized()):
+            group.apart = False
+        if not (again or (group.apart and _in_ddp())) or not self.trains or not torch.is_grad_enabled():
+            return usual
+        # Of what has hooks, these are to run. A transform of torch.func takes no such node.
+        if len(group.with_values) == 1 or usual._backward_hooks or usual.retains_grad or _transforms():
+            return usual
+        if again and _is_thrown_away():
+            return usual
+        if again and not group.apart_for_good:
+            group.keep_apart()
+        made: Any = whole_tensor(self.index, self.frozen, self.values, self.passes)
+        made.__class__ = Whole
+        made.of, made.instead_of = usual.of, weakref.ref(usual)
+        return made
+
+    def gives(self, value: Any) -> bool:
+        """Whether a read has given this."""
+        apart = isinstance(value, Whole) and value.instead_of is not None
+        return self.tensor is (value.instead_of() if apart else value)
 
     def settle(self) -> bool:
         """Look before a compiled model runs; whether what it reads is the same object still."""
@@ -263,4 +296,15 @@ class MaskedTensor:
     def __getstate__(self) -> dict[str, Any]:
         """Without the tensor of reads, which is made again: a tensor with a history cannot be copied."""
         state = {name: value for name, value in vars(self).items() if name != "in_group"}  # which its group sets
-        return {**state, "tensor": None, "plain": None, "given": None}
+        return {**state, "tensor": None, "plain": None, "given": None, "passes": set()}
+
+
+def _in_ddp() -> bool:
+    return getattr(DistributedDataParallel, "_active_ddp_module", None) is not None
+
+
+def _is_thrown_away() -> bool:
+    """Whether what is computed in this backward pass is for its saved tensors alone: checkpoints that are not reentrant
+    recompute so, and no gradient goes through the graph that this makes."""
+    hooks = _hooks_on_saved(True)
+    return hooks is not None and hooks[0].__qualname__.startswith("_recomputation_hook.")
