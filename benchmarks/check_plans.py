@@ -82,7 +82,8 @@ def measured(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, int]:
     found = {"dense": measured_step(model, batch)}
     with suppress(FisherError):  # a model of no known loss
         found["scores"] = peak_above(
-            lambda: calculate_fisher_information(model, [batch], warmup_steps=0, progress=False)
+            # Of two batches, since the first one's proof makes no small products together.
+            lambda: calculate_fisher_information(model, [batch] * 2, warmup_steps=0, progress=False)
         )
     apply_mask(model, {name: first_quarter(parameter) for name, parameter in trained(model).items()})
     return found | {"masked": measured_step(model, batch)}

@@ -187,11 +187,14 @@ def _chosen_rates(config: ExperimentConfig, runs: list[RunRecord]) -> dict[str, 
 
 
 def _ties(output_dir: Path) -> dict[str, Any]:
-    """Learning rates that were equally good, as the results that were just written tell of them."""
+    """Learning rates that were equally good, as the results that were just written tell of them; else nothing."""
     import json
 
     key = "learning_rate_ties"
-    facts = json.loads((output_dir / "results.json").read_bytes())["facts"]
+    try:
+        facts = json.loads((output_dir / "results.json").read_bytes())["facts"]
+    except (OSError, ValueError, KeyError):  # somebody has taken them away meanwhile
+        return {}
     return {key: facts[key]} if key in facts else {}
 
 

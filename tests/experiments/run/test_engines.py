@@ -115,7 +115,8 @@ def test_workers_get_the_shard_and_no_run_kills_them_for_ever(
     monkeypatch.setattr(engines, "_ray", lambda: ray)
     monkeypatch.setattr(secrets, "_values", {"hf_secret": "${TOKEN}"})
     engines.run_on_ray(config, plan_experiment(config), 2, Shard(2, 3), 7.0, ("my_module",))
-    assert [call[1:] for call in ray.calls] == [((2, 3), 7.0, {"hf_secret": "${TOKEN}"}, ["my_module"])] * 2
+    assert [(*call[1:3], call[4]) for call in ray.calls] == [((2, 3), 7.0, ["my_module"])] * 2
+    assert all(call[3]["hf_secret"] == "${TOKEN}" for call in ray.calls)
     assert ray.options["max_retries"] == 2 * 2 + 1  # two runs in this shard, of which each may kill two workers
 
 

@@ -25,6 +25,9 @@ from fish_tuning.files.sealed_json import read_sealed, write_sealed
 
 logger = logging.getLogger(__name__)
 
+# Of a loss: what batches of another size, or other processes, make of it.
+_ROUNDING = 1e-3
+
 
 class LearningRates:
     """`rates(arm)` is the arm's learning rate: the one asked for, or the best of several, found once and kept.
@@ -101,7 +104,8 @@ class LearningRates:
             return
         tied = [rate for rate, worth in worths.items() if worth == max(worths.values())]
         losses = {rate: fmean(each["loss"] for each in worked[rate]) for rate in tied}
-        self.chosen[arm.arm] = min(tied, key=lambda rate: (losses[rate], rate))
+        lowest = min(losses.values())
+        self.chosen[arm.arm] = min(rate for rate in tied if losses[rate] <= lowest + _ROUNDING * abs(lowest))
         if len(tied) > 1:
             self.ties[arm.arm] = sorted(tied)
 
