@@ -13,6 +13,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from filelock import FileLock
 
 from fish_tuning.errors import FishTuningError
 
@@ -41,6 +42,24 @@ def in_two_processes(work: Callable[..., Any], folder: Path, *args: Any) -> list
         torch.multiprocessing.start_processes(  # type: ignore[no-untyped-call]
             _process, (port, work, folder, args), nprocs=2, start_method="forkserver"
         )
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+def once_in_two_processes(
+    work: Callable[..., Any], folders: pytest.TempPathFactory, name: str, *args: Any
+) -> list[Any]:
+    """The same for a fixture of a module, whose tests may run in several of pytest's workers: one does the work.
+
+    The others wait for it, and read what it has written. `name` is the work's own.
+    """
+    base = folders.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    with FileLock(base / f"{name}.lock"):
+        folder, done = base / name, base / f"{name}.done"
+        if not done.exists():
+            folder.mkdir(exist_ok=True)
+            in_two_processes(work, folder, *args)
+            done.touch()
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from engines import adamw
-from processes import in_two_processes, refusal
+from processes import once_in_two_processes, refusal
 from tiny import assert_scores_close, bert, causal_batch, classification_batch, llama, lora, rebatch
 from torch import Tensor
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
@@ -149,7 +149,7 @@ def worker(rank: int, folder: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return in_two_processes(worker, tmp_path_factory.mktemp("fsdp1"))
+    return once_in_two_processes(worker, tmp_path_factory, "fsdp1")
 
 
 pytestmark = pytest.mark.slow

@@ -10,7 +10,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from processes import in_two_processes
+from processes import once_in_two_processes
 from tiny import assert_same_tensors, assert_scores_close, bert, classification_batch, lora, rebatch, tensors
 
 from fish_tuning import FishTuningWarning, calculate_fisher_information, calculate_scores
@@ -50,7 +50,7 @@ def worker(rank: int, folder: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return in_two_processes(worker, tmp_path_factory.mktemp("start"))
+    return once_in_two_processes(worker, tmp_path_factory, "one_start")
 
 
 def test_what_the_first_process_drew_is_scored(results: list[dict[str, Any]]) -> None:

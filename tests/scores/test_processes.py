@@ -13,7 +13,7 @@ from accelerate import PartialState  # type: ignore[import-untyped]
 from accelerate.data_loader import prepare_data_loader  # type: ignore[import-untyped]
 from datasets.distributed import split_dataset_by_node
 from device import DEVICE
-from processes import in_two_processes
+from processes import once_in_two_processes
 from tiny import assert_scores_close, bert, classification_batch, lora, rebatch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
@@ -192,7 +192,7 @@ def worker(rank: int, folder: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return in_two_processes(worker, tmp_path_factory.mktemp("processes"))
+    return once_in_two_processes(worker, tmp_path_factory, "processes")
 
 
 def alone(**options: Any) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from accelerate.data_loader import prepare_data_loader  # type: ignore[import-untyped]
 from device import DEVICE
 from engines import NEEDS_DEEPSPEED, adamw, deepspeed_config, deepspeed_on_the_cpu
-from processes import in_two_processes, refusal
+from processes import once_in_two_processes, refusal
 from tiny import assert_scores_close, bert, causal_batch, classification_batch, llama, lora, rebatch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, MixedPrecisionPolicy, fully_shard
@@ -300,7 +300,7 @@ def engine(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def results(engine: str, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return in_two_processes(worker, tmp_path_factory.mktemp("sharded"), engine)
+    return once_in_two_processes(worker, tmp_path_factory, f"sharded-{engine}", engine)
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from processes import in_two_processes
+from processes import once_in_two_processes
 from tiny import random_mask
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -189,7 +189,7 @@ def worker(rank: int, folder: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return in_two_processes(worker, tmp_path_factory.mktemp("ddp"))
+    return once_in_two_processes(worker, tmp_path_factory, "ddp")
 
 
 @pytest.mark.slow

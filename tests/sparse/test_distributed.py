@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from device import DEVICE
 from peft import PeftModel
-from processes import in_two_processes
+from processes import once_in_two_processes
 from tiny import (
     Rows,
     assert_only_selected_moved,
@@ -128,7 +128,7 @@ def worker(rank: int, folder: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return in_two_processes(worker, tmp_path_factory.mktemp("ddp"))
+    return once_in_two_processes(worker, tmp_path_factory, "distributed")
 
 
 @pytest.mark.slow

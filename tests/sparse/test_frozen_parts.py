@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from engines import adamw
-from processes import in_two_processes, refusal
+from processes import once_in_two_processes, refusal
 from tiny import assert_only_selected_moved, assert_same_tensors, bert, classification_batch, lora, random_mask, rebatch
 from tiny import tensors as tensors_of
 from torch import Tensor, nn
@@ -191,7 +191,7 @@ def worker(rank: int, folder: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return in_two_processes(worker, tmp_path_factory.mktemp("frozen"))
+    return once_in_two_processes(worker, tmp_path_factory, "frozen_parts")
 
 
 pytestmark = pytest.mark.slow

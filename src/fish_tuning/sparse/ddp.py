@@ -66,7 +66,15 @@ def _wrappers_of(model: nn.Module) -> Iterator[DistributedDataParallel]:
     # A model does not know of its wrapper, nor do a Trainer's callbacks. What is wrapped may hold the model, or be a
     # part of it.
     own = {id(module) for module in model.modules() if module._parameters}
-    for held in gc.get_objects():
-        wrapped = getattr(held, "module", None) if issubclass(type(held), DistributedDataParallel) else None
+    kinds = {DistributedDataParallel, *_classes_derived_from(DistributedDataParallel)}
+    for held in [each for each in gc.get_objects() if type(each) in kinds]:  # of half a million objects
+        wrapped = getattr(held, "module", None)
         if wrapped is not None and any(id(module) in own for module in wrapped.modules()):
             yield held
+
+
+def _classes_derived_from(kind: type[nn.Module]) -> Iterator[type[nn.Module]]:
+    derived: type[nn.Module]
+    for derived in type.__subclasses__(kind):
+        yield derived
+        yield from _classes_derived_from(derived)
