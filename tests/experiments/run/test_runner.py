@@ -67,7 +67,7 @@ def test_what_a_dense_arm_has_as_its_head_is_what_is_asked_for_now(experiment: M
 def test_a_longer_list_of_learning_rates_leaves_finished_runs_seeds_of_new_ones(experiment: MakeExperiment) -> None:
     given = ("fish_tuning.methods_to_run=[lora, lora-fish-rand]", "training.args_override.num_train_epochs=1")
     run(experiment(*given, "training.learning_rates=[0.02, 0.001]", "seeds=[1, 2]"))
-    records, seen = run(experiment(*given, "training.learning_rates=[0.02, 0.001, 1e-9]", "seeds=[1, 2, 3]"))
+    records, seen = run(experiment(*given, "training.learning_rates=[0.02, 0.001, 100.0]", "seeds=[1, 2, 3]"))
     assert {known for *_, known in seen} == {False, True}
     for arm in ("lora", "lora-fish-rand"):
         assert len({record.setting for record in records if record.arm == arm}) == 1
