@@ -20,9 +20,8 @@ def use_once(context: Context, arm: ArmPlan, seed: int) -> None:
     """One scored batch and one training step of a model that is thrown away, so that no arm's seconds hold the cost."""
     args = context.arguments(arm, seed, extra=ONE_STEP)
     model = context.starts(arm.arm, seed, args.device)
-    number = min(
-        context.choice(arm).num_samples, len(context.data.train)
-    )  # a dense arm may ask for more than there are
+    # A dense arm may ask for more than there are.
+    number = min(context.choice(arm).num_samples, len(context.data.train))
     loader = calibration_loader(context.plan, context.data, number, seed, args.per_device_train_batch_size)
     batches = list(islice(loader, 1))
     with warnings.catch_warnings():
